@@ -1,0 +1,80 @@
+"""Array and pytree aliases, the batch every module speaks of, and the letters used in shapes.
+
+N pool, M domain, B batch, T tokens, D width (hidden size), V vocabulary, P trained parameters, K sketch size,
+R rank, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+Params = PyTree
+"""Trained parameters: a nested dict with string keys, any subset of a model's full tree."""
+
+ArrayLike = Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Right-padded token sequences with their response positions.
+
+    Attributes:
+      tokens: int32 [B, T]; padding on the right, so causal attention needs no padding mask.
+      response_mask: bool [B, T], True where the token *at* t belongs to the response.
+      lengths: int32 [B], number of real tokens in each row.
+      index: int32 [B], row of the dataset; -1 marks a filler row that only keeps the shape fixed.
+      segments: int32 [B, T] or None. Packed choices: 0 for the shared prompt, c >= 1 for choice c. Position q
+        attends to k <= q iff ``segments[k] == 0 or segments[k] == segments[q]``. None means one segment.
+      positions: int32 [B, T] or None. Rotary / learned positions; None means 0, 1, ..., T - 1.
+    """
+
+    tokens: Int[ArrayLike, "B T"]
+    response_mask: Bool[ArrayLike, "B T"]
+    lengths: Int[ArrayLike, " B"]
+    index: Int[ArrayLike, " B"]
+    segments: Int[ArrayLike, "B T"] | None = None
+    positions: Int[ArrayLike, "B T"] | None = None
+
+
+ApplyFn = Callable[[Params, Any], Array]
+"""``apply_fn(params, batch) -> outputs [B, O]``."""
+
+ScalarFn = Callable[[Params, Any], Array]
+"""``output_fn(params, batch) -> [B]``: one number per example, the function whose gradient a kernel compares."""
+
+
+def predict_mask(batch: Batch) -> Bool[Array, "B T"]:
+    """S(x): positions t whose *next* token belongs to the response, bool [B, T]."""
+    shifted = jnp.asarray(batch.response_mask)[:, 1:]
+    return jnp.pad(shifted, ((0, 0), (0, 1)))
+
+
+def valid_mask(batch: Batch) -> Bool[Array, "B T"]:
+    """True at real tokens, False at padding, bool [B, T]."""
+    steps = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    return steps[None, :] < jnp.asarray(batch.lengths)[:, None]
+
+
+def at_least_float32(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Raise bfloat16 and float16 to float32; leave float32 and float64 as they are."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_pytree_fn(fn: Callable) -> Callable:
+    """A function that can be an argument of a jitted function.
+
+    Model functions are pytrees (their weights are leaves) and pass through; a plain Python function is wrapped
+    in ``jax.tree_util.Partial``, whose only content is the function itself.
+    """
+    leaves = jax.tree_util.tree_leaves(fn)
+    is_pytree = not (len(leaves) == 1 and leaves[0] is fn)
+    return fn if is_pytree else jax.tree_util.Partial(fn)
