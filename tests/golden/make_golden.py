@@ -1,0 +1,334 @@
+"""Makes the golden files of this directory from torch transformers and peft (float32, CPU).
+
+    python tests/golden/make_golden.py            # rewrites everything beside this file
+
+Needs torch, transformers and peft, which ntkjax itself never needs; versions.json records what was used.
+Each case is a tiny random checkpoint in Hugging Face format. Weights are drawn at a scale where mistakes
+show: norm scales around 1 but not 1, biases not 0, logits of order 1 to 10.
+
+Written: CASE/ (config.json, safetensors), logits.safetensors (float32, [rows, kept positions, vocabulary]) and
+golden.json: per case its tokens, which positions were kept, prompts and their greedy continuations with the
+smallest gap between the two largest logits, and torch's own rounding (the largest difference between its
+float32 and its float64 logits).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+HERE = Path(__file__).resolve().parent
+VOCAB = 96
+NEW_TOKENS = 12
+MARGIN = 0.01
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+}
+GQA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 48, "n_embd": 24, "n_layer": 2, "n_head": 3}
+# Two frequencies kept, one interpolated, the others slowed: every branch of the rule is taken.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: its configuration, how it is stored and which tokens are asked of it."""
+
+    config: object
+    note: str
+    rows: int = 3
+    length: int = 16
+    stride: int = 1
+    edit: str = ""
+    shard_size: str = "1GB"
+    lora: dict = field(default_factory=dict)
+
+
+def rope(theta: float) -> dict:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def llama_cases() -> dict[str, Case]:
+    long = {"rows": 2, "length": 90, "stride": 6}
+    tiny, gqa = {**TINY, "max_position_embeddings": 64}, {**GQA, "max_position_embeddings": 64}
+    wide = {**GQA, "max_position_embeddings": 128, "head_dim": 12, "num_attention_heads": 4}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    return {
+        "llama2": Case(
+            LlamaConfig(**tiny, rope_parameters=rope(1e4), rms_norm_eps=1e-5),
+            "multi-head attention; rotary_emb.inv_freq stored as in old files",
+            edit="inv_freq",
+        ),
+        "llama3": Case(LlamaConfig(**gqa, rope_parameters=rope(5e5), rms_norm_eps=1e-5), "grouped queries"),
+        "llama31": Case(
+            LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE), "llama3 rope scaling, untied", **long
+        ),
+        "llama32-tied": Case(
+            LlamaConfig(**wide, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
+            "llama3 rope scaling, tied",
+            **long,
+        ),
+        "llama31-v4": Case(
+            LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE),
+            "configuration as v4 wrote it",
+            edit="v4",
+            **long,
+        ),
+        "llama-linear": Case(LlamaConfig(**tiny, rope_parameters=linear), "linear rope scaling"),
+        "llama-linear-v4": Case(
+            LlamaConfig(**tiny, rope_parameters=linear),
+            "configuration as early v4 wrote it: rope_scaling has `type`",
+            edit="v4-type",
+        ),
+        "llama-biases": Case(
+            LlamaConfig(**tiny, rope_parameters=rope(1e4), attention_bias=True, mlp_bias=True),
+            "biases on every linear layer",
+        ),
+        "llama-head-dim": Case(
+            LlamaConfig(**{**gqa, "head_dim": 6}, rope_parameters=rope(2e4)),
+            "heads x head_dim is not the hidden size",
+        ),
+        "mistral": Case(MistralConfig(**gqa, rope_parameters=rope(1e6), sliding_window=None), "no window"),
+        "smollm2": Case(
+            LlamaConfig(
+                **{**TINY, "num_key_value_heads": 1}, rope_parameters=rope(1e5), tie_word_embeddings=True
+            ),
+            "tied head, grouped queries",
+        ),
+        "mixed-dtype": Case(
+            LlamaConfig(**tiny, rope_parameters=rope(1e4)), "bf16, f16 and f32 in one file", edit="mixed"
+        ),
+        "llama-lora": Case(
+            LlamaConfig(**gqa, rope_parameters=rope(5e5)),
+            "PEFT adapter, all linear layers",
+            lora={"r": 4, "lora_alpha": 12, "target_modules": "all-linear"},
+        ),
+    }
+
+
+def other_cases() -> dict[str, Case]:
+    tiny, gqa = {**TINY, "max_position_embeddings": 64}, {**GQA, "max_position_embeddings": 64}
+    tiny = {**tiny, "num_key_value_heads": 1}
+    head = {"head_dim": 8, "num_attention_heads": 4}
+    return {
+        "qwen2": Case(Qwen2Config(**gqa, rope_parameters=rope(1e6)), "q, k and v biases"),
+        "qwen2-tied": Case(
+            Qwen2Config(**tiny, rope_parameters=rope(1e6), tie_word_embeddings=True),
+            "v4 configuration with an unused sliding window",
+            edit="v4",
+        ),
+        "qwen3": Case(Qwen3Config(**{**gqa, **head}, rope_parameters=rope(1e6)), "qk-norm"),
+        "qwen3-tied": Case(
+            Qwen3Config(**{**tiny, "head_dim": 8}, rope_parameters=rope(1e6), tie_word_embeddings=True),
+            "qk-norm, tied",
+        ),
+        "qwen3-sharded": Case(
+            Qwen3Config(**{**tiny, "head_dim": 16}, rope_parameters=rope(1e4)),
+            "several files and an index",
+            shard_size="15KB",
+        ),
+        "gpt2": Case(GPT2Config(**GPT2), "gelu_new, tied"),
+        "gpt2-relu": Case(
+            GPT2Config(**GPT2, activation_function="relu", layer_norm_epsilon=1e-2, n_inner=40),
+            "relu, large epsilon, n_inner",
+        ),
+        "gpt2-hub": Case(
+            GPT2Config(**GPT2, activation_function="gelu"),
+            "names without `transformer.` and the mask buffers of the original files; exact gelu",
+            edit="gpt2-hub",
+        ),
+        "gpt2-lora": Case(
+            GPT2Config(**GPT2),
+            "PEFT adapter, fan_in_fan_out",
+            lora={
+                "r": 3,
+                "lora_alpha": 6,
+                "target_modules": ["c_attn", "c_proj", "c_fc"],
+                "fan_in_fan_out": True,
+            },
+        ),
+    }
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter: norms 1 + 0.3 n, biases 0.3 n, embeddings 0.3 n, matrices n / sqrt(inputs)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        n = torch.randn(p.shape, generator=generator)
+        if name.endswith("bias"):
+            n = 0.3 * n
+        elif "norm" in name or "ln_" in name:
+            n = 1 + 0.3 * n
+        elif "embed" in name or "wte" in name or "wpe" in name:
+            n = 0.3 * n
+        else:
+            inputs = p.shape[0] if "c_" in name else p.shape[1]  # GPT-2's Conv1D stores [in, out]
+            n = n / math.sqrt(inputs)
+        p.data.copy_(n)
+
+
+def edit_checkpoint(folder: Path, how: str) -> None:
+    """Rewrite what transformers saved as other versions and the hub store it."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if how.startswith("v4"):
+        config.write_text(json.dumps(v4_config(json.loads(config.read_text()), how), indent=2) + "\n")
+    tensors = load_file(weights) if weights.exists() else {}
+    if how == "inv_freq":
+        tensors |= {
+            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 1e4 ** (-torch.arange(4) / 4) for i in range(2)
+        }
+    elif how == "mixed":
+        kinds = {"self_attn": torch.bfloat16, "mlp.up": torch.float16, "norm": torch.bfloat16}
+        for name, t in tensors.items():
+            tensors[name] = t.to(next((d for part, d in kinds.items() if part in name), t.dtype))
+    elif how == "gpt2-hub":
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+        tensors |= {
+            f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 48, 48, dtype=torch.uint8)) for i in range(2)
+        }
+    else:
+        return
+    save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+
+
+def v4_config(config: dict, how: str) -> dict:
+    """transformers v4: rope_theta and rope_scaling at the top, torch_dtype; Qwen2 with a window it never uses."""
+    parameters = config.pop("rope_parameters")
+    config["rope_theta"] = parameters.pop("rope_theta")
+    kind = parameters.pop("rope_type")
+    if how == "v4-type":
+        config["rope_scaling"] = {"type": kind, **parameters}
+    else:
+        config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **parameters}
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config["transformers_version"] = "4.44.0"
+    if config["model_type"] == "qwen2":
+        config.pop("layer_types", None)
+        config |= {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 1}
+    return config
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    )
+    if (folder / "adapter").exists():
+        model = peft.PeftModel.from_pretrained(model, folder / "adapter").to(dtype)
+    return model.eval()
+
+
+def greedy(model: torch.nn.Module, prompt: list[int]) -> tuple[list[int], float]:
+    """Continue by the largest logit without a cache; the smallest gap to the runner-up met on the way."""
+    tokens, gap = list(prompt), math.inf
+    for _ in range(NEW_TOKENS):
+        top = model(torch.tensor([tokens])).logits[0, -1].topk(2)
+        gap = min(gap, float(top.values[0] - top.values[1]))
+        tokens.append(int(top.indices[0]))
+    return tokens[len(prompt) :], gap
+
+
+def find_prompt(model: torch.nn.Module, length: int, generator: torch.Generator) -> dict:
+    """A random prompt whose continuation no rounding can change (gap above MARGIN at every step)."""
+    for _ in range(200):
+        prompt = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        continuation, gap = greedy(model, prompt)
+        if gap > MARGIN and len(set(continuation)) > 3:
+            cached = model.generate(
+                input_ids=torch.tensor([prompt]),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                attention_mask=torch.ones(1, length),
+            )
+            assert cached[0, length:].tolist() == continuation
+            return {"prompt": prompt, "continuation": continuation, "margin": round(gap, 4)}
+    raise RuntimeError("no prompt with a clear continuation; change the seed")
+
+
+def make_case(name: str, case: Case, seed: int) -> tuple[dict, torch.Tensor]:
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    case.config.dtype = "float32"
+    case.config.bos_token_id = case.config.eos_token_id = case.config.pad_token_id = None
+    model = transformers.AutoModelForCausalLM.from_config(case.config)
+    randomise(model, seed)
+    model.save_pretrained(folder, max_shard_size=case.shard_size)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    edit_checkpoint(folder, case.edit)
+    if case.lora:
+        adapted = peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", **case.lora))
+        torch.manual_seed(seed)
+        for n, p in adapted.named_parameters():
+            if "lora_" in n:
+                p.data.copy_(0.15 * torch.randn(p.shape))
+        adapted.save_pretrained(folder / "adapter")
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+        config = folder / "adapter" / "adapter_config.json"
+        plain = json.loads(config.read_text()) | {"base_model_name_or_path": name}
+        plain["target_modules"] = sorted(plain["target_modules"])
+        config.write_text(json.dumps(plain, indent=2) + "\n")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (case.rows, case.length), generator=generator)
+    kept = sorted({*range(0, case.length, case.stride), case.length - 1})
+    model = load(folder)
+    with torch.no_grad():
+        logits = model(tokens).logits
+        rounding = (logits.double() - load(folder, torch.float64)(tokens).logits).abs().max()
+        prompts = [find_prompt(model, length, generator) for length in (3, 11)]
+    entry = {
+        "note": case.note,
+        "tokens": tokens.tolist(),
+        "positions": kept,
+        "prompts": prompts,
+        "largest_logit": round(float(logits.abs().max()), 2),
+        "torch_rounding": float(f"{rounding:.2g}"),
+    }
+    return entry, logits[:, kept].contiguous()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    entries, logits = {}, {}
+    for seed, (name, case) in enumerate({**llama_cases(), **other_cases()}.items()):
+        entries[name], logits[name] = make_case(name, case, seed)
+        print(
+            f"{name:16s} largest {entries[name]['largest_logit']:6.2f} rounding {entries[name]['torch_rounding']}"
+            f" margins {[p['margin'] for p in entries[name]['prompts']]}"
+        )
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    (HERE / "golden.json").write_text("{\n" + lines + "\n}\n")
+    save_file(logits, HERE / "logits.safetensors")
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+    (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
