@@ -6,9 +6,9 @@ Needs torch, transformers and peft, which ntkjax itself never needs; versions.js
 Each case is a tiny random checkpoint in Hugging Face format. Weights are drawn at a scale where mistakes
 show: norm scales around 1 but not 1, biases not 0, logits of order 1 to 10.
 
-Written: CASE/ (config.json, safetensors), logits.safetensors (float32, [rows, kept positions, vocabulary]) and
-golden.json: per case its tokens, which positions were kept, prompts and their greedy continuations with the
-smallest gap between the two largest logits, and torch's own rounding (the largest difference between its
+Written: CASE/ (config.json, safetensors), logits.safetensors (float32, [rows, kept positions, vocabulary])
+and golden.json: per case its tokens, which positions were kept, prompts and their greedy continuations with
+the smallest gap between the two largest logits, and torch's own rounding (the largest difference between its
 float32 and its float64 logits).
 """
 
@@ -219,7 +219,7 @@ def edit_checkpoint(folder: Path, how: str) -> None:
 
 
 def v4_config(config: dict, how: str) -> dict:
-    """transformers v4: rope_theta and rope_scaling at the top, torch_dtype; Qwen2 with a window it never uses."""
+    """transformers v4: rope_theta and rope_scaling at the top, torch_dtype; Qwen2 with an unused window."""
     parameters = config.pop("rope_parameters")
     config["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
@@ -273,6 +273,21 @@ def find_prompt(model: torch.nn.Module, length: int, generator: torch.Generator)
     raise RuntimeError("no prompt with a clear continuation; change the seed")
 
 
+def add_adapter(folder: Path, options: dict, seed: int) -> None:
+    """Write folder/adapter with peft, both factors random; sorted, so that the recipe repeats byte for byte."""
+    adapted = peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(seed)
+    for name, p in adapted.named_parameters():
+        if "lora_" in name:
+            p.data.copy_(0.15 * torch.randn(p.shape))
+    adapted.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": folder.name}
+    config["target_modules"] = sorted(config["target_modules"])
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def make_case(name: str, case: Case, seed: int) -> tuple[dict, torch.Tensor]:
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -284,17 +299,7 @@ def make_case(name: str, case: Case, seed: int) -> tuple[dict, torch.Tensor]:
     (folder / "generation_config.json").unlink(missing_ok=True)
     edit_checkpoint(folder, case.edit)
     if case.lora:
-        adapted = peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", **case.lora))
-        torch.manual_seed(seed)
-        for n, p in adapted.named_parameters():
-            if "lora_" in n:
-                p.data.copy_(0.15 * torch.randn(p.shape))
-        adapted.save_pretrained(folder / "adapter")
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)
-        config = folder / "adapter" / "adapter_config.json"
-        plain = json.loads(config.read_text()) | {"base_model_name_or_path": name}
-        plain["target_modules"] = sorted(plain["target_modules"])
-        config.write_text(json.dumps(plain, indent=2) + "\n")
+        add_adapter(folder, case.lora, seed)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (case.rows, case.length), generator=generator)
     kept = sorted({*range(0, case.length, case.stride), case.length - 1})
@@ -319,10 +324,9 @@ def main() -> None:
     entries, logits = {}, {}
     for seed, (name, case) in enumerate({**llama_cases(), **other_cases()}.items()):
         entries[name], logits[name] = make_case(name, case, seed)
-        print(
-            f"{name:16s} largest {entries[name]['largest_logit']:6.2f} rounding {entries[name]['torch_rounding']}"
-            f" margins {[p['margin'] for p in entries[name]['prompts']]}"
-        )
+        entry = entries[name]
+        margins = [p["margin"] for p in entry["prompts"]]
+        print(name, "largest", entry["largest_logit"], "rounding", entry["torch_rounding"], "margins", margins)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
     (HERE / "golden.json").write_text("{\n" + lines + "\n}\n")
     save_file(logits, HERE / "logits.safetensors")
