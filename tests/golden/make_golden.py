@@ -274,7 +274,7 @@ def find_prompt(model: torch.nn.Module, length: int, generator: torch.Generator)
 
 
 def add_adapter(folder: Path, options: dict, seed: int) -> None:
-    """Write folder/adapter with peft, both factors random; sorted, so that the recipe repeats byte for byte."""
+    """Write folder/adapter with peft, both factors random; sorted, so that the recipe repeats exactly."""
     adapted = peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", **options))
     torch.manual_seed(seed)
     for name, p in adapted.named_parameters():
@@ -324,9 +324,8 @@ def main() -> None:
     entries, logits = {}, {}
     for seed, (name, case) in enumerate({**llama_cases(), **other_cases()}.items()):
         entries[name], logits[name] = make_case(name, case, seed)
-        entry = entries[name]
-        margins = [p["margin"] for p in entry["prompts"]]
-        print(name, "largest", entry["largest_logit"], "rounding", entry["torch_rounding"], "margins", margins)
+        margins = [p["margin"] for p in entries[name]["prompts"]]
+        print(name, {k: entries[name][k] for k in ("largest_logit", "torch_rounding")}, "margins", margins)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
     (HERE / "golden.json").write_text("{\n" + lines + "\n}\n")
     save_file(logits, HERE / "logits.safetensors")
