@@ -1,0 +1,327 @@
+"""Arrays on disk, filled row by row, that survive a kill: TensorStore zarr3, done marks, a manifest.
+
+A store is a directory::
+
+    manifest.json   what the rows mean: shape, dtype and whatever the caller says they depend on
+    values/         zarr3 array [rows, width], uncompressed, readable by any zarr library
+    done.bits       one bit per row (little end first): set only after that row's values are on disk
+
+Scoring a pool of a million examples takes hours; after a kill the same command goes on with the rows that
+are missing, and the finished array is bit for bit the one an uninterrupted run writes. One process writes at
+a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from ntkjax.errors import ConfigError, UserError
+
+FORMAT = 1
+# Rows arrive by length, not in order, so a flush touches many chunks: small ones keep rewriting cheap.
+_CHUNK_BYTES = 256 * 1024
+_BUFFER_BYTES = 64 * 1024 * 1024
+_FLUSH_SECONDS = 30.0  # what a kill can cost at most
+_ANEW = "Use a new output directory, or --overwrite to compute the rows again."
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace the file ``path`` by ``data``: after a crash it holds the old content or the new, never a part.
+
+    Raises ``OSError`` as the file system does (disk full, no permission).
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level with dotted keys; lists are leaves. ``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """One line ``key: was OLD, is now NEW`` for every dotted key in which two nested dicts differ, sorted."""
+    absent = object()
+    before, after = flatten(old), flatten(new)
+    shown = lambda value: "absent" if value is absent else json.dumps(value, ensure_ascii=False)
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key, absent), after.get(key, absent)
+        if was is absent or now is absent or json.dumps(was) != json.dumps(now):
+            lines.append(f"{key}: was {shown(was)}, is now {shown(now)}")
+    return lines
+
+
+class RowStore:
+    """A resumable array ``[rows, width]``. Use as a context manager; leaving it flushes.
+
+    Example::
+
+        with RowStore.open(out / "scores", rows=n, width=2, dtype="float32", manifest={"seed": 0}) as store:
+            todo = np.flatnonzero(~store.done())
+            for batch in batches(todo):
+                store.write(batch.index, score(batch))
+            scores = store.read()
+    """
+
+    def __init__(self, path: Path, array: ts.TensorStore, done: np.ndarray, dtype: np.dtype):
+        self.path = path
+        self._array = array
+        self._done = done
+        self._dtype = dtype
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending_bytes = 0
+        self._flushed_at = time.monotonic()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike,
+        *,
+        rows: int,
+        width: int,
+        dtype: Any,
+        manifest: dict,
+        overwrite: bool = False,
+    ) -> RowStore:
+        """Create the store, or reopen it where ``manifest`` and shape are those it was made with.
+
+        Args:
+          manifest: JSON-like dict (str keys): everything the values depend on (model, data, seed, method).
+          overwrite: drop an existing store at ``path`` first.
+
+        Raises:
+          ConfigError: the store holds rows made under another manifest or shape (each changed key is named),
+            or ``path`` holds something that is not a store.
+          UserError: the store is damaged, or the directory cannot be written.
+        """
+        path, dtype = Path(path), np.dtype(dtype)
+        if rows < 0 or width < 1:
+            raise ValueError(f"a row store needs rows >= 0 and width >= 1, got [{rows}, {width}]")
+        shape = {"rows": int(rows), "width": int(width), "dtype": dtype.name}
+        wanted = json.loads(json.dumps({"format": FORMAT, "shape": shape, "manifest": manifest}))
+        try:
+            if overwrite:
+                _remove_store(path)
+            _prepare(path, wanted)
+            array = _open_array(path, rows, width, dtype)
+            done = _read_done(path, rows)
+        except OSError as error:
+            raise UserError(f"{path}: cannot open the row store ({error.strerror or error})") from error
+        return cls(path, array, done, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, width)."""
+        return tuple(self._array.shape)  # pyright: ignore[reportReturnType]
+
+    def done(self) -> np.ndarray:
+        """bool [rows]: rows whose values are durable. Rows that are only buffered count as not done."""
+        return self._done.copy()
+
+    def write(self, index: Any, values: Any) -> None:
+        """Buffer rows; they reach the disk when the buffer is full, after 30 s, at ``flush`` and on leaving.
+
+        Args:
+          index: int [b], rows of the store; -1 marks a filler row, which is dropped. Of equal indices the
+            last one counts.
+          values: [b, width], or [b] where width is 1; any dtype that the store's holds without loss. NaN and
+            infinities are kept as they are.
+
+        Raises:
+          ValueError: shapes, dtype or an index do not fit the store.
+          UserError: the disk is full or not writable; says how many rows are kept.
+        """
+        index, values = np.asarray(index), np.asarray(values)
+        rows, width = self.shape
+        if values.ndim == 1 and width == 1:
+            values = values[:, None]
+        if index.ndim != 1 or index.dtype.kind not in "iu" or values.shape != (len(index), width):
+            got = f"{index.dtype} {index.shape} and {values.shape}"
+            raise ValueError(f"index must be int [b] and values [b, {width}], got {got}")
+        if not np.can_cast(values.dtype, self._dtype, "safe"):
+            raise ValueError(
+                f"{values.dtype} values do not fit a {self._dtype} store without loss: cast first"
+            )
+        if len(index) and (index.min() < -1 or index.max() >= rows):
+            raise ValueError(f"index {int(index.min())}..{int(index.max())} is outside -1..{rows - 1}")
+        real = index >= 0
+        self._pending.append((index[real].astype(np.int64), values[real].astype(self._dtype)))
+        self._pending_bytes += int(real.sum()) * width * self._dtype.itemsize
+        if self._pending_bytes >= _BUFFER_BYTES or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make the buffered rows durable: first the values, then their done marks.
+
+        Raises:
+          UserError: the disk is full or not writable; says how many rows are kept. The buffer stays.
+        """
+        if self._pending:
+            index, values = self._merged_buffer()
+            marked = self._done.copy()
+            marked[index] = True
+            try:
+                # The future resolves once every chunk is on disk (TensorStore fsyncs its files).
+                self._array[index].write(values).result()
+                atomic_write(self.path / "done.bits", np.packbits(marked, bitorder="little").tobytes())
+            except (OSError, ValueError, RuntimeError) as error:
+                kept = f"{int(self._done.sum())} of {len(self._done)} rows"
+                raise UserError(
+                    f"{self.path}: cannot write to the row store ({_reason(error)}). Kept: {kept}. Free some "
+                    "space or mend the directory, then run the same command again: it goes on from there."
+                ) from error
+            self._done = marked
+        self._pending, self._pending_bytes = [], 0
+        self._flushed_at = time.monotonic()
+
+    def _merged_buffer(self) -> tuple[np.ndarray, np.ndarray]:
+        """Buffered rows as (index [b], values [b, width]), sorted, the last of equal indices kept."""
+        index = np.concatenate([i for i, _ in self._pending])
+        values = np.concatenate([v for _, v in self._pending])
+        kept, last = np.unique(index[::-1], return_index=True)
+        return kept, values[::-1][last]
+
+    def read(self, index: Any = None) -> np.ndarray:
+        """All rows [rows, width], or those of ``index`` int [b] as [b, width]; flushes first.
+
+        Raises:
+          UserError: a row asked for was never written.
+        """
+        self.flush()
+        wanted = np.arange(self.shape[0]) if index is None else np.asarray(index, dtype=np.int64)
+        missing = wanted[~self._done[wanted]]
+        if len(missing):
+            raise UserError(
+                f"{self.path}: {len(missing)} of {len(wanted)} rows are not computed yet (first: row "
+                f"{int(missing[0])}). Run the command that fills this store again: it goes on from there."
+            )
+        source = self._array if index is None else self._array[wanted]
+        try:
+            return np.asarray(source.read().result())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: cannot read the row store ({_reason(error)}). {_ANEW}") from error
+
+    def __enter__(self) -> RowStore:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.flush()
+        else:  # keep finished work, but let the first error be the one that is seen
+            with contextlib.suppress(UserError):
+                self.flush()
+
+
+def _reason(error: Exception) -> str:
+    """The cause in a few words: TensorStore's messages carry a long trail of source locations."""
+    text = getattr(error, "strerror", None) or str(error)
+    for cause in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if os.strerror(cause) in text:
+            return os.strerror(cause)
+    return text.split(" [source locations")[0].strip()
+
+
+def _remove_store(path: Path) -> None:
+    if not path.is_dir():
+        return
+    if not (path / "manifest.json").exists() and any(path.iterdir()):
+        raise ConfigError(
+            f"{path}: is not a row store (no manifest.json in it), so --overwrite leaves it alone. "
+            "Choose another directory."
+        )
+    shutil.rmtree(path)
+
+
+def _prepare(path: Path, wanted: dict) -> None:
+    """Make the directory and its manifest, or check the manifest that is there against ``wanted``."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; the row store is a directory. Choose another path.")
+    file = path / "manifest.json"
+    if file.exists():
+        changed = differences(_read_manifest(file), wanted)
+        if changed:
+            raise ConfigError(
+                f"{path}: holds rows computed with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nUse a new output directory, or --overwrite to compute them again."
+            )
+        return
+    # A kill during creation leaves at most the temporary manifest.
+    if path.exists() and any(entry.suffix != ".tmp" for entry in path.iterdir()):
+        raise ConfigError(
+            f"{path}: is not empty and not a row store (no manifest.json in it). Choose another directory."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps(wanted, indent=2, ensure_ascii=False).encode())
+
+
+def _read_manifest(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not {"format", "shape", "manifest"} <= content.keys():
+            raise ValueError("the keys format, shape and manifest were expected")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{file}: the manifest of this row store is damaged ({error}). {_ANEW}") from error
+    return content
+
+
+def _open_array(path: Path, rows: int, width: int, dtype: np.dtype) -> ts.TensorStore:
+    spec: dict = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path.resolve() / 'values'}/"},
+        # Otherwise a chunk that equals the fill value is left out, and -0.0 or a NaN payload could change.
+        "store_data_equal_to_fill_value": True,
+    }
+    exists = (path / "values" / "zarr.json").exists()
+    if not exists:
+        if (path / "done.bits").exists():
+            raise UserError(f"{path}: damaged: done.bits is there, values/zarr.json is not. {_ANEW}")
+        chunk = min(max(1, _CHUNK_BYTES // (width * dtype.itemsize)), max(1, rows))
+        grid = {"name": "regular", "configuration": {"chunk_shape": [chunk, width]}}
+        spec["metadata"] = {"shape": [rows, width], "data_type": dtype.name, "chunk_grid": grid}
+    try:
+        array: Any = ts.open(spec, open=exists, create=not exists).result()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot open the row store ({_reason(error)}). {_ANEW}") from error
+    if tuple(array.shape) != (rows, width) or array.dtype.numpy_dtype != dtype:
+        found = f"{array.dtype.name} {tuple(array.shape)}"
+        raise UserError(
+            f"{path}: damaged: values/ holds {found}, the manifest says {dtype.name} {(rows, width)}. {_ANEW}"
+        )
+    return array
+
+
+def _read_done(path: Path, rows: int) -> np.ndarray:
+    file = path / "done.bits"
+    if not file.exists():
+        return np.zeros(rows, dtype=bool)
+    packed = np.frombuffer(file.read_bytes(), dtype=np.uint8)
+    if len(packed) != (rows + 7) // 8:
+        expected = f"{(rows + 7) // 8} expected for {rows} rows"
+        raise UserError(f"{file}: damaged: {len(packed)} bytes, {expected}. {_ANEW}")
+    return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
