@@ -1,0 +1,19 @@
+"""Fine-tuning: AdamW on the mean NLL per response token, resumable bit for bit."""
+
+from ntkjax.training.config import TrainConfig
+from ntkjax.training.loop import fit
+from ntkjax.training.manifest import TrainingData
+from ntkjax.training.mixture import EpochPlan, mixture_indices
+from ntkjax.training.optimiser import adam_moments, learning_rates
+from ntkjax.training.result import FitResult
+
+__all__ = [
+    "EpochPlan",
+    "FitResult",
+    "TrainConfig",
+    "TrainingData",
+    "adam_moments",
+    "fit",
+    "learning_rates",
+    "mixture_indices",
+]

@@ -1,0 +1,55 @@
+"""Training state on disk, through orbax: written whole or not at all, newest first on resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from ntkjax.errors import CheckpointError
+
+
+class Checkpoints:
+    """The checkpoints of one run under ``folder``: one directory per step, the newest ``keep`` of them.
+
+    Each holds the arrays (parameters, optimiser state, best parameters so far) and a small JSON record of the
+    progress. A step counts only once orbax has committed it, so a process killed while saving leaves the
+    previous checkpoint in force.
+    """
+
+    def __init__(self, folder: Path, keep: int | None):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, arrays: PyTree, progress: dict[str, Any]) -> None:
+        """Save both under ``step`` and return when they are on disk."""
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress))
+        self._manager.save(step, args=args)
+
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """(arrays, progress) of ``step``; the arrays take structure, shapes, dtypes and sharding from ``like``.
+
+        Raises:
+          CheckpointError: a file of the checkpoint is missing or damaged.
+        """
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(step, args=args)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to resume"
+                " from the one before it, or start over with resume off"
+            ) from error
+        return found["arrays"], found["progress"]
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,116 @@
+"""Every setting of a fine-tuning run, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from ntkjax.errors import ConfigError
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one fine-tuning run (AdamW, response-only token-mean loss).
+
+    Raises:
+      ConfigError: a value is out of range or of the wrong type; the message names the field.
+    """
+
+    epochs: float | int = 3
+    """Passes over the training examples (paper: 3). Ignored where ``steps`` is given."""
+    steps: int | None = None
+    """Optimiser steps; overrides ``epochs``. Give two runs the same number to compare them at equal steps."""
+    batch_size: int = 16
+    """Examples per optimiser step."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step; the result does not depend on it beyond rounding (1e-6)."""
+    micro_batch_tokens: int | None = None
+    """Most padded tokens in one micro-batch: long buckets then accumulate over more micro-batches. None: no bound."""
+    max_buckets: int = 4
+    """Padded lengths that batches are rounded up to; the step is compiled once for each."""
+    learning_rate: float = 2e-5
+    """Peak learning rate (paper: 2e-5 for an 8B model; smaller models want more, e.g. 1e-3 with LoRA at 10M)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up: to zero linearly, to zero by a half cosine, or constant."""
+    warmup_ratio: float = 0.03
+    """Share of all steps over which the learning rate rises linearly to its peak (paper: 0.03)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per unit of learning rate; not applied to leaves named ``bias`` or ``scale``."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment, per step."""
+    b2: float = 0.999
+    """Decay of AdamW's second moment, per step."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    clip_norm: float | None = 1.0
+    """Largest global L2 norm of the gradient; clipped steps are counted and reported. None: never clip."""
+    domain_share: float | None = None
+    """Least share of each epoch that domain examples make, reached by repeating them. None: as the data come."""
+    eval_every: int | None = None
+    """Optimiser steps between evaluations on dev. None: once per epoch. The last step is always evaluated."""
+    patience: int | None = None
+    """Evaluations without improvement of the dev loss after which training stops. None: never stop early."""
+    restore_best: bool = True
+    """With a dev set, return the parameters of the evaluation with the lowest dev loss, not the last ones."""
+    save_every: int | None = None
+    """Optimiser steps between checkpoints. None: once per epoch. The last step is always saved."""
+    keep_checkpoints: int | None = 2
+    """Newest checkpoints kept on disk. None: all of them (to look at training over time)."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_ranges(self)
+
+
+_OPTIONAL = frozenset({"steps", "micro_batch_tokens", "clip_norm", "domain_share", "eval_every", "patience",
+                       "save_every", "keep_checkpoints"})  # fmt: skip
+_COUNTS = frozenset({"steps", "batch_size", "accumulation", "micro_batch_tokens", "max_buckets", "eval_every",
+                     "patience", "save_every", "keep_checkpoints"})  # fmt: skip
+_REALS = frozenset({"epochs", "learning_rate", "warmup_ratio", "weight_decay", "b1", "b2", "eps", "clip_norm",
+                    "domain_share"})  # fmt: skip
+
+
+def _fail(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"training option {name} = {value!r}: expected {expected}")
+
+
+def _check_types(config: TrainConfig) -> None:
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value is None and name in _OPTIONAL:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in _COUNTS and not (number and isinstance(value, int)):
+            raise _fail(name, value, "a whole number" + (" or none" if name in _OPTIONAL else ""))
+        if name in _REALS and not (number and math.isfinite(value)):
+            # YAML reads 1e-4 as text: the remedy belongs in the message.
+            hint = " (in YAML write 1.0e-4, not 1e-4)" if isinstance(value, str) else ""
+            raise _fail(name, value, "a finite number" + hint)
+    if not isinstance(config.restore_best, bool):
+        raise _fail("restore_best", config.restore_best, "true or false")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in sorted(_COUNTS):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise _fail(name, value, "at least 1")
+    for name in ("epochs", "learning_rate", "eps"):
+        if getattr(config, name) <= 0:
+            raise _fail(name, getattr(config, name), "a number above 0")
+    if config.weight_decay < 0:
+        raise _fail("weight_decay", config.weight_decay, "a number of at least 0")
+    if config.clip_norm is not None and config.clip_norm <= 0:
+        raise _fail("clip_norm", config.clip_norm, "a number above 0, or none to switch clipping off")
+    for name in ("b1", "b2", "warmup_ratio"):
+        if not 0 <= getattr(config, name) < 1:
+            raise _fail(name, getattr(config, name), "a number in [0, 1)")
+    if config.domain_share is not None and not 0 < config.domain_share < 1:
+        raise _fail("domain_share", config.domain_share, "a number strictly between 0 and 1, or none")
+    if config.schedule not in SCHEDULES:
+        raise _fail("schedule", config.schedule, "one of " + ", ".join(SCHEDULES))
+    if config.accumulation > config.batch_size:
+        raise _fail("accumulation", config.accumulation, f"at most batch_size = {config.batch_size}")

@@ -1,0 +1,125 @@
+"""What a run was started with, so that a resume under other settings, data or weights is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from ntkjax.errors import CheckpointError
+from ntkjax.training.config import TrainConfig
+from ntkjax.types import Batch
+
+_NO_EFFECT = ("save_every", "keep_checkpoints")
+"""Settings that change no number: they may differ between a run and its resumption."""
+
+_CORNER = 16
+"""Entries per axis of every weight that enter its fingerprint: enough to tell two models apart, cheap to read."""
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """What training needs of a dataset; :class:`ntkjax.data.TokenisedDataset` has it."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int32 [N]."""
+        ...
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """Response tokens of each example, int32 [N]."""
+        ...
+
+    @property
+    def ids(self) -> Any:
+        """Names of the examples, N strings."""
+        ...
+
+    def collate(self, indices: Any, rows: int, length: int) -> Batch:
+        """A batch of ``rows`` rows padded to ``length``; rows beyond ``indices`` are fillers."""
+        ...
+
+
+def fingerprint_data(data: TrainingData) -> str:
+    """SHA-256 over the ids, both lengths and every token, in 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    digest.update("\0".join(map(str, data.ids)).encode())
+    for column in (data.lengths, data.response_lengths):
+        digest.update(np.asarray(column, np.int64).tobytes())
+    chunk = 256
+    for start in range(0, len(data.lengths), chunk):
+        rows = np.arange(start, min(start + chunk, len(data.lengths)))
+        batch = data.collate(rows, len(rows), int(np.max(data.lengths[rows])))
+        digest.update(np.asarray(batch.tokens, np.int64).tobytes())
+        digest.update(np.asarray(batch.response_mask, bool).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _corners(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [leaf[tuple(slice(0, _CORNER) for _ in leaf.shape)] for leaf in leaves]
+
+
+def fingerprint_tree(tree: Any) -> str:
+    """SHA-256 over the path, shape, dtype and leading corner of every leaf, in 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0] or [((), np.zeros(0, np.float32))])
+    for path, leaf, corner in zip(paths, leaves, _corners([jax.numpy.asarray(leaf) for leaf in leaves])):
+        digest.update(f"{jax.tree_util.keystr(path)} {np.shape(leaf)} {corner.dtype}".encode())
+        digest.update(np.asarray(corner).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def make_manifest(
+    nll_fn: Any,
+    params: Any,
+    train: TrainingData,
+    config: TrainConfig,
+    *,
+    seed: int,
+    dev: TrainingData | None,
+    domain: np.ndarray,
+) -> dict[str, Any]:
+    """Flat dictionary of all that decides the numbers of a run."""
+    settings = {f"config.{k}": v for k, v in dataclasses.asdict(config).items() if k not in _NO_EFFECT}
+    return settings | {
+        "seed": seed,
+        "training data (examples)": len(train.lengths),
+        "training data (content)": fingerprint_data(train),
+        "dev data (content)": None if dev is None else fingerprint_data(dev),
+        "domain rows": hashlib.sha256(np.asarray(domain, np.int64).tobytes()).hexdigest()[:16],
+        "initial parameters": fingerprint_tree(params),
+        "model": fingerprint_tree(nll_fn),
+    }
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write ``path`` where it is missing; else compare.
+
+    Raises:
+      CheckpointError: a key differs, and which; or the file is not JSON.
+    """
+    if not path.exists():
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(manifest, indent=2) + "\n")
+        scratch.replace(path)
+        return
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}). Use another output folder") from error
+    missing = object()
+    changed = [
+        f"{key} was {old.get(key)!r}, is now {manifest.get(key)!r}"
+        for key in sorted(old.keys() | manifest.keys())
+        if old.get(key, missing) != manifest.get(key, missing)
+    ]
+    if changed:
+        raise CheckpointError(f"{path.parent}: this run cannot be resumed: " + "; ".join(changed)
+                              + ". Put them back, use another output folder, or start over with resume off")  # fmt: skip

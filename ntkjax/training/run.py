@@ -1,0 +1,282 @@
+"""One fine-tuning run: its steps, its evaluations, and what it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ntkjax.errors import UserError
+from ntkjax.training.checkpoint import Checkpoints
+from ntkjax.training.config import TrainConfig
+from ntkjax.training.manifest import TrainingData
+from ntkjax.training.metrics_log import MetricsLog
+from ntkjax.training.mixture import EpochPlan
+from ntkjax.training.optimiser import AdamW, learning_rates
+from ntkjax.training.padding import Padding
+from ntkjax.training.result import FitResult, Progress
+from ntkjax.training.step import (
+    StepMetrics,
+    TrainState,
+    cast_like,
+    eval_step,
+    init_state,
+    leaf_dtypes,
+    train_step,
+)
+from ntkjax.types import Batch, Params
+
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+
+
+class Run:
+    """One call of :func:`fit`: the state that changes from step to step, and where it is written."""
+
+    def __init__(
+        self,
+        nll_fn: Callable,
+        params: Params,
+        train: TrainingData,
+        dev: TrainingData | None,
+        config: TrainConfig,
+        plan: EpochPlan,
+        folder: Path | None,
+        extra_metrics: Callable | None,
+        place_batch: Callable | None,
+        row_multiple: int,
+    ):
+        self.nll_fn, self.train_data, self.dev, self.config, self.plan = nll_fn, train, dev, config, plan
+        self.folder, self.extra_metrics = folder, extra_metrics
+        self.place_batch = place_batch or (lambda batch: batch)
+        self.dtypes = leaf_dtypes(params)
+        self.optimiser = AdamW.of(config)
+        self.state = init_state(params, self.optimiser)
+        # A copy: every step donates the buffers of the state.
+        self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
+        self.padding = Padding.of(plan.lengths, config, row_multiple)
+        self.dev_padding = None if dev is None else Padding.of(np.asarray(dev.lengths), config, row_multiple)
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.rates = learning_rates(config, self.steps)
+        self.eval_every = config.eval_every or self.steps_per_epoch
+        self.save_every = config.save_every or self.steps_per_epoch
+        self.progress = Progress()
+        self.log = MetricsLog(None)
+        self.checkpoints: Checkpoints | None = None
+        self.seen_shapes: set[tuple[int, ...]] = set()
+
+    # -- where a run begins ------------------------------------------------------------------------------------
+
+    def restore_or_start(self) -> None:
+        """Take up the newest checkpoint, or start at step 0 with an evaluation of the given parameters."""
+        if self.folder is not None:
+            with self._writing():
+                self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.config.keep_checkpoints)
+            newest = self.checkpoints.latest()
+            if newest is not None:
+                arrays, saved = self.checkpoints.restore(newest, self._arrays())
+                self.state = TrainState(arrays["params"], arrays["opt_state"])
+                self.best = arrays.get("best")
+                self.progress = Progress(**saved)
+            primary = jax.process_index() == 0
+            with self._writing():
+                self.log = MetricsLog(self.folder / METRICS if primary else None, self.progress.metrics_bytes)
+        if self.progress.step == 0:
+            self.evaluate()
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def train(self, show: bool) -> None:
+        first = self.progress.step
+        if self.progress.stopped_early or first >= self.steps:
+            return
+        batches = self._prefetched(first)
+        bar = tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning")
+        with bar, contextlib.closing(batches):
+            for rows, batch, accumulation, fetch_next in batches:
+                loss = self.one_step(rows, batch, accumulation, fetch_next)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                step = self.progress.step
+                last = step == self.steps
+                if step % self.eval_every == 0 or last:
+                    self.evaluate()
+                last = last or self.progress.stopped_early
+                if step % self.save_every == 0 or last:
+                    self.save()
+                if last:
+                    return
+
+    def _prefetched(self, first: int) -> Iterator[tuple]:
+        """(rows, batch, accumulation, fetch_next): ``fetch_next()`` builds the next batch while the device works."""
+        stream = ((rows, *self.padding.collate(self.train_data, rows))
+                  for rows in self.plan.batches(first, self.steps))  # fmt: skip
+        waiting = [next(stream, None)]
+        while waiting[0] is not None:
+            current, fetched = waiting[0], []
+            yield (*current, lambda fetched=fetched: fetched.append(next(stream, None)))
+            waiting = fetched
+
+    def one_step(self, rows: np.ndarray, batch: Batch, accumulation: int, fetch_next: Callable) -> float:
+        """Take one optimiser step, log it and return its loss."""
+        started = time.perf_counter()
+        step = self.progress.step
+        rate = float(self.rates[step])
+        self.state, metrics = train_step(
+            self.nll_fn, self.state, self.place_batch(batch), rate,
+            optimiser=self.optimiser, accumulation=accumulation, dtypes=self.dtypes,
+        )  # fmt: skip
+        fetch_next()
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        seconds = time.perf_counter() - started
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(step + 1, loss, norm, rows, batch, metrics)
+        clipped = self.config.clip_norm is not None and norm > self.config.clip_norm
+        tokens = int(np.sum(self.plan.lengths[rows]))
+        self._count(step + 1, tokens, seconds, clipped, (*batch.tokens.shape, accumulation))
+        self._append({
+            "kind": "train", "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": loss, "lr": rate,
+            "grad_norm": norm, "clipped": clipped, "tokens": tokens,
+            "response_tokens": int(np.sum(metrics.counts)), "tokens_per_second": tokens / seconds,
+        })  # fmt: skip
+        return loss
+
+    def _count(self, step: int, tokens: int, seconds: float, clipped: bool, shape: tuple[int, ...]) -> None:
+        self.progress.step = step
+        self.progress.clipped_steps += clipped
+        # The first step of each shape may compile: its time says nothing about speed.
+        if shape in self.seen_shapes:
+            self.progress.timed_tokens += tokens
+            self.progress.timed_seconds += seconds
+        self.seen_shapes.add(shape)
+
+    def _not_finite(
+        self, step: int, loss: float, norm: float, rows: np.ndarray, batch: Batch, metrics: StepMetrics
+    ) -> UserError:
+        nll, index = np.asarray(metrics.nll), np.asarray(batch.index)
+        bad = index[~np.isfinite(nll) & (index >= 0)]
+        who = f"examples with a non-finite loss: {self._names(bad)}; " if bad.size else ""
+        return UserError(
+            f"training stopped at step {step}: loss {loss}, gradient norm {norm}. {who}examples of the batch:"
+            f" {self._names(rows)}. {self._kept()} Lower learning_rate (now {self.config.learning_rate}) or look at"
+            " these examples"
+        )
+
+    def _names(self, rows: np.ndarray, most: int = 16) -> str:
+        names = [str(self.train_data.ids[int(row)]) for row in rows[:most]]
+        return ", ".join(names) + (f" and {len(rows) - most} more" if len(rows) > most else "")
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Log dev loss and extra metrics; after step 0, keep the best parameters and count towards patience."""
+        if self.dev is None and self.extra_metrics is None:
+            return
+        progress, entry = self.progress, {"kind": "dev", "step": self.progress.step}
+        if self.dev is not None:
+            loss = self._dev_loss(self.dev)
+            entry["dev_loss"] = loss
+            if progress.step > 0:
+                if progress.best_loss is None or loss < progress.best_loss:
+                    progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+                    self.best = jax.tree.map(jnp.copy, self.state.params)
+                else:
+                    progress.stale += 1
+                progress.stopped_early = (
+                    self.config.patience is not None
+                    and progress.stale >= self.config.patience
+                    and progress.step < self.steps
+                )
+        if self.extra_metrics is not None:
+            entry |= self.extra_metrics(cast_like(self.state.params, self.dtypes))
+        self._append(entry)
+
+    def _dev_loss(self, dev: TrainingData) -> float:
+        """sum_i |S_i| nll_i / sum_i |S_i| over dev, summed in float64 on the host."""
+        assert self.dev_padding is not None
+        total, tokens = 0.0, 0
+        for rows, batch in self.dev_padding.evaluation_batches(dev):
+            nll, counts = eval_step(self.nll_fn, self.state.params, self.place_batch(batch), dtypes=self.dtypes)
+            real = slice(0, len(rows))
+            nll, counts = np.asarray(nll, np.float64)[real], np.asarray(counts)[real]
+            if not np.all(np.isfinite(nll)):
+                bad = ", ".join(str(dev.ids[int(row)]) for row in rows[~np.isfinite(nll)][:16])
+                raise UserError(f"evaluation after step {self.progress.step}: the loss of these dev examples is not"
+                                f" finite: {bad}. {self._kept()} Lower learning_rate or look at them")  # fmt: skip
+            total += float(np.sum(nll * counts))
+            tokens += int(np.sum(counts))
+        return total / tokens
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._writing():
+            self.log.append(entry)
+
+    def _arrays(self) -> dict[str, Any]:
+        arrays = {"params": self.state.params, "opt_state": self.state.opt_state}
+        return arrays if self.dev is None else arrays | {"best": self.best}
+
+    def save(self) -> None:
+        if self.checkpoints is None:
+            return
+        with self._writing():
+            self.progress.metrics_bytes = self.log.sync()
+            self.checkpoints.save(
+                self.progress.step, self._arrays(), dataclasses.asdict(self.progress)
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a failure to write into an error that says what is safe."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot write ({error.strerror or error}) after step {self.progress.step}."
+                f" {self._kept()} Free space, then run the same command again to go on from there"
+            ) from error
+
+    def _kept(self) -> str:
+        newest = None if self.checkpoints is None else self.checkpoints.latest()
+        return "No checkpoint was kept." if newest is None else f"Kept: the checkpoint of step {newest} in {self.folder}."
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def result(self) -> FitResult:
+        progress = self.progress
+        use_best = self.dev is not None and self.config.restore_best
+        params = self.best if use_best else self.state.params
+        return FitResult(
+            params=cast_like(params, self.dtypes),
+            steps=progress.step,
+            best_step=progress.best_step if use_best else progress.step,
+            stopped_early=progress.stopped_early,
+            history=self.log.history,
+            tokens_per_second=self._speed(),
+            clipped_steps=progress.clipped_steps,
+            mean_lr=float(np.mean(self.rates[: progress.step])),
+            opt_state=self.state.opt_state,
+        )
+
+    def _speed(self) -> float:
+        if self.progress.timed_seconds > 0:
+            return self.progress.timed_tokens / self.progress.timed_seconds
+        # Every step was the first of its shape: the time of compilation is all there is.
+        lines = [line for line in self.log.history if line["kind"] == "train"]
+        seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines)
+        return sum(line["tokens"] for line in lines) / seconds if seconds else 0.0
+
+    def close(self) -> None:
+        self.log.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()

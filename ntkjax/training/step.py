@@ -1,0 +1,118 @@
+"""The two compiled functions of training: one optimiser step, one evaluation batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from ntkjax.training.objective import response_counts, token_mean_weights
+from ntkjax.training.optimiser import AdamW
+from ntkjax.types import Batch, Params, at_least_float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters in at least float32 (the master copy) and the optimiser's state."""
+
+    params: Params
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """Of one step: loss (nats per response token), gradient norm before clipping, NLL [B], response tokens [B]."""
+
+    loss: Array
+    grad_norm: Array
+    nll: Array
+    counts: Array
+
+
+def init_state(params: Params, optimiser: AdamW) -> TrainState:
+    """A state that owns its buffers (the step donates them), so that the caller's ``params`` stay usable."""
+    master = jax.tree.map(lambda leaf: jnp.array(at_least_float32(leaf), copy=True), params)
+    return TrainState(master, optimiser.transform(0.0).init(master))
+
+
+def cast_like(params: Params, dtypes: tuple[str, ...]) -> Params:
+    """The parameters in the dtypes the model was given in, leaf by leaf in tree order."""
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)])
+
+
+def leaf_dtypes(params: Params) -> tuple[str, ...]:
+    return tuple(jnp.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params))
+
+
+@partial(jax.jit, static_argnames=("optimiser", "accumulation", "dtypes"), donate_argnames=("state",))
+def train_step(
+    nll_fn: Callable,
+    state: TrainState,
+    batch: Batch,
+    learning_rate: float | Array,
+    *,
+    optimiser: AdamW,
+    accumulation: int,
+    dtypes: tuple[str, ...],
+) -> tuple[TrainState, StepMetrics]:
+    """theta <- AdamW(theta, grad sum_i w_i nll_i(theta)), w_i = |S_i| / sum_j |S_j| over the whole batch.
+
+    ``batch`` holds ``accumulation * b`` rows; micro-batch i is rows i, i + accumulation, ..., so that a batch
+    sharded over devices needs no exchange of rows. Gradients are summed in the dtype of the master copy.
+    """
+    weights = token_mean_weights(response_counts(batch), _master_dtype(state.params))
+
+    def loss_fn(master: Params, rows: tuple[Batch, Array]) -> tuple[Array, Array]:
+        micro, w = rows
+        nll = at_least_float32(nll_fn(cast_like(master, dtypes), micro)).astype(w.dtype)
+        return jnp.sum(w * nll), nll
+
+    (loss, nll), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation)
+    updates, opt_state = optimiser.transform(learning_rate).update(grads, state.opt_state, state.params)
+    metrics = StepMetrics(loss, optax.global_norm(grads), nll, response_counts(batch))
+    return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _master_dtype(params: Params) -> jnp.dtype:
+    return jnp.result_type(jnp.float32, *{leaf.dtype for leaf in jax.tree.leaves(params)})
+
+
+def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int) -> tuple:
+    """((sum of losses, NLL [B]), sum of gradients) over the micro-batches, the rows back in their order."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulation == 1:
+        return value_and_grad(params, rows)
+    micro = jax.tree.map(lambda x: _split(x, accumulation), rows)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def add(carry: tuple, one: Any) -> tuple:
+        loss, grads = carry
+        (loss_i, nll_i), grads_i = value_and_grad(params, one)
+        return (loss + loss_i, jax.tree.map(jnp.add, grads, grads_i)), nll_i
+
+    start = (jnp.zeros((), rows[1].dtype), zeros)
+    (loss, grads), nll = jax.lax.scan(add, start, micro)
+    return (loss, jnp.swapaxes(nll, 0, 1).reshape(-1)), grads
+
+
+def _split(x: Array, accumulation: int) -> Array:
+    """[A b, ...] -> [A, b, ...], micro-batch i being rows i, i + A, ..."""
+    x = jnp.asarray(x)
+    return jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1)
+
+
+@partial(jax.jit, static_argnames=("dtypes",))
+def eval_step(
+    nll_fn: Callable, params: Params, batch: Batch, *, dtypes: tuple[str, ...]
+) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """(NLL [B] in at least float32, response tokens [B]) of one batch under the master parameters."""
+    return at_least_float32(nll_fn(cast_like(params, dtypes), batch)), response_counts(batch)
