@@ -1,0 +1,264 @@
+"""The house rules, read from the sources: who may import whom, what nobody may, how long things may get."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
+
+# A part may import the parts of the groups before its own. Within a group the parts stand alone (models and
+# data, training and selection), except in the first two.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "types", "rng"),
+    ("store", "parallel"),
+    ("data", "models", "assets"),
+    ("ntk",),
+    ("training", "evaluation", "selection"),
+    ("report",),
+    ("stages",),
+    ("cli",),
+)
+FREE_GROUPS = {0, 1}
+# ntk sees functions, never a model class or a tokenizer; report reads files only.
+ONLY = {
+    "ntk": {"errors", "types", "rng", "store", "parallel"},
+    "report": {"errors", "types"},
+}
+FORBIDDEN = ("torch", "tensorflow")
+PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core")
+JAX_ADAPTER = "ntk/neural_tangents.py"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 50
+
+
+def sources(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
+    for path in sorted(root.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        yield path, text, ast.parse(text)
+
+
+def imports(path: Path, tree: ast.Module, root: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, absolute dotted name, imported at module level) of every import, lazy ones included."""
+    top_level = {id(node) for node in ast.walk(tree) if isinstance(node, ast.stmt)}
+    for outer in ast.walk(tree):
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef):
+            top_level -= {id(node) for node in ast.walk(outer)}
+    package = [root.name, *path.relative_to(root).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, id(node) in top_level
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}", id(node) in top_level
+
+
+def part_of(path: Path, root: Path) -> str:
+    """The part of the house a file is: its folder, or its own name at the top."""
+    first = path.relative_to(root).parts[0]
+    return first.removesuffix(".py")
+
+
+def allowed(part: str) -> set[str]:
+    """Parts that ``part`` may import, itself included."""
+    if part in ONLY:
+        return ONLY[part] | {part}
+    level = next(i for i, group in enumerate(LAYERS) if part in group)
+    below = {name for group in LAYERS[:level] for name in group}
+    return below | {part} | (set(LAYERS[level]) if level in FREE_GROUPS else set())
+
+
+def layer_faults(root: Path) -> list[str]:
+    known = {name for group in LAYERS for name in group}
+    faults = []
+    for path, _, tree in sources(root):
+        part, where = part_of(path, root), path.relative_to(root)
+        if part in ("__init__", "__main__"):  # the public names, above everything
+            continue
+        if part not in known:
+            faults.append(f"{where}: {part} has no place in LAYERS")
+            continue
+        for line, name, _ in imports(path, tree, root):
+            pieces = name.split(".")
+            if pieces[0] == root.name and len(pieces) > 1 and pieces[1] not in allowed(part):
+                faults.append(f"{where}:{line}: {part} must not import {'.'.join(pieces[:2])}")
+    return faults
+
+
+def module_graph(root: Path) -> dict[str, set[str]]:
+    """Imports between the modules of the package, as they run at import time."""
+    names = {}
+    for path, _, _ in sources(root):
+        parts = [root.name, *path.relative_to(root).with_suffix("").parts]
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for _, target, at_import_time in imports(path, tree, root):
+            if not at_import_time:
+                continue
+            # `from a.b import c` means the module a.b.c if there is one, else the name c of a.b.
+            module = target if target in names else target.rpartition(".")[0]
+            if module in names and module != name:
+                graph[name].add(module)
+    return graph
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    finished: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str] | None:
+        if node in trail:
+            return trail[trail.index(node) :] + [node]
+        if node in finished:
+            return None
+        for target in sorted(graph[node]):
+            cycle = visit(target, [*trail, node])
+            if cycle:
+                return cycle
+        finished.add(node)
+        return None
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), None)
+
+
+def import_faults(root: Path) -> list[str]:
+    faults = []
+    for path, _, tree in sources(root):
+        where = str(path.relative_to(root))
+        for line, name, _ in imports(path, tree, root):
+            within = lambda banned, name=name: name == banned or name.startswith(banned + ".")
+            if any(map(within, FORBIDDEN)):
+                faults.append(f"{where}:{line}: imports {name}")
+            private = any(map(within, PRIVATE_JAX)) or (within("jax") and "._" in name)
+            if private and where != JAX_ADAPTER:
+                faults.append(f"{where}:{line}: private jax name {name}")
+        for node in ast.walk(tree):
+            reached = isinstance(node, ast.Attribute) and ast.unparse(node).startswith("jax._")
+            if reached and where != JAX_ADAPTER:
+                faults.append(f"{where}:{node.lineno}: private jax name {ast.unparse(node)}")
+    return faults
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def length_faults(root: Path) -> list[str]:
+    faults = []
+    for path, text, tree in sources(root):
+        where = path.relative_to(root)
+        lines = text.count("\n")
+        if lines > MAX_FILE_LINES:
+            faults.append(f"{where}: {lines} lines")
+        for function in functions(tree):
+            length = (function.end_lineno or 0) - function.lineno + 1
+            first = function.body[0]
+            if ast.get_docstring(function) is not None:
+                length -= (first.end_lineno or 0) - first.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                faults.append(f"{where}:{function.lineno}: {function.name} has {length} lines")
+    return faults
+
+
+def docstring_faults(root: Path) -> list[str]:
+    """Modules and public classes, functions and methods without a docstring; nested functions are private."""
+    faults = []
+    for path, _, tree in sources(root):
+        where = path.relative_to(root)
+        if ast.get_docstring(tree) is None and path.read_text(encoding="utf-8").strip():
+            faults.append(f"{where}:1: the module has no docstring")
+        scopes: list[ast.Module | ast.ClassDef] = [tree]
+        while scopes:
+            for node in scopes.pop().body:
+                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    continue
+                if node.name.startswith("_"):
+                    continue
+                if ast.get_docstring(node) is None:
+                    faults.append(f"{where}:{node.lineno}: {node.name} has no docstring")
+                if isinstance(node, ast.ClassDef):
+                    scopes.append(node)
+    return faults
+
+
+def test_imports_point_downwards_only():
+    assert layer_faults(PACKAGE) == []
+
+
+def test_no_import_cycles():
+    graph = module_graph(PACKAGE)
+    assert len(graph) > 5 and any(graph.values()), "the walk found no package: the test has tested nothing"
+    assert find_cycle(graph) is None
+
+
+def test_no_private_jax_and_no_torch_or_tensorflow():
+    assert import_faults(PACKAGE) == []
+
+
+def test_files_and_functions_are_short():
+    assert length_faults(PACKAGE) == []
+
+
+def test_public_names_have_docstrings():
+    assert docstring_faults(PACKAGE) == []
+
+
+BAD = {
+    "errors.py": '"""x."""\nfrom ntkjax import types\n',
+    "types.py": '"""x."""\nfrom . import errors\nimport jax._src.core\n',
+    "models/__init__.py": '"""."""\nimport jax\ndef f():\n    from ntkjax.data.rows import x\n    jax._src.y\n',
+    "data/records.py": '"""x."""\nfrom ..cli import main\nimport torch.nn\nfrom jax.interpreters import ad\n',
+    "ntk/scores.py": '"""x."""\nimport ntkjax.models.load\n',
+    "ntk/neural_tangents.py": '"""x."""\nfrom jax._src import core\n',
+    "training/loop.py": '"""x."""\nfrom ntkjax.selection import base\nfrom ntkjax.data import records\n',
+    "report/page.py": '"""x."""\nfrom ntkjax.store import y\n',
+    "cli.py": "def main():\n    "
+    + "x = 1\n    " * 60
+    + "\n\nclass A:\n    def b(self): ...\n    def _c(self): ...\n",
+    "long.py": '"""x."""\n' + "x = 1\n" * 401,
+}
+
+
+@pytest.fixture
+def bad_package(tmp_path) -> Path:
+    for name, text in BAD.items():
+        file = tmp_path / "ntkjax" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return tmp_path / "ntkjax"
+
+
+def test_the_rules_catch_a_bad_package(bad_package):
+    assert layer_faults(bad_package) == [
+        "data/records.py:2: data must not import ntkjax.cli",
+        "long.py: long has no place in LAYERS",
+        "models/__init__.py:4: models must not import ntkjax.data",
+        "ntk/scores.py:2: ntk must not import ntkjax.models",
+        "report/page.py:2: report must not import ntkjax.store",
+        "training/loop.py:2: training must not import ntkjax.selection",
+    ]
+    assert find_cycle(module_graph(bad_package)) == ["ntkjax.errors", "ntkjax.types", "ntkjax.errors"]
+    assert import_faults(bad_package) == [
+        "data/records.py:3: imports torch.nn",
+        "data/records.py:4: private jax name jax.interpreters.ad",
+        "models/__init__.py:5: private jax name jax._src.y",
+        "models/__init__.py:5: private jax name jax._src",
+        "types.py:3: private jax name jax._src.core",
+    ]
+    assert length_faults(bad_package) == ["cli.py:1: main has 61 lines", "long.py: 402 lines"]
+    assert docstring_faults(bad_package) == [
+        "cli.py:1: the module has no docstring",
+        "cli.py:1: main has no docstring",
+        "cli.py:64: A has no docstring",
+        "cli.py:65: b has no docstring",
+        "models/__init__.py:3: f has no docstring",
+    ]
