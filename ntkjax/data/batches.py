@@ -1,0 +1,300 @@
+"""Tokenised examples, memory-mapped, and the padded batches made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from ntkjax.data.buckets import bucket_lengths, round_up
+from ntkjax.data.cache import digest
+from ntkjax.data.records import Records, concat_records
+from ntkjax.errors import ConfigError
+from ntkjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenisedDataset:
+    """A view of tokenised examples.
+
+    Attributes:
+      stores: flat int32 token arrays (memory-mapped where they come from ``tokenise``).
+      part: int16 [N], which of ``stores``; start: int64 [N], where in it the example starts.
+      lengths: int32 [N], tokens of each example, at least 2.
+      response_starts: int32 [N], first token of the response, at least 1.
+      pad_id: token in padded positions.
+      report: what tokenising found: examples, tokens, prompt_truncated, response_truncated, ...
+      records: where the examples come from, in the same order; None for ``from_sequences``.
+      labels: (ids, sources) where there are no records.
+      recipe: digest of the tokenizer and the maximal length, None for ``from_sequences``.
+    """
+
+    stores: tuple[np.ndarray, ...]
+    part: np.ndarray
+    start: np.ndarray
+    lengths: np.ndarray
+    response_starts: np.ndarray
+    pad_id: int
+    report: dict[str, Any]
+    records: Records | None = None
+    labels: tuple[Sequence[str], Sequence[str]] | None = None
+    recipe: str | None = None
+
+    @classmethod
+    def from_sequences(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        response_starts: Sequence[int],
+        *,
+        ids: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
+        pad_id: int = 0,
+    ) -> TokenisedDataset:
+        """A data set from token lists in memory. Each needs a prompt and a response token at least."""
+        for i, (row, start) in enumerate(zip(tokens, response_starts, strict=True)):
+            if not 1 <= start < len(row):
+                raise ConfigError(
+                    f"example {i}: response_start is {start} of {len(row)} tokens; expected 1 <= it < length"
+                )
+        lengths = np.asarray([len(row) for row in tokens], np.int32)
+        return cls(
+            stores=(np.asarray([token for row in tokens for token in row], np.int32),),
+            part=np.zeros(len(tokens), np.int16),
+            start=np.cumsum(lengths, dtype=np.int64) - lengths,
+            lengths=lengths,
+            response_starts=np.asarray(response_starts, np.int32),
+            pad_id=pad_id,
+            report={"examples": len(tokens), "tokens": int(lengths.sum())},
+            labels=(
+                list(ids) if ids is not None else [str(i) for i in range(len(tokens))],
+                list(sources) if sources is not None else ["tokens"] * len(tokens),
+            ),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """int32 [N]: tokens of each response, its end token included."""
+        return self.lengths - self.response_starts
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Id of each example."""
+        return self.records.ids if self.records is not None else self._labels[0]
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """Source of each example."""
+        return self.records.sources if self.records is not None else self._labels[1]
+
+    @property
+    def _labels(self) -> tuple[Sequence[str], Sequence[str]]:
+        return self.labels if self.labels is not None else ([], [])
+
+    def tokens(self, i: int | np.integer) -> tuple[np.ndarray, int]:
+        """(int32 tokens [T_i], position of the first response token) of example ``i``."""
+        start = self.start[i]
+        return self.stores[self.part[i]][start : start + self.lengths[i]], int(self.response_starts[i])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of the content: records, tokenizer and maximal length, or the tokens themselves."""
+        if self.records is not None and self.recipe is not None:
+            return digest(self.records.fingerprint, self.recipe)
+        content = blake2b(digest_size=16)
+        for array in (self.lengths, self.response_starts):
+            content.update(array.astype("<i4").tobytes())
+        for i in range(len(self)):
+            content.update(self.tokens(i)[0].astype("<i4").tobytes())
+        return content.hexdigest()
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenisedDataset:
+        """The examples at ``indices``, in that order; index k of the result is ``indices[k]`` here. Copies
+        no tokens.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        labels = self.labels and tuple([column[i] for i in chosen] for column in self.labels)
+        return dataclasses.replace(
+            self,
+            part=self.part[chosen],
+            start=self.start[chosen],
+            lengths=self.lengths[chosen],
+            response_starts=self.response_starts[chosen],
+            records=self.records.subset(chosen) if self.records is not None else None,
+            labels=labels,
+        )
+
+    def collate(
+        self, indices: Sequence[int] | np.ndarray, *, rows: int | None = None, length: int | None = None
+    ) -> Batch:
+        """One padded batch (NumPy leaves) of the examples at ``indices``, in that order.
+
+        Args:
+          rows: rows of the batch; those beyond ``indices`` are filler (index -1, length 1, the pad token,
+            no response).
+          length: tokens per row; by default the longest example, rounded up to a multiple of 8.
+
+        Raises:
+          ConfigError: more examples than rows, or an example longer than ``length``.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        rows = max(1, len(chosen)) if rows is None else rows
+        longest = int(self.lengths[chosen].max(initial=1))
+        length = round_up(longest, 8) if length is None else length
+        if len(chosen) > rows or longest > length:
+            raise ConfigError(
+                f"a batch of {rows} rows and {length} tokens cannot hold {len(chosen)} examples of up to "
+                f"{longest} tokens; expected enough rows and length; raise them or pass fewer examples"
+            )
+        tokens = np.full((rows, length), self.pad_id, np.int32)
+        lengths, index = np.ones(rows, np.int32), np.full(rows, -1, np.int32)
+        starts = np.ones(rows, np.int32)
+        for row, i in enumerate(chosen):
+            sequence, starts[row] = self.tokens(i)
+            tokens[row, : len(sequence)] = sequence
+            lengths[row] = len(sequence)
+        index[: len(chosen)] = chosen
+        steps = np.arange(length, dtype=np.int32)[None]
+        mask = (steps >= starts[:, None]) & (steps < lengths[:, None])
+        return Batch(tokens=tokens, response_mask=mask, lengths=lengths, index=index)
+
+    def batches(
+        self,
+        *,
+        token_budget: int,
+        indices: Sequence[int] | np.ndarray | None = None,
+        max_buckets: int = 6,
+        row_multiple: int = 1,
+    ) -> BatchPlan:
+        """Every example (of ``indices``) once, in padded batches of at most ``token_budget`` tokens: see
+        ``BatchPlan``.
+        """
+        chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
+        planned = plan_batches(self.lengths, chosen, token_budget, max_buckets, row_multiple)
+        return BatchPlan(self, tuple(planned))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """One batch before it is filled: its padded length, its rows, and the examples in it (int64, at most
+    rows).
+    """
+
+    length: int
+    rows: int
+    indices: np.ndarray
+
+
+def plan_batches(
+    lengths: np.ndarray, indices: np.ndarray, token_budget: int, max_buckets: int = 6, row_multiple: int = 1
+) -> list[PlannedBatch]:
+    """Group ``indices`` by padded length, longest first, in the given order within a length.
+
+    All batches of one length have the same number of rows, at most ``max(1, token_budget // length)``,
+    evened out so that the last one is not left mostly empty. A bucket is only added where it saves more
+    tokens than one batch holds.
+    """
+    if token_budget < 1 or row_multiple < 1:
+        raise ConfigError(
+            f"token_budget is {token_budget} and row_multiple {row_multiple}; expected at least 1 of both"
+        )
+    edges = np.asarray(bucket_lengths(lengths[indices], max_buckets, bucket_cost=token_budget), np.int64)
+    bucket = np.searchsorted(edges, lengths[indices])
+    planned = []
+    for number in reversed(range(len(edges))):
+        members = indices[bucket == number]
+        most = max(1, token_budget // int(edges[number]))
+        most = max(row_multiple, most // row_multiple * row_multiple)
+        count = -(-len(members) // most)
+        rows = round_up(-(-len(members) // count), row_multiple)
+        parts = [members[k : k + rows] for k in range(0, len(members), rows)]
+        planned += [PlannedBatch(int(edges[number]), rows, part) for part in parts]
+    return planned
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """A sized sequence of batches that can be iterated any number of times, always the same.
+
+    One shape per bucket, so that a jitted function compiles once per bucket. ``plan[k]`` makes one batch;
+    iteration makes the next one in the background. Filler rows have index -1.
+    """
+
+    dataset: TokenisedDataset
+    planned: tuple[PlannedBatch, ...]
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    def __getitem__(self, k: int) -> Batch:
+        batch = self.planned[k]
+        return self.dataset.collate(batch.indices, rows=batch.rows, length=batch.length)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.planned:
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+            ahead = pool.submit(self.__getitem__, 0)
+            for k in range(1, len(self)):
+                ready, ahead = ahead.result(), pool.submit(self.__getitem__, k)
+                yield ready
+            yield ahead.result()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The distinct (rows, length), longest first: what a jitted function compiles for."""
+        return tuple(dict.fromkeys((batch.rows, batch.length) for batch in self.planned))
+
+    @property
+    def examples(self) -> int:
+        """Examples in the plan, filler rows not counted."""
+        return sum(len(batch.indices) for batch in self.planned)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens in all batches, padding and filler rows included."""
+        return sum(batch.rows * batch.length for batch in self.planned)
+
+    @property
+    def padding_waste(self) -> float:
+        """Share of ``padded_tokens`` that is padding or filler, between 0 and 1."""
+        real = sum(int(self.dataset.lengths[batch.indices].sum()) for batch in self.planned)
+        return 1.0 - real / self.padded_tokens if self.planned else 0.0
+
+
+def concat(first: TokenisedDataset, second: TokenisedDataset) -> TokenisedDataset:
+    """The examples of ``first``, then those of ``second``. Copies no tokens.
+
+    Raises:
+      ConfigError: they were made with different tokenizers or settings.
+    """
+    if first.pad_id != second.pad_id or (first.recipe and second.recipe and first.recipe != second.recipe):
+        raise ConfigError(
+            "two data sets tokenised differently cannot be joined; expected the same tokenizer and maximal "
+            "length; tokenise both with the same settings"
+        )
+    records = labels = None
+    if first.records is not None and second.records is not None:
+        records = concat_records(first.records, second.records)
+    else:
+        labels = ([*first.ids, *second.ids], [*first.sources, *second.sources])
+    names = {name for report in (first.report, second.report) for name in report}
+    return TokenisedDataset(
+        stores=first.stores + second.stores,
+        part=np.concatenate([first.part, second.part + np.int16(len(first.stores))]),
+        start=np.concatenate([first.start, second.start]),
+        lengths=np.concatenate([first.lengths, second.lengths]),
+        response_starts=np.concatenate([first.response_starts, second.response_starts]),
+        pad_id=first.pad_id,
+        report={name: first.report.get(name, 0) + second.report.get(name, 0) for name in sorted(names)},
+        records=records,
+        labels=labels,
+        recipe=first.recipe if first.recipe == second.recipe else None,
+    )

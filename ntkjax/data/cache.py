@@ -1,0 +1,77 @@
+"""Where prepared data lies on disk: directories named by what went into them, published whole or not at
+all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ntkjax.errors import DataError
+
+# Below this size a file is recognised by its content, above it by path, size and modification time.
+HASHED_FILE_BYTES = 64 * 2**20
+
+
+def default_cache_dir() -> Path:
+    """``$NTKJAX_CACHE``, else ``$XDG_CACHE_HOME/ntkjax``, else ``~/.cache/ntkjax``. Safe to delete at any
+    time.
+    """
+    given = os.environ.get("NTKJAX_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntkjax"
+
+
+def digest(*parts: Any) -> str:
+    """32 hex digits of BLAKE2b over the JSON of ``parts``: equal parts, equal digest, on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def file_signature(path: Path) -> list[Any]:
+    """What changes when the file does: its content's hash, or (large files) path, size and time in
+    nanoseconds.
+    """
+    stat = path.stat()
+    if stat.st_size > HASHED_FILE_BYTES:
+        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
+
+
+def build_once(kind: str, key: str, cache_dir: str | Path | None, build: Callable[[Path], None]) -> Path:
+    """The directory ``kind/key`` of the cache, made by ``build(directory)`` if it is not there.
+
+    ``build`` fills a temporary directory that is then renamed, so a killed process leaves no half-made
+    entry and two processes that build the same entry do not disturb one another.
+
+    Raises:
+      DataError: the cache directory cannot be written.
+    """
+    root = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / kind
+    final = root / key
+    if final.is_dir():
+        return final
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=root))
+    except OSError as error:
+        raise DataError(
+            f"{root}: the cache directory cannot be written ({error.strerror}); set NTKJAX_CACHE to a "
+            "directory that can, with room for about twice the data"
+        ) from error
+    try:
+        build(work)
+        # Losing this race means that another process has published the same content.
+        with contextlib.suppress(OSError):
+            work.rename(final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final

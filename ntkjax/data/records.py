@@ -1,0 +1,239 @@
+"""Prompt/response records: read from anywhere, validated line by line, memory-mapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ntkjax.data import ingest
+from ntkjax.data.cache import build_once, digest, file_signature
+from ntkjax.data.schema import Message
+from ntkjax.data.sources import is_hub_id, list_sources
+from ntkjax.data.table import Table, TextColumn
+from ntkjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record. ``messages`` is the chat before the response, or None where that is one user message,
+    ``prompt``. ``response`` is empty where the data was read with ``allow_missing_response`` and has
+    none.
+    """
+
+    id: str
+    source: str
+    prompt: str
+    messages: tuple[Message, ...] | None
+    response: str
+    answer: str | None = None
+    choices: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as ``read_records`` reads it: fields that are absent are left out."""
+        text: dict[str, Any] = {"prompt": self.prompt, "response": self.response}
+        if self.messages is not None:
+            text = {"messages": [*self.messages, {"role": "assistant", "content": self.response}]}
+        record = {"id": self.id, "source": self.source, **text}
+        if self.answer is not None:
+            record["answer"] = self.answer
+        if self.choices is not None:
+            record["choices"] = list(self.choices)
+        return record
+
+
+def read_records(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    split: str = "train",
+    on_bad_record: Literal["raise", "skip"] = "raise",
+    limit: int | None = None,
+    allow_missing_response: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Records:
+    """Read JSONL, JSON, Parquet, directories of those, or hub ids (``owner/name`` or ``owner/name:config``).
+
+    Several paths are concatenated. Records are validated one at a time and written to a memory-mapped Arrow
+    file in ``cache_dir`` (default: see ``default_cache_dir``), which is reused while the files stay as they
+    are.
+
+    Args:
+      split: which split of a hub data set.
+      on_bad_record: ``raise`` at the first bad record, or ``skip`` it, counted and listed in ``.report``.
+      limit: stop after this many good records.
+      allow_missing_response: accept prompts without a response (data to generate answers for).
+
+    Returns:
+      Records. An id that is missing becomes the first 16 hex digits of BLAKE2b(prompt, response), with
+      ``-2``, ``-3`` where the content repeats; a missing source becomes the stem of the file.
+
+    Raises:
+      DataError: ``FILE:LINE: what is wrong; expected ...; what to do``. Line is the row, from 1, in Parquet
+        and hub data, and the line on which the record starts in JSON.
+    """
+    if on_bad_record not in ("raise", "skip"):
+        raise ConfigError(f"on_bad_record is {on_bad_record!r}; expected 'raise' or 'skip'")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; expected at least 1, or None for all records")
+    sources = list_sources(paths)
+    options = ingest.Options(split, on_bad_record == "skip", limit, allow_missing_response)
+    key = digest(ingest.VERSION, dataclasses.astuple(options), [_signature(source) for source in sources])
+    made = build_once("records", key, cache_dir, lambda folder: ingest.ingest(sources, options, folder))
+    table = Table(made / ingest.TABLE)
+    report = json.loads((made / ingest.REPORT).read_text(encoding="utf-8"))
+    rows = np.arange(len(table), dtype=np.int64)
+    return Records((table,), np.zeros(len(table), np.int16), rows, report)
+
+
+def _signature(source: str) -> list[Any]:
+    return [source] if is_hub_id(source) else [source, *file_signature(Path(source))]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+    """A view of memory-mapped records: ``len``, ``[i] -> Example``, iteration, ``subset``, ``concat``,
+    columns.
+
+    Attributes:
+      tables: the Arrow files behind the view.
+      part: int16 [N], which of ``tables`` a row lies in.
+      row: int64 [N], where in it.
+      report: what reading found: records, files, skipped (count), skipped_lines (``FILE:LINE: why``),
+        duplicate_contents, made_ids, ignored_fields (name: count).
+    """
+
+    tables: tuple[Table, ...]
+    part: np.ndarray
+    row: np.ndarray
+    report: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, i: int | np.integer) -> Example:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        record = self.tables[self.part[i]].row(int(self.row[i]))
+        messages, choices = record["messages"], record["choices"]
+        return Example(
+            id=record["id"],
+            source=record["source"],
+            prompt=record["prompt"],
+            messages=tuple(json.loads(messages)) if messages is not None else None,
+            response=record["response"],
+            answer=record["answer"],
+            choices=tuple(choices) if choices is not None else None,
+        )
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Records:
+        """The records at ``indices`` (positions in this view), in that order. Copies no text."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return dataclasses.replace(self, part=self.part[chosen], row=self.row[chosen])
+
+    @property
+    def ids(self) -> TextColumn:
+        """Id of every record, read when asked for."""
+        return self._column("id")
+
+    @property
+    def sources(self) -> TextColumn:
+        """Source of every record, read when asked for."""
+        return self._column("source")
+
+    def location(self, i: int) -> str:
+        """``FILE:LINE`` that record ``i`` was read from."""
+        table = self.tables[self.part[i]]
+        row, offset = int(self.row[i]), self.report.get("file_offsets", [0])[self.part[i]]
+        return f"{self.report['files'][offset + table.value('file', row)]}:{table.value('line', row)}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that depend on the content and order of the records and on nothing else."""
+        digests = np.zeros(len(self), np.uint64)
+        for part, table in enumerate(self.tables):
+            here = self.part == part
+            digests[here] = table.numbers("digest")[self.row[here]]
+        return blake2b(digests.astype("<u8").tobytes(), digest_size=16).hexdigest()
+
+    def write_jsonl(
+        self,
+        path: str | Path,
+        indices: Sequence[int] | np.ndarray | None = None,
+        extra: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+    ) -> None:
+        """Write the records at ``indices`` (all by default) as JSON lines; the file appears whole or not at
+        all.
+
+        ``extra[name][k]`` is added to the k-th record written.
+        """
+        chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
+        for name, values in (extra or {}).items():
+            if len(values) != len(chosen):
+                raise ValueError(f"extra[{name!r}] has {len(values)} values for {len(chosen)} records")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, work = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                for k, i in enumerate(chosen):
+                    more = {name: _plain(values[k]) for name, values in (extra or {}).items()}
+                    record = self[i].to_json() | more
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            Path(work).chmod(0o644)
+            Path(work).replace(path)
+        finally:
+            Path(work).unlink(missing_ok=True)
+
+    def _column(self, name: str) -> TextColumn:
+        def gather(indices: np.ndarray) -> list[str]:
+            part, row = self.part[indices], self.row[indices]
+            if len(self.tables) == 1:
+                return self.tables[0].take(name, row)
+            found = np.empty(len(indices), dtype=object)
+            for number, table in enumerate(self.tables):
+                here = part == number
+                if here.any():
+                    found[here] = table.take(name, row[here])
+            return found.tolist()
+
+        return TextColumn(len(self), gather)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def concat_records(first: Records, second: Records) -> Records:
+    """The records of ``first``, then those of ``second``. Ids are kept as they are, also where they
+    coincide.
+    """
+    a, b = first.report, second.report
+    offsets = a.get("file_offsets", [0])
+    report = {
+        "records": len(first) + len(second),
+        "files": a["files"] + b["files"],
+        "file_offsets": offsets + [len(a["files"]) + k for k in b.get("file_offsets", [0])],
+        "skipped": a["skipped"] + b["skipped"],
+        "skipped_lines": a["skipped_lines"] + b["skipped_lines"],
+        "duplicate_contents": a["duplicate_contents"] + b["duplicate_contents"],
+        "made_ids": a["made_ids"] + b["made_ids"],
+        "ignored_fields": _add_counts(a["ignored_fields"], b["ignored_fields"]),
+    }
+    return Records(
+        tables=first.tables + second.tables,
+        part=np.concatenate([first.part, second.part + np.int16(len(first.tables))]),
+        row=np.concatenate([first.row, second.row]),
+        report=report,
+    )
+
+
+def _add_counts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in sorted({*a, *b})}

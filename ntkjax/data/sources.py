@@ -1,0 +1,245 @@
+"""Raw records from files and the hub, one at a time, each with its line (Parquet and hub: its row, from 1).
+
+Readers yield ``(line, value)``; ``value`` is a :class:`RecordProblem` where that one record could not be
+decoded. What makes the rest of a file unreadable is a :class:`DataError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from ntkjax.data.schema import RecordProblem
+from ntkjax.errors import DataError
+
+Item = tuple[int, Any]
+
+_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_JSON_CHUNK = 2**20
+
+
+def list_sources(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    """Files (directories expanded, sorted by name) and hub ids, in the order given.
+
+    Raises:
+      DataError: a path is missing, has an unknown extension, is empty, or a directory holds no data.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not given:
+        raise DataError(
+            "no data was given; name at least one JSONL, JSON or Parquet file, directory or hub id"
+        )
+    return [source for path in given for source in _expand(str(path))]
+
+
+def is_hub_id(source: str) -> bool:
+    """True for ``owner/name`` or ``owner/name:config`` where no such path exists here."""
+    return (
+        _HUB_ID.fullmatch(source) is not None
+        and Path(source).suffix.lower() not in _FORMATS
+        and not Path(source).exists()
+    )
+
+
+def _expand(source: str) -> list[str]:
+    path = Path(source)
+    if is_hub_id(source):
+        return [source]
+    if path.is_dir():
+        files = (p for p in path.rglob("*") if p.suffix.lower() in _FORMATS and p.is_file())
+        found = sorted(str(p) for p in files if not re.search(r"(^|/)\.", p.relative_to(path).as_posix()))
+        if not found:
+            raise DataError(
+                f"{source}: no data in this directory; expected files ending in {', '.join(_FORMATS)}"
+            )
+        return [name for file in found for name in _expand(file)]
+    if not path.is_file():
+        raise DataError(
+            f"{source}: no such file or directory; check the spelling, or give a hub id like owner/name"
+        )
+    if path.suffix.lower() not in _FORMATS:
+        raise DataError(
+            f"{source}: unknown extension {path.suffix!r}; expected one of {', '.join(_FORMATS)}; convert or "
+            "rename it"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(
+            f"{source}: the file is empty; expected at least one record; check how it was written"
+        )
+    return [source]
+
+
+def source_name(source: str) -> str:
+    """What ``source`` of a record defaults to: the stem of the file, or the name of the hub data set."""
+    return source.split("/")[1].split(":")[0] if is_hub_id(source) else Path(source).stem
+
+
+def iter_source(source: str, split: str) -> Iterator[Item]:
+    """The records of one file or hub id in order."""
+    suffix = Path(source).suffix.lower()
+    if is_hub_id(source):
+        return _iter_hub(source, split)
+    if suffix == ".parquet":
+        return _iter_parquet(source)
+    return _iter_json(source) if suffix == ".json" else _iter_jsonl(source)
+
+
+def _iter_jsonl(source: str) -> Iterator[Item]:
+    with Path(source).open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            if line == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.isspace() or not raw:
+                continue
+            try:
+                yield line, json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield line, _not_utf8(error)
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield line, _not_json(error)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> RecordProblem:
+    return RecordProblem(
+        f"byte {error.object[error.start]:#04x} at position {error.start + 1} is not UTF-8",
+        "text in UTF-8",
+        "convert the file, for example with iconv",
+    )
+
+
+def _not_json(error: json.JSONDecodeError | RecursionError) -> RecordProblem:
+    if isinstance(error, RecursionError):
+        return RecordProblem("the JSON is nested too deeply", "one flat object", "mend or remove the record")
+    return RecordProblem(
+        f"not valid JSON ({error.msg} at column {error.colno})",
+        "one complete JSON object on the line",
+        "mend or remove the line; if it is the last one, the file may be cut off",
+    )
+
+
+def _iter_json(source: str) -> Iterator[Item]:
+    """An array of records (read piece by piece), a single object over several lines, or JSON lines all the
+    same.
+    """
+    try:
+        with Path(source).open(encoding="utf-8-sig") as file:
+            head = file.read(_JSON_CHUNK).lstrip()
+            file.seek(0)
+            if head.startswith("["):
+                yield from _iter_array(source, file)
+                return
+            first = next((line for line in file if not line.isspace()), "")
+            if not _is_json(first):
+                file.seek(0)
+                yield 1, json.loads(file.read())
+                return
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error).at(source) from error
+    except json.JSONDecodeError as error:
+        raise _not_json(error).at(f"{source}:{error.lineno}") from error
+    yield from _iter_jsonl(source)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _iter_array(source: str, file: TextIO) -> Iterator[Item]:
+    """Elements of a top-level array without holding the file: the buffer grows only to fit one element."""
+    decoder, buffer, position, line, ended = json.JSONDecoder(), "", 0, 1, False
+
+    def skip(characters: str) -> None:
+        nonlocal position, line
+        while position < len(buffer) and buffer[position] in characters:
+            line += buffer[position] == "\n"
+            position += 1
+
+    def more(size: int = _JSON_CHUNK) -> None:
+        nonlocal buffer, position, ended
+        piece = file.read(size)
+        ended = not piece
+        buffer, position = buffer[position:] + piece, 0
+
+    more()
+    skip(" \t\r\n")
+    position += 1  # the opening bracket
+    separator, first = "", True
+    while True:
+        skip(" \t\r\n")
+        if position == len(buffer) and not ended:
+            more()
+            continue
+        at = buffer[position : position + 1]
+        if at == "]" and separator != ",":
+            break
+        if separator == "" and not first and at == ",":
+            separator, position = ",", position + 1
+            continue
+        if separator == "" and not first:
+            found = "no comma or closing bracket after a record" if at else "the file ends"
+            raise _broken_array(source, line, found)
+        try:
+            value, end = decoder.raw_decode(buffer, position)
+        except json.JSONDecodeError as error:
+            # Only a failure at the very end of what has been read can mend itself with more text.
+            cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
+            if ended or not cut:
+                raise _broken_array(source, line, f"{error.msg}") from error
+            more(max(_JSON_CHUNK, len(buffer) - position))
+            continue
+        yield line, value
+        line += buffer.count("\n", position, end)
+        position, separator, first = end, "", False
+    position += 1
+    skip(" \t\r\n")
+    if position < len(buffer) or file.read().strip():
+        raise _broken_array(source, line, "text after the closing bracket")
+
+
+def _broken_array(source: str, line: int, found: str) -> DataError:
+    return DataError(
+        f"{source}:{line}: not valid JSON ({found}) in or after the record that starts here; expected an array "
+        "of objects; mend the file (nothing after a broken record of an array can be read), or use JSON lines"
+    )
+
+
+def _iter_parquet(source: str) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield row, value
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).split(". ")[0].strip().rstrip(".")
+        raise DataError(
+            f"{source}:{row + 1}: not a readable Parquet file ({reason}); expected a complete Parquet file; it "
+            "may be cut off: copy or download it again"
+        ) from error
+
+
+def _iter_hub(source: str, split: str) -> Iterator[Item]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{source}: no such file here, and the hub did not give its split {split!r} ({reason}); check "
+            "the spelling, the split and the connection, or download the data and give the path of the files"
+        ) from error
+    yield from enumerate(data, 1)

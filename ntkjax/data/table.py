@@ -1,0 +1,140 @@
+"""Validated records as an Arrow file: written in blocks, memory-mapped when read, so that they cost no
+RAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+BLOCK_ROWS = 1024
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("prompt", pa.string()),
+        ("messages", pa.string()),  # JSON of the context before the response, null for one user message
+        ("response", pa.string()),
+        ("answer", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("file", pa.int32()),  # position in the report's list of files
+        ("line", pa.int64()),
+        ("digest", pa.uint64()),  # of everything above but file and line
+    ]
+)
+
+
+class TableWriter:
+    """Rows (tuples in the order of ``SCHEMA``) to an Arrow file, ``BLOCK_ROWS`` at a time."""
+
+    def __init__(self, path: Path):
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._rows: list[tuple[Any, ...]] = []
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        self._rows.append(row)
+        if len(self._rows) == BLOCK_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*self._rows), SCHEMA)]
+            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            self._rows = []
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+        self._file.close()
+
+
+class Table:
+    """A memory-mapped Arrow file with access by row and by column."""
+
+    def __init__(self, path: Path):
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._table = self._reader.read_all()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Row ``i`` as a dict; every block but the last is full, so its place is a division away."""
+        return {name: column[0].as_py() for name, column in zip(SCHEMA.names, self._block(i).columns)}
+
+    def value(self, name: str, i: int) -> Any:
+        return self._block(i).column(name)[0].as_py()
+
+    def _block(self, i: int) -> pa.RecordBatch:
+        return self._reader.get_batch(i // BLOCK_ROWS).slice(i % BLOCK_ROWS, 1)
+
+    def take(self, name: str, rows: np.ndarray) -> list[Any]:
+        """The values of one column at ``rows``, in that order."""
+        column = self._table.column(name)
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
+            return column.slice(int(rows[0]), len(rows)).to_pylist()
+        return column.take(pa.array(rows)).to_pylist()
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A whole column of numbers."""
+        return self._table.column(name).to_numpy()
+
+    def rewrite(self, path: Path, drop: np.ndarray, renamed: dict[int, str]) -> None:
+        """A copy without the rows in ``drop`` and with the ids in ``renamed``, block by block."""
+        dropped = set(drop.tolist())
+        with TableWriter(path) as writer:
+            for start in range(0, len(self), BLOCK_ROWS):
+                columns = self._table.slice(start, BLOCK_ROWS).to_pydict().values()
+                for i, row in enumerate(zip(*columns), start):
+                    if i in renamed:
+                        row = (renamed[i], *row[1:])
+                    if i not in dropped:
+                        writer.add(row)
+
+
+class TextColumn(Sequence[str]):
+    """A column of text that is read when asked for: ``column[i]``, ``column[indices]``, iteration,
+    ``np.asarray``.
+
+    ``gather(indices)`` gives the values at an int64 array of positions.
+    """
+
+    def __init__(self, size: int, gather: Callable[[np.ndarray], list[str]]):
+        self._size, self._gather = size, gather
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, (int, np.integer)):
+            if not -self._size <= i < self._size:
+                raise IndexError(f"row {i} of {self._size}")
+            return self._gather(np.asarray([int(i) % self._size]))[0]
+        return np.asarray(self._gather(np.arange(self._size)[i]), dtype=object)
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, self._size, 8192):
+            yield from self._gather(np.arange(start, min(start + 8192, self._size)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(list(self), dtype=object if dtype is None else dtype)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (Sequence, np.ndarray)) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(self[i]) for i in range(min(3, self._size)))
+        return f"TextColumn([{shown}{', ...' if self._size > 3 else ''}], {self._size} rows)"
