@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -35,7 +37,7 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """(arrays, progress) of ``step``; the arrays take structure, shapes, dtypes and sharding from ``like``.
+        """(arrays, progress) of ``step``; the arrays take structure, dtypes and sharding from ``like``.
 
         Raises:
           CheckpointError: a file of the checkpoint is missing or damaged.
@@ -46,10 +48,18 @@ class Checkpoints:
             found = self._manager.restore(step, args=args)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to resume"
-                " from the one before it, or start over with resume off"
+                f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to"
+                " resume from the one before it, or start over with resume off"
             ) from error
-        return found["arrays"], found["progress"]
+        return jax.tree.map(_as_free, found["arrays"], like), found["progress"]
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _as_free(restored: jax.Array, like: jax.Array) -> jax.Array:
+    """``restored``, committed to its device only if ``like`` is: a restored step counter pinned to one
+    device could not meet parameters that live on several, and the compiled step would not be found
+    again.
+    """
+    return restored if like.committed else jnp.asarray(np.asarray(restored))

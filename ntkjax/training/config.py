@@ -28,11 +28,11 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per optimiser step; the result does not depend on it beyond rounding (1e-6)."""
     micro_batch_tokens: int | None = None
-    """Most padded tokens in one micro-batch: long buckets then accumulate over more micro-batches. None: no bound."""
+    """Most padded tokens in one micro-batch: long buckets then take more micro-batches. None: no bound."""
     max_buckets: int = 4
     """Padded lengths that batches are rounded up to; the step is compiled once for each."""
     learning_rate: float = 2e-5
-    """Peak learning rate (paper: 2e-5 for an 8B model; smaller models want more, e.g. 1e-3 with LoRA at 10M)."""
+    """Peak learning rate (paper: 2e-5 for an 8B model; smaller models want more: 1e-3 at 10M)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after warm-up: to zero linearly, to zero by a half cosine, or constant."""
     warmup_ratio: float = 0.03
@@ -48,7 +48,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     """Largest global L2 norm of the gradient; clipped steps are counted and reported. None: never clip."""
     domain_share: float | None = None
-    """Least share of each epoch that domain examples make, reached by repeating them. None: as the data come."""
+    """Least share of each epoch that domain examples make, reached by repeating them. None: no repeats."""
     eval_every: int | None = None
     """Optimiser steps between evaluations on dev. None: once per epoch. The last step is always evaluated."""
     patience: int | None = None
@@ -65,16 +65,19 @@ class TrainConfig:
         _check_ranges(self)
 
 
-_OPTIONAL = frozenset({"steps", "micro_batch_tokens", "clip_norm", "domain_share", "eval_every", "patience",
-                       "save_every", "keep_checkpoints"})  # fmt: skip
-_COUNTS = frozenset({"steps", "batch_size", "accumulation", "micro_batch_tokens", "max_buckets", "eval_every",
-                     "patience", "save_every", "keep_checkpoints"})  # fmt: skip
-_REALS = frozenset({"epochs", "learning_rate", "warmup_ratio", "weight_decay", "b1", "b2", "eps", "clip_norm",
-                    "domain_share"})  # fmt: skip
+_OPTIONAL_COUNTS = ("steps", "micro_batch_tokens", "eval_every", "patience", "save_every", "keep_checkpoints")
+_COUNTS = ("batch_size", "accumulation", "max_buckets", *_OPTIONAL_COUNTS)
+_OPTIONAL_REALS = ("clip_norm", "domain_share")
+_REALS = ("epochs", "learning_rate", "warmup_ratio", "weight_decay", "b1", "b2", "eps", *_OPTIONAL_REALS)
+_OPTIONAL = (*_OPTIONAL_COUNTS, *_OPTIONAL_REALS)
 
 
 def _fail(name: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(f"training option {name} = {value!r}: expected {expected}")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_types(config: TrainConfig) -> None:
@@ -82,10 +85,9 @@ def _check_types(config: TrainConfig) -> None:
         name, value = field.name, getattr(config, field.name)
         if value is None and name in _OPTIONAL:
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name in _COUNTS and not (number and isinstance(value, int)):
+        if name in _COUNTS and (isinstance(value, bool) or not isinstance(value, int)):
             raise _fail(name, value, "a whole number" + (" or none" if name in _OPTIONAL else ""))
-        if name in _REALS and not (number and math.isfinite(value)):
+        if name in _REALS and not _is_finite_number(value):
             # YAML reads 1e-4 as text: the remedy belongs in the message.
             hint = " (in YAML write 1.0e-4, not 1e-4)" if isinstance(value, str) else ""
             raise _fail(name, value, "a finite number" + hint)

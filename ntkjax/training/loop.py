@@ -16,7 +16,7 @@ from ntkjax.training.manifest import TrainingData, check_manifest, make_manifest
 from ntkjax.training.mixture import EpochPlan
 from ntkjax.training.result import FitResult
 from ntkjax.training.run import CHECKPOINTS, METRICS, Run
-from ntkjax.types import Batch, Params, as_pytree_fn
+from ntkjax.types import Params, as_pytree_fn
 
 MANIFEST = "train.json"
 
@@ -34,30 +34,30 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     extra_metrics: Callable[[Params], dict[str, float]] | None = None,
-    place_batch: Callable[[Batch], Batch] | None = None,
-    row_multiple: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> FitResult:
     """Minimise the mean NLL per response token by AdamW: theta <- AdamW(theta, grad sum_i w_i nll_i(theta)).
 
     Args:
-      nll_fn: ``nll_fn(params, batch) -> [B]``, mean NLL over S(x) in nats, 0 for an empty S; a callable pytree.
-      params: what is trained, any subset of the model's tree. Kept in at least float32 while training; the given
-        buffers stay usable.
+      nll_fn: ``nll_fn(params, batch) -> [B]``, mean NLL over S(x) in nats, 0 for an empty S; a callable
+        pytree.
+      params: what is trained, any subset of the model's tree. Kept in at least float32 while training; the
+        given buffers stay usable.
       train: the examples. ``dev``: examples for evaluation, early stopping and the choice of the best step.
       domain: rows of ``train`` that are domain examples; needed only for ``config.domain_share``.
       seed: decides the order of the examples, and nothing else.
-      out_dir: where train.json, metrics.jsonl and checkpoints/ go; None keeps everything in memory. A run that was
-        killed resumes there from its newest checkpoint and ends bit for bit as if it had not been (on a backend
-        whose operations are deterministic). ``resume=False`` deletes those three and starts over.
+      out_dir: where train.json, metrics.jsonl and checkpoints/ go; None keeps everything in memory. A run
+        that was killed resumes there from its newest checkpoint and ends bit for bit as if it had not been
+        (on a backend whose operations are deterministic). ``resume=False`` deletes those three and starts
+        over.
       extra_metrics: ``params -> {name: number}``, logged with every evaluation.
-      place_batch: puts a batch on its devices, e.g. sharded over the data axis of a mesh; every batch then has a
-        multiple of ``row_multiple`` rows in each micro-batch.
+      mesh: devices to spread every batch's rows over (its "data" axis); the model must live on the same mesh.
 
     Raises:
       ConfigError: options that do not fit each other or the data.
       CheckpointError: ``out_dir`` holds a run with other settings, data or weights, or a damaged one.
-      UserError: the loss or the gradient is not finite (step and example ids named), or the disk is full; the last
-        checkpoint is kept.
+      UserError: the loss or the gradient is not finite (step and example ids named), or the disk is full; the
+        last checkpoint is kept.
     """
     _check_inputs(params, train, dev, config)
     rows = np.zeros(0, np.int64) if domain is None else np.asarray(domain, np.int64)
@@ -67,7 +67,7 @@ def fit(
         manifest = make_manifest(nll_fn, params, train, config, seed=seed, dev=dev, domain=rows)
         _prepare_folder(folder, manifest, resume)
     plan = EpochPlan(np.asarray(train.lengths), config.batch_size, seed, rows, config.domain_share)
-    run = Run(nll_fn, params, train, dev, config, plan, folder, extra_metrics, place_batch, row_multiple)
+    run = Run(nll_fn, params, train, dev, config, plan, folder, extra_metrics, mesh)
     try:
         run.restore_or_start()
         run.train(progress)
@@ -78,9 +78,13 @@ def fit(
 
 def _check_inputs(params: Params, train: TrainingData, dev: TrainingData | None, config: TrainConfig) -> None:
     if not jax.tree.leaves(params):
-        raise ConfigError("nothing to train: params has no leaves; give the model LoRA factors or select parameters")
+        raise ConfigError(
+            "nothing to train: params has no leaves; give the model LoRA factors or select parameters"
+        )
     if config.patience is not None and dev is None:
-        raise ConfigError(f"training option patience = {config.patience}: needs a dev set to watch; give one or none")
+        raise ConfigError(
+            f"training option patience = {config.patience}: needs a dev set to watch; give one or none"
+        )
     for name, data in (("training", train), ("dev", dev)):
         if data is None:
             continue
@@ -89,7 +93,9 @@ def _check_inputs(params: Params, train: TrainingData, dev: TrainingData | None,
         empty = np.flatnonzero(np.asarray(data.response_lengths) < 1)
         if empty.size:
             names = ", ".join(str(data.ids[int(row)]) for row in empty[:8])
-            raise DataError(f"{empty.size} {name} examples have no response token to learn from: {names}. Drop them")
+            raise DataError(
+                f"{empty.size} {name} examples have no response token to learn from: {names}. Drop them"
+            )
 
 
 def _prepare_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
@@ -104,4 +110,6 @@ def _prepare_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> Non
                 (folder / name).unlink(missing_ok=True)
         check_manifest(folder / MANIFEST, manifest)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write ({error.strerror or error}); choose another output folder") from error
+        raise UserError(
+            f"{folder}: cannot write ({error.strerror or error}); choose another output folder"
+        ) from error

@@ -19,7 +19,7 @@ _NO_EFFECT = ("save_every", "keep_checkpoints")
 """Settings that change no number: they may differ between a run and its resumption."""
 
 _CORNER = 16
-"""Entries per axis of every weight that enter its fingerprint: enough to tell two models apart, cheap to read."""
+"""Entries per axis of every weight that enter its fingerprint: enough to tell two models apart."""
 
 
 @runtime_checkable
@@ -41,24 +41,14 @@ class TrainingData(Protocol):
         """Names of the examples, N strings."""
         ...
 
-    def collate(self, indices: Any, rows: int, length: int) -> Batch:
-        """A batch of ``rows`` rows padded to ``length``; rows beyond ``indices`` are fillers."""
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the content."""
         ...
 
-
-def fingerprint_data(data: TrainingData) -> str:
-    """SHA-256 over the ids, both lengths and every token, in 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    digest.update("\0".join(map(str, data.ids)).encode())
-    for column in (data.lengths, data.response_lengths):
-        digest.update(np.asarray(column, np.int64).tobytes())
-    chunk = 256
-    for start in range(0, len(data.lengths), chunk):
-        rows = np.arange(start, min(start + chunk, len(data.lengths)))
-        batch = data.collate(rows, len(rows), int(np.max(data.lengths[rows])))
-        digest.update(np.asarray(batch.tokens, np.int64).tobytes())
-        digest.update(np.asarray(batch.response_mask, bool).tobytes())
-    return digest.hexdigest()[:16]
+    def collate(self, indices: Any, *, rows: int, length: int) -> Batch:
+        """A batch of ``rows`` rows padded to ``length``; rows beyond ``indices`` are fillers."""
+        ...
 
 
 @jax.jit
@@ -91,8 +81,8 @@ def make_manifest(
     return settings | {
         "seed": seed,
         "training data (examples)": len(train.lengths),
-        "training data (content)": fingerprint_data(train),
-        "dev data (content)": None if dev is None else fingerprint_data(dev),
+        "training data (content)": train.fingerprint,
+        "dev data (content)": None if dev is None else dev.fingerprint,
         "domain rows": hashlib.sha256(np.asarray(domain, np.int64).tobytes()).hexdigest()[:16],
         "initial parameters": fingerprint_tree(params),
         "model": fingerprint_tree(nll_fn),
@@ -121,5 +111,8 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         if old.get(key, missing) != manifest.get(key, missing)
     ]
     if changed:
-        raise CheckpointError(f"{path.parent}: this run cannot be resumed: " + "; ".join(changed)
-                              + ". Put them back, use another output folder, or start over with resume off")  # fmt: skip
+        raise CheckpointError(
+            f"{path.parent}: this run cannot be resumed: "
+            + "; ".join(changed)
+            + ". Put them back, use another output folder, or start over with resume off"
+        )

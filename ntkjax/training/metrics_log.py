@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, appended as training goes, cut back to the checkpoint on resume."""
+"""metrics.jsonl: one JSON object per line, appended as training goes, cut back on resume."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ntkjax.errors import CheckpointError
 class MetricsLog:
     """The history of a run in memory, and on disk where a path is given.
 
-    Every line is written to the operating system at once, so a killed process loses none; :meth:`sync` puts them
-    on the disk, and its byte count in a checkpoint says which of them belong to that checkpoint.
+    Every line is written to the operating system at once, so a killed process loses none; :meth:`sync` puts
+    them on the disk, and its byte count in a checkpoint says which of them belong to that checkpoint.
     """
 
     def __init__(self, path: Path | None, keep_bytes: int = 0):
-        """Open ``path``, keep its first ``keep_bytes`` bytes and drop the rest (steps that will be run again).
+        """Open ``path``, keep its first ``keep_bytes`` bytes and drop the rest (steps to be run again).
 
         Raises:
           CheckpointError: the file holds fewer bytes than the checkpoint wrote, or a kept line is not JSON.
@@ -55,8 +55,9 @@ def _kept_lines(path: Path, keep_bytes: int) -> list[dict[str, Any]]:
     data = path.read_bytes()[:keep_bytes] if path.exists() else b""
     remedy = "Use another output folder, or start over with resume off"
     if len(data) < keep_bytes:
-        raise CheckpointError(f"{path}: the checkpoint was saved with {keep_bytes} bytes, only {len(data)} are left."
-                              f" {remedy}")  # fmt: skip
+        raise CheckpointError(
+            f"{path}: the checkpoint was saved with {keep_bytes} bytes, only {len(data)} are left. {remedy}"
+        )
     lines = []
     for number, line in enumerate(data.splitlines(), start=1):
         try:

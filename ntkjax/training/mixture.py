@@ -1,4 +1,4 @@
-"""Which examples each step sees: a pure function of the seed and the step, so that a resumed run sees the same."""
+"""Which examples each step sees: a pure function of the seed and the step, so a resumed run sees the same."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ntkjax.rng import numpy_rng
 def mixture_indices(
     total: int, domain: np.ndarray, share: float | None, *, seed: int, epoch: int
 ) -> np.ndarray:
-    """Rows of one epoch, int64: every example once, and domain examples again until they make ``share`` of it.
+    """Rows of one epoch, int64: every example once, and domain examples again until they make ``share``.
 
-    With d domain and a other examples, D = max(d, ceil(share a / (1 - share))) domain rows: every domain example
-    floor(D / d) times, and a random D mod d of them (drawn anew each epoch) once more. The length is the same in
-    every epoch. Nothing is ever left out: a domain that already makes its share is not repeated.
+    With d domain and a other examples, D = max(d, ceil(share a / (1 - share))) domain rows: every domain
+    example floor(D / d) times, and a random D mod d of them (drawn anew each epoch) once more. The length is
+    the same in every epoch. Nothing is ever left out: a domain that already makes its share is not repeated.
 
     Raises:
       ConfigError: a share was asked for but no domain examples were named.
@@ -31,8 +31,8 @@ def mixture_indices(
     domain = np.unique(np.asarray(domain, np.int64))
     if domain.size == 0 or domain[0] < 0 or domain[-1] >= total:
         raise ConfigError(
-            f"training option domain_share = {share}: needs the rows of the domain examples, each in [0, {total}),"
-            f" got {domain.size} rows"
+            f"training option domain_share = {share}: needs the rows of the domain examples, each in"
+            f" [0, {total}), got {domain.size} rows"
         )
     others = total - domain.size
     # The small slack keeps ceil from adding a row when the quotient is whole but for rounding.
@@ -44,7 +44,7 @@ def mixture_indices(
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """The rows of every step. ``lengths``: tokens per example [n]; ``domain``: rows of the domain examples."""
+    """The rows of every step. ``lengths``: tokens of each example [n]; ``domain``: rows."""
 
     lengths: np.ndarray
     batch_size: int
@@ -54,9 +54,7 @@ class EpochPlan:
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The batches of one epoch, each an array of at most ``batch_size`` rows of the dataset."""
-        rows = mixture_indices(
-            len(self.lengths), self.domain, self.domain_share, seed=self.seed, epoch=epoch
-        )
+        rows = mixture_indices(len(self.lengths), self.domain, self.domain_share, seed=self.seed, epoch=epoch)
         batches = epoch_batches(self.lengths[rows], batch_size=self.batch_size, seed=self.seed, epoch=epoch)
         return [rows[np.asarray(batch, np.int64)] for batch in batches]
 

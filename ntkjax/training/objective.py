@@ -16,9 +16,9 @@ def response_counts(batch: Batch) -> Int[Array, " B"]:
 def token_mean_weights(counts: Int[Array, " B"], dtype: jnp.dtype) -> Float[Array, " B"]:
     """w_i = |S_i| / sum_j |S_j|, so that sum_i w_i nll_i is the mean NLL per response token of the batch.
 
-    The sum runs over the *global* batch, before it is cut into micro-batches: a micro-batch of short responses
-    then weighs as little as its tokens do, and accumulation changes nothing but the order of summation.
-    A batch without any response token gives NaN on purpose, which stops the run.
+    The sum runs over the *global* batch, before it is cut into micro-batches: a micro-batch of short
+    responses then weighs as little as its tokens do, and accumulation changes nothing but the order of
+    summation. A batch without any response token gives NaN on purpose, which stops the run.
     """
     weights = counts.astype(dtype)
     return weights / jnp.sum(weights)

@@ -17,8 +17,8 @@ from ntkjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """What the compiled step knows of the optimiser. The learning rate is an argument of every step instead, so
-    runs of other lengths and rates share one compilation."""
+    """What the compiled step knows of the optimiser. The learning rate is an argument of every step instead,
+    so runs of other lengths and rates share one compilation."""
 
     b1: float
     b2: float
@@ -68,7 +68,7 @@ def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps
 
 
 def adam_moments(opt_state: PyTree) -> tuple[Params, Params, Array]:
-    """(m, v, t) of a state of :class:`AdamW`: both moments, shaped like the parameters, and the step count."""
+    """(m, v, t) of a state of :class:`AdamW`: both moments, shaped like the parameters, and the count."""
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(s)]
     if len(states) != 1:
         raise ValueError(f"expected one Adam state, found {len(states)}")

@@ -26,7 +26,8 @@ class Padding:
 
     @classmethod
     def of(cls, lengths: np.ndarray, config: TrainConfig, row_multiple: int = 1) -> Padding:
-        """
+        """The padding of ``lengths`` under ``config``; micro-batches get a multiple of ``row_multiple`` rows.
+
         Raises:
           ConfigError: micro_batch_tokens cannot hold the longest example.
         """
@@ -34,8 +35,9 @@ class Padding:
         bound = config.micro_batch_tokens
         if bound is not None and bound < buckets[-1] * row_multiple:
             raise ConfigError(
-                f"training option micro_batch_tokens = {bound}: the longest example pads to {buckets[-1]} tokens"
-                f" in {row_multiple} rows; give at least {buckets[-1] * row_multiple} or a smaller max_length"
+                f"training option micro_batch_tokens = {bound}: the longest example pads to {buckets[-1]}"
+                f" tokens in {row_multiple} rows; give at least {buckets[-1] * row_multiple}, or a smaller"
+                " max_length"
             )
         return cls(buckets, config.batch_size, config.accumulation, bound, row_multiple)
 
@@ -57,7 +59,7 @@ class Padding:
         bucket = self.bucket(int(np.max(data.lengths[indices])))
         rows = self.micro_rows(bucket)
         micro_batches = -(-self.batch_size // rows)
-        return data.collate(indices, micro_batches * rows, bucket), micro_batches
+        return data.collate(indices, rows=micro_batches * rows, length=bucket), micro_batches
 
     def evaluation_batches(self, data: TrainingData) -> Iterator[tuple[np.ndarray, Batch]]:
         """(rows of the dataset, batch) over every example once, shortest bucket first."""
@@ -68,4 +70,4 @@ class Padding:
             rows = self.micro_rows(bucket)
             for start in range(0, len(members), rows):
                 chosen = members[start : start + rows]
-                yield chosen, data.collate(chosen, rows, bucket)
+                yield chosen, data.collate(chosen, rows=rows, length=bucket)

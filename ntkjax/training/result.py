@@ -15,7 +15,8 @@ class FitResult:
     Attributes:
       params: the trained parameters, structure and dtypes as given; those of ``best_step``.
       steps: optimiser steps taken.
-      best_step: the step whose parameters these are: that of the lowest dev loss, or ``steps`` without a dev set.
+      best_step: the step whose parameters these are: that of the lowest dev loss, or ``steps`` without a dev
+        set.
       stopped_early: whether ``patience`` ended the run.
       history: the lines of metrics.jsonl.
       tokens_per_second: real tokens (padding not counted) over the time of the steps that did not compile.

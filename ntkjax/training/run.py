@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkjax.errors import UserError
+from ntkjax.parallel import DATA, shard_batch
 from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
 from ntkjax.training.manifest import TrainingData
@@ -51,12 +52,12 @@ class Run:
         plan: EpochPlan,
         folder: Path | None,
         extra_metrics: Callable | None,
-        place_batch: Callable | None,
-        row_multiple: int,
+        mesh: jax.sharding.Mesh | None,
     ):
         self.nll_fn, self.train_data, self.dev, self.config, self.plan = nll_fn, train, dev, config, plan
         self.folder, self.extra_metrics = folder, extra_metrics
-        self.place_batch = place_batch or (lambda batch: batch)
+        self.mesh = mesh
+        row_multiple = 1 if mesh is None else mesh.shape[DATA]
         self.dtypes = leaf_dtypes(params)
         self.optimiser = AdamW.of(config)
         self.state = init_state(params, self.optimiser)
@@ -74,7 +75,7 @@ class Run:
         self.checkpoints: Checkpoints | None = None
         self.seen_shapes: set[tuple[int, ...]] = set()
 
-    # -- where a run begins ------------------------------------------------------------------------------------
+    # -- where a run begins --
 
     def restore_or_start(self) -> None:
         """Take up the newest checkpoint, or start at step 0 with an evaluation of the given parameters."""
@@ -93,49 +94,45 @@ class Run:
         if self.progress.step == 0:
             self.evaluate()
 
-    # -- the loop ----------------------------------------------------------------------------------------------
+    # -- the loop --
 
     def train(self, show: bool) -> None:
+        """Take the steps that are left, evaluating and saving when due and at the end."""
         first = self.progress.step
         if self.progress.stopped_early or first >= self.steps:
             return
-        batches = self._prefetched(first)
-        bar = tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning")
-        with bar, contextlib.closing(batches):
-            for rows, batch, accumulation, fetch_next in batches:
-                loss = self.one_step(rows, batch, accumulation, fetch_next)
-                bar.update()
+        stream = (
+            (rows, *self.padding.collate(self.train_data, rows))
+            for rows in self.plan.batches(first, self.steps)
+        )
+        upcoming = next(stream)
+        with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
+            while upcoming is not None:
+                upcoming, loss = self.one_step(*upcoming, stream)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
                 step = self.progress.step
-                last = step == self.steps
-                if step % self.eval_every == 0 or last:
+                if step % self.eval_every == 0 or step == self.steps:
                     self.evaluate()
-                last = last or self.progress.stopped_early
+                last = step == self.steps or self.progress.stopped_early
                 if step % self.save_every == 0 or last:
                     self.save()
                 if last:
                     return
 
-    def _prefetched(self, first: int) -> Iterator[tuple]:
-        """(rows, batch, accumulation, fetch_next): ``fetch_next()`` builds the next batch while the device works."""
-        stream = ((rows, *self.padding.collate(self.train_data, rows))
-                  for rows in self.plan.batches(first, self.steps))  # fmt: skip
-        waiting = [next(stream, None)]
-        while waiting[0] is not None:
-            current, fetched = waiting[0], []
-            yield (*current, lambda fetched=fetched: fetched.append(next(stream, None)))
-            waiting = fetched
-
-    def one_step(self, rows: np.ndarray, batch: Batch, accumulation: int, fetch_next: Callable) -> float:
-        """Take one optimiser step, log it and return its loss."""
+    def one_step(
+        self, rows: np.ndarray, batch: Batch, accumulation: int, stream: Iterator
+    ) -> tuple[Any, float]:
+        """Take one optimiser step and log it; (next of the stream, loss)."""
         started = time.perf_counter()
         step = self.progress.step
         rate = float(self.rates[step])
+        options = {"optimiser": self.optimiser, "accumulation": accumulation, "dtypes": self.dtypes}
         self.state, metrics = train_step(
-            self.nll_fn, self.state, self.place_batch(batch), rate,
-            optimiser=self.optimiser, accumulation=accumulation, dtypes=self.dtypes,
-        )  # fmt: skip
-        fetch_next()
+            self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options
+        )
+        # The next batch is built while the device works; reading the loss then waits for the device.
+        upcoming = next(stream, None)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         seconds = time.perf_counter() - started
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -143,12 +140,11 @@ class Run:
         clipped = self.config.clip_norm is not None and norm > self.config.clip_norm
         tokens = int(np.sum(self.plan.lengths[rows]))
         self._count(step + 1, tokens, seconds, clipped, (*batch.tokens.shape, accumulation))
-        self._append({
-            "kind": "train", "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": loss, "lr": rate,
-            "grad_norm": norm, "clipped": clipped, "tokens": tokens,
-            "response_tokens": int(np.sum(metrics.counts)), "tokens_per_second": tokens / seconds,
-        })  # fmt: skip
-        return loss
+        entry = {"kind": "train", "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": loss}
+        entry |= {"lr": rate, "grad_norm": norm, "clipped": clipped, "tokens": tokens}
+        entry |= {"response_tokens": int(np.sum(metrics.counts)), "tokens_per_second": tokens / seconds}
+        self._append(entry)
+        return upcoming, loss
 
     def _count(self, step: int, tokens: int, seconds: float, clipped: bool, shape: tuple[int, ...]) -> None:
         self.progress.step = step
@@ -167,18 +163,18 @@ class Run:
         who = f"examples with a non-finite loss: {self._names(bad)}; " if bad.size else ""
         return UserError(
             f"training stopped at step {step}: loss {loss}, gradient norm {norm}. {who}examples of the batch:"
-            f" {self._names(rows)}. {self._kept()} Lower learning_rate (now {self.config.learning_rate}) or look at"
-            " these examples"
+            f" {self._names(rows)}. {self._kept()} Lower learning_rate (now {self.config.learning_rate}) or"
+            " look at these examples"
         )
 
     def _names(self, rows: np.ndarray, most: int = 16) -> str:
         names = [str(self.train_data.ids[int(row)]) for row in rows[:most]]
         return ", ".join(names) + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
-    # -- evaluation --------------------------------------------------------------------------------------------
+    # -- evaluation --
 
     def evaluate(self) -> None:
-        """Log dev loss and extra metrics; after step 0, keep the best parameters and count towards patience."""
+        """Log dev loss and extra metrics; after step 0, keep the best and count towards patience."""
         if self.dev is None and self.extra_metrics is None:
             return
         progress, entry = self.progress, {"kind": "dev", "step": self.progress.step}
@@ -205,18 +201,22 @@ class Run:
         assert self.dev_padding is not None
         total, tokens = 0.0, 0
         for rows, batch in self.dev_padding.evaluation_batches(dev):
-            nll, counts = eval_step(self.nll_fn, self.state.params, self.place_batch(batch), dtypes=self.dtypes)
+            nll, counts = eval_step(
+                self.nll_fn, self.state.params, shard_batch(batch, self.mesh), dtypes=self.dtypes
+            )
             real = slice(0, len(rows))
             nll, counts = np.asarray(nll, np.float64)[real], np.asarray(counts)[real]
             if not np.all(np.isfinite(nll)):
                 bad = ", ".join(str(dev.ids[int(row)]) for row in rows[~np.isfinite(nll)][:16])
-                raise UserError(f"evaluation after step {self.progress.step}: the loss of these dev examples is not"
-                                f" finite: {bad}. {self._kept()} Lower learning_rate or look at them")  # fmt: skip
+                raise UserError(
+                    f"evaluation after step {self.progress.step}: the loss of these dev examples is not"
+                    f" finite: {bad}. {self._kept()} Lower learning_rate or look at them"
+                )
             total += float(np.sum(nll * counts))
             tokens += int(np.sum(counts))
         return total / tokens
 
-    # -- writing -----------------------------------------------------------------------------------------------
+    # -- writing --
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._writing():
@@ -231,9 +231,7 @@ class Run:
             return
         with self._writing():
             self.progress.metrics_bytes = self.log.sync()
-            self.checkpoints.save(
-                self.progress.step, self._arrays(), dataclasses.asdict(self.progress)
-            )
+            self.checkpoints.save(self.progress.step, self._arrays(), dataclasses.asdict(self.progress))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -248,9 +246,13 @@ class Run:
 
     def _kept(self) -> str:
         newest = None if self.checkpoints is None else self.checkpoints.latest()
-        return "No checkpoint was kept." if newest is None else f"Kept: the checkpoint of step {newest} in {self.folder}."
+        return (
+            "No checkpoint was kept."
+            if newest is None
+            else f"Kept: the checkpoint of step {newest} in {self.folder}."
+        )
 
-    # -- the end -----------------------------------------------------------------------------------------------
+    # -- the end --
 
     def result(self) -> FitResult:
         progress = self.progress

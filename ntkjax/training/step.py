@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Of one step: loss (nats per response token), gradient norm before clipping, NLL [B], response tokens [B]."""
+    """Of one step: loss (nats per response token), gradient norm before clipping, NLL [B], response tokens
+    [B]."""
 
     loss: Array
     grad_norm: Array
@@ -53,7 +54,9 @@ def leaf_dtypes(params: Params) -> tuple[str, ...]:
     return tuple(jnp.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params))
 
 
-@partial(jax.jit, static_argnames=("optimiser", "accumulation", "dtypes"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("optimiser", "accumulation", "dtypes"), donate_argnames=("state",)
+)
 def train_step(
     nll_fn: Callable,
     state: TrainState,
@@ -83,7 +86,7 @@ def train_step(
 
 
 def _master_dtype(params: Params) -> jnp.dtype:
-    return jnp.result_type(jnp.float32, *{leaf.dtype for leaf in jax.tree.leaves(params)})
+    return functools.reduce(jnp.promote_types, [leaf.dtype for leaf in jax.tree.leaves(params)])
 
 
 def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int) -> tuple:
@@ -110,7 +113,7 @@ def _split(x: Array, accumulation: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1)
 
 
-@partial(jax.jit, static_argnames=("dtypes",))
+@functools.partial(jax.jit, static_argnames=("dtypes",))
 def eval_step(
     nll_fn: Callable, params: Params, batch: Batch, *, dtypes: tuple[str, ...]
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:

@@ -1,6 +1,6 @@
 """A bigram language model and a small dataset, for the tests of training; as a script, one run of ``fit``.
 
-    python toy_problem.py OUT [--die-at-collate K] [--die-in-save K] [--result FILE]
+python toy_problem.py OUT [--die-at-collate K] [--die-in-save K] [--result FILE]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkjax.data import TokenisedDataset
 from ntkjax.types import Batch, at_least_float32, predict_mask
 
 VOCAB = 11
@@ -37,41 +38,20 @@ class Bigram:
         return -jnp.sum(jnp.where(mask, got, jnp.zeros_like(got)), axis=1) / count.astype(got.dtype)
 
 
-@dataclasses.dataclass
-class ToyData:
-    """A dataset with the interface of the real one."""
+class Dying:
+    """A dataset that kills its process with SIGKILL at the nth batch it is asked for."""
 
-    rows: list[tuple[list[int], int]]
-    name: str = "toy"
-    collated: int = 0
-    die_at_collate: int = 0
+    def __init__(self, data, nth):
+        self.data, self.left = data, nth
 
-    @property
-    def lengths(self):
-        return np.array([len(tokens) for tokens, _ in self.rows], np.int32)
+    def __getattr__(self, name):
+        return getattr(self.data, name)
 
-    @property
-    def response_lengths(self):
-        return np.array([len(tokens) - start for tokens, start in self.rows], np.int32)
-
-    @property
-    def ids(self):
-        return [f"{self.name}-{i}" for i in range(len(self.rows))]
-
-    def collate(self, indices, rows, length):
-        self.collated += 1
-        if self.die_at_collate and self.collated == self.die_at_collate:
+    def collate(self, indices, *, rows, length):
+        self.left -= 1
+        if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        tokens = np.zeros((rows, length), np.int32)
-        mask = np.zeros((rows, length), bool)
-        lengths = np.ones(rows, np.int32)
-        index = np.full(rows, -1, np.int32)
-        for row, i in enumerate(indices):
-            text, start = self.rows[int(i)]
-            tokens[row, : len(text)] = text
-            mask[row, start : len(text)] = True
-            lengths[row], index[row] = len(text), i
-        return Batch(tokens=tokens, response_mask=mask, lengths=lengths, index=index)
+        return self.data.collate(indices, rows=rows, length=length)
 
 
 def make_data(n, seed, name="toy", longest=24):
@@ -84,7 +64,7 @@ def make_data(n, seed, name="toy", longest=24):
         while len(tokens) < length:
             tokens.append((3 * tokens[-1] + 1) % VOCAB if rng.random() < 0.9 else int(rng.integers(VOCAB)))
         rows.append((tokens, int(rng.integers(1, length - 1))))
-    return ToyData(rows, name)
+    return TokenisedDataset.from_sequences(*zip(*rows), ids=[f"{name}-{i}" for i in range(n)])
 
 
 def make_model(seed=0):
@@ -116,11 +96,15 @@ def main():
         epochs=3, batch_size=6, accumulation=2, learning_rate=0.05, weight_decay=0.01, clip_norm=0.3,
         eval_every=4, save_every=3, domain_share=0.4,
     )  # fmt: skip
-    train.die_at_collate = args.die_at_collate
-    result = fit(nll_fn, params, train, config, seed=3, dev=dev, domain=np.arange(5), out_dir=args.out, progress=False)
+    train = Dying(train, args.die_at_collate) if args.die_at_collate else train
+    result = fit(
+        nll_fn, params, train, config, seed=3, dev=dev, domain=np.arange(5), out_dir=args.out, progress=False
+    )
     if args.result:
         leaves = jax.tree.leaves((result.params, result.opt_state))
-        np.savez(args.result, *leaves, steps=result.steps, best=result.best_step, clipped=result.clipped_steps)
+        np.savez(
+            args.result, *leaves, steps=result.steps, best=result.best_step, clipped=result.clipped_steps
+        )
 
 
 def die_in_save(checkpoint, nth):
@@ -132,6 +116,7 @@ def die_in_save(checkpoint, nth):
     def save(self, step, arrays, progress):
         calls.append(step)
         if len(calls) == nth:
+
             def watch():
                 while not any(p.name.startswith(str(step)) for p in self.folder.iterdir()):
                     pass
