@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ntkjax.data.batches import epoch_batches
+from ntkjax.data.buckets import epoch_batches
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 

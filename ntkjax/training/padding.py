@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ntkjax.data.batches import bucket_lengths
+from ntkjax.data.buckets import bucket_lengths
 from ntkjax.errors import ConfigError
 from ntkjax.training.config import TrainConfig
 from ntkjax.training.manifest import TrainingData

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.data import TokenisedDataset
-from ntkjax.types import Batch, at_least_float32, predict_mask
+from ntkjax.types import at_least_float32, predict_mask
 
 VOCAB = 11
 
