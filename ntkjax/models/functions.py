@@ -1,0 +1,178 @@
+"""A language model's functions as callable pytrees: weights are leaves, structure is static.
+
+A jitted function takes them as ordinary arguments, so no weight is ever captured as a constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ntkjax.errors import ConfigError, UserError
+from ntkjax.models.decoder import Decoder
+from ntkjax.models.gpt2 import GPT2
+from ntkjax.models.layers import KVCache, ModelSpec, matmul
+from ntkjax.types import Batch, Params, at_least_float32, predict_mask, valid_mask
+
+OUTPUTS = ("apply", "hidden", "nll", "embed", "states", "head")
+POSITIONS = ("response", "all", "last")
+
+# Logits of more than this many numbers are made and dropped a slice of T at a time (float32: 256 MiB).
+MAX_LOGITS = 1 << 26
+
+
+@functools.lru_cache(maxsize=64)
+def structure(spec: ModelSpec) -> tuple[Any, dict]:
+    """The nnx graph of the model and its parameter tree of jax.ShapeDtypeStruct; nothing is allocated."""
+    build = GPT2 if spec.config.family == "gpt2" else Decoder
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(spec)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def param_shapes(spec: ModelSpec) -> dict:
+    """The parameter tree as jax.ShapeDtypeStruct leaves: layers stacked on axis 0."""
+    return jax.tree.map(lambda leaf: leaf, structure(spec)[1])
+
+
+def overlay(weights: dict, params: Params, where: str = "") -> dict:
+    """``weights`` with the leaves of ``params``, any subset of the tree, in their place; nothing is copied.
+
+    Raises UserError naming the path of a parameter the model does not have, or whose shape differs.
+    """
+    out = dict(weights)
+    for name, value in params.items():
+        path = f"{where}{name}"
+        if name not in weights or isinstance(value, dict) != isinstance(weights[name], dict):
+            raise UserError(f"parameter {path!r} does not exist in the model; here it has: {', '.join(weights)}")
+        if isinstance(value, dict):
+            out[name] = overlay(weights[name], value, path + "/")
+        elif jnp.shape(value) != jnp.shape(weights[name]):
+            raise UserError(
+                f"parameter {path!r} has shape {jnp.shape(value)}: expected {jnp.shape(weights[name])}"
+            )
+        else:
+            out[name] = value
+    return out
+
+
+def forward(
+    spec: ModelSpec,
+    weights: dict,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    cache: KVCache | None = None,
+    segments: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See Decoder.forward."""
+    return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments)
+
+
+def head_weight(weights: dict) -> Float[Array, "V D"]:
+    """W [V, D] in its stored dtype: the head, or the embedding where they are tied."""
+    return weights["head"]["kernel"] if "head" in weights else weights["embed"]["weight"]
+
+
+def project(spec: ModelSpec, weights: dict, states: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
+    """Logits W h [..., V], float32 or better; the product runs in the model's dtype, accumulated in float32."""
+    return matmul(states.astype(spec.dtype), head_weight(weights).T)
+
+
+def position_mask(batch: Batch, positions: str) -> Bool[Array, "B T"]:
+    """The positions an output is pooled over, bool [B, T].
+
+    "response": S(x), those whose next token belongs to the response. "all": those whose next token is real.
+    "last": the last element of S(x), the position that predicts the response's last token.
+    """
+    if positions == "all":
+        return jnp.pad(valid_mask(batch)[:, 1:], ((0, 0), (0, 1)))
+    mask = predict_mask(batch)
+    if positions == "response":
+        return mask
+    later = jnp.cumsum(mask[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]
+    return mask & (later == 1)
+
+
+def pool(values: Float[Array, "B T *rest"], mask: Bool[Array, "B T"]) -> Float[Array, "B *rest"]:
+    """Mean over the masked positions; exactly 0 where there are none."""
+    extra = (1,) * (values.ndim - 2)
+    counts = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(values.dtype)
+    kept = jnp.where(mask.reshape(mask.shape + extra), values, jnp.zeros((), values.dtype))
+    return jnp.sum(kept, axis=1) / counts.reshape(counts.shape + extra)
+
+
+def token_nll(
+    spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """-log p(token t+1 | tokens up to t) in nats at position t, [B, T]; the last column is meaningless.
+
+    Where the logits [B, T, V] would be large they are made a slice of T at a time, and made again in the backward pass.
+    """
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    rows, length, vocab = *tokens.shape, spec.config.vocab_size
+
+    def piece(states, targets):
+        logits = project(spec, weights, states)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    if rows * length * vocab <= MAX_LOGITS:
+        return piece(states, targets)
+    size = max(1, min(length, MAX_LOGITS // (rows * vocab)))
+    pieces = -(-length // size)
+    pad = pieces * size - length
+    states = jnp.pad(states, ((0, 0), (0, pad), (0, 0))).reshape(rows, pieces, size, -1)
+    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, pieces, size)
+    slices = (jnp.moveaxis(states, 1, 0), jnp.moveaxis(targets, 1, 0))
+    _, out = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(piece, prevent_cse=False)(*xs)), None, slices)
+    return jnp.moveaxis(out, 0, 1).reshape(rows, pieces * size)[:, :length]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelFn:
+    """One output of a language model: ``fn(params, batch)``; ``fn(params)`` for the head.
+
+    Attributes:
+      weights: the full parameter tree (pytree leaves). ``params``, any subset of it, is laid over it at each call.
+      spec, kind, positions: static; two functions of one model with the same kind are the same to the compiler.
+    """
+
+    weights: Any
+    spec: ModelSpec = dataclasses.field(metadata={"static": True})
+    kind: str = dataclasses.field(metadata={"static": True})
+    positions: str = dataclasses.field(default="response", metadata={"static": True})
+
+    def __call__(self, params: Params, batch: Batch | None = None) -> Float[Array, "..."]:
+        weights = overlay(self.weights, params)
+        if self.kind == "head":
+            return at_least_float32(head_weight(weights))
+        if batch is None:
+            raise TypeError(f"the {self.kind!r} function takes (params, batch)")
+        tokens = jnp.asarray(batch.tokens)
+        optional = lambda x: None if x is None else jnp.asarray(x)
+        states, _ = forward(
+            self.spec, weights, tokens, optional(batch.positions), segments=optional(batch.segments)
+        )
+        if self.kind == "states":
+            return states
+        if self.kind == "embed":
+            return pool(states, valid_mask(batch))
+        mask = position_mask(batch, self.positions)
+        if self.kind == "nll":
+            return pool(token_nll(self.spec, weights, states, tokens), mask)
+        hidden = pool(states, mask)
+        return hidden if self.kind == "hidden" else project(self.spec, weights, hidden)
+
+
+def model_fn(weights: dict, spec: ModelSpec, kind: str, positions: str = "response") -> ModelFn:
+    """The function ``kind`` (one of OUTPUTS) over ``positions`` (one of POSITIONS); ConfigError for another name."""
+    for value, allowed, what in ((kind, OUTPUTS, "output"), (positions, POSITIONS, "positions")):
+        if value not in allowed:
+            raise ConfigError(f"{what} {value!r} is not one of {', '.join(allowed)}")
+    return ModelFn(weights, spec, kind, positions)

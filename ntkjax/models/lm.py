@@ -1,0 +1,218 @@
+"""A causal language model as weights plus functions of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ntkjax.errors import ConfigError, UserError
+from ntkjax.models import functions
+from ntkjax.models.config import DTYPES, ModelConfig
+from ntkjax.models.functions import ModelFn, model_fn, overlay, param_shapes
+from ntkjax.models.layers import ModelSpec
+from ntkjax.models.lora import LoraConfig, init_lora_a, lora_subset
+from ntkjax.parallel import put
+from ntkjax.rng import named_key
+from ntkjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint held: where from, how many tensors and parameters, and how many tensors of each dtype."""
+
+    source: str = ""
+    tensors: int = 0
+    parameters: int = 0
+    dtypes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Weights, tokenizer and functions of one causal language model.
+
+    Attributes:
+      spec: static structure (configuration, adapter, dtype, remat, attention implementation).
+      params: the full parameter tree, layers stacked on axis 0:
+        {"embed": {"weight" [V, D]}, "layers": {"attention": {"q": {"kernel" [L, in, out], "bias" [L, out],
+        "lora_a" [L, in, r], "lora_b" [L, r, out]}, "k", "v", "o", "q_norm", "k_norm"}, "mlp": {"gate", "up",
+        "down"}, "norm_1": {"scale" [L, D]}, "norm_2"}, "norm": {"scale" [D]}, "head": {"kernel" [V, D]}}.
+        No head where it is tied; GPT-2 has "wpe" and biases, and no gate.
+      tokenizer: a transformers tokenizer, or None.
+      mesh: the device mesh the weights are spread over, or None.
+      hf_config: the config.json it was loaded from, or None.
+      report: what the checkpoint held.
+    """
+
+    spec: ModelSpec
+    params: dict
+    tokenizer: Any = None
+    mesh: jax.sharding.Mesh | None = None
+    hf_config: dict | None = None
+    report: LoadReport = LoadReport()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self.spec.config
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """Rank, alpha and targets of the adapter, or None."""
+        return self.spec.lora
+
+    @property
+    def lora(self) -> dict:
+        """The adapter's leaves as a subset of ``params``; {} without an adapter."""
+        return lora_subset(self.params)
+
+    def with_params(self, params: Params) -> LanguageModel:
+        """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in overlay."""
+        return dataclasses.replace(self, params=overlay(self.params, params))
+
+    def select_params(self, which: str = "lora") -> dict:
+        """The subset of ``params`` to train: "lora", "all", or a regular expression.
+
+        The expression is searched in paths such as "layers/attention/q/kernel". Raises UserError where nothing is
+        selected.
+        """
+        if which == "all":
+            return jax.tree.map(lambda x: x, self.params)
+        try:
+            chosen = self.lora if which == "lora" else _matching(self.params, re.compile(which), "")
+        except re.error as error:
+            raise ConfigError(f"parameters {which!r}: not a regular expression: {error}") from None
+        if not chosen:
+            example = ", ".join(list(paths(self.params))[:4])
+            raise UserError(f"parameters {which!r} select nothing; the model has {example}, ...")
+        return chosen
+
+    def output(self, kind: str, positions: str = "response") -> ModelFn:
+        """The function ``kind`` ("apply", "hidden", "nll", "embed", "states", "head") over ``positions``."""
+        return model_fn(self.params, self.spec, kind, positions)
+
+    @property
+    def apply_fn(self) -> ModelFn:
+        """(params, batch) -> pooled logits 1/|S| sum_t W h_t, float32 or better [B, V]."""
+        return self.output("apply")
+
+    @property
+    def hidden_fn(self) -> ModelFn:
+        """(params, batch) -> pooled final hidden state 1/|S| sum_t h_t, float32 or better [B, D]."""
+        return self.output("hidden")
+
+    @property
+    def embed_fn(self) -> ModelFn:
+        """(params, batch) -> mean final hidden state over all real tokens [B, D]."""
+        return self.output("embed")
+
+    @property
+    def states_fn(self) -> ModelFn:
+        """(params, batch) -> hidden states after the last norm [B, T, D]."""
+        return self.output("states")
+
+    @property
+    def head_fn(self) -> ModelFn:
+        """(params) -> W, float32 or better [V, D]."""
+        return self.output("head")
+
+    @property
+    def nll_fn(self) -> ModelFn:
+        """(params, batch) -> mean negative log-likelihood over S(x) in nats [B]."""
+        return self.output("nll")
+
+    def logits(self, token_ids: Int[Array | np.ndarray, "B T"] | list) -> Float[Array, "B T V"]:
+        """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the vocabulary."""
+        tokens = np.asarray(token_ids)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"token_ids: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
+            worst = int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())
+            raise UserError(
+                f"token id {worst} is outside the vocabulary (0 to {self.config.vocab_size - 1}): was the text made "
+                "with another model's tokenizer?"
+            )
+        return _logits(self.spec, self.params, jnp.asarray(tokens, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(spec: ModelSpec, weights: dict, tokens: Array) -> Array:
+    states, _ = functions.forward(spec, weights, tokens)
+    return functions.project(spec, weights, states)
+
+
+def _matching(tree: dict, pattern: re.Pattern, where: str) -> dict:
+    chosen = {}
+    for name, value in tree.items():
+        path = f"{where}{name}"
+        if isinstance(value, dict):
+            inner = _matching(value, pattern, path + "/")
+            if inner:
+                chosen[name] = inner
+        elif pattern.search(path):
+            chosen[name] = value
+    return chosen
+
+
+def paths(tree: dict) -> dict[str, Any]:
+    """The leaves of a nested dict by "/"-joined path."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+
+def unflatten(flat: dict[str, Any]) -> dict:
+    """The nested dict whose leaves ``paths`` would list as ``flat``."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *branches, name = path.split("/")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[name] = leaf
+    return tree
+
+
+def check_dtype(dtype: str) -> str:
+    """``dtype`` if it is one that weights may have; ConfigError otherwise."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}, auto")
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("dtype 'float64' needs double precision: set JAX_ENABLE_X64=1")
+    return dtype
+
+
+def init_leaf(spec: ModelSpec, path: str, shape: jax.ShapeDtypeStruct, seed: int) -> Array:
+    """A fresh leaf: adapters as in PEFT (A uniform, B zero), scales 1, biases 0, weights normal(initializer_range)."""
+    name = path.rsplit("/", 1)[-1]
+    if name == "lora_a":
+        return init_lora_a(named_key(seed, "lora", path), shape.shape, shape.dtype)
+    if name in ("lora_b", "bias"):
+        return jnp.zeros(shape.shape, shape.dtype)
+    if name == "scale":
+        return jnp.ones(shape.shape, shape.dtype)
+    noise = jax.random.normal(named_key(seed, "weights", path), shape.shape, jnp.float32)
+    return (spec.config.initializer_range * noise).astype(shape.dtype)
+
+
+def init_lm(
+    config: ModelConfig,
+    *,
+    seed: int,
+    lora: LoraConfig | None = None,
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    remat: bool = False,
+    attention: str = "xla",
+) -> LanguageModel:
+    """A model of any shape with random weights; the same seed gives the same weights whatever the adapter."""
+    spec = ModelSpec(config, lora, check_dtype(dtype), remat, attention)
+    flat = paths(param_shapes(spec))
+    leaves = {path: put(init_leaf(spec, path, shape, seed), path, mesh) for path, shape in flat.items()}
+    return LanguageModel(spec, unflatten(leaves), tokenizer, mesh)

@@ -1,0 +1,279 @@
+"""Language models from Hugging Face directories: config.json, safetensors (one file or shards), tokenizer files."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from ntkjax.errors import CheckpointError, UserError
+from ntkjax.models.config import ModelConfig
+from ntkjax.models.functions import param_shapes
+from ntkjax.models.layers import ModelSpec
+from ntkjax.models.lm import LanguageModel, LoadReport, check_dtype, init_leaf, paths, unflatten
+from ntkjax.models.lora import LoraConfig
+from ntkjax.models.names import Source, is_buffer, sources
+from ntkjax.models.safetensors_file import TensorInfo, read_header
+from ntkjax.parallel import put, weight_sharding
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_NEEDED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_FILE_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load_lm(
+    path: str | Path,
+    *,
+    lora: LoraConfig | None = LoraConfig(),
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    seed: int = 0,
+    attention: str = "xla",
+) -> LanguageModel:
+    """Load a causal language model from a directory in Hugging Face format, or from the hub by id.
+
+    Each tensor is read, sent to its device (spread by ``parallel.weight_sharding`` where there is a mesh) and cast to
+    ``dtype`` there before the next is read: the host never holds more than one. ``lora`` adds a fresh adapter (B = 0,
+    so the function is unchanged) drawn from ``seed``; None adds none.
+
+    Args:
+      dtype: "float32", "bfloat16", "float16", "float64" (with x64 on), or "auto": the one config.json names, else
+        the file's most common. Norm scales and adapters are kept in float32 or better.
+      attention: "xla" or "cudnn", see ModelSpec.
+
+    Raises CheckpointError naming the file, key or tensor that is missing, unused, misshapen or unsupported, UserError
+    where a hub id cannot be fetched, ConfigError for an unknown dtype or LoRA target.
+    """
+    directory = find_directory(path)
+    hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
+    config = ModelConfig.from_hf(hf_config, str(directory / "config.json"))
+    tensors = find_tensors(directory)
+    spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, attention)
+    if lora is not None:
+        lora.matches(spec.linears())
+    params, report = _load_params(spec, tensors, str(directory), mesh, seed)
+    tokenizer = load_tokenizer(directory, config)
+    return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
+
+
+def find_directory(path: str | Path) -> Path:
+    """The local directory of a model, downloading it from the hub where ``path`` is an id and not a directory."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    text = str(path)
+    if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        what = "is a file" if local.exists() else "does not exist"
+        raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=_NEEDED))
+    except Exception as error:  # the hub client raises its own, urllib's and its HTTP library's errors
+        raise UserError(
+            f"{text!r} is not a directory here and could not be fetched from the hub ({type(error).__name__}): check "
+            "the name, connect (unset HF_HUB_OFFLINE), or download it elsewhere and give the directory's path"
+        ) from error
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError where it is missing or malformed."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing ({hint})")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def find_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint by name: from model.safetensors, or from the shards its index names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise CheckpointError(
+                f"{directory}: only pickled weights ({', '.join(pickles)}): pickles can run code and are not read. "
+                "Convert once where torch is installed: AutoModelForCausalLM.from_pretrained(DIR)"
+                ".save_pretrained(NEW_DIR, safe_serialization=True)"
+            )
+        raise CheckpointError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+    names = read_json(index, "").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: key 'weight_map' is missing or empty: expected tensor names and their files")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted(set(names.values())):
+        if not (directory / shard).is_file():
+            raise CheckpointError(f"{directory / shard}: shard is missing, although {index.name} names it")
+        headers[shard] = read_header(directory / shard)
+    for name, shard in names.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{directory / shard}: tensor {name!r} is missing, although {index.name} places it here")
+    return {name: info for header in headers.values() for name, info in header.items()}
+
+
+def _resolve_dtype(dtype: str, hf_config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str:
+    if dtype != "auto":
+        return check_dtype(dtype)
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    if isinstance(named, str) and named.removeprefix("torch.") in ("float32", "bfloat16", "float16"):
+        return named.removeprefix("torch.")
+    counts = collections.Counter(info.dtype for info in tensors.values() if info.is_float)
+    return _FILE_DTYPES[counts.most_common(1)[0][0]] if counts else "float32"
+
+
+def _load_params(
+    spec: ModelSpec, tensors: dict[str, TensorInfo], where: str, mesh: Mesh | None, seed: int
+) -> tuple[dict, LoadReport]:
+    flat, table = paths(param_shapes(spec)), sources(spec)
+    table = _without_prefix(table, tensors)
+    _check_names(spec, table, tensors, where)
+    leaves = {}
+    for path, shape in flat.items():
+        if path in table:
+            leaves[path] = _load_leaf(path, shape, table[path], tensors, mesh)
+        else:
+            leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh)
+    counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(info.name))
+    parameters = sum(int(np.prod(flat[path].shape)) for path in table)
+    return unflatten(leaves), LoadReport(where, counts.total(), parameters, dict(counts))
+
+
+def _without_prefix(table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
+    """The first GPT-2 checkpoints were saved without the "transformer." in front of every name."""
+    if "wte.weight" not in tensors:
+        return table
+    bare = lambda source: dataclasses.replace(source, name=source.name.removeprefix("transformer."))
+    return {path: bare(source) for path, source in table.items()}
+
+
+def _names_of(spec: ModelSpec, path: str, source: Source) -> list[str]:
+    layers = spec.config.num_layers if path.startswith("layers/") else 1
+    return [source.name.format(i) for i in range(layers)]
+
+
+def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
+    """No tensor may be missing, and none may be left over."""
+    needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        hint = ""
+        if missing == ["lm_head.weight"]:
+            hint = " (a model whose head is its embedding says tie_word_embeddings: true in config.json)"
+        raise CheckpointError(f"{where}: {_listed('tensor', missing)} missing{hint}")
+    unused = sorted(name for name in tensors.keys() - needed if not is_buffer(name))
+    if unused == ["lm_head.weight"] and spec.config.tied:
+        embedding = tensors[table["embed/weight"].name]
+        if not np.array_equal(tensors["lm_head.weight"].read(), embedding.read()):
+            raise CheckpointError(
+                f"{where}: tensor 'lm_head.weight' differs from {embedding.name!r}, although config.json ties them "
+                "(tie_word_embeddings): set it to false to use both"
+            )
+        return
+    if unused:
+        raise CheckpointError(
+            f"{where}: {_listed('tensor', unused)} not used by {spec.config.architecture} with this config.json"
+        )
+
+
+def _listed(noun: str, names: list[str]) -> str:
+    more = f" and {len(names) - 4} more are" if len(names) > 4 else " is" if len(names) == 1 else " are"
+    return f"{noun}{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:4]))}{more}"
+
+
+def _load_leaf(
+    path: str, shape: jax.ShapeDtypeStruct, source: Source, tensors: dict[str, TensorInfo], mesh: Mesh | None
+) -> Array:
+    """One parameter, its layers written one by one into a stack that already lies on the device."""
+    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh)
+    if not path.startswith("layers/"):
+        info = tensors[source.name]
+        _check_shape(info, source, shape.shape)
+        array = put(_host_tensor(info, source), path, mesh)
+        return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
+    stack = _zeros(shape.shape, str(shape.dtype), sharding)
+    for layer in range(shape.shape[0]):
+        info = tensors[source.name.format(layer)]
+        _check_shape(info, source, shape.shape[1:])
+        tensor = jax.device_put(_host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape)))
+        stack = _write_layer(stack, np.int32(layer), tensor, source.transpose, sharding)
+    return stack
+
+
+def _host_tensor(info: TensorInfo, source: Source) -> np.ndarray:
+    if not info.is_float:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected F32, BF16, F16 or F64 "
+            "(quantised weights are not supported)"
+        )
+    tensor = info.read()
+    width = tensor.shape[-1] // source.parts
+    return tensor[..., source.part * width : (source.part + 1) * width]
+
+
+def _check_shape(info: TensorInfo, source: Source, shape: tuple[int, ...]) -> None:
+    expected = shape[::-1] if source.transpose else shape
+    expected = (*expected[:-1], expected[-1] * source.parts)
+    if info.shape != expected:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json asks for {list(expected)}"
+        )
+
+
+def _slice_sharding(sharding: NamedSharding | None, source: Source, rank: int) -> NamedSharding | None:
+    """The sharding of one layer's tensor as it lies in the file."""
+    if sharding is None:
+        return None
+    axes = (tuple(sharding.spec) + (None,) * rank)[1:rank]
+    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if source.transpose else axes)))
+
+
+def _zeros(shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None) -> Array:
+    return jnp.zeros(shape, dtype) if sharding is None else jnp.zeros(shape, dtype, device=sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=0)
+def _as_leaf(array: Array, transpose: bool, dtype: str, sharding: NamedSharding | None) -> Array:
+    out = (array.T if transpose else array).astype(dtype)
+    return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write_layer(stack: Array, layer: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
+    tensor = (tensor.T if transpose else tensor).astype(stack.dtype)
+    out = jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, 0)
+    return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> Any:
+    """The transformers tokenizer of a model directory, or None where it has no tokenizer files."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # transformers and tokenizers raise many kinds for a bad file
+        raise CheckpointError(f"{directory}: the tokenizer files cannot be read: {error}") from error
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer's pad token has id {pad} and the embedding only {config.vocab_size} rows: "
+            "name a token that the model has as pad_token in tokenizer_config.json"
+        )
+    return tokenizer

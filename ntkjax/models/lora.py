@@ -1,0 +1,122 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + scale (x A) B, A [in, r], B [r, out], kept in float32 or better."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ntkjax.errors import ConfigError
+from ntkjax.types import at_least_float32
+
+# Names of the linear layers in Hugging Face checkpoints, so that a PEFT user's target_modules work here.
+_ALIASES = {
+    "q_proj": ("attention/q",),
+    "k_proj": ("attention/k",),
+    "v_proj": ("attention/v",),
+    "o_proj": ("attention/o",),
+    "gate_proj": ("mlp/gate",),
+    "up_proj": ("mlp/up",),
+    "down_proj": ("mlp/down",),
+    "c_attn": ("attention/q", "attention/k", "attention/v"),
+    "attn.c_proj": ("attention/o",),
+    "c_fc": ("mlp/up",),
+    "mlp.c_proj": ("mlp/down",),
+    "c_proj": ("attention/o", "mlp/down"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which linear layers get an adapter, and of what rank.
+
+    Attributes:
+      rank: r. alpha: scale is alpha / r, or alpha / sqrt(r) with ``rslora`` (arXiv 2312.03732).
+      targets: "all-linear" (every linear layer but the head), layer names ("q", "attention/q", "q_proj", "c_attn",
+        ...) or regular expressions searched in "attention/q", "attention/k", ..., "mlp/down".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1:
+            raise ConfigError(f"LoRA rank = {self.rank}: expected at least 1 (use lora=None for no adapter)")
+        if not self.targets:
+            raise ConfigError("LoRA targets are empty: name at least one layer, or use lora=None for no adapter")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with rslora."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def matches(self, linears: tuple[str, ...]) -> tuple[str, ...]:
+        """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that matches none."""
+        chosen: set[str] = set()
+        for target in self.targets:
+            found = _matching(target, linears)
+            if not found:
+                raise ConfigError(
+                    f"LoRA target {target!r} matches no linear layer of this model; it has {', '.join(linears)} "
+                    "('all-linear' takes them all; the head never gets an adapter)"
+                )
+            chosen.update(found)
+        return tuple(name for name in linears if name in chosen)
+
+
+def _matching(target: str, linears: tuple[str, ...]) -> list[str]:
+    if target == "all-linear":
+        return list(linears)
+    exact = [name for name in linears if target in (name, name.split("/")[-1]) or name in _ALIASES.get(target, ())]
+    if exact:
+        return exact
+    try:
+        return [name for name in linears if re.search(target, name)]
+    except re.error as error:
+        raise ConfigError(f"LoRA target {target!r} is neither a layer name nor a regular expression: {error}") from None
+
+
+def lora_delta(
+    x: Float[Array, "... I"], a: Float[Array, "I R"], b: Float[Array, "R O"], scale: float
+) -> Float[Array, "... O"]:
+    """scale (x A) B in float32 or better: [..., out]."""
+    x = at_least_float32(x)
+    return scale * jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
+
+
+def init_lora_a(key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
+    """A as in PEFT: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); shape [..., in, r]."""
+    bound = 1.0 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def lora_subset(params: dict) -> dict:
+    """The adapter leaves (``lora_a``, ``lora_b``) of a parameter tree, and the branches that lead to them."""
+    subset = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner = lora_subset(value)
+            if inner:
+                subset[name] = inner
+        elif name in ("lora_a", "lora_b"):
+            subset[name] = value
+    return subset
+
+
+def merge_lora(params: dict, scale: float) -> dict:
+    """The tree without adapters: kernel + scale A B, summed in float32 or better and cast back to the kernel's dtype."""
+    if "lora_a" in params:
+        a, b = at_least_float32(params["lora_a"]), at_least_float32(params["lora_b"])
+        kernel = params["kernel"]
+        delta = (scale * jnp.matmul(a, b)).astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        merged = (at_least_float32(kernel) + delta).astype(kernel.dtype)
+        return {k: v for k, v in params.items() if k not in ("lora_a", "lora_b")} | {"kernel": merged}
+    return {k: merge_lora(v, scale) if isinstance(v, dict) else v for k, v in params.items()}
