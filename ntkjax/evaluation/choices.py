@@ -1,0 +1,255 @@
+"""Accuracy over fixed choices by likelihood.
+
+For an example x with choices c the response is ``answer_template.format(c)``, rendered as training renders it
+(chat template or plain). log p(response_c | x) is the sum over *all* response tokens: the words of the
+template, which the choices share, the choice itself and what the renderer puts after it (full stop,
+end-of-turn token).
+
+- ``raw``: the sum, in nats.
+- ``norm``: the sum divided by the number of those tokens, so long choices are not punished for their length.
+
+All choices of an example are packed into one sequence (see `packing`), so the prompt is computed once; logits
+are formed only at the places that predict a scored token. This is exact: no approximation against one
+sequence per choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ntkjax.data.batches import plan_batches
+from ntkjax.data.buckets import round_up
+from ntkjax.data.prompts import encode, render_text
+from ntkjax.errors import ConfigError, DataError, UserError
+from ntkjax.evaluation.packing import Packed, PackedBatch, collate, pack
+from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32
+
+DEFAULT_TEMPLATE = "So the answer is {}."
+LOGIT_ELEMENTS = 1 << 24
+"""Logits held at once while scoring: 64 MiB in float32, whatever the vocabulary."""
+RENDER_BLOCK = 256
+"""Examples rendered and tokenised at once."""
+TIE_TOLERANCE = 1e-5
+"""Nats: two choices closer than this are a tie, decided for the one listed first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceScores:
+    """Likelihoods of the choices of one example.
+
+    Attributes:
+      row: row of the example in the records (or in the list) given.
+      raw: float64 [C], log p(response_c | prompt) in nats.
+      tokens: int64 [C], response tokens in each sum.
+      dropped: prompt tokens cut from the left.
+    """
+
+    row: int
+    raw: np.ndarray
+    tokens: np.ndarray
+    dropped: int
+
+    @property
+    def norm(self) -> np.ndarray:
+        """float64 [C]: raw / tokens, nats per token."""
+        return self.raw / self.tokens
+
+
+def pick(scores: np.ndarray) -> tuple[int, bool]:
+    """Index of the best score and whether it was a tie (within `TIE_TOLERANCE`; the first listed wins)."""
+    best = np.flatnonzero(scores >= scores.max() - TIE_TOLERANCE)
+    return int(best[0]), bool(best.size > 1)
+
+
+@jax.jit
+def token_log_probs(
+    states_fn: Callable,
+    head_fn: Callable,
+    params: Params,
+    batch: Batch,
+    predictor: Int[ArrayLike, "B M"],
+    target: Int[ArrayLike, "B M"],
+) -> Float[Array, "B M"]:
+    """log p(target) at the predictor positions: log_softmax(W h)[target], nats, float32 or better.
+
+    The hidden states are gathered before the head is applied, and the head runs over blocks of positions, so
+    [B, T, V] is never formed. Model functions and weights are arguments: one compilation for each batch
+    shape.
+    """
+    predictor, target = jnp.asarray(predictor), jnp.asarray(target)
+    states, head = states_fn(params, batch), at_least_float32(head_fn(params))
+    hidden = at_least_float32(jnp.take_along_axis(states, predictor[:, :, None], axis=1))
+    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    hidden, head = hidden.astype(dtype), head.astype(dtype)
+
+    def one(pair: tuple[Array, Array]) -> Array:
+        logits = jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST)
+        return logits[pair[1]] - jax.nn.logsumexp(logits)
+
+    flat = (hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1))
+    block = max(1, min(flat[1].size, LOGIT_ELEMENTS // head.shape[0]))
+    return jax.lax.map(one, flat, batch_size=block).reshape(target.shape)
+
+
+def score_packed(
+    model: Any, params: Params, packed: Sequence[Packed], *, token_budget: int, max_buckets: int = 6
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Score packed examples, one list for each batch: ``(place in packed, log-probabilities float64 [C])``.
+
+    Batches are grouped by packed length, longest first; each length has one number of rows and of scored
+    tokens, so the scorer compiles once for each.
+
+    Args:
+      model: anything with the callable pytrees ``states_fn(params, batch) -> [B, T, D]`` and
+        ``head_fn(params) -> [V, D]``.
+    """
+    states_fn, head_fn = as_pytree_fn(model.states_fn), as_pytree_fn(model.head_fn)
+    lengths = np.asarray([p.tokens.size for p in packed], dtype=np.int32)
+    _check_positions(model, packed)
+    plan = plan_batches(lengths, np.arange(len(packed)), token_budget, max_buckets) if packed else []
+    scored: dict[int, int] = {}
+    for planned in plan:
+        most = max(packed[i].target.size for i in planned.indices)
+        scored[planned.length] = max(scored.get(planned.length, 0), round_up(most, 8))
+    for planned in plan:
+        b: PackedBatch = collate(
+            packed, planned.indices, planned.rows, planned.length, scored[planned.length]
+        )
+        log_probs = np.asarray(token_log_probs(states_fn, head_fn, params, b.batch, b.predictor, b.target))
+        yield [(int(i), packed[i].sums(log_probs[r, : packed[i].target.size])) for r, i in enumerate(b.rows)]
+
+
+def _check_positions(model: Any, packed: Sequence[Packed]) -> None:
+    config: Any = getattr(model, "config", None)
+    limit = config.max_positions if getattr(config, "family", None) == "gpt2" else None
+    longest = max((int(p.positions.max()) + 1 for p in packed), default=0)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"an example of {longest} tokens does not fit the model's {limit} learned positions; "
+            f"set max_length to {limit} or less"
+        )
+
+
+def check_template(answer_template: str) -> None:
+    """Refuse a template without exactly one ``{}``.
+
+    Raises:
+      ConfigError: with the template and what was expected.
+    """
+    try:
+        good = answer_template.format("\x00").count("\x00") == 1
+    except (IndexError, KeyError, ValueError):
+        good = False
+    if not good:
+        raise ConfigError(
+            f"answer_template: expected text with one {{}} for the choice, such as {DEFAULT_TEMPLATE!r}, "
+            f"got {answer_template!r}"
+        )
+
+
+def pack_choices(
+    tokenizer: Any,
+    examples: Sequence[Any],
+    responses: Sequence[Sequence[str]],
+    *,
+    max_length: int,
+    score_shared: bool = True,
+) -> list[Packed]:
+    """Render each example with each of its responses and pack the renderings.
+
+    Raises:
+      UserError: a response that does not fit into ``max_length``, naming the example.
+    """
+    packed = []
+    for start in range(0, len(examples), RENDER_BLOCK):
+        part = list(zip(examples[start : start + RENDER_BLOCK], responses[start : start + RENDER_BLOCK]))
+        rendered = iter(encode(tokenizer, [render_text(tokenizer, e, r) for e, texts in part for r in texts]))
+        for example, texts in part:
+            own = list(islice(rendered, len(texts)))
+            packed.append(
+                pack(
+                    [r.tokens for r in own],
+                    [r.response_start for r in own],
+                    max_length=max_length,
+                    score_shared=score_shared,
+                    bos=tokenizer.bos_token_id,
+                    name=f"example {example.id!r}",
+                )
+            )
+    return packed
+
+
+def gold_choice(example: Any) -> int | None:
+    """Index of the example's answer among its choices; None without choices or answer.
+
+    Compared as written, then without regard to case and surrounding blanks.
+
+    Raises:
+      DataError: an answer that is not among the choices, or fewer than two choices.
+    """
+    if example.choices is None or len(example.choices) == 0 or example.answer is None:
+        return None
+    choices = list(example.choices)
+    if len(choices) < 2:
+        raise DataError(f"example {example.id!r}: expected at least two choices, got {choices}")
+    for form in (str, lambda s: s.strip().casefold()):
+        wanted = form(example.answer)
+        matches = [c for c, choice in enumerate(choices) if form(choice) == wanted]
+        if matches:
+            return matches[0]
+    raise DataError(
+        f"example {example.id!r}: the answer {example.answer!r} is not among the choices {choices}; mend "
+        f"the record"
+    )
+
+
+def score_choices(
+    model: Any,
+    params: Params,
+    records: Sequence[Any],
+    *,
+    max_length: int,
+    token_budget: int,
+    answer_template: str = DEFAULT_TEMPLATE,
+    rows: Sequence[int] | None = None,
+    max_buckets: int = 6,
+) -> Iterator[list[ChoiceScores]]:
+    """Likelihoods of the choices of every example that has choices and an answer, one list for each batch.
+
+    Args:
+      model: a `LanguageModel`, or anything with ``tokenizer``, ``states_fn`` and ``head_fn``.
+      params: the trained parameters, any subset of the model's tree.
+      rows: which rows of the records; None for all.
+      token_budget: tokens in a batch, padding included; a packed example longer than that forms a batch
+        alone.
+
+    Raises:
+      UserError: no example has choices and an answer, or one does not fit into ``max_length``.
+    """
+    check_template(answer_template)
+    rows = range(len(records)) if rows is None else rows
+    chosen = [
+        (row, example)
+        for row, example in ((row, records[row]) for row in rows)
+        if gold_choice(example) is not None
+    ]
+    if not chosen:
+        raise UserError(
+            f"none of the {len(rows)} examples has choices and an answer, so there is no accuracy over "
+            f"choices; give "
+            "records with the fields 'choices' and 'answer', or evaluate generated answers or likelihood "
+            "instead"
+        )
+    kept, examples = zip(*chosen)
+    responses = [[answer_template.format(choice) for choice in example.choices] for example in examples]
+    packed = pack_choices(model.tokenizer, examples, responses, max_length=max_length)
+    for done in score_packed(model, params, packed, token_budget=token_budget, max_buckets=max_buckets):
+        yield [ChoiceScores(kept[i], sums, packed[i].counts(), packed[i].dropped) for i, sums in done]

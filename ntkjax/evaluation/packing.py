@@ -1,0 +1,171 @@
+"""Many continuations of one prompt in one sequence, so that the prompt is computed once.
+
+``[shared | rest of choice 1 | rest of choice 2 | ...]``: segment 0 is the longest common token prefix of all
+choices (the prompt and whatever of the response they share, such as "So the answer is"); segment c >= 1 holds
+the rest of choice c. A token attends to segment 0 and to its own segment, and every segment c restarts its
+positions where segment 0 ends, so each choice sees exactly what it would see alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ntkjax.errors import UserError
+from ntkjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One packed example.
+
+    Attributes:
+      tokens, segments, positions: int32 [T].
+      predictor: int32 [M], the place in the packed sequence whose hidden state predicts the m-th scored
+        token.
+      target: int32 [M], that token.
+      branch: int32 [M], 0 where the token is shared by all choices, c >= 1 where it belongs to choice c.
+      choices: number of choices C.
+      dropped: prompt tokens cut from the left to fit ``max_length``.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    predictor: np.ndarray
+    target: np.ndarray
+    branch: np.ndarray
+    choices: int
+    dropped: int
+
+    def counts(self) -> np.ndarray:
+        """int64 [C]: scored tokens of each choice, the shared ones included."""
+        return self._per_choice(np.ones(self.branch.size)).astype(np.int64)
+
+    def sums(self, log_probs: np.ndarray) -> np.ndarray:
+        """float64 [C]: the log-probability of each choice from those of its tokens, [M]."""
+        return self._per_choice(np.asarray(log_probs, dtype=np.float64))
+
+    def _per_choice(self, values: np.ndarray) -> np.ndarray:
+        totals = np.bincount(self.branch, weights=values, minlength=self.choices + 1)
+        return totals[0] + totals[1:]
+
+
+def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all sequences share."""
+    shortest = min(len(s) for s in sequences)
+    for i in range(shortest):
+        token = sequences[0][i]
+        if any(s[i] != token for s in sequences):
+            return i
+    return shortest
+
+
+def cut_prompt(prompt: Sequence[int], room: int, bos: int | None = None) -> list[int]:
+    """The last ``room >= 1`` tokens of a prompt; a leading bos stays in front where there is room for two."""
+    if len(prompt) <= room:
+        return list(prompt)
+    if room >= 2 and prompt[0] == bos:
+        return [prompt[0], *prompt[len(prompt) - room + 1 :]]
+    return list(prompt[len(prompt) - room :])
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    *,
+    max_length: int,
+    score_shared: bool = True,
+    bos: int | None = None,
+    name: str = "example",
+) -> Packed:
+    """Pack C token sequences that begin alike.
+
+    Args:
+      sequences: C sequences, prompt and response.
+      starts: [C] where each response starts; only response tokens are scored.
+      max_length: the longest sequence alone; a longer one loses prompt tokens on the left, the same for all
+        choices.
+      score_shared: False leaves the shared response tokens out of the score: they add the same number to
+        every choice.
+      bos: a token that stays in front of a prompt that is cut.
+      name: for the error message.
+
+    Raises:
+      UserError: a response that leaves no room for a single prompt token within ``max_length``.
+    """
+    dropped = max(0, max(len(s) for s in sequences) - max_length)
+    if dropped >= min(starts):
+        longest = max(len(s) - start for s, start in zip(sequences, starts))
+        raise UserError(
+            f"{name}: the longest response has {longest} tokens and max_length is {max_length}, which "
+            "leaves no room for the prompt; raise max_length"
+        )
+    sequences = [
+        cut_prompt(s[:start], start - dropped, bos) + list(s[start:]) for s, start in zip(sequences, starts)
+    ]
+    starts = [start - dropped for start in starts]
+    # The prefix stops before the last token of the shortest choice, so that every choice owns at least one,
+    # and, where responses start at different places, before the first, so that shared ones are scored alike.
+    shared = min(common_prefix_length(sequences), min(len(s) for s in sequences) - 1)
+    if len(set(starts)) > 1:
+        shared = min(shared, min(starts))
+    if shared < 1:
+        raise UserError(f"{name}: the choices share no prompt token after tokenisation")
+    return _lay_out(sequences, starts, shared, score_shared, dropped)
+
+
+def _lay_out(
+    sequences: list[list[int]], starts: list[int], shared: int, score_shared: bool, dropped: int
+) -> Packed:
+    tokens, segments, positions = list(sequences[0][:shared]), [0] * shared, list(range(shared))
+    scored: list[tuple[int, int, int]] = []  # predictor, target, branch
+    if score_shared:
+        scored += [(t - 1, tokens[t], 0) for t in range(starts[0], shared)]
+    for c, (sequence, start) in enumerate(zip(sequences, starts), 1):
+        for t in range(shared, len(sequence)):
+            predictor = shared - 1 if t == shared else len(tokens) - 1
+            if t >= start:
+                scored.append((predictor, sequence[t], c))
+            tokens.append(sequence[t])
+            segments.append(c)
+            positions.append(t)
+    table = np.asarray(scored, dtype=np.int32).reshape(-1, 3).T
+    as_int = lambda x: np.asarray(x, dtype=np.int32)
+    predictor, target, branch = table
+    ids, segment, position = as_int(tokens), as_int(segments), as_int(positions)
+    return Packed(ids, segment, position, predictor, target, branch, len(sequences), dropped)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Packed examples at one fixed shape.
+
+    Attributes:
+      batch: ``Batch`` with segments and positions, [B, T]; its response mask is empty (what is scored is
+        given here).
+      predictor, target: int32 [B, M]; padded with zeros.
+      rows: which examples they are, int64 [number of real rows].
+    """
+
+    batch: Batch
+    predictor: np.ndarray
+    target: np.ndarray
+    rows: np.ndarray
+
+
+def collate(packed: Sequence[Packed], rows: np.ndarray, n_rows: int, length: int, scored: int) -> PackedBatch:
+    """Right-pad ``packed[rows]`` to ``n_rows`` x ``length`` with ``scored`` predictions a row."""
+    tokens, segments, positions = (np.zeros((n_rows, length), np.int32) for _ in range(3))
+    predictor, target = (np.zeros((n_rows, scored), np.int32) for _ in range(2))
+    lengths, index = np.ones(n_rows, np.int32), np.full(n_rows, -1, np.int32)
+    for r, i in enumerate(rows):
+        p = packed[i]
+        t, m = p.tokens.size, p.target.size
+        tokens[r, :t], segments[r, :t], positions[r, :t] = p.tokens, p.segments, p.positions
+        predictor[r, :m], target[r, :m] = p.predictor, p.target
+        lengths[r], index[r] = t, i
+    batch = Batch(tokens, np.zeros((n_rows, length), bool), lengths, index, segments, positions)
+    return PackedBatch(batch, predictor, target, np.asarray(rows, dtype=np.int64))

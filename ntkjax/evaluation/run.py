@@ -1,0 +1,264 @@
+"""One call that evaluates a model on records: choices, likelihood and, on request, generated answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ntkjax.data.encode import tokenise
+from ntkjax.errors import UserError
+from ntkjax.evaluation.answers import compile_pattern, default_pattern
+from ntkjax.evaluation.choices import (
+    DEFAULT_TEMPLATE,
+    ChoiceScores,
+    check_template,
+    gold_choice,
+    pick,
+    score_choices,
+)
+from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers, gold_answer
+from ntkjax.evaluation.likelihood import ResponseNLL, response_nll
+from ntkjax.evaluation.outcomes import Outcome, OutcomeLog, weights_fingerprint
+from ntkjax.evaluation.summary import summarise
+from ntkjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcomes in the order of the records, and their summary (see `summarise`)."""
+
+    outcomes: list[Outcome]
+    summary: dict[str, Any]
+
+
+def evaluate_model(
+    model: Any,
+    params: Params,
+    records: Any,
+    *,
+    max_length: int,
+    token_budget: int,
+    answer_template: str = DEFAULT_TEMPLATE,
+    answer_pattern: str | None = None,
+    choices: bool | None = None,
+    likelihood: bool = True,
+    generation: bool = False,
+    max_new_tokens: int = 256,
+    path: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate ``model`` with trained parameters ``params`` on ``records``.
+
+    Args:
+      model: a `LanguageModel`. params: any subset of its parameter tree, overlaid on its weights.
+      records: `Records`.
+      max_length: longest sequence, tokens; prompts are cut from the left to fit and the cuts counted.
+      token_budget: tokens in a batch, padding included.
+      answer_template: the response for a choice; exactly one ``{}``.
+      answer_pattern: regular expression for reading generated answers; None derives it from the template.
+      choices: accuracy over choices. None: where there are any (an error if there are none and nothing is
+        generated).
+      likelihood: NLL of the records' own responses.
+      generation: generate answers greedily, at most ``max_new_tokens``, and judge them.
+      path: outcomes as JSON lines; written as the run goes, and a run that was cut off goes on where it
+        stopped. A path that holds finished outcomes of the same settings and weights is read back instead.
+      seed: of the bootstrap intervals; nothing else is random.
+
+    Raises:
+      UserError: nothing to evaluate, or a score that is not finite. ConfigError: settings that cannot work,
+        or a path that
+      holds other outcomes (the changed setting is named).
+    """
+    if len(records) == 0:
+        raise UserError("there are no examples to evaluate; check the test file and the limit")
+    check_template(answer_template)
+    pattern = (answer_pattern or default_pattern(answer_template)) if generation else None
+    settings = {
+        "max_length": max_length,
+        "answer_template": answer_template,
+        "answer_pattern": pattern,
+        "choices": choices,
+        "likelihood": likelihood,
+        "generation": generation,
+        "max_new_tokens": max_new_tokens if generation else None,
+    }
+    if path is not None:
+        settings["examples"] = _records_fingerprint(records)
+        settings["weights"] = weights_fingerprint(getattr(model, "params", {}), params)
+    log = OutcomeLog(path, settings)
+    outcomes = log.finished
+    if outcomes is None:
+        bases, choice_rows, response_rows = _bases(records, pattern)
+        job = _Job(model, params, records, bases, log, max_length, token_budget, answer_template, progress)
+        if _wants_choices(choices, generation, len(choice_rows), len(records)):
+            job.choices(choice_rows)
+        if likelihood:
+            job.likelihood(response_rows)
+        if generation:
+            job.generation(list(range(len(records))), pattern, max_new_tokens)
+        outcomes = log.finish(bases)
+    return Evaluation(outcomes, summarise(outcomes, seed=seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One evaluation under way: what is evaluated, and where the pieces go."""
+
+    model: Any
+    params: Params
+    records: Any
+    bases: list[Outcome]
+    log: OutcomeLog
+    max_length: int
+    token_budget: int
+    answer_template: str
+    progress: bool
+
+    def choices(self, rows: list[int]) -> None:
+        def run(todo: list[int]) -> Iterator[list[ChoiceScores]]:
+            return score_choices(
+                self.model,
+                self.params,
+                self.records,
+                max_length=self.max_length,
+                token_budget=self.token_budget,
+                answer_template=self.answer_template,
+                rows=todo,
+            )
+
+        self._run("choices", rows, run, _choice_piece)
+
+    def likelihood(self, rows: list[int]) -> None:
+        def run(todo: list[int]) -> Iterator[list[ResponseNLL]]:
+            dataset = tokenise(self.records, self.model.tokenizer, max_length=self.max_length)
+            return response_nll(
+                self.model,
+                self.params,
+                dataset,
+                token_budget=self.token_budget,
+                indices=np.asarray(todo, dtype=np.int64),
+            )
+
+        self._run("likelihood", rows, run, _nll_piece)
+
+    def generation(self, rows: list[int], pattern: str | None, max_new_tokens: int) -> None:
+        def run(todo: list[int]) -> Iterator[list[GeneratedAnswer]]:
+            return generate_answers(
+                self.model,
+                self.params,
+                self.records,
+                max_length=self.max_length,
+                token_budget=self.token_budget,
+                max_new_tokens=max_new_tokens,
+                answer_template=self.answer_template,
+                answer_pattern=pattern,
+                rows=todo,
+            )
+
+        self._run("generation", rows, run, _generated_piece)
+
+    def _run(self, kind: str, rows: list[int], run: Callable, piece: Callable) -> None:
+        """Do the rows that the log does not hold yet, and log them batch by batch."""
+        done = self.log.done(kind)
+        todo = [row for row in rows if row not in done]
+        if not todo:
+            return
+        with tqdm(total=len(todo), desc=kind, unit="ex", disable=not self.progress) as bar:
+            for batch in run(todo):
+                self.log.add(kind, {item.row: piece(item, self.bases[item.row]) for item in batch})
+                bar.update(len(batch))
+
+
+def _bases(records: Any, pattern: str | None) -> tuple[list[Outcome], list[int], list[int]]:
+    """An empty outcome for each record, the rows with choices and answer, and the rows with a response."""
+    compiled = None if pattern is None else compile_pattern(pattern)
+    bases, choice_rows, response_rows = [], [], []
+    for row in range(len(records)):
+        example = records[row]
+        gold = example.answer if compiled is None else gold_answer(example, compiled)
+        bases.append(
+            Outcome(example.id, example.source, gold, list(example.choices) if example.choices else None)
+        )
+        if gold_choice(example) is not None:
+            choice_rows.append(row)
+        if (example.response or "").strip():
+            response_rows.append(row)
+    return bases, choice_rows, response_rows
+
+
+def _wants_choices(choices: bool | None, generation: bool, with_choices: int, n: int) -> bool:
+    if choices is False or (choices is None and with_choices == 0 and generation):
+        return False
+    if with_choices == 0:
+        raise UserError(
+            f"none of the {n} examples has choices and an answer, so there is no accuracy over choices; "
+            f"give records with the "
+            "fields 'choices' and 'answer', switch generation on, or switch choices off for the likelihood "
+            "alone"
+        )
+    return True
+
+
+def _records_fingerprint(records: Any) -> str:
+    found = getattr(records, "fingerprint", None)
+    if found is not None:
+        return str(found)
+    hasher = hashlib.blake2b(digest_size=16)
+    for row in range(len(records)):
+        example = records[row]
+        hasher.update(
+            repr((example.id, example.prompt, example.response, example.answer, example.choices)).encode()
+        )
+    return hasher.hexdigest()
+
+
+def _finite(values: Any, what: str, base: Outcome) -> None:
+    if not np.all(np.isfinite(values)):
+        raise UserError(
+            f"example {base.id!r}: {what} is {values}, not finite; the weights or the number format are "
+            f"broken "
+            "(did training diverge? try a lower learning rate, or float32)"
+        )
+
+
+def _choice_piece(scores: ChoiceScores, base: Outcome) -> dict[str, Any]:
+    assert base.choices is not None
+    _finite(scores.raw, "the log-probability of its choices", base)
+    piece: dict[str, Any] = {
+        "logprobs": [float(x) for x in scores.raw],
+        "logprob_tokens": [int(x) for x in scores.tokens],
+        "dropped_choices": scores.dropped,
+    }
+    gold = str(base.gold).strip().casefold()
+    for kind, values in (("raw", scores.raw), ("norm", scores.norm)):
+        best, tie = pick(values)
+        predicted = base.choices[best]
+        piece |= {
+            f"predicted_{kind}": predicted,
+            f"tie_{kind}": tie,
+            f"correct_{kind}": predicted.strip().casefold() == gold,
+        }
+    return piece
+
+
+def _nll_piece(scored: ResponseNLL, base: Outcome) -> dict[str, Any]:
+    _finite(scored.nll, "the likelihood of its response", base)
+    return {"nll": scored.nll, "nll_tokens": scored.tokens}
+
+
+def _generated_piece(answer: GeneratedAnswer, base: Outcome) -> dict[str, Any]:
+    return {
+        "generated": answer.text,
+        "predicted_generated": answer.predicted,
+        "generated_how": answer.how,
+        "correct_generated": answer.correct,
+        "generated_tokens": answer.tokens,
+        "dropped_generated": answer.dropped,
+    }

@@ -1,0 +1,162 @@
+"""An evaluation in a few numbers, each with its interval and beside the number that needs no model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ntkjax.evaluation.likelihood import summarise_nll
+from ntkjax.evaluation.outcomes import Outcome
+from ntkjax.evaluation.significance import bootstrap_mean, wilson_interval
+
+
+def summarise(outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """Plain JSON values that sum the outcomes up.
+
+    Returns:
+      ``n``; ``accuracy`` with ``accuracy_interval`` (Wilson) and ``accuracy_kind``: ``raw`` (choices by
+      summed likelihood, what a model trained on such responses maximises) where there are choices, else
+      ``generated``, else all None; ``choices`` (see `summarise_choices`), ``likelihood``, ``generation``:
+      dicts, None where not evaluated.
+    """
+    choices = summarise_choices(outcomes, level=level)
+    generation = summarise_generation(outcomes, level=level)
+    head: dict[str, Any] = {"accuracy": None, "accuracy_interval": None, "accuracy_kind": None}
+    if choices is not None:
+        head = {
+            "accuracy": choices["accuracy_raw"],
+            "accuracy_interval": choices["accuracy_raw_interval"],
+            "accuracy_kind": "raw",
+        }
+    elif generation is not None and generation["n"]:
+        head = {
+            "accuracy": generation["accuracy"],
+            "accuracy_interval": generation["accuracy_interval"],
+            "accuracy_kind": "generated",
+        }
+    return {
+        "n": len(outcomes),
+        **head,
+        "level": level,
+        "choices": choices,
+        "likelihood": summarise_likelihood(outcomes, level=level, seed=seed),
+        "generation": generation,
+    }
+
+
+def _accuracy(name: str, correct: Sequence[bool | None], level: float) -> dict[str, Any]:
+    right, n = sum(bool(c) for c in correct), len(correct)
+    interval = wilson_interval(right, n, level=level)
+    return {name: interval.estimate, f"{name}_interval": [interval.low, interval.high]}
+
+
+def _shares(values: Sequence[str | None]) -> dict[str, float]:
+    counts = Counter(v if v is not None else "" for v in values)
+    return {
+        value: count / len(values)
+        for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    }
+
+
+def _majority(outcomes: Sequence[Outcome]) -> tuple[str, int]:
+    gold = Counter(str(o.gold) for o in outcomes)
+    return min(gold.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _by_source(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.source, []).append(outcome)
+    return dict(sorted(groups.items()))
+
+
+def summarise_choices(outcomes: Sequence[Outcome], *, level: float = 0.95) -> dict[str, Any] | None:
+    """Accuracy over choices, raw and length-normalised, beside what answering without reading would give.
+
+    ``majority_accuracy``: the commonest gold answer for every example; ``majority_accuracy_by_source``: the
+    commonest of its source; ``chance``: mean of 1/C. ``without_choices`` examples count in nothing here. Ties
+    went to the first choice.
+    """
+    scored = [o for o in outcomes if o.correct_raw is not None]
+    if not scored:
+        return None
+    n = len(scored)
+    sources = _by_source(scored)
+    answer, count = _majority(scored)
+    return {
+        "n": n,
+        "without_choices": len(outcomes) - n,
+        **_accuracy("accuracy_raw", [o.correct_raw for o in scored], level),
+        **_accuracy("accuracy_norm", [o.correct_norm for o in scored], level),
+        "ties_raw": sum(bool(o.tie_raw) for o in scored),
+        "ties_norm": sum(bool(o.tie_norm) for o in scored),
+        "majority_answer": answer,
+        "majority_accuracy": count / n,
+        "majority_accuracy_by_source": sum(_majority(group)[1] for group in sources.values()) / n,
+        "chance": float(np.mean([1 / len(o.choices or [""]) for o in scored])),
+        "gold_shares": _shares([o.gold for o in scored]),
+        "predicted_raw_shares": _shares([o.predicted_raw for o in scored]),
+        "predicted_norm_shares": _shares([o.predicted_norm for o in scored]),
+        "truncated_prompts": sum(bool(o.dropped_choices) for o in scored),
+        "by_source": {
+            name: {
+                "n": len(group),
+                "accuracy_raw": sum(bool(o.correct_raw) for o in group) / len(group),
+                "accuracy_norm": sum(bool(o.correct_norm) for o in group) / len(group),
+            }
+            for name, group in sources.items()
+        },
+    }
+
+
+def summarise_likelihood(
+    outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0
+) -> dict[str, Any] | None:
+    """`summarise_nll` with a BCa interval of the mean over examples; None where no response was scored."""
+    scored = [(o.nll, o.nll_tokens) for o in outcomes if o.nll is not None and o.nll_tokens]
+    if not scored:
+        return None
+    nll, tokens = np.asarray(scored, dtype=np.float64).T
+    interval = bootstrap_mean(nll, level=level, seed=seed)
+    return {
+        **summarise_nll(nll, tokens),
+        "nll_per_example_interval": [interval.low, interval.high],
+        "without_tokens": len(outcomes) - len(scored),
+    }
+
+
+def summarise_generation(outcomes: Sequence[Outcome], *, level: float = 0.95) -> dict[str, Any] | None:
+    """Accuracy of generated answers and how they came about; None where nothing was generated.
+
+    ``accuracy_parsed`` is the accuracy among the answers the model gave unasked (parsed or unmatched).
+    """
+    generated = [o for o in outcomes if o.generated_how is not None]
+    if not generated:
+        return None
+    judged = [o for o in generated if o.correct_generated is not None]
+    unasked = [o for o in judged if o.generated_how != "forced"]
+    how = Counter(o.generated_how for o in generated)
+    return {
+        "n": len(judged),
+        "without_gold": len(generated) - len(judged),
+        **(
+            _accuracy("accuracy", [o.correct_generated for o in judged], level)
+            if judged
+            else {"accuracy": None, "accuracy_interval": None}
+        ),
+        "accuracy_parsed": sum(bool(o.correct_generated) for o in unasked) / len(unasked)
+        if unasked
+        else None,
+        "parsed": how["parsed"],
+        "unmatched": how["unmatched"],
+        "forced": how["forced"],
+        "unreadable": sum(o.predicted_generated is None for o in generated),
+        "tokens_per_answer": float(np.mean([o.generated_tokens or 0 for o in generated])),
+        "truncated_prompts": sum(bool(o.dropped_generated) for o in generated),
+        "predicted_shares": _shares([o.predicted_generated for o in generated])
+        if any(o.choices for o in generated)
+        else None,
+    }
