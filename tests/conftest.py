@@ -36,3 +36,45 @@ def shared_dir() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("no ../shared beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Prepared data of the tests stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NTKJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def make_toy_tokenizer(chat: bool = False):
+    """One token per byte (4 + its rank in the byte alphabet), ids 0 pad, 1 end, 2 user, 3 assistant."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>")
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+            "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer():
+    """A byte-level tokenizer without a chat template: prompt, line break, response, end token."""
+    return make_toy_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def toy_chat_tokenizer():
+    """The same tokenizer with a chat template."""
+    return make_toy_tokenizer(chat=True)
