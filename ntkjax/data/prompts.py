@@ -102,8 +102,8 @@ def end_token(tokenizer: Any) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: no eos_token; expected one, so that the model can learn "
-            "where a response ends; add eos_token to its tokenizer_config.json"
+            f"{tokenizer.name_or_path or 'the tokenizer'}: no eos_token; expected one, so that the model can "
+            "learn where a response ends; add eos_token to its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
 
@@ -135,8 +135,8 @@ def _apply_template(tokenizer: Any, example: Example, messages: list[dict[str, s
     except Exception as error:  # templates raise what they like
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"record {example.id!r}: the chat template of the tokenizer refuses it ({error}; roles: {roles}); "
-            "expected messages the template knows; change the roles, or remove the template for plain prompts"
+            f"record {example.id!r}: the chat template of the tokenizer refuses it ({error}; roles: {roles}"
+            "); expected messages the template knows; change the roles, or remove the template for plain prompts"
         ) from error
 
 

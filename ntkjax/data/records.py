@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +20,10 @@ from ntkjax.data.schema import Message
 from ntkjax.data.sources import is_hub_id, list_sources
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
+
+
+_FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices")
+_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,17 +125,15 @@ class Records:
     def __getitem__(self, i: int | np.integer) -> Example:
         if not -len(self) <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        record = self.tables[self.part[i]].row(int(self.row[i]))
-        messages, choices = record["messages"], record["choices"]
-        return Example(
-            id=record["id"],
-            source=record["source"],
-            prompt=record["prompt"],
-            messages=tuple(json.loads(messages)) if messages is not None else None,
-            response=record["response"],
-            answer=record["answer"],
-            choices=tuple(choices) if choices is not None else None,
-        )
+        rows = np.asarray([self.row[i]])
+        return _example(*self.tables[self.part[i]].rows(rows, _FIELDS)[0])
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), _BLOCK):
+            part, row = self.part[start : start + _BLOCK], self.row[start : start + _BLOCK]
+            for number, k in zip(*_runs(part)):
+                for values in self.tables[number].rows(row[k], _FIELDS):
+                    yield _example(*values)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Records:
         """The records at ``indices`` (positions in this view), in that order. Copies no text."""
@@ -205,6 +207,21 @@ class Records:
             return found.tolist()
 
         return TextColumn(len(self), gather)
+
+
+def _example(
+    name: str, source: str, prompt: str, messages: str | None, response: str, answer: str | None, choices: Any
+) -> Example:
+    chat = tuple(json.loads(messages)) if messages is not None else None
+    options = tuple(choices) if choices is not None else None
+    return Example(name, source, prompt, chat, response, answer, options)
+
+
+def _runs(part: np.ndarray) -> tuple[list[int], list[slice]]:
+    """Stretches of equal values: the value and the slice of each."""
+    edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
+    slices = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    return [int(part[s.start]) for s in slices], slices
 
 
 def _plain(value: Any) -> Any:

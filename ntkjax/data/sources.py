@@ -206,8 +206,8 @@ def _iter_array(source: str, file: TextIO) -> Iterator[Item]:
 
 def _broken_array(source: str, line: int, found: str) -> DataError:
     return DataError(
-        f"{source}:{line}: not valid JSON ({found}) in or after the record that starts here; expected an array "
-        "of objects; mend the file (nothing after a broken record of an array can be read), or use JSON lines"
+        f"{source}:{line}: not valid JSON ({found}) in or after the record that starts here; expected an "
+        "array of objects; mend the file (nothing after a broken record of an array can be read), or use JSON lines"
     )
 
 
@@ -225,8 +225,8 @@ def _iter_parquet(source: str) -> Iterator[Item]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).split(". ")[0].strip().rstrip(".")
         raise DataError(
-            f"{source}:{row + 1}: not a readable Parquet file ({reason}); expected a complete Parquet file; it "
-            "may be cut off: copy or download it again"
+            f"{source}:{row + 1}: not a readable Parquet file ({reason}); expected a complete Parquet file; "
+            "it may be cut off: copy or download it again"
         ) from error
 
 

@@ -61,26 +61,27 @@ class Table:
     """A memory-mapped Arrow file with access by row and by column."""
 
     def __init__(self, path: Path):
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._table = self._reader.read_all()
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._blocks = self._table.to_batches()
 
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def row(self, i: int) -> dict[str, Any]:
-        """Row ``i`` as a dict; every block but the last is full, so its place is a division away."""
-        return {name: column[0].as_py() for name, column in zip(SCHEMA.names, self._block(i).columns)}
+    def rows(self, rows: np.ndarray, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """The values of the columns ``names`` at ``rows``; neighbouring rows are read together."""
+        if _consecutive(rows):
+            part = self._table.select(names).slice(int(rows[0]), len(rows))
+            return list(zip(*(column.to_pylist() for column in part.columns)))
+        return [tuple(self.value(name, int(i)) for name in names) for i in rows]
 
     def value(self, name: str, i: int) -> Any:
-        return self._block(i).column(name)[0].as_py()
-
-    def _block(self, i: int) -> pa.RecordBatch:
-        return self._reader.get_batch(i // BLOCK_ROWS).slice(i % BLOCK_ROWS, 1)
+        """One value; every block but the last is full, so its place is a division away."""
+        return self._blocks[i // BLOCK_ROWS].column(name)[i % BLOCK_ROWS].as_py()
 
     def take(self, name: str, rows: np.ndarray) -> list[Any]:
         """The values of one column at ``rows``, in that order."""
         column = self._table.column(name)
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
+        if _consecutive(rows):
             return column.slice(int(rows[0]), len(rows)).to_pylist()
         return column.take(pa.array(rows)).to_pylist()
 
@@ -99,6 +100,10 @@ class Table:
                         row = (renamed[i], *row[1:])
                     if i not in dropped:
                         writer.add(row)
+
+
+def _consecutive(rows: np.ndarray) -> bool:
+    return len(rows) > 0 and bool(np.all(np.diff(rows) == 1))
 
 
 class TextColumn(Sequence[str]):
