@@ -1,0 +1,86 @@
+# make demo, make test: all that a fresh machine needs. Each makes the virtual environment first if it is missing.
+#
+#   PYTHON=python3.12 make test    another interpreter, in an environment of its own (.venv-3.12)
+#   VENV=some/dir make test        an environment somewhere else
+#   make test ARGS="-k store -x"   arguments for pytest
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+NEW_ENOUGH := $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
+ifneq ($(NEW_ENOUGH),True)
+$(error ntkjax needs Python 3.11 or newer; "$(PYTHON)" is $(or $(VERSION),not to be found). Name another one: PYTHON=python3.12 make test)
+endif
+
+# An interpreter that was asked for gets an environment of its own, so that several versions stand side by side.
+ifeq ($(origin PYTHON),file)
+VENV ?= .venv
+else
+VENV ?= .venv-$(VERSION)
+endif
+TORCH_VENV ?= $(VENV)-torch
+
+# One lock for each Python that is tested; a newer Python takes the newest lock.
+LOCK := $(firstword $(wildcard requirements/py$(subst .,,$(VERSION)).txt) requirements/py312.txt)
+# The stamp's name holds the version: an environment of another Python is made anew.
+STAMP := $(VENV)/.installed-$(VERSION)
+TORCH_STAMP := $(TORCH_VENV)/.installed-$(VERSION)
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+PIP := -m pip --disable-pip-version-check install --quiet
+# $(call fresh_venv,DIR): keep the environment of this Python, replace one of another
+fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
+	|| $(PYTHON) -m venv --clear $(1)
+
+.PHONY: setup demo test test-slow test-torch lint bench lock clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+$(STAMP): $(LOCK) requirements/nt.txt pyproject.toml
+	@echo "Installing $(LOCK) into $(VENV)"
+	@$(call fresh_venv,$(VENV))
+	@$(VENV)/bin/python $(PIP) -r $(LOCK)
+	@# Without its dependencies: they include TensorFlow, which nothing here needs.
+	@$(VENV)/bin/python $(PIP) --no-deps -r requirements/nt.txt
+	@$(VENV)/bin/python $(PIP) --no-deps --editable .
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/ntkjax demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) -m slow $(ARGS)
+
+# The comparisons with torch, transformers and peft run only where those are installed: here.
+test-torch: $(TORCH_STAMP)
+	$(TORCH_VENV)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+$(TORCH_STAMP): $(LOCK) requirements/nt.txt requirements/torch.txt pyproject.toml
+	@echo "Installing $(LOCK) and requirements/torch.txt into $(TORCH_VENV)"
+	@$(call fresh_venv,$(TORCH_VENV))
+	@$(TORCH_VENV)/bin/python $(PIP) -r $(LOCK) -r requirements/torch.txt
+	@$(TORCH_VENV)/bin/python $(PIP) --no-deps -r requirements/nt.txt
+	@$(TORCH_VENV)/bin/python $(PIP) --no-deps --editable .
+	@touch $@
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(STAMP)
+	$(VENV)/bin/python experiments/bench.py
+
+# Resolve pyproject.toml afresh for this Python and write what came out, names and versions only.
+lock:
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/python $(PIP) '.[dev,nt]'
+	@build/lock/bin/python -m pip freeze --exclude ntkjax > build/lock.txt
+	@mv build/lock.txt requirements/py$(subst .,,$(VERSION)).txt && rm -rf build/lock
+	@echo "Wrote requirements/py$(subst .,,$(VERSION)).txt"
+
+clean:
+	rm -rf $(VENV) $(TORCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""Locks hold names and versions only, and every requirement has its reason."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
+PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+]+")
+
+
+def normalised(requirement: str) -> str:
+    """``jax[cuda13]>=0.10`` -> ``jax``, spelled as package indexes compare names."""
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name is not None, requirement
+    return re.sub(r"[-_.]+", "-", name.group()).lower()
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
+def test_each_line_is_a_name_and_a_version(lock):
+    lines = lock.read_text().splitlines()
+    assert lines
+    assert [line for line in lines if not PINNED.fullmatch(line)] == []
+    assert len({normalised(line) for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["jax", "jax>=0.10", "jax @ https://host/jax.whl", "--index-url x", "-e .", "jax==0.1 --hash=sha256:0"],
+)
+def test_the_pattern_refuses_anything_else(line):
+    assert not PINNED.fullmatch(line)
+
+
+@pytest.mark.parametrize("name", ["py311.txt", "py312.txt"])
+def test_the_locks_hold_every_requirement_and_no_tensorflow(name):
+    locked = {normalised(line) for line in (ROOT / "requirements" / name).read_text().splitlines()}
+    extras = project()["optional-dependencies"]
+    wanted = {normalised(r) for r in project()["dependencies"] + extras["dev"] + extras["nt"]}
+    assert wanted - locked == set()
+    assert not locked & {"tensorflow", "torch", "ntkjax"}
+
+
+def test_every_requirement_has_a_line_that_says_why():
+    text = (ROOT / "requirements" / "README.md").read_text().lower()
+    reasons = {normalised(name) for name in re.findall(r"[a-z0-9_-]+", text)}
+    extras = project()["optional-dependencies"]
+    wanted = {normalised(r) for r in project()["dependencies"] + extras["dev"] + extras["nt"]}
+    assert wanted - reasons == set()
