@@ -63,10 +63,18 @@ def valid_mask(batch: Batch) -> Bool[Array, "B T"]:
     return steps[None, :] < jnp.asarray(batch.lengths)[:, None]
 
 
+def float32_or_better(dtype: Any) -> np.dtype:
+    """float32 for a floating dtype narrower than that, else the dtype itself.
+
+    (jnp.promote_types raises when dtype promotion is strict.)
+    """
+    return np.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
 def at_least_float32(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Raise bfloat16 and float16 to float32; leave float32 and float64 as they are."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(float32_or_better(x.dtype))
 
 
 def as_pytree_fn(fn: Callable) -> Callable:
