@@ -1,0 +1,1 @@
+"""Tables, plots and pages from plain rows and dicts: nothing here computes a result or knows a model."""
