@@ -1,0 +1,134 @@
+"""Models in Hugging Face format, adapters merged: config.json, safetensors, tokenizer and generation
+settings.
+"""
+
+from __future__ import annotations
+
+import collections
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkjax.errors import ConfigError
+from ntkjax.models.files import replaced_directory, write_json, write_tensors
+from ntkjax.models.lm import LanguageModel, paths
+from ntkjax.models.names import Source, sources
+from ntkjax.types import Params
+
+_STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+
+def save_merged(
+    directory: str | Path, model: LanguageModel, params: Params, *, max_shard_size: int = 5_000_000_000
+) -> None:
+    """Write ``model`` with ``params`` (any subset of its tree) as a directory that torch and ``load_lm``
+    read.
+
+    Adapters are added to their kernels, W + scale A B, in float32 or better, and every tensor is cast to the
+    model's dtype. Weights go to model.safetensors, or to shards of at most ``max_shard_size`` bytes and an
+    index. config.json keeps what the model was loaded from and is read by transformers v4 and v5. Tokenizer
+    files, and generation_config.json where the source directory has one, are written too. The host holds one
+    shard at a time.
+
+    Raises CheckpointError naming the file that cannot be written; nothing half-written is left then.
+    """
+    if max_shard_size < 1:
+        raise ConfigError(f"max_shard_size = {max_shard_size}: expected a number of bytes")
+    leaves, pieces = paths(model.with_params(params).params), _pieces(model)
+    shards = _shards(model, leaves, pieces, max_shard_size)
+    with replaced_directory(directory, _STALE) as scratch:
+        for file, names in shards.items():
+            write_tensors(
+                scratch / file, {name: _tensor(model, leaves, name, pieces[name]) for name in names}
+            )
+        if len(shards) > 1:
+            total = sum(_size(model, leaves, pieces[name]) for name in pieces)
+            files = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+            write_json(scratch / "model.safetensors.index.json", index)
+        write_json(scratch / "config.json", _config(model))
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(str(scratch))
+        generation = Path(model.report.source) / "generation_config.json"
+        if model.report.source and generation.is_file():
+            shutil.copyfile(generation, scratch / generation.name)
+
+
+Piece = tuple[str, Source, int | None]
+"""A parameter's path, where it lies in the checkpoint, and its layer (None: not stacked)."""
+
+
+def _pieces(model: LanguageModel) -> dict[str, list[Piece]]:
+    """Tensor name -> what it is made of, in order along its last axis (more than one for GPT-2's fused q, k,
+    v).
+    """
+    found: dict[str, list[Piece]] = collections.defaultdict(list)
+    for path, source in sources(model.spec).items():
+        stacked = path.startswith("layers/")
+        for layer in range(model.config.num_layers) if stacked else (None,):
+            found[source.name.format(layer)].append((path, source, layer))
+    return {name: sorted(parts, key=lambda piece: piece[1].part) for name, parts in found.items()}
+
+
+def _size(model: LanguageModel, leaves: dict[str, Any], parts: list[Piece]) -> int:
+    """Bytes of one tensor in the file."""
+    counts = (
+        leaves[path].size // (1 if layer is None else leaves[path].shape[0]) for path, _, layer in parts
+    )
+    return sum(counts) * np.dtype(_dtype(model)).itemsize
+
+
+def _shards(
+    model: LanguageModel, leaves: dict[str, Any], pieces: dict[str, list[Piece]], limit: int
+) -> dict[str, list[str]]:
+    """File name -> tensors, filled in order up to ``limit`` bytes (a larger tensor has a file to itself)."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, parts in pieces.items():
+        size = _size(model, leaves, parts)
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _dtype(model: LanguageModel) -> Any:
+    return model.params["embed"]["weight"].dtype
+
+
+def _tensor(model: LanguageModel, leaves: dict[str, Any], name: str, parts: list[Piece]) -> np.ndarray:
+    """One tensor of the checkpoint, on the host, in the model's dtype."""
+    arrays = []
+    for path, source, layer in parts:
+        value = _merged(model, leaves, path, layer).astype(_dtype(model))
+        arrays.append(value.T if source.transpose else value)
+    return np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
+
+
+def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, layer: int | None) -> np.ndarray:
+    """A parameter (one layer of it), its adapter added in float32 or better.
+
+    On the host: accelerators may take float32 products at less than float32 precision.
+    """
+    take = lambda path: np.asarray(leaves[path] if layer is None else leaves[path][layer])
+    value, branch = take(path), path.rsplit("/", 1)[0]
+    if not path.endswith("/kernel") or f"{branch}/lora_a" not in leaves or model.lora_config is None:
+        return value
+    wide = np.promote_types(leaves[f"{branch}/lora_a"].dtype, np.float32)
+    a, b = take(f"{branch}/lora_a").astype(wide), take(f"{branch}/lora_b").astype(wide)
+    return value.astype(wide) + wide.type(model.lora_config.scale) * (a @ b)
+
+
+def _config(model: LanguageModel) -> dict[str, Any]:
+    """The source's config.json, completed so that transformers v4 and v5 both read it, with the dtype
+    written.
+    """
+    dtype = str(_dtype(model))
+    own = {key: value for key, value in (model.hf_config or {}).items() if value is not None}
+    return model.config.to_hf(dtype) | own | {"dtype": dtype, "torch_dtype": dtype}

@@ -1,0 +1,212 @@
+"""Greedy and sampled continuation with a key/value cache, compiled once per length bucket."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ntkjax.errors import ConfigError, UserError
+from ntkjax.models.functions import forward, overlay, project
+from ntkjax.models.layers import KVCache, ModelSpec
+from ntkjax.models.lm import LanguageModel
+from ntkjax.types import Params, at_least_float32
+
+SHORTEST_BUCKET = 16
+"""Prompts are padded to this length or to the next power of two above theirs."""
+
+
+def generate(
+    model: LanguageModel,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    key: Array | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] | None = None,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Continue each prompt by up to ``max_new_tokens`` tokens; the new tokens alone, in the order of the
+    prompts.
+
+    A continuation ends with the first stop token, which is kept: one without it was cut at
+    ``max_new_tokens``. A prompt's continuation does not depend on the others': padding is never attended to,
+    and its random stream is ``key`` folded with its place in ``prompts``.
+
+    Args:
+      params: any subset of the model's tree, laid over its weights. prompts: token ids, each of length >= 1.
+        temperature: 0 takes the largest logit; otherwise samples softmax(logits / temperature), and needs
+        ``key``. top_p: sample only from the fewest most probable tokens whose probabilities reach ``top_p``.
+        stop_tokens: None means the model's: config.eos_token_ids and the tokenizer's. batch_size: prompts
+        that run together; memory grows with it, compiled shapes are powers of two up to it.
+
+    Raises UserError naming the prompt that is empty, has a token outside the vocabulary or is too long for
+    learned positions; ConfigError for an option out of range.
+    """
+    _check_options(max_new_tokens, key, temperature, top_p, batch_size)
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    limit = model.config.max_positions if model.config.family == "gpt2" else None
+    for i, prompt in enumerate(prompts):
+        _check_prompt(i, prompt, model.config.vocab_size, max_new_tokens, limit)
+    weights, stop = overlay(model.params, params), jnp.asarray(_stop_tokens(model, stop_tokens), jnp.int32)
+    key = _typed(key)
+    results: list[list[int]] = [[] for _ in prompts]
+    for bucket, members in _buckets([len(p) for p in prompts], limit).items():
+        size = bucket + max_new_tokens
+        size = size if limit is None else min(size, limit)
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            tokens, lengths, index = _pad([prompts[i] for i in chosen], chosen, bucket, batch_size)
+            settings = jnp.asarray([temperature, top_p], jnp.float32)
+            out = _continue(
+                model.spec,
+                size,
+                max_new_tokens,
+                temperature > 0,
+                weights,
+                tokens,
+                lengths,
+                index,
+                stop,
+                key,
+                settings,
+            )
+            for i, row in zip(chosen, np.asarray(out).tolist()):
+                results[i] = row[: row.index(-1)] if -1 in row else row
+    return results
+
+
+def _check_options(
+    max_new_tokens: int, key: Array | None, temperature: float, top_p: float, batch_size: int
+) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size = {batch_size}: expected at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature = {temperature}: expected 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p = {top_p}: expected a share above 0 and at most 1")
+    if temperature > 0 and key is None:
+        raise ConfigError(
+            f"temperature = {temperature} samples: give key=jax.random.key(seed), or temperature=0"
+        )
+
+
+def _typed(key: Array | None) -> Array:
+    """A typed key; greedy generation never uses it."""
+    if key is None:
+        return jax.random.key(0)
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def _check_prompt(i: int, prompt: list[int], vocab_size: int, new: int, limit: int | None) -> None:
+    if not prompt:
+        raise UserError(f"prompt {i} is empty: expected at least one token to continue from")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise UserError(f"prompt {i}: token id {wrong} is outside the vocabulary (0 to {vocab_size - 1})")
+    if limit is not None and len(prompt) + new > limit:
+        raise UserError(
+            f"prompt {i}: {len(prompt)} tokens and max_new_tokens = {new} do not fit the model's {limit} "
+            "learned positions: shorten the prompt or ask for fewer tokens"
+        )
+
+
+def _stop_tokens(model: LanguageModel, given: Sequence[int] | None) -> list[int]:
+    if given is not None:
+        return sorted(set(given))
+    own = getattr(model.tokenizer, "eos_token_id", None)
+    return sorted({*model.config.eos_token_ids, *([] if own is None else [own])})
+
+
+def _buckets(lengths: list[int], limit: int | None) -> dict[int, list[int]]:
+    """Padded length -> the prompts padded to it, in order."""
+    buckets: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        bucket = max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+        buckets.setdefault(bucket if limit is None else min(bucket, limit), []).append(i)
+    return buckets
+
+
+def _pad(
+    prompts: list[list[int]], members: list[int], bucket: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [B, T], lengths [B] and places [B] with B the next power of two; filler rows have place -1."""
+    rows = min(batch_size, 1 << (len(prompts) - 1).bit_length())
+    tokens, lengths = np.zeros((rows, bucket), np.int32), np.ones(rows, np.int32)
+    index = np.full(rows, -1, np.int32)
+    index[: len(members)] = members
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    return tokens, lengths, index
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _continue(
+    spec: ModelSpec,
+    cache_size: int,
+    new: int,
+    sampled: bool,
+    weights: dict,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    index: Int[Array, " B"],
+    stop: Int[Array, " E"],
+    key: Array,
+    settings: Float[Array, "2"],
+) -> Int[Array, "B N"]:
+    """New tokens [B, new], -1 after a row's stop token and in filler rows. ``settings``: temperature and
+    top_p.
+    """
+    rows = tokens.shape[0]
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.maximum(index, 0))
+
+    def choose(hidden: Array, step: Array) -> Array:
+        logits = at_least_float32(project(spec, weights, hidden))
+        if not sampled:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _sample(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step), settings)
+
+    def stops(token: Array) -> Bool[Array, " B"]:
+        return jnp.any(token[:, None] == stop[None, :], axis=-1)
+
+    def body(state):
+        step, token, done, cache, out = state
+        hidden, cache = forward(spec, weights, token[:, None], cache=cache)
+        token = choose(hidden[:, 0], step)
+        out = jax.lax.dynamic_update_slice(out, jnp.where(done, -1, token)[:, None], (jnp.int32(0), step))
+        return step + 1, token, done | stops(token), cache, out
+
+    # The prompt's keys and values in one pass; its padding is overwritten by the tokens that follow.
+    hidden, cache = forward(spec, weights, tokens, cache=KVCache.zeros(spec, rows, cache_size))
+    assert cache is not None
+    cache = KVCache(cache.keys, cache.values, lengths)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    first, filler = choose(last, jnp.int32(0)), index < 0
+    out = jnp.full((rows, new), -1, jnp.int32).at[:, 0].set(jnp.where(filler, -1, first))
+    state = (jnp.int32(1), first, filler | stops(first), cache, out)
+    return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[2]), body, state)[4]
+
+
+def _sample(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: Float[Array, "2"]
+) -> Int[Array, " B"]:
+    """One token per row from softmax(logits / temperature), cut to its nucleus of mass top_p (arXiv
+    1904.09751).
+    """
+    temperature, top_p = settings.astype(logits.dtype)
+    logits = logits / temperature
+    ordered = -jnp.sort(-logits, axis=-1)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+    # The most probable token is always kept: nothing comes before it.
+    kept = jnp.where((before < top_p).at[:, 0].set(True), ordered, jnp.inf)
+    least = jnp.min(kept, axis=-1, keepdims=True)
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

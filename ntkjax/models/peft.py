@@ -1,0 +1,403 @@
+"""LoRA adapters in the format of PEFT: adapter_config.json and adapter_model.safetensors.
+
+PEFT stores lora_A [r, in] and lora_B [out, r] per layer, y = x W + scale (x A^T) B^T; we store lora_a [L, in,
+r] and lora_b [L, r, out]. GPT-2 computes q, k and v with one linear layer c_attn, so PEFT has one A for the
+three, while ours have one each. An adapter read from PEFT gives all three the same A and a third of B each:
+exact. Writing is exact too: one A of rank r where the three coincide, otherwise the three A under one another
+and a block-diagonal B, an adapter of rank 3 r for c_attn (rank_pattern, and alpha_pattern so that its scale
+is unchanged), which is read back as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntkjax.errors import CheckpointError
+from ntkjax.models.files import replaced_directory, write_json, write_tensors
+from ntkjax.models.lm import LanguageModel
+from ntkjax.models.load import read_json
+from ntkjax.models.lora import LoraConfig
+from ntkjax.models.safetensors_file import read_header
+from ntkjax.types import Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_DECODER_MODULES = {
+    "self_attn.q_proj": ("attention/q",),
+    "self_attn.k_proj": ("attention/k",),
+    "self_attn.v_proj": ("attention/v",),
+    "self_attn.o_proj": ("attention/o",),
+    "mlp.gate_proj": ("mlp/gate",),
+    "mlp.up_proj": ("mlp/up",),
+    "mlp.down_proj": ("mlp/down",),
+}
+_GPT2_MODULES = {
+    "attn.c_attn": ("attention/q", "attention/k", "attention/v"),
+    "attn.c_proj": ("attention/o",),
+    "mlp.c_fc": ("mlp/up",),
+    "mlp.c_proj": ("mlp/down",),
+}
+_PREFIX = "base_model.model."
+# Options that leave the mathematics of a stored adapter alone. Anything else that is set is refused.
+_HARMLESS = (
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
+# Initialisations that do not move the base weights (pissa, olora, corda and loftq do).
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+Factors = tuple[np.ndarray, np.ndarray]
+"""A [L, in, r] and B [L, r, out] of one of our linear layers, or of one of PEFT's."""
+
+
+def save_adapter(directory: str | Path, model: LanguageModel, params: Params) -> None:
+    """Write the adapter in ``params`` (any subset of the tree; the rest of it is the model's) as a PEFT
+    directory.
+
+    ``lora_dropout`` is written as 0. The directory is replaced as a whole: nothing half-written stays.
+
+    Raises CheckpointError if the model has no adapter, if ``params`` changes a weight that an adapter cannot
+    hold (use save_merged), or if a file cannot be written.
+    """
+    lora = _lora_of(model)
+    _refuse_other_changes(model, params)
+    ours = _factors(model.with_params(params).lora)
+    layers = _layer_prefix(model)
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for module, names in _modules(model).items():
+        if not any(name in ours for name in names):
+            continue
+        a, b = _fuse([ours.get(name) for name in names], _widths(model, names))
+        ranks[module] = a.shape[-1]
+        for i in range(a.shape[0]):
+            key = f"{_PREFIX}{layers}.{i}.{module}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[i].T, b[i].T
+    with replaced_directory(directory) as scratch:
+        write_tensors(scratch / WEIGHTS, tensors)
+        write_json(scratch / CONFIG, _peft_config(model, lora, ranks))
+
+
+def load_adapter(directory: str | Path, model: LanguageModel) -> Params:
+    """Read a PEFT directory as parameters of ``model``: every lora_a and lora_b of its tree, in its dtype.
+
+    The model must have an adapter of the same rank on the same layers (``adapter_lora_config`` reads it from
+    the directory). Where alpha differs, B is scaled so that the product stays the same.
+
+    Raises CheckpointError naming the file, option or tensor: no adapter in the model, weights only in pickle
+    form, another rank, a missing, unused or misshapen tensor, an option whose mathematics we do not have.
+    """
+    folder = Path(directory)
+    lora, config = _lora_of(model), _read_config(folder)
+    tensors = _read_tensors(folder)
+    where, wanted = folder / WEIGHTS, _factors(model.lora)
+    loaded: dict[str, Factors] = {}
+    for module, names in _modules(model).items():
+        targets = [name for name in names if name in wanted]
+        if targets:
+            a, b = _stack(tensors, model, module, config, lora, where)
+            parts = _split(a, b, names, targets, lora.rank, _widths(model, names), f"{where}: {module}")
+            loaded.update(parts)
+    if tensors:
+        raise CheckpointError(
+            f"{where}: tensor {min(tensors)!r} (and {len(tensors) - 1} more) has no place in the model's "
+            f"adapter on {', '.join(wanted)}; load the model with lora=adapter_lora_config(directory)"
+        )
+    return _as_params(model.lora, loaded, where)
+
+
+def adapter_lora_config(directory: str | Path) -> LoraConfig:
+    """The LoraConfig to load a model with, so that ``load_adapter`` fits: rank, alpha and layers of a PEFT
+    directory.
+
+    Raises CheckpointError as ``load_adapter`` does for options and files that cannot be used.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    targets: set[str] = set()
+    for key in _read_tensors(folder):
+        found = re.fullmatch(r".*\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", key)
+        names = {**_DECODER_MODULES, **_GPT2_MODULES}.get(found[1]) if found else None
+        if names is None:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts"
+            )
+        targets.update(names)
+    return LoraConfig(config.rank, config.alpha, tuple(sorted(targets)), config.rslora)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PeftConfig:
+    """What adapter_config.json says about scale; patterns are matched against a module's full name, as PEFT
+    does.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (
+            math.sqrt(rank) if self.rslora else rank
+        )
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _lora_of(model: LanguageModel) -> LoraConfig:
+    if model.spec.lora is None:
+        raise CheckpointError(
+            "the model was loaded without an adapter (lora=None): load it with a LoraConfig"
+        )
+    return model.spec.lora
+
+
+def _modules(model: LanguageModel) -> dict[str, tuple[str, ...]]:
+    return _GPT2_MODULES if model.config.family == "gpt2" else _DECODER_MODULES
+
+
+def _layer_prefix(model: LanguageModel) -> str:
+    return "transformer.h" if model.config.family == "gpt2" else "model.layers"
+
+
+def _widths(model: LanguageModel, names: tuple[str, ...]) -> list[int]:
+    """Output sizes of our linear layers ``names``."""
+    return [_node(model.params, name)["kernel"].shape[-1] for name in names]
+
+
+def _node(tree: Params, name: str) -> dict[str, Any]:
+    group, layer = name.split("/")
+    return tree["layers"][group][layer]
+
+
+def _factors(lora: Params) -> dict[str, Factors]:
+    """The adapter tree by layer name, on the host: {"attention/q": (A [L, in, r], B [L, r, out])}."""
+    return {
+        f"{group}/{name}": (np.asarray(node["lora_a"]), np.asarray(node["lora_b"]))
+        for group, layers in lora["layers"].items()
+        for name, node in layers.items()
+    }
+
+
+def _refuse_other_changes(model: LanguageModel, params: Params) -> None:
+    whole = dict(jax.tree_util.tree_leaves_with_path(model.params))
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key in ("lora_a", "lora_b") or value is whole.get(path):
+            continue
+        if path in whole and jnp.array_equal(value, whole[path]):
+            continue
+        name = "/".join(str(part.key) for part in path)
+        raise CheckpointError(
+            f"{name} was changed, and an adapter cannot hold it: write the model with save_merged"
+        )
+
+
+def _fuse(parts: list[Factors | None], widths: list[int]) -> Factors:
+    """One A and B for linear layers that share their input: outputs side by side."""
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    present = [part for part in parts if part is not None]
+    first = present[0][0]
+    if len(present) == len(parts) and all(np.array_equal(a, first) for a, _ in present):
+        return first, np.concatenate([b for _, b in present], axis=-1)
+    a = np.concatenate([a for a, _ in present], axis=-1)
+    b = np.zeros((a.shape[0], a.shape[-1], sum(widths)), present[0][1].dtype)
+    row = column = 0
+    for part, width in zip(parts, widths):
+        if part is not None:
+            rank = part[1].shape[1]
+            b[:, row : row + rank, column : column + width] = part[1]
+            row += rank
+        column += width
+    return a, b
+
+
+def _split(
+    a: np.ndarray,
+    b: np.ndarray,
+    names: tuple[str, ...],
+    targets: list[str],
+    rank: int,
+    widths: list[int],
+    where: str,
+) -> dict[str, Factors]:
+    """The inverse of ``_fuse``: one A and B for each of ``targets``; CheckpointError when the rank does not
+    fit.
+    """
+    ends = np.cumsum(widths)
+    columns = {name: slice(end - width, end) for name, end, width in zip(names, ends, widths)}
+    for name in names:
+        if name not in targets and b[..., columns[name]].any():
+            raise CheckpointError(
+                f"{where}: adapts {name}, where the model has no adapter: load it with that target"
+            )
+    if a.shape[-1] == rank:
+        return {name: (a, b[..., columns[name]]) for name in targets}
+    rows = {name: slice(i * rank, (i + 1) * rank) for i, name in enumerate(targets)}
+    blocks = {name: (a[..., rows[name]], b[:, rows[name], columns[name]]) for name in targets}
+    in_blocks = sum(np.count_nonzero(block) for _, block in blocks.values()) == np.count_nonzero(b)
+    if a.shape[-1] != rank * len(targets) or not in_blocks:
+        raise CheckpointError(
+            f"{where}: the adapter has rank {a.shape[-1]}, the model's has rank {rank}; load the model with "
+            f"LoraConfig(rank={a.shape[-1]})"
+        )
+    return blocks
+
+
+def _stack(
+    tensors: dict[str, np.ndarray],
+    model: LanguageModel,
+    module: str,
+    config: _PeftConfig,
+    lora: LoraConfig,
+    where: Path,
+) -> Factors:
+    """Take one module's tensors of all layers out of ``tensors``: A [L, in, r], B [L, r, out] at the model's
+    scale.
+    """
+    names = _modules(model)[module]
+    inputs, outputs = _node(model.params, names[0])["kernel"].shape[1], sum(_widths(model, names))
+    stacked: list[Factors] = []
+    for i in range(model.config.num_layers):
+        full = f"{_layer_prefix(model)}.{i}.{module}"
+        rank = config.rank_of(full)
+        a = _take(tensors, f"{_PREFIX}{full}.lora_A.weight", (rank, inputs), where)
+        b = _take(tensors, f"{_PREFIX}{full}.lora_B.weight", (outputs, rank), where)
+        factor = config.scale_of(full) / lora.scale
+        stacked.append((a.T, b.T if factor == 1 else b.T * b.dtype.type(factor)))
+        if stacked[0][0].shape != a.T.shape:
+            raise CheckpointError(
+                f"{where}: {full} has rank {rank}, layer 0 has {stacked[0][0].shape[-1]}: ranks that "
+                "differ between layers are not supported"
+            )
+    return np.stack([a for a, _ in stacked]), np.stack([b for _, b in stacked])
+
+
+def _take(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int], where: Path) -> np.ndarray:
+    if key not in tensors:
+        raise CheckpointError(
+            f"{where}: tensor {key!r} is missing; the model has an adapter there: load it with "
+            "lora=adapter_lora_config(directory), whose layers are the directory's"
+        )
+    if tensors[key].shape != shape:
+        raise CheckpointError(f"{where}: tensor {key!r} has shape {tensors[key].shape}, expected {shape}")
+    tensor = tensors.pop(key)
+    return tensor.astype(np.promote_types(tensor.dtype, np.float32))
+
+
+def _as_params(lora: Params, loaded: dict[str, Factors], where: Path) -> Params:
+    """``loaded`` in the structure, dtype and placement of the model's adapter."""
+
+    def leaf(path: tuple[Any, ...], old: Any) -> jax.Array:
+        a, b = loaded["/".join(part.key for part in path[1:-1])]
+        new = a if path[-1].key == "lora_a" else b
+        if not np.isfinite(new).all():
+            raise CheckpointError(
+                f"{where}: the adapter of {path[1].key}/{path[2].key} has values that are not finite"
+            )
+        return jax.device_put(new.astype(old.dtype), old.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, lora)
+
+
+def _peft_config(model: LanguageModel, lora: LoraConfig, ranks: dict[str, int]) -> dict[str, Any]:
+    gpt2 = model.config.family == "gpt2"
+    wider = {module: rank for module, rank in ranks.items() if rank != lora.rank}
+    size = lambda rank: math.sqrt(rank) if lora.rslora else rank
+    plain = lambda x: int(x) if x == int(x) else x
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": lora.rank,
+        "lora_alpha": plain(lora.alpha),
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": gpt2,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": list(ranks) if gpt2 else [module.split(".")[-1] for module in ranks],
+        "rank_pattern": wider,
+        "alpha_pattern": {module: plain(lora.scale * size(rank)) for module, rank in wider.items()},
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def _read_config(folder: Path) -> _PeftConfig:
+    file = folder / CONFIG
+    config = read_json(file, "every PEFT adapter directory has one")
+    fail = lambda text: CheckpointError(f"{file}: {text}")
+    if config.get("peft_type") != "LORA":
+        raise fail(f"peft_type = {config.get('peft_type')!r}: only 'LORA' is supported")
+    if config.get("bias", "none") != "none":
+        raise fail(f"bias = {config['bias']!r}: only 'none' is supported")
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        raise fail(
+            f"init_lora_weights = {config['init_lora_weights']!r} moves the base weights: convert the "
+            "adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key, value in config.items():
+        if key not in _HARMLESS and value and not (key == "megatron_config"):
+            raise fail(f"{key} = {value!r} is not supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    return _PeftConfig(rank, float(alpha), bool(config.get("use_rslora")), ranks, alphas)
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    file = folder / WEIGHTS
+    if file.exists():
+        return {name: info.read() for name, info in read_header(file).items()}
+    pickled = (folder / "adapter_model.bin").exists()
+    hint = (
+        " (adapter_model.bin is a pickle, which can run code and is not read: save it again with PEFT)"
+        if pickled
+        else ""
+    )
+    raise CheckpointError(f"{file}: missing{hint}")
