@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +15,7 @@ def response_counts(batch: Batch) -> Int[Array, " B"]:
     return jnp.sum(predict_mask(batch), axis=1, dtype=jnp.int32)
 
 
-def token_mean_weights(counts: Int[Array, " B"], dtype: jnp.dtype) -> Float[Array, " B"]:
+def token_mean_weights(counts: Int[Array, " B"], dtype: Any) -> Float[Array, " B"]:
     """w_i = |S_i| / sum_j |S_j|, so that sum_i w_i nll_i is the mean NLL per response token of the batch.
 
     The sum runs over the *global* batch, before it is cut into micro-batches: a micro-batch of short

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from ntkjax.data.buckets import round_up
 from ntkjax.training.config import TrainConfig
 from ntkjax.types import Params
 
@@ -30,19 +32,33 @@ class AdamW:
     def of(cls, config: TrainConfig) -> AdamW:
         return cls(config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
 
-    def transform(self, learning_rate: float | Array) -> optax.GradientTransformation:
-        """g <- g min(1, clip / |g|);  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
-        update = -lr [ m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay theta ]."""
+    def _transform(self, learning_rate: float | Array) -> optax.GradientTransformation:
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         decay = optax.add_decayed_weights(self.weight_decay, mask=decay_mask)
         return optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate))
 
+    def init(self, params: Params) -> Any:
+        """The optimiser's state before the first step: zero moments shaped like ``params``."""
+        return self._transform(0.0).init(params)
+
+    def step(
+        self, params: Params, grads: Params, opt_state: Any, learning_rate: float | Array
+    ) -> tuple[Params, Any]:
+        """(theta, state) after one step:
+
+        g <- g min(1, clip / |g|);  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
+        theta <- theta - lr [ m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay theta ].
+        """
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, opt_state = self._transform(learning_rate).update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
 
 def decay_mask(params: Params) -> PyTree[bool]:
     """True for the leaves that weight decay applies to: all but those named ``bias`` or ``scale``."""
 
-    def decays(path: tuple, _leaf: Array) -> bool:
+    def decays(path: tuple, _leaf: Any) -> bool:
         return getattr(path[-1], "key", None) not in ("bias", "scale") if path else True
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -64,7 +80,10 @@ def learning_rates(config: TrainConfig, steps: int) -> Float[np.ndarray, " steps
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-    return np.asarray(jax.vmap(schedule)(jnp.arange(1, steps + 1)), np.float64)
+    # Whole multiples of 256, so that runs of different lengths share the compiled operations.
+    counts = jnp.arange(1, round_up(steps, 256) + 1)
+    with jax.numpy_dtype_promotion("standard"):  # optax divides integers by floats
+        return np.asarray(jax.vmap(schedule)(counts), np.float64)[:steps]
 
 
 def adam_moments(opt_state: PyTree) -> tuple[Params, Params, Array]:

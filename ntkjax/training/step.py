@@ -40,8 +40,14 @@ class StepMetrics:
 
 def init_state(params: Params, optimiser: AdamW) -> TrainState:
     """A state that owns its buffers (the step donates them), so that the caller's ``params`` stay usable."""
-    master = jax.tree.map(lambda leaf: jnp.array(at_least_float32(leaf), copy=True), params)
-    return TrainState(master, optimiser.transform(0.0).init(master))
+    with jax.numpy_dtype_promotion("standard"):
+        master = jax.tree.map(lambda leaf: jnp.array(at_least_float32(leaf), copy=True), params)
+    return TrainState(master, optimiser.init(master))
+
+
+def master_dtype(params: Params) -> jnp.dtype:
+    """The widest dtype of the master copy: float32, or float64 where double precision is on."""
+    return max((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
 
 
 def cast_like(params: Params, dtypes: tuple[str, ...]) -> Params:
@@ -72,21 +78,16 @@ def train_step(
     ``batch`` holds ``accumulation * b`` rows; micro-batch i is rows i, i + accumulation, ..., so that a batch
     sharded over devices needs no exchange of rows. Gradients are summed in the dtype of the master copy.
     """
-    weights = token_mean_weights(response_counts(batch), _master_dtype(state.params))
+    weights = token_mean_weights(response_counts(batch), master_dtype(state.params))
 
     def loss_fn(master: Params, rows: tuple[Batch, Array]) -> tuple[Array, Array]:
         micro, w = rows
-        nll = at_least_float32(nll_fn(cast_like(master, dtypes), micro)).astype(w.dtype)
+        nll = nll_fn(cast_like(master, dtypes), micro).astype(w.dtype)
         return jnp.sum(w * nll), nll
 
     (loss, nll), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation)
-    updates, opt_state = optimiser.transform(learning_rate).update(grads, state.opt_state, state.params)
     metrics = StepMetrics(loss, optax.global_norm(grads), nll, response_counts(batch))
-    return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
-
-
-def _master_dtype(params: Params) -> jnp.dtype:
-    return functools.reduce(jnp.promote_types, [leaf.dtype for leaf in jax.tree.leaves(params)])
+    return TrainState(*optimiser.step(state.params, grads, state.opt_state, learning_rate)), metrics
 
 
 def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int) -> tuple:
@@ -94,22 +95,21 @@ def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int)
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulation == 1:
         return value_and_grad(params, rows)
-    micro = jax.tree.map(lambda x: _split(x, accumulation), rows)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    # As a list of leaves: cut into micro-batches they are no batch, which is [B, ...].
+    leaves, treedef = jax.tree.flatten(rows)
 
-    def add(carry: tuple, one: Any) -> tuple:
+    def add(carry: tuple, micro: list[Array]) -> tuple:
         loss, grads = carry
-        (loss_i, nll_i), grads_i = value_and_grad(params, one)
+        (loss_i, nll_i), grads_i = value_and_grad(params, treedef.unflatten(micro))
         return (loss + loss_i, jax.tree.map(jnp.add, grads, grads_i)), nll_i
 
-    start = (jnp.zeros((), rows[1].dtype), zeros)
-    (loss, grads), nll = jax.lax.scan(add, start, micro)
+    start = (jnp.zeros((), master_dtype(params)), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), nll = jax.lax.scan(add, start, [_split(leaf, accumulation) for leaf in leaves])
     return (loss, jnp.swapaxes(nll, 0, 1).reshape(-1)), grads
 
 
 def _split(x: Array, accumulation: int) -> Array:
     """[A b, ...] -> [A, b, ...], micro-batch i being rows i, i + A, ..."""
-    x = jnp.asarray(x)
     return jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1)
 
 
@@ -118,4 +118,5 @@ def eval_step(
     nll_fn: Callable, params: Params, batch: Batch, *, dtypes: tuple[str, ...]
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """(NLL [B] in at least float32, response tokens [B]) of one batch under the master parameters."""
-    return at_least_float32(nll_fn(cast_like(params, dtypes), batch)), response_counts(batch)
+    nll = nll_fn(cast_like(params, dtypes), batch).astype(master_dtype(params))
+    return nll, response_counts(batch)

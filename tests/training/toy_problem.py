@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.data import TokenisedDataset
-from ntkjax.types import at_least_float32, predict_mask
+from ntkjax.types import predict_mask
 
 VOCAB = 11
 
@@ -28,8 +28,8 @@ class Bigram:
     base: jax.Array
 
     def __call__(self, params, batch):
-        table = self.base + at_least_float32(params["table"]["kernel"]).astype(self.base.dtype)
-        bias = at_least_float32(params["table"]["bias"]).astype(self.base.dtype)
+        table = self.base + params["table"]["kernel"].astype(self.base.dtype)
+        bias = params["table"]["bias"].astype(self.base.dtype)
         logits = table[jnp.asarray(batch.tokens)] + bias[None, None, :]
         logp = jax.nn.log_softmax(logits)[:, :-1]
         got = jnp.take_along_axis(logp, jnp.asarray(batch.tokens)[:, 1:, None], axis=2)[..., 0]
@@ -93,8 +93,8 @@ def main():
     nll_fn, params = make_model()
     train, dev = make_data(40, 1), make_data(12, 2, "dev")
     config = TrainConfig(
-        epochs=3, batch_size=6, accumulation=2, learning_rate=0.05, weight_decay=0.01, clip_norm=0.3,
-        eval_every=4, save_every=3, domain_share=0.4,
+        steps=14, batch_size=6, accumulation=2, learning_rate=0.05, weight_decay=0.01, clip_norm=0.3,
+        eval_every=4, save_every=3, domain_share=0.4, max_buckets=1,
     )  # fmt: skip
     train = Dying(train, args.die_at_collate) if args.die_at_collate else train
     result = fit(
