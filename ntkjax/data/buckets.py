@@ -15,7 +15,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def bucket_lengths(
-    lengths: Int[np.ndarray, " N"], max_buckets: int, multiple: int = 8, bucket_cost: float = 0.0
+    lengths: Int[np.ndarray, " N"], max_buckets: int, multiple: int = 8, bucket_cost: float | int = 0
 ) -> list[int]:
     """At most ``max_buckets`` padded lengths, ascending multiples of ``multiple``, with the fewest padded
     tokens.

@@ -136,7 +136,8 @@ def _apply_template(tokenizer: Any, example: Example, messages: list[dict[str, s
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"record {example.id!r}: the chat template of the tokenizer refuses it ({error}; roles: {roles}"
-            "); expected messages the template knows; change the roles, or remove the template for plain prompts"
+            "); expected messages the template knows; change the roles, or remove the template for plain "
+            "prompts"
         ) from error
 
 

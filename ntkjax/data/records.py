@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from ntkjax.data.schema import Message
 from ntkjax.data.sources import is_hub_id, list_sources
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
-
 
 _FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices")
 _BLOCK = 512
@@ -220,7 +220,7 @@ def _example(
 def _runs(part: np.ndarray) -> tuple[list[int], list[slice]]:
     """Stretches of equal values: the value and the slice of each."""
     edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
-    slices = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    slices = [slice(a, b) for a, b in pairwise(edges)]
     return [int(part[s.start]) for s in slices], slices
 
 

@@ -207,7 +207,7 @@ def _iter_array(source: str, file: TextIO) -> Iterator[Item]:
 def _broken_array(source: str, line: int, found: str) -> DataError:
     return DataError(
         f"{source}:{line}: not valid JSON ({found}) in or after the record that starts here; expected an "
-        "array of objects; mend the file (nothing after a broken record of an array can be read), or use JSON lines"
+        "array of objects; mend the file (nothing behind a broken record can be read), or use JSON lines"
     )
 
 

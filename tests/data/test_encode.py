@@ -1,0 +1,117 @@
+"""Tokenising: equal to rendering one by one, truncation exact and counted, the cache keyed by its inputs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ntkjax.data import read_records, render, tokenise
+from ntkjax.data.encode import truncate
+from ntkjax.data.prompts import Rendered
+from ntkjax.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def records(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "f.jsonl"
+    with path.open("w") as file:
+        for i in range(40):
+            prompt, response = "p" * rng.integers(1, 40), "r" * rng.integers(1, 30)
+            file.write(
+                json.dumps({"id": f"e{i}", "source": f"s{i % 3}", "prompt": prompt, "response": response})
+                + "\n"
+            )
+    return read_records(path)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_equal_to_rendering_one_by_one(records, toy_tokenizer, toy_chat_tokenizer, chat, monkeypatch):
+    monkeypatch.setattr("ntkjax.data.encode.BLOCK", 7)
+    tokenizer = toy_chat_tokenizer if chat else toy_tokenizer
+    data = tokenise(records, tokenizer)
+    assert len(data) == len(records) == data.report["examples"]
+    for i, example in enumerate(records):
+        tokens, start = data.tokens(i)
+        expected = render(tokenizer, example)
+        assert tokens.dtype == np.int32
+        assert (tokens.tolist(), start) == (expected.tokens, expected.response_start)
+        assert data.response_lengths[i] == len(example.response) + 1
+    assert data.report["tokens"] == data.lengths.sum()
+    assert all(value == 0 for name, value in data.report.items() if name not in ("examples", "tokens"))
+    assert list(data.ids) == list(records.ids)
+    assert list(data.sources) == list(records.sources)
+    assert data.records is records
+
+
+def test_truncation_is_counted(records, toy_tokenizer):
+    limit = 24
+    whole, cut = tokenise(records, toy_tokenizer), tokenise(records, toy_tokenizer, max_length=limit)
+    prompts = responses = lost_prompt = lost_response = 0
+    for i in range(len(records)):
+        (tokens, start), (short, at) = whole.tokens(i), cut.tokens(i)
+        prompt, response = tokens[:start].tolist(), tokens[start:].tolist()
+        kept = response[: limit - 1]
+        kept_prompt = prompt[max(0, len(prompt) - (limit - len(kept))) :]
+        assert short.tolist() == kept_prompt + kept
+        assert at == len(kept_prompt) >= 1
+        prompts += len(kept_prompt) < len(prompt)
+        responses += len(kept) < len(response)
+        lost_prompt += len(prompt) - len(kept_prompt)
+        lost_response += len(response) - len(kept)
+    assert prompts and responses
+    report = cut.report
+    assert (report["prompt_truncated"], report["response_truncated"]) == (prompts, responses)
+    assert (report["prompt_tokens_lost"], report["response_tokens_lost"]) == (lost_prompt, lost_response)
+    assert whole.lengths.sum() - cut.lengths.sum() == lost_prompt + lost_response
+
+
+def test_truncation_keeps_the_bos():
+    rendered = Rendered([9, 1, 2, 3, 4, 50, 51], 5)
+    assert truncate(rendered, 5, bos=9).tokens == [9, 3, 4, 50, 51]
+    assert truncate(rendered, 5, bos=None).tokens == [2, 3, 4, 50, 51]
+    assert truncate(rendered, 3, bos=9).tokens == [4, 50, 51]
+    short = truncate(rendered, 2, bos=9)
+    assert (short.tokens, short.response_start, short.prompt_lost, short.response_lost) == ([4, 50], 1, 4, 1)
+    assert truncate(rendered, 7, bos=9).tokens == rendered.tokens
+
+
+def test_the_cache_knows_tokenizer_length_and_content(
+    records, toy_tokenizer, toy_chat_tokenizer, tmp_path, monkeypatch
+):
+    from ntkjax.data import encode
+
+    made, build = [], encode._write
+    monkeypatch.setattr(encode, "_write", lambda *arguments: (made.append(1), build(*arguments)))
+    fingerprints = set()
+    for tokenizer in (toy_tokenizer, toy_chat_tokenizer):
+        for length in (16, 64):
+            for part in (records, records.subset([1, 2])):
+                for _ in range(2):
+                    fingerprints.add(
+                        tokenise(part, tokenizer, max_length=length, cache_dir=tmp_path / "c").fingerprint
+                    )
+    assert len(made) == len(fingerprints) == 8
+
+
+def test_end_tokens_inside_a_response_are_reported(tmp_path, toy_tokenizer):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "response": "one<|end|>two"}))
+    assert tokenise(read_records(path), toy_tokenizer).report["end_token_inside"] == 1
+
+
+def test_a_template_that_renders_apart_is_reported(records, toy_chat_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(toy_chat_tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
+    assert tokenise(records, tokenizer).report["rendered_apart"] == len(records)
+
+
+def test_errors(records, toy_tokenizer):
+    with pytest.raises(ConfigError, match="max_length is 1"):
+        tokenise(records, toy_tokenizer, max_length=1)
+    with pytest.raises(DataError, match="no records"):
+        tokenise(records.subset([]), toy_tokenizer)

@@ -1,0 +1,123 @@
+"""Rendering: where the response starts, that it is the same for any response, and that it ends."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from ntkjax.data import Example, render, render_prompt
+from ntkjax.data.prompts import render_text
+from ntkjax.errors import ConfigError, DataError
+
+PLAIN = Example("a", "s", "Why is 1 é?", None, "So the answer is yes.", "yes", ("yes", "no"))
+CHAT = Example(
+    "b", "s", "x", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}), "Yes."
+)
+TEMPLATE_CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_template(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_without_a_template(toy_tokenizer):
+    rendered = render(toy_tokenizer, PLAIN)
+    start = rendered.response_start
+    assert toy_tokenizer.decode(rendered.tokens[:start]) == PLAIN.prompt + "\n"
+    assert toy_tokenizer.decode(rendered.tokens[start:-1]) == PLAIN.response
+    assert rendered.tokens[-1] == toy_tokenizer.eos_token_id
+
+
+def test_with_a_template(toy_chat_tokenizer):
+    rendered = render(toy_chat_tokenizer, PLAIN)
+    start = rendered.response_start
+    assert toy_chat_tokenizer.decode(rendered.tokens[:start]) == f"<|user|>\n{PLAIN.prompt}<|assistant|>\n"
+    assert toy_chat_tokenizer.decode(rendered.tokens[start:]) == f"{PLAIN.response}<|end|>"
+    assert rendered.tokens.count(toy_chat_tokenizer.eos_token_id) == 1
+
+
+def test_several_messages(toy_chat_tokenizer):
+    rendered = render(toy_chat_tokenizer, CHAT)
+    text = toy_chat_tokenizer.decode(rendered.tokens)
+    assert text == "<|system|>\nBe brief.<|user|>\nHi<|assistant|>\nYes.<|end|>"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_prompt_is_the_same_for_every_response(toy_tokenizer, toy_chat_tokenizer, chat):
+    tokenizer = toy_chat_tokenizer if chat else toy_tokenizer
+    prompt = render_prompt(tokenizer, PLAIN)
+    for response in ("yes", " yes", "", "\nno <|end|>", "So"):
+        rendered = render(tokenizer, PLAIN, response)
+        assert rendered.tokens[: rendered.response_start] == prompt
+        assert rendered.tokens[-1] == tokenizer.eos_token_id
+        assert len(rendered.tokens) > rendered.response_start
+
+
+def test_what_follows_the_end_token_is_left_out(toy_tokenizer):
+    tokenizer = with_template(toy_tokenizer, TEMPLATE_CHATML)
+    rendered = render(tokenizer, PLAIN)
+    assert tokenizer.decode(rendered.tokens[rendered.response_start :]) == "So the answer is yes.<|end|>"
+
+
+def test_a_template_without_end_token_gets_one(toy_tokenizer):
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    tokenizer = with_template(
+        toy_tokenizer, template + "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    rendered = render(tokenizer, PLAIN)
+    assert tokenizer.decode(rendered.tokens[rendered.response_start :]) == "So the answer is yes.\n<|end|>"
+
+
+def test_a_prompt_that_changes_with_the_response_is_kept_apart(toy_tokenizer):
+    template = (
+        "{{ messages | length }}: {{ messages[0]['content'] }}{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer = with_template(toy_tokenizer, template)
+    assert render_text(tokenizer, PLAIN).apart
+    rendered = render(tokenizer, PLAIN)
+    assert tokenizer.decode(rendered.tokens) == f"1: {PLAIN.prompt}>{PLAIN.response}<|end|>"
+
+
+def test_bos_is_put_in_front_where_the_tokenizer_adds_one(toy_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A <|end|>", special_tokens=[("<|user|>", 2), ("<|end|>", 1)]
+    )
+    rendered = render(tokenizer, PLAIN)
+    plain = render(toy_tokenizer, PLAIN)
+    assert rendered.tokens == [2, *plain.tokens]
+    assert rendered.response_start == plain.response_start + 1
+    assert render_prompt(tokenizer, PLAIN) == rendered.tokens[: rendered.response_start]
+
+
+def test_the_real_tokenizer_learns_to_stop(shared_dir):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / "cot-lm-7m")
+    rendered = render(tokenizer, PLAIN)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PLAIN.prompt}, {"role": "assistant", "content": PLAIN.response}],
+        tokenize=False,
+    )
+    assert tokenizer.decode(rendered.tokens) == whole
+    assert rendered.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_errors_name_the_record_and_the_remedy(toy_tokenizer):
+    refusing = with_template(toy_tokenizer, "{{ raise_exception('only user and assistant') }}")
+    with pytest.raises(
+        DataError, match=r"record 'b': the chat template.*only user and assistant.*system, user"
+    ):
+        render(refusing, CHAT)
+    endless = copy.deepcopy(toy_tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ConfigError, match=r"no eos_token.*add eos_token"):
+        render(endless, PLAIN)
