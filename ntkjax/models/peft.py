@@ -337,7 +337,8 @@ def _as_params(lora: Params, loaded: dict[str, Factors], where: Path) -> Params:
             raise CheckpointError(
                 f"{where}: the adapter of {path[1].key}/{path[2].key} has values that are not finite"
             )
-        return jax.device_put(new.astype(old.dtype), old.sharding)
+        place = old.sharding if isinstance(old, jax.Array) else None
+        return jax.device_put(new.astype(old.dtype), place)
 
     return jax.tree_util.tree_map_with_path(leaf, lora)
 
@@ -386,7 +387,8 @@ def _read_config(folder: Path) -> _PeftConfig:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks = config.get("rank_pattern") or {}
+    alphas = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     return _PeftConfig(rank, float(alpha), bool(config.get("use_rslora")), ranks, alphas)
 
 

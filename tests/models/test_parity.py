@@ -18,7 +18,7 @@ from ntkjax.models.peft import adapter_lora_config, load_adapter
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = json.loads((GOLDEN / "golden.json").read_text())
 TOLERANCE = 1e-5
-# Decoding adds a cache and per-row positions; these differ in what meets them. `make test-slow` runs the rest.
+# Decoding adds a cache and per-row positions; these differ in what meets them. The rest are slow.
 DECODED = ("llama31", "smollm2", "llama-head-dim", "llama-lora", "qwen2", "qwen3", "gpt2-lora")
 
 
