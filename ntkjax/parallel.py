@@ -14,8 +14,9 @@ from ntkjax.errors import ConfigError
 
 DATA, MODEL = "data", "model"
 
-# Stacked [L, in, out]: which axis is split over the model axis of the mesh. Column-parallel layers split their outputs,
-# row-parallel ones their inputs, so that one all-reduce per attention and per MLP suffices (Megatron-LM, 1909.08053).
+# Stacked [L, in, out]: which axis is split over the model axis of the mesh. Column-parallel layers split
+# their outputs, row-parallel ones their inputs, so that one all-reduce per attention and per MLP suffices
+# (Megatron-LM, 1909.08053).
 _COLUMN = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
 _ROW = ("attention/o", "mlp/down")
 
@@ -52,8 +53,9 @@ def _split_axis(path: str, rank: int) -> int | None:
 def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Where the parameter at ``path`` ("layers/attention/q/kernel") lives: split over "model" or replicated.
 
-    q, k, v, gate and up are split on their outputs, o and down on their inputs, embedding and head on the vocabulary;
-    norms, adapters and everything else are replicated. Raises ConfigError where an axis does not divide.
+    q, k, v, gate and up are split on their outputs, o and down on their inputs, embedding and head on the
+    vocabulary; norms, adapters and everything else are replicated. Raises ConfigError where an axis does not
+    divide.
     """
     axis, parts = _split_axis(path, len(shape)), mesh.shape[MODEL]
     if axis is None or parts == 1:
@@ -75,7 +77,7 @@ def put(array: Array | np.ndarray, path: str, mesh: Mesh | None) -> Array:
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Every leaf [B, ...] of a batch split by rows over "data". Raises ConfigError where B does not divide."""
+    """Every leaf [B, ...] of a batch split by rows over "data". ConfigError where B does not divide."""
     if mesh is None:
         return batch
     parts = mesh.shape[DATA]

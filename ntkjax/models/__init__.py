@@ -1,4 +1,4 @@
-"""Causal language models in JAX: Llama, Qwen2, Qwen3 (and all that share their shape) and GPT-2, with LoRA."""
+"""Causal language models in JAX: Llama, Qwen2, Qwen3 (and all of their shape) and GPT-2, with LoRA."""
 
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.functions import ModelFn, overlay

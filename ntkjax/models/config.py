@@ -1,4 +1,6 @@
-"""The shape of a decoder, read from a Hugging Face ``config.json`` (transformers v4 or v5 style) or written by hand."""
+"""The shape of a decoder, read from a Hugging Face ``config.json`` (transformers v4 or v5 style) or written
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ class ModelConfig:
       family: which of the four decoders.
       architecture: the class name in ``config.json``, e.g. "MistralForCausalLM" (family "llama").
       vocab_size, hidden_size, intermediate_size: V, D and the width of the MLP.
-      num_layers, num_heads, num_kv_heads, head_dim: num_heads is a multiple of num_kv_heads; head_dim need not
-        be hidden_size / num_heads.
+      num_layers, num_heads, num_kv_heads, head_dim: num_heads is a multiple of num_kv_heads; head_dim need
+        not be hidden_size / num_heads.
       max_positions: the context it was trained for; only GPT-2's learned positions make it a hard limit.
       norm_eps, activation, rope: as in transformers; rope is ignored by GPT-2.
       tied: the head is the embedding. qkv_bias, o_bias, mlp_bias: which linear layers have a bias.
@@ -99,13 +101,15 @@ class ModelConfig:
     def from_hf(cls, config: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Read a Hugging Face configuration. ``where`` names the file in errors.
 
-        Raises CheckpointError naming the key for an unknown architecture, rope type or activation, and for any
-        option that would change the mathematics and is not implemented.
+        Raises CheckpointError naming the key for an unknown architecture, rope type or activation, and for
+        any option that would change the mathematics and is not implemented.
         """
         return _Reader(config, where).read()
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """A ``config.json`` that transformers v4 and v5 both read, and that ``from_hf`` reads back to this object."""
+        """A ``config.json`` that transformers v4 and v5 both read, and that ``from_hf`` reads back to this
+        object.
+        """
         return _gpt2_to_hf(self, dtype) if self.family == "gpt2" else _decoder_to_hf(self, dtype)
 
 
@@ -143,7 +147,11 @@ class _Reader:
     def architecture(self) -> str:
         names = self.config.get("architectures") or []
         if not names:
-            by_type = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel"}
+            by_type = {
+                "llama": "LlamaForCausalLM",
+                "mistral": "MistralForCausalLM",
+                "gpt2": "GPT2LMHeadModel",
+            }
             by_type |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
             names = [by_type.get(str(self.config.get("model_type")), str(self.config.get("model_type")))]
         if names[0] not in ARCHITECTURES:
@@ -155,7 +163,9 @@ class _Reader:
         name = self.architecture()
         family = ARCHITECTURES[name]
         if self.config.get("quantization_config"):
-            raise self.fail("quantization_config is set: quantised weights are not supported; use the original")
+            raise self.fail(
+                "quantization_config is set: quantised weights are not supported; use the original"
+            )
         return self.gpt2(name) if family == "gpt2" else self.decoder(name, family)
 
     def activation(self, key: str, default: str) -> str:
@@ -174,7 +184,7 @@ class _Reader:
         heads, hidden = self.number("num_attention_heads"), self.number("hidden_size")
         if self.config.get("head_dim") is None and family != "qwen3" and hidden % heads:
             raise self.fail(
-                f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads} and head_dim is not given"
+                f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads} and there is no head_dim"
             )
         self.refuse_windows(name)
         bias = self.flag("attention_bias", False) and name in ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -206,36 +216,40 @@ class _Reader:
         window = self.config.get("sliding_window")
         limit = self.config.get("max_position_embeddings") or 0
         kinds = set(self.config.get("layer_types") or ["full_attention"])
+        window = None if window is None else self.number("sliding_window")
         used = window is not None and window < limit
         if name.startswith("Qwen"):
-            used = used and self.flag("use_sliding_window", False) and kinds != {"full_attention"}
-            if self.config.get("layer_types") is None:
-                first = self.config.get("max_window_layers", 28)
-                used = window is not None and self.flag("use_sliding_window", False)
-                used = used and window < limit and first < self.number("num_hidden_layers")
+            # Without layer_types, the layers from max_window_layers on slide.
+            some = self.config.get("max_window_layers", 28) < self.number("num_hidden_layers")
+            some = some if self.config.get("layer_types") is None else kinds != {"full_attention"}
+            used = used and some and self.flag("use_sliding_window", False)
         elif not name.startswith("Mistral"):
             used = False
         if used:
             raise self.fail(
-                f"sliding_window = {window} is shorter than max_position_embeddings = {limit}: sliding-window "
-                "attention is not supported (a checkpoint with sliding_window = null is)"
+                f"sliding_window = {window} is shorter than max_position_embeddings = {limit}: "
+                "sliding-window attention is not supported (a checkpoint with sliding_window = null is)"
             )
         others = kinds - {"full_attention", "sliding_attention"}
         if others or (kinds != {"full_attention"} and window is None):
             raise self.fail(f"layer_types {sorted(kinds)}: only 'full_attention' is supported")
 
     def rope(self) -> RopeConfig:
-        """v5 keeps everything in rope_parameters; v4 keeps rope_theta beside rope_scaling {type or rope_type, ...}."""
+        """v5: everything in rope_parameters. v4: rope_theta beside rope_scaling {type or rope_type, ...}."""
         key = "rope_parameters" if self.config.get("rope_parameters") is not None else "rope_scaling"
         scaling = self.config.get(key) or {}
         if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
             raise self.fail(f"{key} = {scaling!r}: expected one flat object for all layers")
         kind = scaling.get("rope_type", scaling.get("type")) or "default"
         if kind not in ROPE_TYPES:
-            raise self.fail(f"{key}.rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+            raise self.fail(
+                f"{key}.rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
         for source in (self.config, scaling):
             if source.get("partial_rotary_factor") not in (None, 1, 1.0):
-                raise self.fail(f"partial_rotary_factor = {source['partial_rotary_factor']}: only 1.0 is supported")
+                raise self.fail(
+                    f"partial_rotary_factor = {source['partial_rotary_factor']}: only 1.0 is supported"
+                )
         inner = _Reader(scaling, f"{self.where}: {key}")
         theta = self.number("rope_theta", 10_000.0, float)
         theta = inner.number("rope_theta", theta, float)

@@ -49,7 +49,9 @@ def overlay(weights: dict, params: Params, where: str = "") -> dict:
     for name, value in params.items():
         path = f"{where}{name}"
         if name not in weights or isinstance(value, dict) != isinstance(weights[name], dict):
-            raise UserError(f"parameter {path!r} does not exist in the model; here it has: {', '.join(weights)}")
+            raise UserError(
+                f"parameter {path!r} does not exist in the model; here it has: {', '.join(weights)}"
+            )
         if isinstance(value, dict):
             out[name] = overlay(weights[name], value, path + "/")
         elif jnp.shape(value) != jnp.shape(weights[name]):
@@ -69,7 +71,9 @@ def forward(
     cache: KVCache | None = None,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See Decoder.forward."""
+    """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See
+    Decoder.forward.
+    """
     return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments)
 
 
@@ -79,7 +83,7 @@ def head_weight(weights: dict) -> Float[Array, "V D"]:
 
 
 def project(spec: ModelSpec, weights: dict, states: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
-    """Logits W h [..., V], float32 or better; the product runs in the model's dtype, accumulated in float32."""
+    """Logits W h [..., V], float32 or better; in the model's dtype, accumulated in float32."""
     return matmul(states.astype(spec.dtype), head_weight(weights).T)
 
 
@@ -111,7 +115,8 @@ def token_nll(
 ) -> Float[Array, "B T"]:
     """-log p(token t+1 | tokens up to t) in nats at position t, [B, T]; the last column is meaningless.
 
-    Where the logits [B, T, V] would be large they are made a slice of T at a time, and made again in the backward pass.
+    Where the logits [B, T, V] would be large they are made a slice of T at a time, and made again in the
+    backward pass.
     """
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     rows, length, vocab = *tokens.shape, spec.config.vocab_size
@@ -139,8 +144,10 @@ class ModelFn:
     """One output of a language model: ``fn(params, batch)``; ``fn(params)`` for the head.
 
     Attributes:
-      weights: the full parameter tree (pytree leaves). ``params``, any subset of it, is laid over it at each call.
-      spec, kind, positions: static; two functions of one model with the same kind are the same to the compiler.
+      weights: the full parameter tree (pytree leaves). ``params``, any subset of it, is laid over it at each
+      call.
+      spec, kind, positions: static; two functions of one model with the same kind are the same to the
+      compiler.
     """
 
     weights: Any
@@ -171,7 +178,9 @@ class ModelFn:
 
 
 def model_fn(weights: dict, spec: ModelSpec, kind: str, positions: str = "response") -> ModelFn:
-    """The function ``kind`` (one of OUTPUTS) over ``positions`` (one of POSITIONS); ConfigError for another name."""
+    """The function ``kind`` (one of OUTPUTS) over ``positions`` (one of POSITIONS); ConfigError for another
+    name.
+    """
     for value, allowed, what in ((kind, OUTPUTS, "output"), (positions, POSITIONS, "positions")):
         if value not in allowed:
             raise ConfigError(f"{what} {value!r} is not one of {', '.join(allowed)}")

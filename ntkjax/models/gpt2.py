@@ -71,7 +71,9 @@ class GPT2(nnx.Module):
         cache: KVCache | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """As ``Decoder.forward``; UserError when the sequence or the cache is longer than the learned positions."""
+        """As ``Decoder.forward``; UserError when the sequence or the cache is longer than the learned
+        positions.
+        """
         if cache is not None and segments is not None:
             raise ValueError("segments and cache together are not supported")
         rows, length = tokens.shape
@@ -79,8 +81,8 @@ class GPT2(nnx.Module):
         # Given positions (packed choices restart them) are below T; only the default ones reach T - 1.
         if needed > limit and positions is None:
             raise UserError(
-                f"a sequence of {needed} tokens is longer than the model's {limit} learned positions (n_positions): "
-                "shorten the prompts, the answers or the batch's length"
+                f"a sequence of {needed} tokens is longer than the model's {limit} learned positions "
+                "(n_positions): shorten the prompts, the answers or the batch's length"
             )
         if positions is None:
             positions = default_positions(rows, length, cache)

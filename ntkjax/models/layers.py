@@ -1,7 +1,9 @@
-"""The parts of a decoder: linear layers with adapters, norms, rotary positions, attention, the scan over layers.
+"""The parts of a decoder: linear layers with adapters, norms, rotary positions, attention, the scan over
+layers.
 
-Every module holds its parameters stacked over layers, [L, ...]; inside the scan the same module sees one layer's slice.
-Matrix products accumulate in float32 or better; norms and softmax are computed in float32 or better.
+Every module holds its parameters stacked over layers, [L, ...]; inside the scan the same module sees one
+layer's slice. Matrix products accumulate in float32 or better; norms and softmax are computed in float32 or
+better.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, lora_delta
-from ntkjax.types import at_least_float32
+from ntkjax.types import at_least_float32, float32_or_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,9 @@ class ModelSpec:
     Attributes:
       dtype: dtype of the weights and of the residual stream. Norm scales and adapters are float32 or better.
       remat: recompute each layer in the backward pass instead of keeping its activations.
-      attention: "xla", or "cudnn" for flash attention on GPUs where dtype is 16 bits wide and the mask is purely
-        causal. cuDNN has no forward mode (jax.jvp), so it serves embedding and reverse-mode training only.
+      attention: "xla", or "cudnn" for flash attention on GPUs where dtype is 16 bits wide and the mask is
+        purely causal. cuDNN has no forward mode (jax.jvp), so it serves embedding and reverse-mode training
+        only.
     """
 
     config: ModelConfig
@@ -56,8 +59,8 @@ class KVCache:
 
     Attributes:
       keys, values: [L, B, S, K, H]; slot s of row b is real iff s < lengths[b].
-      lengths: int32 [B], the slot the next token of each row is written to. After a prefill of right-padded prompts
-        set it to the prompts' real lengths: the padding is then overwritten and never attended to.
+      lengths: int32 [B], the slot the next token of each row is written to. After a prefill of right-padded
+        prompts set it to the prompts' real lengths: the padding is then overwritten and never attended to.
     """
 
     keys: Float[Array, "L B S K H"]
@@ -66,7 +69,9 @@ class KVCache:
 
     @classmethod
     def zeros(cls, spec: ModelSpec, rows: int, size: int) -> KVCache:
-        """An empty cache for ``rows`` sequences of at most ``size`` tokens; tokens beyond ``size`` must not be fed."""
+        """An empty cache for ``rows`` sequences of at most ``size`` tokens; tokens beyond ``size`` must not
+        be fed.
+        """
         c = spec.config
         empty = jnp.zeros((c.num_layers, rows, size, c.num_kv_heads, c.head_dim), spec.dtype)
         return cls(empty, empty, jnp.zeros((rows,), jnp.int32))
@@ -75,7 +80,9 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer shares: rotary cos and sin [B, T, H/2], the mask [B, T, S] (None: causal), the cache lengths."""
+    """What every layer shares: rotary cos and sin [B, T, H/2], the mask [B, T, S] (None: causal), the cache
+    lengths.
+    """
 
     rope: tuple[Array, Array] | None
     mask: Array | None
@@ -85,12 +92,12 @@ class Context:
 def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "... O"]:
     """x W accumulated, and returned, in float32 or better. W is cast to the dtype of x."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    accumulate = float32_or_better(x.dtype)
     return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=accumulate)
 
 
 class Linear(nnx.Module):
-    """y = x W + b + scale (x A) B; kernel [L, in, out], bias [L, out], lora_a [L, in, r], lora_b [L, r, out]."""
+    """x W + b + scale (x A) B; kernel [L, in, out], bias [L, out], lora_a [L, in, r], lora_b [L, r, out]."""
 
     def __init__(self, spec: ModelSpec, name: str, inputs: int, outputs: int, bias: bool):
         layers, lora = spec.config.num_layers, spec.lora_for(name)
@@ -99,7 +106,7 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), spec.dtype))
         if lora:
-            dtype = jnp.promote_types(spec.dtype, jnp.float32)
+            dtype = float32_or_better(spec.dtype)
             self.lora_a = nnx.Param(jnp.zeros((layers, inputs, lora.rank), dtype))
             self.lora_b = nnx.Param(jnp.zeros((layers, lora.rank, outputs), dtype))
 
@@ -116,7 +123,7 @@ class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed and returned in float32 or better."""
 
     def __init__(self, shape: tuple[int, ...], eps: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones(shape, jnp.promote_types(dtype, jnp.float32)))
+        self.scale = nnx.Param(jnp.ones(shape, float32_or_better(dtype)))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
@@ -129,8 +136,8 @@ class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32 or better."""
 
     def __init__(self, shape: tuple[int, ...], eps: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones(shape, jnp.promote_types(dtype, jnp.float32)))
-        self.bias = nnx.Param(jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32)))
+        self.scale = nnx.Param(jnp.ones(shape, float32_or_better(dtype)))
+        self.bias = nnx.Param(jnp.zeros(shape, float32_or_better(dtype)))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
@@ -146,7 +153,9 @@ def along_last(vector: Float[Array, " D"], x: Float[Array, "*A D"]) -> Float[Arr
 
 
 class Embedding(nnx.Module):
-    """A table of rows: weight [N, D]; ids int32 [...] -> [..., D]. Ids must be below N (checked where they enter)."""
+    """A table of rows: weight [N, D]; ids int32 [...] -> [..., D]. Ids must be below N (checked where they
+    enter).
+    """
 
     def __init__(self, rows: int, width: int, dtype: str):
         self.weight = nnx.Param(jnp.zeros((rows, width), dtype))
@@ -166,12 +175,18 @@ class Head(nnx.Module):
 def activation(name: str) -> Callable[[Array], Array]:
     """The pointwise function of that transformers name."""
     exact, tanh = (lambda x: jax.nn.gelu(x, approximate=False)), (lambda x: jax.nn.gelu(x, approximate=True))
-    named = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": exact, "gelu_new": tanh, "gelu_pytorch_tanh": tanh}
+    named = {
+        "silu": jax.nn.silu,
+        "relu": jax.nn.relu,
+        "gelu": exact,
+        "gelu_new": tanh,
+        "gelu_pytorch_tanh": tanh,
+    }
     return named[name]
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies, float32 [head_dim / 2], in the arithmetic of transformers (modeling_rope_utils)."""
+    """Inverse frequencies, float32 [head_dim / 2], computed as transformers does (modeling_rope_utils)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1.0) / np.power(np.float32(rope.theta), exponents, dtype=np.float32)
     if rope.kind == "linear":
@@ -189,9 +204,11 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return bent.astype(np.float32)
 
 
-def rope_angles(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array]:
+def rope_angles(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any
+) -> tuple[Array, Array]:
     """cos and sin of position * frequency, each [B, T, head_dim / 2] in float32 or better."""
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = float32_or_better(dtype)
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim)).astype(dtype)
     angles = positions.astype(dtype)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
@@ -216,14 +233,14 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v with N / K query heads per key/value head; ``mask`` None means causal.
 
-    cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is written out:
-    jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
+    cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is
+    written out: jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
     """
     if implementation == "cudnn" and mask is None and q.dtype.itemsize == 2:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     b, t, n, h = q.shape
     s, groups = k.shape[1], k.shape[2]
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    accumulate = float32_or_better(q.dtype)
     if mask is None:
         mask = (jnp.arange(s)[None, :] <= jnp.arange(t)[:, None])[None]
     q = q.reshape(b, t, groups, n // groups, h)
@@ -239,7 +256,8 @@ def attention_mask(
 ) -> Bool[Array, "b T S"] | None:
     """None for plain causal attention; otherwise True where query t may see key s.
 
-    Packed choices: causal and (segments[s] == 0 or segments[s] == segments[t]). With a cache: slot s <= slot of t.
+    Packed choices: causal and (segments[s] == 0 or segments[s] == segments[t]). With a cache: slot s <= slot
+    of t.
     """
     if cache is not None:
         slots = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -254,7 +272,9 @@ def attention_mask(
 
 def _append(slots: Array, new: Array, lengths: Array) -> Array:
     """Write ``new`` [B, T, K, H] into ``slots`` [B, S, K, H] at each row's length."""
-    write = lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, jnp.zeros_like(at), jnp.zeros_like(at)))
+    write = lambda row, x, at: jax.lax.dynamic_update_slice(
+        row, x, (at, jnp.zeros_like(at), jnp.zeros_like(at))
+    )
     return jax.vmap(write)(slots, new.astype(slots.dtype), lengths)
 
 
@@ -299,11 +319,12 @@ def scan_layers(
 
     def body(carry, inputs):
         state, cached = inputs
-        return nnx.merge(graph, state)(carry, context, cached)
+        layer: Any = nnx.merge(graph, state)
+        return layer(carry, context, cached)
 
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     pairs = None if cache is None else (cache.keys, cache.values)
     x, pairs = jax.lax.scan(body, x, (stacked, pairs))
     if cache is None or pairs is None:
         return x, None
-    return x, KVCache(*pairs, cache.lengths + x.shape[1])
+    return x, KVCache(pairs[0], pairs[1], cache.lengths + x.shape[1])

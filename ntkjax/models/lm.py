@@ -19,13 +19,15 @@ from ntkjax.models.functions import ModelFn, model_fn, overlay, param_shapes
 from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lora import LoraConfig, init_lora_a, lora_subset
 from ntkjax.parallel import put
-from ntkjax.rng import named_key
+from ntkjax.rng import numpy_rng
 from ntkjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint held: where from, how many tensors and parameters, and how many tensors of each dtype."""
+    """What a checkpoint held: where from, how many tensors and parameters, and how many tensors of each
+    dtype.
+    """
 
     source: str = ""
     tensors: int = 0
@@ -72,15 +74,21 @@ class LanguageModel:
         """The adapter's leaves as a subset of ``params``; {} without an adapter."""
         return lora_subset(self.params)
 
+    def fresh_lora(self, seed: int) -> dict:
+        """A new adapter drawn from ``seed`` (A uniform, B zero), with the tree and dtypes of ``lora``."""
+        return unflatten({path: init_leaf(self.spec, path, leaf, seed) for path, leaf in paths(self.lora).items()})
+
     def with_params(self, params: Params) -> LanguageModel:
-        """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in overlay."""
+        """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in
+        overlay.
+        """
         return dataclasses.replace(self, params=overlay(self.params, params))
 
     def select_params(self, which: str = "lora") -> dict:
         """The subset of ``params`` to train: "lora", "all", or a regular expression.
 
-        The expression is searched in paths such as "layers/attention/q/kernel". Raises UserError where nothing is
-        selected.
+        The expression is searched in paths such as "layers/attention/q/kernel". Raises UserError where
+        nothing is selected.
         """
         if which == "all":
             return jax.tree.map(lambda x: x, self.params)
@@ -128,15 +136,17 @@ class LanguageModel:
         return self.output("nll")
 
     def logits(self, token_ids: Int[Array | np.ndarray, "B T"] | list) -> Float[Array, "B T V"]:
-        """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the vocabulary."""
+        """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the
+        vocabulary.
+        """
         tokens = np.asarray(token_ids)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"token_ids: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
             worst = int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())
             raise UserError(
-                f"token id {worst} is outside the vocabulary (0 to {self.config.vocab_size - 1}): was the text made "
-                "with another model's tokenizer?"
+                f"token id {worst} is outside the vocabulary (0 to {self.config.vocab_size - 1}): was the text "
+                "made with another model's tokenizer?"
             )
         return _logits(self.spec, self.params, jnp.asarray(tokens, jnp.int32))
 
@@ -182,22 +192,24 @@ def check_dtype(dtype: str) -> str:
     """``dtype`` if it is one that weights may have; ConfigError otherwise."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}, auto")
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("dtype 'float64' needs double precision: set JAX_ENABLE_X64=1")
     return dtype
 
 
 def init_leaf(spec: ModelSpec, path: str, shape: jax.ShapeDtypeStruct, seed: int) -> Array:
-    """A fresh leaf: adapters as in PEFT (A uniform, B zero), scales 1, biases 0, weights normal(initializer_range)."""
+    """A fresh leaf: adapters as in PEFT (A uniform, B zero), scales 1, biases 0, weights
+    normal(initializer_range).
+    """
     name = path.rsplit("/", 1)[-1]
     if name == "lora_a":
-        return init_lora_a(named_key(seed, "lora", path), shape.shape, shape.dtype)
+        return jnp.asarray(init_lora_a(numpy_rng(seed, "lora", path), shape.shape, shape.dtype))
     if name in ("lora_b", "bias"):
         return jnp.zeros(shape.shape, shape.dtype)
     if name == "scale":
         return jnp.ones(shape.shape, shape.dtype)
-    noise = jax.random.normal(named_key(seed, "weights", path), shape.shape, jnp.float32)
-    return (spec.config.initializer_range * noise).astype(shape.dtype)
+    noise = numpy_rng(seed, "weights", path).standard_normal(shape.shape, np.float32)
+    return jnp.asarray((spec.config.initializer_range * noise).astype(shape.dtype))
 
 
 def init_lm(

@@ -1,4 +1,6 @@
-"""Language models from Hugging Face directories: config.json, safetensors (one file or shards), tokenizer files."""
+"""Language models from Hugging Face directories: config.json, safetensors (one file or shards), tokenizer
+files.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ _FILE_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "b
 def load_lm(
     path: str | Path,
     *,
-    lora: LoraConfig | None = LoraConfig(),
+    lora: LoraConfig | None = LoraConfig(),  # noqa: B008 (frozen)
     dtype: str = "float32",
     mesh: Mesh | None = None,
     remat: bool = False,
@@ -42,17 +44,17 @@ def load_lm(
 ) -> LanguageModel:
     """Load a causal language model from a directory in Hugging Face format, or from the hub by id.
 
-    Each tensor is read, sent to its device (spread by ``parallel.weight_sharding`` where there is a mesh) and cast to
-    ``dtype`` there before the next is read: the host never holds more than one. ``lora`` adds a fresh adapter (B = 0,
-    so the function is unchanged) drawn from ``seed``; None adds none.
+    Each tensor is read, sent to its device (spread by ``parallel.weight_sharding`` where there is a mesh) and
+    cast to ``dtype`` there before the next is read: the host never holds more than one. ``lora`` adds a fresh
+    adapter (B = 0, so the function is unchanged) drawn from ``seed``; None adds none.
 
     Args:
-      dtype: "float32", "bfloat16", "float16", "float64" (with x64 on), or "auto": the one config.json names, else
-        the file's most common. Norm scales and adapters are kept in float32 or better.
+      dtype: "float32", "bfloat16", "float16", "float64" (with x64 on), or "auto": the one config.json names,
+        else the file's most common. Norm scales and adapters are kept in float32 or better.
       attention: "xla" or "cudnn", see ModelSpec.
 
-    Raises CheckpointError naming the file, key or tensor that is missing, unused, misshapen or unsupported, UserError
-    where a hub id cannot be fetched, ConfigError for an unknown dtype or LoRA target.
+    Raises CheckpointError naming the file, key or tensor that is missing, unused, misshapen or unsupported,
+    UserError where a hub id cannot be fetched, ConfigError for an unknown dtype or LoRA target.
     """
     directory = find_directory(path)
     hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
@@ -67,22 +69,26 @@ def load_lm(
 
 
 def find_directory(path: str | Path) -> Path:
-    """The local directory of a model, downloading it from the hub where ``path`` is an id and not a directory."""
+    """The local directory of a model, downloading it from the hub where ``path`` is an id and not a
+    directory.
+    """
     local = Path(path).expanduser()
     if local.is_dir():
         return local
     text = str(path)
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "is a file" if local.exists() else "does not exist"
-        raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")
+        raise CheckpointError(
+            f"{path}: {what}; expected a model directory with config.json and model.safetensors"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(text, allow_patterns=_NEEDED))
     except Exception as error:  # the hub client raises its own, urllib's and its HTTP library's errors
         raise UserError(
-            f"{text!r} is not a directory here and could not be fetched from the hub ({type(error).__name__}): check "
-            "the name, connect (unset HF_HUB_OFFLINE), or download it elsewhere and give the directory's path"
+            f"{text!r} is not a directory here and could not be fetched from the hub ({type(error).__name__}): "
+            "check the name, connect (unset HF_HUB_OFFLINE), or download it elsewhere and give the directory's path"
         ) from error
 
 
@@ -108,14 +114,16 @@ def find_tensors(directory: Path) -> dict[str, TensorInfo]:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             raise CheckpointError(
-                f"{directory}: only pickled weights ({', '.join(pickles)}): pickles can run code and are not read. "
-                "Convert once where torch is installed: AutoModelForCausalLM.from_pretrained(DIR)"
+                f"{directory}: only pickled weights ({', '.join(pickles)}): pickles can run code and are "
+                "not read. Convert once where torch is installed: AutoModelForCausalLM.from_pretrained(DIR)"
                 ".save_pretrained(NEW_DIR, safe_serialization=True)"
             )
         raise CheckpointError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
     names = read_json(index, "").get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index}: key 'weight_map' is missing or empty: expected tensor names and their files")
+        raise CheckpointError(
+            f"{index}: key 'weight_map' is missing or empty: expected tensor names and their files"
+        )
     headers: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted(set(names.values())):
         if not (directory / shard).is_file():
@@ -123,7 +131,9 @@ def find_tensors(directory: Path) -> dict[str, TensorInfo]:
         headers[shard] = read_header(directory / shard)
     for name, shard in names.items():
         if name not in headers[shard]:
-            raise CheckpointError(f"{directory / shard}: tensor {name!r} is missing, although {index.name} places it here")
+            raise CheckpointError(
+                f"{directory / shard}: tensor {name!r} is missing, although {index.name} places it here"
+            )
     return {name: info for header in headers.values() for name, info in header.items()}
 
 
@@ -167,7 +177,9 @@ def _names_of(spec: ModelSpec, path: str, source: Source) -> list[str]:
     return [source.name.format(i) for i in range(layers)]
 
 
-def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
+def _check_names(
+    spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str
+) -> None:
     """No tensor may be missing, and none may be left over."""
     needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
     missing = sorted(needed - tensors.keys())
@@ -181,13 +193,14 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
         embedding = tensors[table["embed/weight"].name]
         if not np.array_equal(tensors["lm_head.weight"].read(), embedding.read()):
             raise CheckpointError(
-                f"{where}: tensor 'lm_head.weight' differs from {embedding.name!r}, although config.json ties them "
-                "(tie_word_embeddings): set it to false to use both"
+                f"{where}: tensor 'lm_head.weight' differs from {embedding.name!r}, although config.json "
+                "ties them (tie_word_embeddings): set it to false to use both"
             )
         return
     if unused:
         raise CheckpointError(
-            f"{where}: {_listed('tensor', unused)} not used by {spec.config.architecture} with this config.json"
+            f"{where}: {_listed('tensor', unused)} not used by "
+            f"{spec.config.architecture} with this config.json"
         )
 
 
@@ -210,7 +223,9 @@ def _load_leaf(
     for layer in range(shape.shape[0]):
         info = tensors[source.name.format(layer)]
         _check_shape(info, source, shape.shape[1:])
-        tensor = jax.device_put(_host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape)))
+        tensor = jax.device_put(
+            _host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape))
+        )
         stack = _write_layer(stack, np.int32(layer), tensor, source.transpose, sharding)
     return stack
 
@@ -231,7 +246,8 @@ def _check_shape(info: TensorInfo, source: Source, shape: tuple[int, ...]) -> No
     expected = (*expected[:-1], expected[-1] * source.parts)
     if info.shape != expected:
         raise CheckpointError(
-            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json asks for {list(expected)}"
+            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json "
+            f"asks for {list(expected)}"
         )
 
 
@@ -254,7 +270,9 @@ def _as_leaf(array: Array, transpose: bool, dtype: str, sharding: NamedSharding 
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _write_layer(stack: Array, layer: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
+def _write_layer(
+    stack: Array, layer: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None
+) -> Array:
     tensor = (tensor.T if transpose else tensor).astype(stack.dtype)
     out = jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, 0)
     return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)
@@ -273,7 +291,7 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> Any:
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer's pad token has id {pad} and the embedding only {config.vocab_size} rows: "
-            "name a token that the model has as pad_token in tokenizer_config.json"
+            f"{directory}: the tokenizer's pad token has id {pad} and the embedding only {config.vocab_size} "
+            "rows: name a token that the model has as pad_token in tokenizer_config.json"
         )
     return tokenizer

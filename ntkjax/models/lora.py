@@ -1,4 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + scale (x A) B, A [in, r], B [r, out], kept in float32 or better."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + scale (x A) B, A [in, r], B [r, out], kept in float32
+or better.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ import math
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
-from ntkjax.types import at_least_float32
+from ntkjax.types import at_least_float32, float32_or_better
 
 # Names of the linear layers in Hugging Face checkpoints, so that a PEFT user's target_modules work here.
 _ALIASES = {
@@ -37,8 +39,8 @@ class LoraConfig:
 
     Attributes:
       rank: r. alpha: scale is alpha / r, or alpha / sqrt(r) with ``rslora`` (arXiv 2312.03732).
-      targets: "all-linear" (every linear layer but the head), layer names ("q", "attention/q", "q_proj", "c_attn",
-        ...) or regular expressions searched in "attention/q", "attention/k", ..., "mlp/down".
+      targets: "all-linear" (every linear layer but the head), layer names ("q", "attention/q", "q_proj",
+        "c_attn", ...) or regular expressions searched in "attention/q", "attention/k", ..., "mlp/down".
     """
 
     rank: int = 16
@@ -51,7 +53,9 @@ class LoraConfig:
         if self.rank < 1:
             raise ConfigError(f"LoRA rank = {self.rank}: expected at least 1 (use lora=None for no adapter)")
         if not self.targets:
-            raise ConfigError("LoRA targets are empty: name at least one layer, or use lora=None for no adapter")
+            raise ConfigError(
+                "LoRA targets are empty: name at least one layer, or use lora=None for no adapter"
+            )
 
     @property
     def scale(self) -> float:
@@ -59,14 +63,16 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def matches(self, linears: tuple[str, ...]) -> tuple[str, ...]:
-        """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that matches none."""
+        """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that
+        matches none.
+        """
         chosen: set[str] = set()
         for target in self.targets:
             found = _matching(target, linears)
             if not found:
                 raise ConfigError(
-                    f"LoRA target {target!r} matches no linear layer of this model; it has {', '.join(linears)} "
-                    "('all-linear' takes them all; the head never gets an adapter)"
+                    f"LoRA target {target!r} matches no linear layer of this model; it has "
+                    f"{', '.join(linears)} ('all-linear' takes them all; the head never gets an adapter)"
                 )
             chosen.update(found)
         return tuple(name for name in linears if name in chosen)
@@ -75,13 +81,17 @@ class LoraConfig:
 def _matching(target: str, linears: tuple[str, ...]) -> list[str]:
     if target == "all-linear":
         return list(linears)
-    exact = [name for name in linears if target in (name, name.split("/")[-1]) or name in _ALIASES.get(target, ())]
+    exact = [
+        name for name in linears if target in (name, name.split("/")[-1]) or name in _ALIASES.get(target, ())
+    ]
     if exact:
         return exact
     try:
         return [name for name in linears if re.search(target, name)]
     except re.error as error:
-        raise ConfigError(f"LoRA target {target!r} is neither a layer name nor a regular expression: {error}") from None
+        raise ConfigError(
+            f"LoRA target {target!r} is neither a layer name nor a regular expression: {error}"
+        ) from None
 
 
 def lora_delta(
@@ -92,10 +102,13 @@ def lora_delta(
     return scale * jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
 
 
-def init_lora_a(key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
-    """A as in PEFT: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); shape [..., in, r]."""
+def init_lora_a(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Float[np.ndarray, "..."]:
+    """A as in PEFT: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); [..., in, r].
+
+    Drawn on the host: jax.random would compile for every shape, seconds in all for a model of seven layers.
+    """
     bound = 1.0 / math.sqrt(shape[-2])
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return random.uniform(-bound, bound, shape).astype(dtype)
 
 
 def lora_subset(params: dict) -> dict:
@@ -112,11 +125,13 @@ def lora_subset(params: dict) -> dict:
 
 
 def merge_lora(params: dict, scale: float) -> dict:
-    """The tree without adapters: kernel + scale A B, summed in float32 or better and cast back to the kernel's dtype."""
+    """The tree without adapters: kernel + scale A B, summed in float32 or better and cast back to the
+    kernel's dtype.
+    """
     if "lora_a" in params:
         a, b = at_least_float32(params["lora_a"]), at_least_float32(params["lora_b"])
         kernel = params["kernel"]
-        delta = (scale * jnp.matmul(a, b)).astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        delta = (scale * jnp.matmul(a, b)).astype(float32_or_better(kernel.dtype))
         merged = (at_least_float32(kernel) + delta).astype(kernel.dtype)
         return {k: v for k, v in params.items() if k not in ("lora_a", "lora_b")} | {"kernel": merged}
     return {k: merge_lora(v, scale) if isinstance(v, dict) else v for k, v in params.items()}

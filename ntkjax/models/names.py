@@ -44,7 +44,8 @@ class Source:
     Attributes:
       name: tensor name, with "{}" for the layer where the parameter is stacked.
       transpose: the checkpoint holds [out, in] where the parameter is [in, out].
-      part, parts: the parameter is this one of ``parts`` equal slices of the tensor's last axis (fused q, k, v).
+      part, parts: the parameter is this one of ``parts`` equal slices of the tensor's last axis (fused q, k,
+      v).
     """
 
     name: str

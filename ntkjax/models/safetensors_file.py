@@ -1,6 +1,7 @@
 """Reading safetensors one tensor at a time, without a framework and without mapping the file into memory.
 
-Format: 8 bytes little-endian header length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
+Format: 8 bytes little-endian header length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the
+data.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: its dtype's name in the file ("BF16"), shape, and bytes from ``start`` to ``stop``."""
+    """One tensor of a file: its dtype's name in the file ("BF16"), shape, and bytes from ``start`` to
+    ``stop``.
+    """
 
     file: Path
     name: str
@@ -43,7 +46,9 @@ class TensorInfo:
     def read(self) -> np.ndarray:
         """The tensor as a NumPy array of its own (bfloat16 through ml_dtypes)."""
         if self.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.file}: tensor {self.name!r} has dtype {self.dtype}, which is not supported")
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r} has dtype {self.dtype}, which is not supported"
+            )
         dtype = _DTYPES[self.dtype]
         with self.file.open("rb") as stream:
             stream.seek(self.start)
@@ -57,9 +62,13 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file by name. Raises CheckpointError where the file is empty, truncated or not safetensors."""
+    """The tensors of one file by name. Raises CheckpointError where the file is empty, truncated or not
+    safetensors.
+    """
     size = path.stat().st_size
-    bad = lambda why: CheckpointError(f"{path}: not a usable safetensors file: {why}; download or export it again")
+    bad = lambda why: CheckpointError(
+        f"{path}: not a usable safetensors file: {why}; download or export it again"
+    )
     with path.open("rb") as stream:
         first = stream.read(8)
         if len(first) < 8:
@@ -85,6 +94,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise bad(f"the header entry of tensor {name!r} is malformed") from None
         width = _DTYPES[info.dtype].itemsize * math.prod(shape) if info.dtype in _DTYPES else stop - start
         if start < 0 or stop - start != width or info.stop > size:
-            raise bad(f"tensor {name!r} {info.dtype} {list(shape)} does not fit its place in the file (truncated?)")
+            raise bad(
+                f"tensor {name!r} {info.dtype} {list(shape)} does not fit its place in the file (truncated?)"
+            )
         tensors[name] = info
     return tensors
