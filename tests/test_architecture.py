@@ -193,6 +193,18 @@ def docstring_faults(root: Path) -> list[str]:
     return faults
 
 
+def unpackaged_faults(root: Path) -> list[str]:
+    """Folders with code but no __init__.py: an installed package would lack them."""
+    folders = {path.parent for path, _, _ in sources(root)}
+    return sorted(
+        str(folder.relative_to(root)) for folder in folders if not (folder / "__init__.py").exists()
+    )
+
+
+def test_every_folder_with_code_is_a_package():
+    assert unpackaged_faults(PACKAGE) == []
+
+
 def test_imports_point_downwards_only():
     assert layer_faults(PACKAGE) == []
 
@@ -249,6 +261,7 @@ def test_the_rules_catch_a_bad_package(bad_package):
         "report/page.py:2: report must not import ntkjax.store",
         "training/loop.py:2: training must not import ntkjax.selection",
     ]
+    assert unpackaged_faults(bad_package) == [".", "data", "models", "ntk", "report", "training"]
     assert find_cycle(module_graph(bad_package)) == ["ntkjax.errors", "ntkjax.types", "ntkjax.errors"]
     assert import_faults(bad_package) == [
         "data/records.py:3: imports torch.nn",

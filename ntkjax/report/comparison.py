@@ -4,14 +4,15 @@ Every part is optional: what a run does not have, its page leaves out. The dict 
 
     title, lead        texts
     command            the command line; settings: its config as a nested dict
-    metric             name of the headline number, with its unit, default "accuracy (%)"; values are fractions
+    metric             name of the headline number and its unit, default "accuracy (%)", given as fractions
     chance             value of guessing
     highlight          methods drawn in the accent colour
     methods            [{method, mean, low, high, seeds: [value, ...], and any further columns}, ...]
     columns            {key: header} of further columns of the headline table
     differences        [{comparison, mean, low, high, p, ...}, ...] paired differences between methods
     extra              [{heading, text, rows, columns}, ...] further tables
-    selections         [{method, text, diagnostics: {name: value}, scores: [N], lengths: [N], selected: [N] bool,
+    selections         [{method, text, diagnostics: {name: value},
+                         scores: [N], lengths: [N], selected: [N] bool,
                          offered: {source: n}, chosen: {source: n}, label (of the score axis),
                          chosen_examples: [{prompt, response, score, ...}], rejected_examples: [...]}, ...]
     training           {arm: [(step, loss), ...]};  dev {arm: [(step, loss), ...]}
@@ -50,13 +51,13 @@ READINGS = {
 
 def comparison_page(run: Mapping[str, Any]) -> Page:
     """The page of a comparison; see the top of this file for what ``run`` may hold."""
-    parts = (_results, _selections, _curves, _asked, _made_with, _caveats)
+    parts = (_asked, _results, _selections, _curves, _made_with, _caveats)
     sections = [section for part in parts for section in part(run)]
     return Page(run.get("title", "Comparison"), run.get("lead", ""), sections, run.get("footer", ""))
 
 
 def headline_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the headline table, ready for ``tables``: method, mean [low, high], value of each seed, the rest."""
+    """Rows of the headline table, ready for ``tables``: method, mean [low, high], each seed, the rest."""
     metric = run.get("metric", "accuracy (%)")
     percent = "%" in metric
     rows = []
@@ -186,10 +187,8 @@ def _made_with(run: Mapping[str, Any]) -> Iterator[Section]:
         rows = [{"stage": stage, "time (s)": seconds} for stage, seconds in run["runtime"].items()]
         yield Table(rows)
     if run.get("versions"):
-        known = {
-            name: value for name, value in run["versions"].items() if value is not None and name != "seeds"
-        }
-        rows = [{"what": name, "version": str(value)} for name, value in known.items()]
+        known = [(name, value) for name, value in run["versions"].items() if name != "seeds"]
+        rows = [{"what": name, "version": str(value)} for name, value in known if value is not None]
         yield Details("Versions and hardware", (Table(rows),))
 
 

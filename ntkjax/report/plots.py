@@ -78,8 +78,7 @@ def score_distribution(
     axes.set_yscale("symlog", linthresh=10)
     axes.set_xlabel(label)
     axes.set_ylabel("examples (log scale)")
-    if not drawn.all():
-        axes.set_title(f"{int((~drawn).sum()):,} scores are not finite and not drawn", fontsize=9)
+    _count_left_out(axes, drawn)
     axes.legend(frameon=False, fontsize=9)
     return _png(figure)
 
@@ -94,16 +93,17 @@ def score_against_length(
     """Scores [N] against response lengths [N] in tokens: points, or hexagons of log density for a large pool.
 
     The chosen examples lie on top (at most 3,000 of them are drawn, evenly spaced; the legend says so).
+    Scores that are not finite cannot be drawn; the title counts them.
     """
     scores, lengths = np.asarray(scores, dtype=np.float64), np.asarray(lengths)
+    drawn = np.isfinite(scores)
     chosen = np.flatnonzero(np.asarray(selected, dtype=bool))
     shown = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _HEXBIN_ABOVE)).astype(int)]
     count = f"{len(chosen):,}" if len(shown) == len(chosen) else f"{len(shown):,} of {len(chosen):,} shown"
     figure, axes = _figure(3.4)
     logarithmic = len(lengths) > 0 and lengths.min() > 0 and lengths.max() > 20 * np.median(lengths)
     if len(scores) > _HEXBIN_ABOVE:
-        drawn = np.isfinite(scores)
-        axes.hexbin(lengths[drawn], scores[drawn], gridsize=55, bins="log", cmap="Greys", mincnt=1,
+        axes.hexbin(lengths[drawn], scores[drawn], gridsize=55, bins="log", cmap=_greys(), mincnt=1,
                     linewidths=0, xscale="log" if logarithmic else "linear")  # fmt: skip
         axes.plot([], [], "h", color=GREY, label=f"offered ({len(scores):,}; darker is denser)")
     else:
@@ -112,27 +112,29 @@ def score_against_length(
         axes.set_xscale("log" if logarithmic else "linear")
     axes.plot(lengths[shown], scores[shown], "o", color=ORANGE, markersize=2.5, alpha=0.45, markeredgewidth=0,
               label=f"chosen ({count})")  # fmt: skip
+    _count_left_out(axes, drawn)
     axes.set_xlabel("response length (tokens)")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=9)
     return _png(figure)
 
 
-def sources(offered: Mapping[str, int], chosen: Mapping[str, int], *, most: int = 20) -> bytes:
-    """Share of each source in the pool and in the selection, in percent, the most chosen first.
+def sources(offered: Mapping[str, int], chosen: Mapping[str, int], *, most: int = 12) -> bytes:
+    """Share of each source in the pool and in the selection, in percent, large shares in either first.
 
     Args:
       offered: examples of each source in the pool.
       chosen: examples of each source in the selection.
       most: sources with a bar of their own; the rest share one, "other (k sources)".
     """
-    names = sorted(offered, key=lambda name: (-chosen.get(name, 0), -offered[name], name))
-    rest = names[most:]
-    rows = [(name, offered[name], chosen.get(name, 0)) for name in names[:most]]
-    if rest:
-        left = sum(offered[name] for name in rest), sum(chosen.get(name, 0) for name in rest)
-        rows.append((f"other ({len(rest)} sources)", *left))
     totals = max(1, sum(offered.values())), max(1, sum(chosen.values()))
+    larger = lambda name: max(offered.get(name, 0) / totals[0], chosen.get(name, 0) / totals[1])
+    names = sorted({*offered, *chosen}, key=lambda name: (-larger(name), name))
+    rest = names[most:]
+    rows = [(name, offered.get(name, 0), chosen.get(name, 0)) for name in names[:most]]
+    if rest:
+        left = sum(offered.get(name, 0) for name in rest), sum(chosen.get(name, 0) for name in rest)
+        rows.append((f"other ({len(rest)} sources)", *left))
     figure, axes = _figure(0.9 + 0.36 * len(rows))
     for place, (_, of, ch) in enumerate(rows):
         axes.barh(place - 0.19, 100 * of / totals[0], height=0.34, color=SKY)
@@ -148,7 +150,7 @@ def sources(offered: Mapping[str, int], chosen: Mapping[str, int], *, most: int 
 
 
 def training_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
+    curves: Mapping[str, Sequence[Sequence[float | int]]],
     *,
     xlabel: str = "step (optimiser updates)",
     ylabel: str = "training loss (nats per token)",
@@ -173,15 +175,27 @@ def training_curves(
     return _png(figure)
 
 
+def _count_left_out(axes: Any, drawn: np.ndarray) -> None:
+    if not drawn.all():
+        axes.set_title(f"{int((~drawn).sum()):,} scores are not finite and not drawn", fontsize=9)
+
+
+def _greys() -> Any:
+    """Light to dark, where the lightest can still be told from the white page."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("greys", ["#D3D8DE", INK])
+
+
 def _shorten(name: str, length: int = 32) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _figure(height: float) -> tuple[Any, Any]:
-    """A figure 6.6 inches wide with one styled axes."""
+    """A figure 5.8 inches wide with one styled axes."""
     from matplotlib.figure import Figure  # here, so that commands without plots start fast
 
-    figure = Figure(figsize=(6.6, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(5.8, height), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#B8BEC6")
@@ -195,8 +209,16 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 def _png(figure: Any) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
 
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    # Few colours are in a plot: a palette makes the file a third of the size, and no eye sees it.
+    image = (
+        Image.fromarray(np.asarray(canvas.buffer_rgba()))
+        .convert("RGB")
+        .quantize(64, dither=Image.Dither.NONE)
+    )
     out = io.BytesIO()
-    # Without the software's name and version in it, the same data gives the same bytes.
-    FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
+    image.save(out, format="PNG", optimize=True)
     return out.getvalue()

@@ -40,9 +40,9 @@ def format_value(value: Any, digits: int = 3) -> str:
 
 
 def format_estimate(
-    mean: float,
-    low: float | None = None,
-    high: float | None = None,
+    mean: float | int,
+    low: float | int | None = None,
+    high: float | int | None = None,
     *,
     percent: bool = False,
     digits: int | None = None,
@@ -59,7 +59,9 @@ def format_estimate(
     return f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
-def format_spread(mean: float, sd: float | None, *, percent: bool = False, digits: int | None = None) -> str:
+def format_spread(
+    mean: float | int, sd: float | int | None, *, percent: bool = False, digits: int | None = None
+) -> str:
     """``0.462 ± 0.012``: mean and standard deviation (over seeds); without one the mean alone."""
     digits = (1 if percent else 3) if digits is None else digits
     number = lambda x: f"{x * (100 if percent else 1):.{digits}f}"
@@ -73,7 +75,8 @@ def cells(rows: Rows, columns: Columns = None) -> tuple[list[str], list[list[str
     numeric = []
     for place, key in enumerate(selected):
         texts = [line[place] for line in body if line[place]]
-        numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
+        values = [row[key] for row in rows if row.get(key) is not None]
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         # "46.2 [43.1, 49.3]" and "0.46 ± 0.01" are numbers to the eye.
         looks = all(re.match(r"[-+−]?[\d.]+( [\[±]|%|$)", text) for text in texts)
         numeric.append(bool(texts) and (numbers or looks))
