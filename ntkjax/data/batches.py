@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkjax.data.buckets import bucket_lengths, round_up
 from ntkjax.data.cache import digest
+from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.records import Records, concat_records
 from ntkjax.errors import ConfigError
 from ntkjax.types import Batch
@@ -115,11 +116,11 @@ class TokenisedDataset:
             content.update(self.tokens(i)[0].astype("<i4").tobytes())
         return content.hexdigest()
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenisedDataset:
+    def subset(self, indices: Positions) -> TokenisedDataset:
         """The examples at ``indices``, in that order; index k of the result is ``indices[k]`` here. Copies
         no tokens.
         """
-        chosen = np.asarray(indices, dtype=np.int64)
+        chosen = as_indices(indices, len(self))
         labels = self.labels and tuple([column[i] for i in chosen] for column in self.labels)
         return dataclasses.replace(
             self,
@@ -131,9 +132,7 @@ class TokenisedDataset:
             labels=labels,
         )
 
-    def collate(
-        self, indices: Sequence[int] | np.ndarray, *, rows: int | None = None, length: int | None = None
-    ) -> Batch:
+    def collate(self, indices: Positions, *, rows: int | None = None, length: int | None = None) -> Batch:
         """One padded batch (NumPy leaves) of the examples at ``indices``, in that order.
 
         Args:
@@ -144,7 +143,7 @@ class TokenisedDataset:
         Raises:
           ConfigError: more examples than rows, or an example longer than ``length``.
         """
-        chosen = np.asarray(indices, dtype=np.int64)
+        chosen = as_indices(indices, len(self))
         rows = max(1, len(chosen)) if rows is None else rows
         longest = int(self.lengths[chosen].max(initial=1))
         length = round_up(longest, 8) if length is None else length
@@ -169,14 +168,14 @@ class TokenisedDataset:
         self,
         *,
         token_budget: int,
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Positions | None = None,
         max_buckets: int = 6,
         row_multiple: int = 1,
     ) -> BatchPlan:
         """Every example (of ``indices``) once, in padded batches of at most ``token_budget`` tokens: see
         ``BatchPlan``.
         """
-        chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
+        chosen = np.arange(len(self)) if indices is None else as_indices(indices, len(self))
         planned = plan_batches(self.lengths, chosen, token_budget, max_buckets, row_multiple)
         return BatchPlan(self, tuple(planned))
 
@@ -270,7 +269,7 @@ class BatchPlan:
 
 
 def concat(first: TokenisedDataset, second: TokenisedDataset) -> TokenisedDataset:
-    """The examples of ``first``, then those of ``second``. Copies no tokens.
+    """The examples of ``first``, then those of ``second``. Copies no tokens; the reports are added up.
 
     Raises:
       ConfigError: they were made with different tokenizers or settings.

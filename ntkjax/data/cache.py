@@ -72,6 +72,11 @@ def build_once(kind: str, key: str, cache_dir: str | Path | None, build: Callabl
         # Losing this race means that another process has published the same content.
         with contextlib.suppress(OSError):
             work.rename(final)
+    except OSError as error:
+        raise DataError(
+            f"{root}: preparing the data failed ({error}); expected room for about twice the data; free some "
+            "space, or set NTKJAX_CACHE to another directory"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final

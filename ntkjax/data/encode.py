@@ -13,7 +13,7 @@ import numpy as np
 
 from ntkjax.data.batches import TokenisedDataset
 from ntkjax.data.cache import build_once, digest
-from ntkjax.data.prompts import Rendered, encode, end_token, pad_token, render_text
+from ntkjax.data.prompts import Rendered, encode, end_token, pad_token, render_text, writes_the_date
 from ntkjax.data.records import Records
 from ntkjax.errors import ConfigError, DataError
 
@@ -56,8 +56,8 @@ def tokenise(
 
     ``.report`` counts examples, tokens, prompt_truncated, response_truncated, prompt_tokens_lost,
     response_tokens_lost, rendered_apart (the chat template does not render the prompt the same with a
-    response behind it, see ``RenderedText``), empty_responses, and end_token_inside (responses whose text
-    holds the end token).
+    response behind it, see ``RenderedText``), empty_responses, dated_template (1 if it writes today's date),
+    and end_token_inside (responses whose text holds the end token).
 
     Raises:
       ConfigError: ``max_length`` below 2, or a tokenizer without end token.
@@ -97,6 +97,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _write(records: Records, tokenizer: Any, max_length: int, folder: Path) -> None:
     lengths, starts = np.zeros(len(records), np.int32), np.zeros(len(records), np.int32)
     end, counts, done = end_token(tokenizer), Counter(), 0
+    counts["dated_template"] = int(writes_the_date(tokenizer))
     examples = iter(records)
     with (folder / "tokens.bin").open("wb") as file:
         while block := list(islice(examples, BLOCK)):

@@ -16,6 +16,8 @@ from typing import Any
 from ntkjax.data.records import Example
 from ntkjax.errors import ConfigError, DataError
 
+TEMPLATE_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
+
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
@@ -31,7 +33,6 @@ class RenderedText:
 
     Attributes:
       prompt, response: text; special tokens in it (those of the template) are recognised.
-      prefix: tokens in front of the prompt (bos, where the tokenizer adds one and no template does).
       add_end: whether the end token must still be appended to the response.
       apart: the template renders the prompt differently once a response follows, so the response is put
         behind the generation prompt as plain text.
@@ -39,7 +40,6 @@ class RenderedText:
 
     prompt: str
     response: str
-    prefix: tuple[int, ...] = ()
     add_end: bool = True
     apart: bool = False
 
@@ -66,7 +66,7 @@ def render_text(tokenizer: Any, example: Example, response: str | None = None) -
     """The texts that ``render`` tokenises. Errors as ``render``."""
     response = example.response if response is None else response
     if not _has_template(tokenizer):
-        return RenderedText(_prompt_text(tokenizer, example), response, prefix=_prefix(tokenizer))
+        return RenderedText(_prompt_text(tokenizer, example), response)
     prompt = _prompt_text(tokenizer, example)
     full = _apply_template(
         tokenizer, example, [*_messages(example), {"role": "assistant", "content": response}]
@@ -76,21 +76,21 @@ def render_text(tokenizer: Any, example: Example, response: str | None = None) -
     tail = full[len(prompt) :]
     # Some templates write a line break after the end token; what follows it is not for the model to learn.
     ended = tail.rstrip()
-    if ended.endswith(_special_texts(tokenizer)):
+    end = tokenizer.eos_token
+    # The list of all special tokens is slow to get, and mostly not needed.
+    if (end and ended.endswith(end)) or ended.endswith(_special_texts(tokenizer)):
         return RenderedText(prompt, ended, add_end=False)
     return RenderedText(prompt, tail)
 
 
 def encode(tokenizer: Any, texts: Sequence[RenderedText]) -> list[Rendered]:
     """Tokenise many texts at once (in parallel, where the tokenizer can)."""
-    end = end_token(tokenizer)
-    count = len(texts)
+    end, prefix, count = end_token(tokenizer), _prefix(tokenizer), len(texts)
     tokens = _tokens(tokenizer, [text.prompt for text in texts] + [text.response for text in texts])
     rendered = []
     for text, prompt, response in zip(texts, tokens[:count], tokens[count:]):
-        start = len(text.prefix) + len(prompt)
         tail = [end] if text.add_end else []
-        rendered.append(Rendered([*text.prefix, *prompt, *response, *tail], start))
+        rendered.append(Rendered([*prefix, *prompt, *response, *tail], len(prefix) + len(prompt)))
     return rendered
 
 
@@ -106,6 +106,12 @@ def end_token(tokenizer: Any) -> int:
             "learn where a response ends; add eos_token to its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
+
+
+def writes_the_date(tokenizer: Any) -> bool:
+    """True if the chat template writes today's date and takes no other: its tokens change every day."""
+    template = str(getattr(tokenizer, "chat_template", None))
+    return "strftime_now" in template and "date_string" not in template
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -131,7 +137,8 @@ def _prompt_text(tokenizer: Any, example: Example) -> str:
 
 def _apply_template(tokenizer: Any, example: Example, messages: list[dict[str, str]], **options: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        # Llama 3 templates write today's date unless given one; the same data must give the same tokens.
+        return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **options)
     except Exception as error:  # templates raise what they like
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(

@@ -17,8 +17,9 @@ import numpy as np
 
 from ntkjax.data import ingest
 from ntkjax.data.cache import build_once, digest, file_signature
+from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.schema import Message
-from ntkjax.data.sources import is_hub_id, list_sources
+from ntkjax.data.sources import hub_signature, is_hub_id, list_sources
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
 
@@ -89,7 +90,8 @@ def read_records(
         raise ConfigError(f"limit is {limit}; expected at least 1, or None for all records")
     sources = list_sources(paths)
     options = ingest.Options(split, on_bad_record == "skip", limit, allow_missing_response)
-    key = digest(ingest.VERSION, dataclasses.astuple(options), [_signature(source) for source in sources])
+    signatures = [_signature(source, split) for source in sources]
+    key = digest(ingest.VERSION, dataclasses.astuple(options), signatures)
     made = build_once("records", key, cache_dir, lambda folder: ingest.ingest(sources, options, folder))
     table = Table(made / ingest.TABLE)
     report = json.loads((made / ingest.REPORT).read_text(encoding="utf-8"))
@@ -97,8 +99,8 @@ def read_records(
     return Records((table,), np.zeros(len(table), np.int16), rows, report)
 
 
-def _signature(source: str) -> list[Any]:
-    return [source] if is_hub_id(source) else [source, *file_signature(Path(source))]
+def _signature(source: str, split: str) -> list[Any]:
+    return [source, *(hub_signature(source, split) if is_hub_id(source) else file_signature(Path(source)))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,9 +137,9 @@ class Records:
                 for values in self.tables[number].rows(row[k], _FIELDS):
                     yield _example(*values)
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> Records:
+    def subset(self, indices: Positions) -> Records:
         """The records at ``indices`` (positions in this view), in that order. Copies no text."""
-        chosen = np.asarray(indices, dtype=np.int64)
+        chosen = as_indices(indices, len(self))
         return dataclasses.replace(self, part=self.part[chosen], row=self.row[chosen])
 
     @property
@@ -168,7 +170,7 @@ class Records:
     def write_jsonl(
         self,
         path: str | Path,
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Positions | None = None,
         extra: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     ) -> None:
         """Write the records at ``indices`` (all by default) as JSON lines; the file appears whole or not at
@@ -176,7 +178,7 @@ class Records:
 
         ``extra[name][k]`` is added to the k-th record written.
         """
-        chosen = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
+        chosen = np.arange(len(self)) if indices is None else as_indices(indices, len(self))
         for name, values in (extra or {}).items():
             if len(values) != len(chosen):
                 raise ValueError(f"extra[{name!r}] has {len(values)} values for {len(chosen)} records")

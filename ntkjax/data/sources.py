@@ -66,6 +66,12 @@ def _expand(source: str) -> list[str]:
             f"{source}: unknown extension {path.suffix!r}; expected one of {', '.join(_FORMATS)}; convert or "
             "rename it"
         )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(
+            f"{source}: cannot be read ({error.strerror}); expected a readable file; check its permissions"
+        ) from error
     if path.stat().st_size == 0:
         raise DataError(
             f"{source}: the file is empty; expected at least one record; check how it was written"
@@ -231,15 +237,23 @@ def _iter_parquet(source: str) -> Iterator[Item]:
 
 
 def _iter_hub(source: str, split: str) -> Iterator[Item]:
+    yield from enumerate(_load_hub(source, split), 1)
+
+
+def hub_signature(source: str, split: str) -> list[Any]:
+    """What changes when the data set does: the prepared files, whose paths hold its revision."""
+    return [split, *(file["filename"] for file in _load_hub(source, split).cache_files)]
+
+
+def _load_hub(source: str, split: str) -> Any:
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        data = datasets.load_dataset(name, config or None, split=split)
+        return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{source}: no such file here, and the hub did not give its split {split!r} ({reason}); check "
             "the spelling, the split and the connection, or download the data and give the path of the files"
         ) from error
-    yield from enumerate(data, 1)

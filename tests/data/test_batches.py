@@ -168,3 +168,13 @@ def test_bad_options():
     data, *_ = random_dataset(np.random.default_rng(0), 5)
     with pytest.raises(ConfigError, match="token_budget is 0"):
         data.batches(token_budget=0)
+
+
+def test_views_take_masks_and_refuse_what_is_no_position():
+    data, *_ = random_dataset(np.random.default_rng(0), 5)
+    mask = np.asarray([True, False, False, True, False])
+    assert list(data.subset(mask).ids) == ["0", "3"]
+    assert list(data.subset([np.int64(-1)]).ids) == ["4"]
+    for bad in ([5], [-6], np.asarray([0.5]), mask[:2]):
+        with pytest.raises(IndexError):
+            data.subset(bad)

@@ -121,3 +121,14 @@ def test_errors_name_the_record_and_the_remedy(toy_tokenizer):
     endless.eos_token = None
     with pytest.raises(ConfigError, match=r"no eos_token.*add eos_token"):
         render(endless, PLAIN)
+
+
+def test_a_date_in_the_template_stays_the_same(toy_tokenizer):
+    from ntkjax.data.prompts import writes_the_date
+
+    fixed = "{% if date_string is not defined %}{% set date_string = strftime_now('%c') %}{% endif %}"
+    fixed += "{{ date_string }}>"
+    tokenizer = with_template(toy_tokenizer, fixed)
+    assert toy_tokenizer.decode(render_prompt(tokenizer, PLAIN)) == "26 Jul 2024>"
+    assert not writes_the_date(tokenizer)
+    assert writes_the_date(with_template(toy_tokenizer, "{{ strftime_now('%c') }}"))

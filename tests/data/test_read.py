@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -248,3 +250,55 @@ def test_real_files(shared_dir):
         records = read_records(file, limit=2000)
         assert len(records) == min(lines, 2000)
         assert records.report["skipped"] == 0
+
+
+def test_a_hub_id_is_read_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, config, *, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(
+            [{"prompt": "p", "response": "r"}, {"prompt": "q", "response": "r"}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    records = read_records("someone/data:part", split="train[:2]", cache_dir=tmp_path)
+    assert set(asked) == {("someone/data", "part", "train[:2]")}
+    assert [e.prompt for e in records] == ["p", "q"]
+    assert set(records.sources) == {"data"}
+    assert records.location(1) == "someone/data:part:2"
+
+
+@pytest.mark.slow
+def test_reading_takes_no_memory_that_grows_with_the_data(tmp_path):
+    """150,000 records (90 MB as Python text) cost less than 40 MB of private memory, columns and one pass
+    included.
+    """
+    script = tmp_path / "read.py"
+    script.write_text(
+        "import sys, pyarrow\n"
+        "from ntkjax.data import read_records\n"
+        "def private():\n"
+        "    status = open('/proc/self/status')\n"
+        "    return next(int(line.split()[1]) for line in status if line.startswith('RssAnon'))\n"
+        "before = private()\n"
+        "records = read_records(sys.argv[1])\n"
+        "total = sum(len(e.response) for e in records) + sum(map(len, records.ids))\n"
+        "print(len(records), private() - before)\n"
+    )
+    data = tmp_path / "f.jsonl"
+    with data.open("w") as file:
+        for i in range(150_000):
+            file.write(json.dumps({"prompt": f"{i} " + "p" * 250, "response": "r" * 250}) + "\n")
+    done = subprocess.run(
+        [sys.executable, script, data],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    count, kilobytes = map(int, done.stdout.split())
+    assert count == 150_000
+    assert kilobytes < 40_000
