@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng"),
     ("store", "parallel"),
-    ("data", "models", "assets"),
+    ("data", "models"),
     ("ntk",),
     ("training", "evaluation", "selection"),
-    ("report",),
+    ("report", "assets"),  # assets: the embedded model's recipe trains it
     ("stages",),
     ("cli",),
 )

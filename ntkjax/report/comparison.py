@@ -5,6 +5,7 @@ Every part is optional: what a run does not have, its page leaves out. The dict 
     title, lead        texts
     command            the command line; settings: its config as a nested dict
     metric             name of the headline number and its unit, default "accuracy (%)", given as fractions
+    lower_is_better    default: whether the metric is counted in nats
     chance             value of guessing
     highlight          methods drawn in the accent colour
     methods            [{method, mean, low, high, seeds: [value, ...], and any further columns}, ...]
@@ -77,9 +78,10 @@ def _results(run: Mapping[str, Any]) -> Iterator[Section]:
     if not methods:
         return
     metric = run.get("metric", "accuracy (%)")
-    best = max(range(len(methods)), key=lambda i: methods[i]["mean"])
+    lower = run.get("lower_is_better", "nats" in metric)
+    best = (min if lower else max)(range(len(methods)), key=lambda i: methods[i]["mean"])
     yield Heading("Results")
-    caption = run.get("caption", "Mean over seeds with its 95 % interval; the highest mean in bold.")
+    caption = run.get("caption", "Mean over seeds with its 95 % interval; the best mean in bold.")
     yield Table(headline_rows(run), caption=caption, best=(best,))
     png = plots.accuracy_by_method(
         methods,

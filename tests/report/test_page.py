@@ -190,9 +190,11 @@ def test_a_selection_may_lack_its_scores():
     assert len(page.named("img")) == 1
 
 
-def test_a_comparison_of_losses_is_not_shown_in_percent():
+def test_of_losses_the_lowest_is_best_and_nothing_is_in_percent():
     run = RUN | {"metric": "response NLL (nats per token)"}
     assert headline_rows(run)[1]["response NLL (nats per token)"] == "0.462 [0.431, 0.493]"
+    tables = [section for section in comparison_page(run).sections if isinstance(section, Table)]
+    assert tables[0].best == (0,)
 
 
 def test_the_file_is_written_whole_or_an_error_names_it(tmp_path):
