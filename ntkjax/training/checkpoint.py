@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, arrays: PyTree, progress: dict[str, Any]) -> None:
-        """Save both under ``step`` and return when they are on disk."""
+        """Save both under ``step`` and return when they are on disk.
+
+        Raises:
+          OSError: the disk is full, or about to be: the room is looked at first, as a failure half-way leaves
+            rubbish behind and complaints from the threads that write.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise OSError(errno.ENOSPC, f"no space: a checkpoint takes {size:,} bytes, {free:,} are free")
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress))
-        self._manager.save(step, args=args)
+        try:
+            self._manager.save(step, args=args)
+        except ValueError as error:
+            # TensorStore reports a failed write as a ValueError that carries the system's error number.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """(arrays, progress) of ``step``; the arrays take structure, dtypes and sharding from ``like``.

@@ -29,15 +29,16 @@ class MetricsLog:
         if path is None:
             return
         self.history = _kept_lines(path, keep_bytes)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(keep_bytes)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line. Raises OSError when the disk is full."""
         self.history.append(entry)
         if self._file is not None:
-            self._file.write((json.dumps(entry) + "\n").encode())
-            self._file.flush()
+            line = memoryview((json.dumps(entry) + "\n").encode())
+            while line:  # a nearly full disk takes a part of the line before it refuses
+                line = line[self._file.write(line) :]
 
     def sync(self) -> int:
         """Put the lines on the disk and return their size in bytes (0 without a file)."""

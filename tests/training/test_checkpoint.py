@@ -1,0 +1,247 @@
+"""Killed at any moment and started again, a run ends bit for bit where the undisturbed one ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ntkjax.errors import CheckpointError, UserError
+from ntkjax.training import TrainConfig, fit
+from ntkjax.training.checkpoint import Checkpoints
+
+TOY = Path(__file__).with_name("toy_problem.py")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(out, *options):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, str(TOY), str(out), *map(str, options)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def without_speed(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def assert_same_end(first, second):
+    a, b = np.load(f"{first}.npz"), np.load(f"{second}.npz")
+    assert a.files == b.files
+    for name in a.files:
+        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+    assert without_speed(first) == without_speed(second)
+
+
+def test_killed_between_and_during_saves_the_run_ends_the_same(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = start(whole, "--result", f"{whole}.npz")
+    # Step 8 of 14 (its checkpoint: 6), then inside the second save (of step 12), then step 11 or later, then
+    # not.
+    for options in (["--die-at-collate", 8], ["--die-in-save", 2], ["--die-at-collate", 3]):
+        code, output = finish(start(broken, *options))
+        assert code == -signal.SIGKILL, output
+    for process in (start(broken, "--result", f"{broken}.npz"), reference):
+        code, output = finish(process)
+        assert code == 0, output
+    assert_same_end(whole, broken)
+    steps = [line["step"] for line in without_speed(whole) if line["kind"] == "train"]
+    assert steps == list(range(1, 15))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_moments_the_run_ends_the_same(tmp_path, seed):
+    rng = random.Random(seed)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = start(whole, "--result", f"{whole}.npz")
+    metrics, killed = broken / "metrics.jsonl", 0
+    while killed < 4:
+        process, before = start(broken), len(metrics.read_bytes()) if metrics.exists() else 0
+        more = rng.randrange(1, 900)  # bytes of metrics after which, and a moment later, the process dies
+        while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes()) - before > more):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.1)
+        if process.poll() is not None:
+            break
+        process.kill()
+        finish(process)
+        killed += 1
+    for process in (start(broken, "--result", f"{broken}.npz"), reference):
+        code, output = finish(process)
+        assert code == 0, output
+    assert killed > 0
+    assert_same_end(whole, broken)
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """A small run in ``tmp_path / "run"`` whose settings can be changed."""
+    nll_fn, params = toy.make_model()
+    settings = {
+        "steps": 6,
+        "batch_size": 4,
+        "learning_rate": 0.1,
+        "eval_every": 2,
+        "save_every": 2,
+        "max_buckets": 1,
+    }
+
+    def go(
+        *, seed=0, train=None, dev=None, resume=True, params=params, nll_fn=nll_fn, domain=None, **changed
+    ):
+        config = TrainConfig(**(settings | changed))
+        return fit(
+            nll_fn, params, train or toy.make_data(16, 0), config, seed=seed, dev=dev or toy.make_data(6, 1),
+            domain=domain, out_dir=tmp_path / "run", resume=resume, progress=False,
+        )  # fmt: skip
+
+    go.folder = tmp_path / "run"
+    return go
+
+
+def test_a_finished_run_is_not_run_again(run):
+    first = run()
+    before = (run.folder / "metrics.jsonl").stat()
+    again = run()
+    assert again.history == first.history and again.steps == 6 and again.best_step == first.best_step
+    np.testing.assert_array_equal(again.params["table"]["kernel"], first.params["table"]["kernel"])
+    assert (run.folder / "metrics.jsonl").stat().st_size == before.st_size
+
+
+def test_a_run_stopped_early_stays_stopped(run, toy):
+    rng = np.random.default_rng(9)
+    rows = [[int(t) for t in rng.integers(11, size=9)] for _ in range(8)]
+    noise = toy.TokenisedDataset.from_sequences(rows, [1] * 8)
+    first = run(dev=noise, patience=1, steps=60)
+    assert first.stopped_early and first.steps < 60
+    again = run(dev=noise, patience=1, steps=60)
+    assert again.history == first.history
+    assert again.stopped_early and again.best_step == first.best_step
+    np.testing.assert_array_equal(again.params["table"]["kernel"], first.params["table"]["kernel"])
+
+
+@pytest.mark.parametrize("lost", [[6], [6, 4]])
+def test_from_an_older_checkpoint_the_end_is_the_same(run, lost):
+    first = run(keep_checkpoints=None)
+    for step in lost:
+        shutil.rmtree(run.folder / "checkpoints" / str(step))
+    again = run(keep_checkpoints=None)
+    assert [entry["step"] for entry in again.history] == [entry["step"] for entry in first.history]
+    np.testing.assert_array_equal(again.params["table"]["kernel"], first.params["table"]["kernel"])
+    np.testing.assert_array_equal(
+        again.opt_state[1].mu["table"]["kernel"], first.opt_state[1].mu["table"]["kernel"]
+    )
+
+
+def test_only_the_newest_checkpoints_stay(run):
+    run(keep_checkpoints=1)
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["6"]
+
+
+def test_a_changed_run_is_refused_by_name(run, toy):
+    run()
+    other_model, other_params = toy.make_model(seed=1)
+    changes = {
+        r"config\.learning_rate was 0\.1, is now 0\.2": {"learning_rate": 0.2},
+        r"seed was 0, is now 1": {"seed": 1},
+        r"training data \(examples\) was 16, is now 15": {"train": toy.make_data(15, 0)},
+        r"training data \(content\)": {"train": toy.make_data(16, 5)},
+        r"dev data \(content\)": {"dev": toy.make_data(6, 5)},
+        r"domain rows": {"domain": np.array([1, 2])},
+        r"initial parameters": {"params": other_params},
+        r"model was": {"nll_fn": other_model},
+    }
+    for message, change in changes.items():
+        with pytest.raises(CheckpointError, match=message):
+            run(**change)
+    run(save_every=3, keep_checkpoints=1)  # neither changes a number
+    assert run(resume=False, learning_rate=0.2).history[1]["lr"] == pytest.approx(0.2)
+
+
+def test_damage_is_named(run):
+    run()
+    (run.folder / "checkpoints" / "6" / "arrays" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match="checkpoints/6: the checkpoint cannot be read"):
+        run()
+    run(resume=False)
+    metrics = run.folder / "metrics.jsonl"
+    content = metrics.read_bytes()
+    metrics.write_bytes(content[:-30])
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: .* only \d+ are left"):
+        run()
+    metrics.write_bytes(content.replace(b"{", b"[", 1))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: not a line of metrics"):
+        run()
+    (run.folder / "train.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"train\.json: not JSON"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 4 bytes [os_error_code='28']"),
+    ],
+)
+def test_a_full_disk_says_what_is_kept_and_the_run_goes_on_later(run, monkeypatch, failure):
+    import orbax.checkpoint as ocp
+
+    whole = run()
+    run_again = lambda: run(resume=False)
+    plain = ocp.CheckpointManager.save
+
+    def full(self, step, *args, **kwargs):
+        if step == 4:
+            raise failure
+        return plain(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(
+            UserError, match=r"No space left .* after step 4\. Kept: the checkpoint of step 2"
+        ):
+            run_again()
+    resumed = run()
+    np.testing.assert_array_equal(resumed.params["table"]["kernel"], whole.params["table"]["kernel"])
+
+
+def test_room_is_looked_at_before_writing(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(OSError, match="takes 80 bytes, 10 are free"):
+        checkpoints.save(1, {"x": np.zeros(10)}, {})
+    assert checkpoints.latest() is None
+    checkpoints.close()
+
+
+def test_a_line_that_does_not_fit_on_the_disk(run, monkeypatch):
+    from ntkjax.training.metrics_log import MetricsLog
+
+    plain = MetricsLog.append
+
+    def full(self, entry):
+        if entry["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, entry)
+
+    monkeypatch.setattr(MetricsLog, "append", full)
+    with pytest.raises(UserError, match=r"after step 3\. Kept: the checkpoint of step 2"):
+        run()
