@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,16 @@ class RunDir:
         return run
 
     def log(self, **fields: Any) -> None:
-        """Append one line to metrics.jsonl and flush it. NaN and infinities are written as strings."""
+        """Append one line to metrics.jsonl and flush it. NaN and infinities are written as strings.
+
+        Raises ``UserError`` where it cannot be written (disk full).
+        """
         file = self.path / "metrics.jsonl"
-        _drop_partial_line(file)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(plain(fields), ensure_ascii=False) + "\n")
+        line = json.dumps(plain(fields), ensure_ascii=False) + "\n"
+        with _writing(file):
+            _drop_partial_line(file)
+            with file.open("a", encoding="utf-8") as out:
+                out.write(line)
 
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl, in order; [] where there is none yet."""
@@ -99,10 +105,14 @@ class RunDir:
         return self.write_text(name, json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write ``text`` to the file ``name`` (folders are made), whole or not at all; gives its path."""
+        """Write ``text`` to the file ``name`` (folders are made), whole or not at all; gives its path.
+
+        Raises ``UserError`` where it cannot be written (disk full, no permission).
+        """
         file = self.path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, text.encode("utf-8"))
+        with _writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, text.encode("utf-8"))
         return file
 
 
@@ -173,6 +183,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror or error}). What was written before is kept: free some "
+            "space or mend the directory, then run the same command again."
+        ) from error
 
 
 def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -> None:

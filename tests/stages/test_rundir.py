@@ -106,6 +106,20 @@ def test_files_are_written_whole(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path):
+    run = RunDir.create(tmp_path / "run", "adapt", Config())
+    run.write_json("a.json", 1)
+    # The file system itself answers "no space left" to whatever is written here.
+    (tmp_path / "run" / "a.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a\.json: cannot be written \(No space left on device\)"):
+        run.write_json("a.json", 2)
+    assert json.loads((tmp_path / "run" / "a.json").read_text()) == 1
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written"):
+        run.log(step=1)
+
+
 def test_places_that_cannot_hold_a_run_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
