@@ -46,6 +46,8 @@ READINGS = {
     "rank_correlation_with_length": "Spearman with response length; near ±1 the score is a measure of length",
     "rank_correlation_with_pool_mean": "Spearman with the score against the pool's own mean gradient; near 1 "
     "the score is not about this domain",
+    "mean_response_tokens_offered": "of the whole pool",
+    "mean_response_tokens_chosen": "far from the pool's: the score favours short or long responses",
     "negative_share": "share of the pool that would push the domain's outputs the other way",
 }
 

@@ -191,8 +191,8 @@ def _writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{file}: cannot be written ({error.strerror or error}). What was written before is kept: free some "
-            "space or mend the directory, then run the same command again."
+            f"{file}: cannot be written ({error.strerror or error}). What was written before is kept. Free "
+            "some space or mend the directory, then run the same command again."
         ) from error
 
 
