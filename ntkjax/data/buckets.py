@@ -26,9 +26,7 @@ def bucket_lengths(
     distinct rounded lengths. ``bucket_cost`` (in tokens) is what one more compiled shape is worth.
     """
     if max_buckets < 1 or multiple < 1:
-        raise ConfigError(
-            f"max_buckets is {max_buckets} and multiple {multiple}; expected at least 1 of both"
-        )
+        raise ConfigError(f"max_buckets is {max_buckets} and multiple {multiple}; expected at least 1 of both")
     if len(lengths) == 0:
         return []
     rounded = -(-np.asarray(lengths, np.int64) // multiple) * multiple

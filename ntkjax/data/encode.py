@@ -64,9 +64,7 @@ def tokenise(
       DataError: no records, or a chat template that refuses one.
     """
     if max_length < 2:
-        raise ConfigError(
-            f"max_length is {max_length}; expected at least 2, a prompt token and a response token"
-        )
+        raise ConfigError(f"max_length is {max_length}; expected at least 2, a prompt token and a response token")
     if len(records) == 0:
         raise DataError("there are no records to tokenise; expected at least one")
     recipe = digest(VERSION, tokenizer_digest(tokenizer), max_length)

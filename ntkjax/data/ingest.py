@@ -102,9 +102,7 @@ def _ingest_source(
             made_id = row.id if row.id is not None else content_id(row.prompt, row.response)
             writer.add(_stored(row, made_id, row.source or default, number, line))
         except UnicodeEncodeError:
-            lone = RecordProblem(
-                "a text holds half a surrogate pair", "text in UTF-8", "mend the escape in it"
-            )
+            lone = RecordProblem("a text holds half a surrogate pair", "text in UTF-8", "mend the escape in it")
             skips.note(f"{source}:{line}", lone)
         except RecordProblem as problem:
             skips.note(f"{source}:{line}", problem)
@@ -115,9 +113,7 @@ def _ingest_source(
             if len(keys) == options.limit:
                 return
     if len(keys) + skips.count == before:
-        raise DataError(
-            f"{source}: the file holds no records; expected at least one; check how it was written"
-        )
+        raise DataError(f"{source}: the file holds no records; expected at least one; check how it was written")
 
 
 def content_id(prompt: str, response: str) -> str:

@@ -68,9 +68,7 @@ def render_text(tokenizer: Any, example: Example, response: str | None = None) -
     if not _has_template(tokenizer):
         return RenderedText(_prompt_text(tokenizer, example), response)
     prompt = _prompt_text(tokenizer, example)
-    full = _apply_template(
-        tokenizer, example, [*_messages(example), {"role": "assistant", "content": response}]
-    )
+    full = _apply_template(tokenizer, example, [*_messages(example), {"role": "assistant", "content": response}])
     if not full.startswith(prompt):
         return RenderedText(prompt, response, apart=True)
     tail = full[len(prompt) :]

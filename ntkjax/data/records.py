@@ -84,10 +84,7 @@ def read_records(
       DataError: ``FILE:LINE: what is wrong; expected ...; what to do``. Line is the row, from 1, in Parquet
         and hub data, and the line on which the record starts in JSON.
     """
-    if on_bad_record not in ("raise", "skip"):
-        raise ConfigError(f"on_bad_record is {on_bad_record!r}; expected 'raise' or 'skip'")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; expected at least 1, or None for all records")
+    _check_options(on_bad_record, limit)
     sources = list_sources(paths)
     options = ingest.Options(split, on_bad_record == "skip", limit, allow_missing_response)
     signatures = [_signature(source, split) for source in sources]
@@ -97,6 +94,13 @@ def read_records(
     report = json.loads((made / ingest.REPORT).read_text(encoding="utf-8"))
     rows = np.arange(len(table), dtype=np.int64)
     return Records((table,), np.zeros(len(table), np.int16), rows, report)
+
+
+def _check_options(on_bad_record: str, limit: int | None) -> None:
+    if on_bad_record not in ("raise", "skip"):
+        raise ConfigError(f"on_bad_record is {on_bad_record!r}; expected 'raise' or 'skip'")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; expected at least 1, or None for all records")
 
 
 def _signature(source: str, split: str) -> list[Any]:

@@ -30,9 +30,7 @@ def list_sources(paths: str | Path | Sequence[str | Path]) -> list[str]:
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not given:
-        raise DataError(
-            "no data was given; name at least one JSONL, JSON or Parquet file, directory or hub id"
-        )
+        raise DataError("no data was given; name at least one JSONL, JSON or Parquet file, directory or hub id")
     return [source for path in given for source in _expand(str(path))]
 
 
@@ -53,18 +51,13 @@ def _expand(source: str) -> list[str]:
         files = (p for p in path.rglob("*") if p.suffix.lower() in _FORMATS and p.is_file())
         found = sorted(str(p) for p in files if not re.search(r"(^|/)\.", p.relative_to(path).as_posix()))
         if not found:
-            raise DataError(
-                f"{source}: no data in this directory; expected files ending in {', '.join(_FORMATS)}"
-            )
+            raise DataError(f"{source}: no data in this directory; expected files ending in {', '.join(_FORMATS)}")
         return [name for file in found for name in _expand(file)]
     if not path.is_file():
-        raise DataError(
-            f"{source}: no such file or directory; check the spelling, or give a hub id like owner/name"
-        )
+        raise DataError(f"{source}: no such file or directory; check the spelling, or give a hub id like owner/name")
     if path.suffix.lower() not in _FORMATS:
         raise DataError(
-            f"{source}: unknown extension {path.suffix!r}; expected one of {', '.join(_FORMATS)}; convert or "
-            "rename it"
+            f"{source}: unknown extension {path.suffix!r}; expected one of {', '.join(_FORMATS)}; convert or rename it"
         )
     try:
         path.open("rb").close()
@@ -73,9 +66,7 @@ def _expand(source: str) -> list[str]:
             f"{source}: cannot be read ({error.strerror}); expected a readable file; check its permissions"
         ) from error
     if path.stat().st_size == 0:
-        raise DataError(
-            f"{source}: the file is empty; expected at least one record; check how it was written"
-        )
+        raise DataError(f"{source}: the file is empty; expected at least one record; check how it was written")
     return [source]
 
 
@@ -136,7 +127,7 @@ def _iter_json(source: str) -> Iterator[Item]:
             head = file.read(_JSON_CHUNK).lstrip()
             file.seek(0)
             if head.startswith("["):
-                yield from _iter_array(source, file)
+                yield from _JsonArray(source, file)
                 return
             first = next((line for line in file if not line.isspace()), "")
             if not _is_json(first):
@@ -158,56 +149,65 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _iter_array(source: str, file: TextIO) -> Iterator[Item]:
+class _JsonArray:
     """Elements of a top-level array without holding the file: the buffer grows only to fit one element."""
-    decoder, buffer, position, line, ended = json.JSONDecoder(), "", 0, 1, False
 
-    def skip(characters: str) -> None:
-        nonlocal position, line
-        while position < len(buffer) and buffer[position] in characters:
-            line += buffer[position] == "\n"
-            position += 1
+    def __init__(self, source: str, file: TextIO):
+        self.source, self.file, self.line = source, file, 1
+        self.buffer, self.position, self.ended = "", 0, False
 
-    def more(size: int = _JSON_CHUNK) -> None:
-        nonlocal buffer, position, ended
-        piece = file.read(size)
-        ended = not piece
-        buffer, position = buffer[position:] + piece, 0
+    def __iter__(self) -> Iterator[Item]:
+        self._pass("[")
+        empty = self._next() == "]"
+        while not empty:
+            self._next()
+            line = self.line
+            yield line, self._value()
+            if self._next() == "]":
+                break
+            self._pass(",")
+        self._pass("]")
+        if self._next():
+            raise _broken_array(self.source, self.line, "text after the closing bracket")
 
-    more()
-    skip(" \t\r\n")
-    position += 1  # the opening bracket
-    separator, first = "", True
-    while True:
-        skip(" \t\r\n")
-        if position == len(buffer) and not ended:
-            more()
-            continue
-        at = buffer[position : position + 1]
-        if at == "]" and separator != ",":
-            break
-        if separator == "" and not first and at == ",":
-            separator, position = ",", position + 1
-            continue
-        if separator == "" and not first:
-            found = "no comma or closing bracket after a record" if at else "the file ends"
-            raise _broken_array(source, line, found)
-        try:
-            value, end = decoder.raw_decode(buffer, position)
-        except json.JSONDecodeError as error:
-            # Only a failure at the very end of what has been read can mend itself with more text.
-            cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
-            if ended or not cut:
-                raise _broken_array(source, line, f"{error.msg}") from error
-            more(max(_JSON_CHUNK, len(buffer) - position))
-            continue
-        yield line, value
-        line += buffer.count("\n", position, end)
-        position, separator, first = end, "", False
-    position += 1
-    skip(" \t\r\n")
-    if position < len(buffer) or file.read().strip():
-        raise _broken_array(source, line, "text after the closing bracket")
+    def _more(self) -> None:
+        piece = self.file.read(max(_JSON_CHUNK, len(self.buffer) - self.position))
+        self.ended = not piece
+        self.buffer, self.position = self.buffer[self.position :] + piece, 0
+
+    def _next(self) -> str:
+        """The next character that is no white space, left where it is; empty at the end of the file."""
+        while True:
+            while self.position < len(self.buffer) and self.buffer[self.position] in " \t\r\n":
+                self.line += self.buffer[self.position] == "\n"
+                self.position += 1
+            if self.position < len(self.buffer) or self.ended:
+                return self.buffer[self.position : self.position + 1]
+            self._more()
+
+    def _pass(self, expected: str) -> None:
+        found = self._next()
+        if found != expected:
+            what = "no comma or closing bracket after a record" if found else "the file ends"
+            raise _broken_array(self.source, self.line, what)
+        self.position += 1
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.buffer, self.position)
+            except json.JSONDecodeError as error:
+                # Only a failure at the very end of what has been read can mend itself with more text.
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
+                if self.ended or not cut:
+                    raise _broken_array(self.source, self.line, error.msg) from error
+                self._more()
+            except RecursionError as error:
+                raise _broken_array(self.source, self.line, "nested too deeply") from error
+            else:
+                self.line += self.buffer.count("\n", self.position, end)
+                self.position = end
+                return value
 
 
 def _broken_array(source: str, line: int, found: str) -> DataError:

@@ -137,11 +137,7 @@ def test_views_and_concatenation(tmp_path, toy_tokenizer):
         assert view.records[i] == data.records[int(name[1:])]
         assert toy_tokenizer.decode(tokens[start:-1]) == view.records[i].response
     assert both.report["examples"] == 36  # what the parts' reports counted
-    assert (
-        both.subset([0, 1]).fingerprint
-        == first.subset([4, 1]).fingerprint
-        != first.subset([1, 4]).fingerprint
-    )
+    assert both.subset([0, 1]).fingerprint == first.subset([4, 1]).fingerprint != first.subset([1, 4]).fingerprint
     batch = view.collate([2, 3])
     assert batch.tokens[0, : first.lengths[0]].tolist() == first.tokens(0)[0].tolist()
 

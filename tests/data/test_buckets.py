@@ -61,9 +61,7 @@ def test_epochs_and_seeds_differ_and_lengths_are_grouped():
     lengths = np.random.default_rng(0).integers(1, 500, size=640).astype(np.int32)
     first = epoch_batches(lengths, batch_size=8, seed=0, epoch=0)
     for other in ({"seed": 0, "epoch": 1}, {"seed": 1, "epoch": 0}):
-        assert not np.array_equal(
-            np.concatenate(first), np.concatenate(epoch_batches(lengths, batch_size=8, **other))
-        )
+        assert not np.array_equal(np.concatenate(first), np.concatenate(epoch_batches(lengths, batch_size=8, **other)))
     plain = epoch_batches(lengths, batch_size=8, seed=0, epoch=0, window=1)
 
     def spread(batches):
@@ -71,6 +69,4 @@ def test_epochs_and_seeds_differ_and_lengths_are_grouped():
 
     assert spread(first) < spread(plain) / 3
     means = [lengths[batch].mean() for batch in first]
-    assert (
-        abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
-    )  # batches of one length do not come in a row
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4  # batches of one length do not come in a row

@@ -21,8 +21,7 @@ def records(tmp_path):
         for i in range(40):
             prompt, response = "p" * rng.integers(1, 40), "r" * rng.integers(1, 30)
             file.write(
-                json.dumps({"id": f"e{i}", "source": f"s{i % 3}", "prompt": prompt, "response": response})
-                + "\n"
+                json.dumps({"id": f"e{i}", "source": f"s{i % 3}", "prompt": prompt, "response": response}) + "\n"
             )
     return read_records(path)
 
@@ -90,9 +89,7 @@ def test_the_cache_knows_tokenizer_length_and_content(
         for length in (16, 64):
             for part in (records, records.subset([1, 2])):
                 for _ in range(2):
-                    fingerprints.add(
-                        tokenise(part, tokenizer, max_length=length, cache_dir=tmp_path / "c").fingerprint
-                    )
+                    fingerprints.add(tokenise(part, tokenizer, max_length=length, cache_dir=tmp_path / "c").fingerprint)
     assert len(made) == len(fingerprints) == 8
 
 

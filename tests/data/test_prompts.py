@@ -11,9 +11,7 @@ from ntkjax.data.prompts import render_text
 from ntkjax.errors import ConfigError, DataError
 
 PLAIN = Example("a", "s", "Why is 1 é?", None, "So the answer is yes.", "yes", ("yes", "no"))
-CHAT = Example(
-    "b", "s", "x", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}), "Yes."
-)
+CHAT = Example("b", "s", "x", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}), "Yes.")
 TEMPLATE_CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -67,17 +65,13 @@ def test_what_follows_the_end_token_is_left_out(toy_tokenizer):
 
 def test_a_template_without_end_token_gets_one(toy_tokenizer):
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-    tokenizer = with_template(
-        toy_tokenizer, template + "{% if add_generation_prompt %}[assistant] {% endif %}"
-    )
+    tokenizer = with_template(toy_tokenizer, template + "{% if add_generation_prompt %}[assistant] {% endif %}")
     rendered = render(tokenizer, PLAIN)
     assert tokenizer.decode(rendered.tokens[rendered.response_start :]) == "So the answer is yes.\n<|end|>"
 
 
 def test_a_prompt_that_changes_with_the_response_is_kept_apart(toy_tokenizer):
-    template = (
-        "{{ messages | length }}: {{ messages[0]['content'] }}{% if add_generation_prompt %}>{% endif %}"
-    )
+    template = "{{ messages | length }}: {{ messages[0]['content'] }}{% if add_generation_prompt %}>{% endif %}"
     tokenizer = with_template(toy_tokenizer, template)
     assert render_text(tokenizer, PLAIN).apart
     rendered = render(tokenizer, PLAIN)
@@ -113,9 +107,7 @@ def test_the_real_tokenizer_learns_to_stop(shared_dir):
 
 def test_errors_name_the_record_and_the_remedy(toy_tokenizer):
     refusing = with_template(toy_tokenizer, "{{ raise_exception('only user and assistant') }}")
-    with pytest.raises(
-        DataError, match=r"record 'b': the chat template.*only user and assistant.*system, user"
-    ):
+    with pytest.raises(DataError, match=r"record 'b': the chat template.*only user and assistant.*system, user"):
         render(refusing, CHAT)
     endless = copy.deepcopy(toy_tokenizer)
     endless.eos_token = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from ntkjax.data import Example, concat_records, read_records
+from ntkjax.data import Example, concat_records, read_records, sources
 from ntkjax.data.table import BLOCK_ROWS
 from ntkjax.errors import DataError
 
@@ -34,9 +36,7 @@ def test_prompt_and_response(tmp_path):
         records[1]
 
 
-@pytest.mark.parametrize(
-    "extra, prompt", [({}, "Add."), ({"input": ""}, "Add."), ({"input": "1 2"}, "Add.\n1 2")]
-)
+@pytest.mark.parametrize("extra, prompt", [({}, "Add."), ({"input": ""}, "Add."), ({"input": "1 2"}, "Add.\n1 2")])
 def test_instruction_input_output(tmp_path, extra, prompt):
     example = read_records(write(tmp_path / "f.jsonl", {"instruction": "Add.", "output": "3", **extra}))[0]
     assert (example.prompt, example.response, example.messages, example.source) == (prompt, "3", None, "f")
@@ -92,9 +92,30 @@ def test_json_array_longer_than_the_buffer(tmp_path, monkeypatch):
         records = read_records(path, cache_dir=tmp_path / str(chunk))
         assert [example.to_json() for example in records] == many
         lines = path.read_text().splitlines()
-        assert all(
-            lines[int(records.location(i).rsplit(":")[-1]) - 1].strip() == "{" for i in range(len(many))
-        )
+        assert all(lines[int(records.location(i).rsplit(":")[-1]) - 1].strip() == "{" for i in range(len(many)))
+
+
+def test_json_arrays_read_as_json_reads_them(monkeypatch):
+    """Random arrays, whole, cut off or with a character too many or too few: the same values, or an error."""
+    rng, outcomes = random.Random(0), set()
+    for _ in range(600):
+        value = [{"a": "x" * rng.randint(0, 9), "b": [1, {"c": '\n"],'}]} for _ in range(rng.randint(0, 4))]
+        text = json.dumps(value, indent=rng.choice([None, 1]))
+        i = rng.randrange(1, len(text) + 1)
+        spoilt = [text, text[:i], text[:i] + rng.choice('],[{}x" 1') + text[i:], text[:i] + text[i + 1 :]]
+        text = rng.choice(spoilt)
+        monkeypatch.setattr(sources, "_JSON_CHUNK", rng.choice([1, 3, 10, 100]))
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            expected = None
+        try:
+            found = [element for _, element in sources._JsonArray("f", io.StringIO(text))]
+        except DataError:
+            found = None
+        assert found == expected, text
+        outcomes.add(expected is None)
+    assert outcomes == {True, False}
 
 
 def test_parquet(tmp_path):
@@ -135,9 +156,7 @@ def test_made_ids_are_content_hashes_and_repeats_are_counted(tmp_path):
 def test_made_ids_give_way_to_given_ones(tmp_path):
     stem = hashlib.blake2b(b"p\0r", digest_size=8).hexdigest()
     same = {"prompt": "p", "response": "r"}
-    records = read_records(
-        write(tmp_path / "f.jsonl", same, same | {"id": stem}, same | {"id": f"{stem}-2"}, same)
-    )
+    records = read_records(write(tmp_path / "f.jsonl", same, same | {"id": stem}, same | {"id": f"{stem}-2"}, same))
     assert list(records.ids) == [f"{stem}-3", stem, f"{stem}-2", f"{stem}-4"]
     assert len(set(records.ids)) == 4
 
@@ -145,9 +164,7 @@ def test_made_ids_give_way_to_given_ones(tmp_path):
 def test_skipping_counts_and_lists(tmp_path):
     path = tmp_path / "f.jsonl"
     lines = [json.dumps(PLAIN), "{broken", json.dumps({"prompt": "p"}), json.dumps(PLAIN), '{"prompt": "é"}']
-    path.write_bytes(
-        "\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n' + json.dumps(PLAIN | {"id": "b"}).encode()
-    )
+    path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n' + json.dumps(PLAIN | {"id": "b"}).encode())
     records = read_records(path, on_bad_record="skip")
     assert list(records.ids) == ["a", "b"]
     assert records.report["skipped"] == 5 == len(records.report["skipped_lines"])
@@ -168,9 +185,7 @@ def test_long_skip_lists_are_cut_and_say_so(tmp_path, monkeypatch):
 
 
 def test_unused_fields_are_named(tmp_path):
-    records = read_records(
-        write(tmp_path / "f.jsonl", PLAIN | {"task": "t"}, PLAIN | {"id": "b", "task": 1, "x": 2})
-    )
+    records = read_records(write(tmp_path / "f.jsonl", PLAIN | {"task": "t"}, PLAIN | {"id": "b", "task": 1, "x": 2}))
     assert records.report["ignored_fields"] == {"task": 2, "x": 1}
 
 
@@ -259,9 +274,7 @@ def test_a_hub_id_is_read_through_datasets(tmp_path, monkeypatch):
 
     def load(name, config, *, split):
         asked.append((name, config, split))
-        return datasets.Dataset.from_list(
-            [{"prompt": "p", "response": "r"}, {"prompt": "q", "response": "r"}]
-        )
+        return datasets.Dataset.from_list([{"prompt": "p", "response": "r"}, {"prompt": "q", "response": "r"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     records = read_records("someone/data:part", split="train[:2]", cache_dir=tmp_path)
