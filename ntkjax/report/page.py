@@ -114,9 +114,7 @@ def render_page(page: Page) -> str:
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
     environment.tests["of_kind"] = lambda section, kind: type(section).__name__ == kind
     contents = [s.text for s in page.sections if isinstance(s, Heading) and s.level == 2]
-    return environment.get_template("page.html").render(
-        page=page, contents=contents, cells=cells, facts=_facts
-    )
+    return environment.get_template("page.html").render(page=page, contents=contents, cells=cells, facts=_facts)
 
 
 def write_page(path: str | Path, page: Page) -> Path:
@@ -158,8 +156,6 @@ def _shortened(text: str, longest: int) -> str:
 
 def _facts(item: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is known of an example besides its texts, as (name, formatted value)."""
-    rest = {
-        key: value for key, value in item.items() if key not in ("prompt", "response") and value is not None
-    }
+    rest = {key: value for key, value in item.items() if key not in ("prompt", "response") and value is not None}
     headers, body, _ = cells([rest])
     return list(zip(headers, body[0])) if rest else []

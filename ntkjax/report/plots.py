@@ -79,7 +79,7 @@ def score_distribution(
     axes.set_xlabel(label)
     axes.set_ylabel("examples (log scale)")
     _count_left_out(axes, drawn)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
     return _png(figure)
 
 
@@ -115,7 +115,8 @@ def score_against_length(
     _count_left_out(axes, drawn)
     axes.set_xlabel("response length (tokens)")
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize=9)
+    # "best" would weigh every point against every place.
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
     return _png(figure)
 
 
@@ -214,11 +215,7 @@ def _png(figure: Any) -> bytes:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     # Few colours are in a plot: a palette makes the file a third of the size, and no eye sees it.
-    image = (
-        Image.fromarray(np.asarray(canvas.buffer_rgba()))
-        .convert("RGB")
-        .quantize(64, dither=Image.Dither.NONE)
-    )
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64, dither=Image.Dither.NONE)
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     return out.getvalue()
