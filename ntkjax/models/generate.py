@@ -120,10 +120,11 @@ def _check_prompt(i: int, prompt: list[int], vocab_size: int, new: int, limit: i
 
 
 def _stop_tokens(model: LanguageModel, given: Sequence[int] | None) -> list[int]:
-    if given is not None:
-        return sorted(set(given))
+    """The stop tokens, filled up with -1 to a multiple of 8 so that their number compiles nothing anew."""
     own = getattr(model.tokenizer, "eos_token_id", None)
-    return sorted({*model.config.eos_token_ids, *([] if own is None else [own])})
+    tokens = set(model.config.eos_token_ids if given is None else given)
+    tokens |= {own} if given is None and own is not None else set()
+    return sorted(tokens) + [-1] * (-len(tokens) % 8 or 8 * (not tokens))
 
 
 def _buckets(lengths: list[int], limit: int | None) -> dict[int, list[int]]:
