@@ -14,7 +14,6 @@ from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.parallel import make_mesh
 from ntkjax.training import EpochPlan, TrainConfig, adam_moments, fit, learning_rates
 
-
 # One shape and one optimiser for most tests: they then share one compiled step.
 SMALL = {"batch_size": 6, "max_buckets": 1, "learning_rate": 0.1}
 
@@ -57,9 +56,7 @@ def test_one_step_is_the_adamw_step_of_the_first_batch(toy):
     assert int(count) == 1
 
 
-@pytest.mark.parametrize(
-    ("epochs", "steps", "want"), [(2, None, 8), (0.5, None, 2), (0.01, None, 1), (9, 5, 5)]
-)
+@pytest.mark.parametrize(("epochs", "steps", "want"), [(2, None, 8), (0.5, None, 2), (0.01, None, 1), (9, 5, 5)])
 def test_epochs_and_equal_steps(toy, epochs, steps, want):
     nll_fn, params = toy.make_model()
     config = TrainConfig(epochs=epochs, steps=steps, **SMALL)
@@ -114,9 +111,7 @@ def test_without_patience_the_run_ends_and_the_best_is_kept_unless_told_otherwis
     nll_fn, params, train, dev = overfitting_problem(toy)
     settings = SMALL | {"steps": 41, "eval_every": 5}
     best = fit(nll_fn, params, train, TrainConfig(**settings), seed=0, dev=dev, progress=False)
-    last = fit(
-        nll_fn, params, train, TrainConfig(**settings, restore_best=False), seed=0, dev=dev, progress=False
-    )
+    last = fit(nll_fn, params, train, TrainConfig(**settings, restore_best=False), seed=0, dev=dev, progress=False)
     assert best.steps == last.steps == 41 and not best.stopped_early
     assert lines(best, "dev")[-1]["step"] == 41  # the last step is evaluated, due or not
     assert best.best_step < 41 == last.best_step
@@ -251,9 +246,7 @@ def test_a_dev_loss_that_is_not_finite_stops_and_names_the_example(toy):
     dev = toy.TokenisedDataset.from_sequences(rows, [1] * 3, ids=["a", "b", "c"])
     train = toy.TokenisedDataset.from_sequences([[5, 1, 2]] * 3, [1] * 3)
     with pytest.raises(UserError, match=r"step 0.*not finite: b\. No checkpoint"):
-        fit(
-            poisoned(nll_fn, 1), params, train, TrainConfig(steps=1, **SMALL), seed=0, dev=dev, progress=False
-        )
+        fit(poisoned(nll_fn, 1), params, train, TrainConfig(steps=1, **SMALL), seed=0, dev=dev, progress=False)
 
 
 def test_what_cannot_be_trained_is_refused(toy):

@@ -18,9 +18,7 @@ ADAMW = AdamW(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=None)
 def one_step(nll_fn, params, batch, accumulation=1, optimiser=ADAMW, rate=0.01):
     state = init_state(params, optimiser)
     dtypes = leaf_dtypes(params)
-    return train_step(
-        nll_fn, state, batch, rate, optimiser=optimiser, accumulation=accumulation, dtypes=dtypes
-    )
+    return train_step(nll_fn, state, batch, rate, optimiser=optimiser, accumulation=accumulation, dtypes=dtypes)
 
 
 def batch_of(toy, rows=12, examples=9, seed=3):
@@ -32,9 +30,7 @@ def test_loss_is_the_mean_over_response_tokens(toy):
     """Token by token in NumPy: the sum of every response token's NLL over their number, filler rows apart."""
     nll_fn, params = toy.make_model()
     batch = batch_of(toy)
-    table = np.asarray(nll_fn.base + params["table"]["kernel"], np.float64) + np.asarray(
-        params["table"]["bias"]
-    )
+    table = np.asarray(nll_fn.base + params["table"]["kernel"], np.float64) + np.asarray(params["table"]["bias"])
     logp = table - np.log(np.exp(table).sum(1, keepdims=True))
     terms = [
         -logp[batch.tokens[i, t - 1], batch.tokens[i, t]]
@@ -117,9 +113,7 @@ def test_rows_spread_over_devices_give_the_same_step(toy):
     batch = batch_of(toy, rows=16)
     mesh = make_mesh(data=4, devices=jax.devices()[:4])
     _, one = one_step(nll_fn, params, batch, 2)
-    on_mesh = lambda tree: jax.device_put(
-        tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
+    on_mesh = lambda tree: jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     spread, four = one_step(on_mesh(nll_fn), on_mesh(params), shard_batch(batch, mesh), 2)
     assert float(one.loss) == pytest.approx(float(four.loss), abs=1e-6)
     assert len(jax.tree.leaves(spread.params)[0].sharding.device_set) == 4

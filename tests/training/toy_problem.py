@@ -97,14 +97,10 @@ def main():
         eval_every=4, save_every=3, domain_share=0.4, max_buckets=1,
     )  # fmt: skip
     train = Dying(train, args.die_at_collate) if args.die_at_collate else train
-    result = fit(
-        nll_fn, params, train, config, seed=3, dev=dev, domain=np.arange(5), out_dir=args.out, progress=False
-    )
+    result = fit(nll_fn, params, train, config, seed=3, dev=dev, domain=np.arange(5), out_dir=args.out, progress=False)
     if args.result:
         leaves = jax.tree.leaves((result.params, result.opt_state))
-        np.savez(
-            args.result, *leaves, steps=result.steps, best=result.best_step, clipped=result.clipped_steps
-        )
+        np.savez(args.result, *leaves, steps=result.steps, best=result.best_step, clipped=result.clipped_steps)
 
 
 def die_in_save(checkpoint, nth):
