@@ -6,11 +6,12 @@ decoded. What makes the rest of a file unreadable is a :class:`DataError`.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ntkjax.data.schema import RecordProblem
 from ntkjax.errors import DataError
@@ -152,7 +153,7 @@ def _is_json(text: str) -> bool:
 class _JsonArray:
     """Elements of a top-level array without holding the file: the buffer grows only to fit one element."""
 
-    def __init__(self, source: str, file: TextIO):
+    def __init__(self, source: str, file: io.TextIOBase):
         self.source, self.file, self.line = source, file, 1
         self.buffer, self.position, self.ended = "", 0, False
 
