@@ -31,6 +31,9 @@ class TrainConfig:
     """Most padded tokens in one micro-batch: long buckets then take more micro-batches. None: no bound."""
     max_buckets: int = 4
     """Padded lengths that batches are rounded up to; the step is compiled once for each."""
+    buckets: tuple[int, ...] | None = None
+    """The padded lengths themselves, ascending, in tokens: runs on different data that are given the same ones
+    share their compiled steps. None: at most ``max_buckets`` are chosen for the data."""
     learning_rate: float = 2e-5
     """Peak learning rate (paper: 2e-5 for an 8B model; smaller models want more: 1e-3 at 10M)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -91,6 +94,12 @@ def _check_types(config: TrainConfig) -> None:
             # YAML reads 1e-4 as text: the remedy belongs in the message.
             hint = " (in YAML write 1.0e-4, not 1e-4)" if isinstance(value, str) else ""
             raise _fail(name, value, "a finite number" + hint)
+    buckets = config.buckets
+    if buckets is not None and not (
+        isinstance(buckets, tuple) and buckets and all(type(b) is int and b > 1 for b in buckets)
+        and list(buckets) == sorted(set(buckets))
+    ):  # fmt: skip
+        raise _fail("buckets", buckets, "ascending whole numbers above 1, or none")
     if not isinstance(config.restore_best, bool):
         raise _fail("restore_best", config.restore_best, "true or false")
 

@@ -78,13 +78,9 @@ def fit(
 
 def _check_inputs(params: Params, train: TrainingData, dev: TrainingData | None, config: TrainConfig) -> None:
     if not jax.tree.leaves(params):
-        raise ConfigError(
-            "nothing to train: params has no leaves; give the model LoRA factors or select parameters"
-        )
+        raise ConfigError("nothing to train: params has no leaves; give the model LoRA factors or select parameters")
     if config.patience is not None and dev is None:
-        raise ConfigError(
-            f"training option patience = {config.patience}: needs a dev set to watch; give one or none"
-        )
+        raise ConfigError(f"training option patience = {config.patience}: needs a dev set to watch; give one or none")
     for name, data in (("training", train), ("dev", dev)):
         if data is None:
             continue
@@ -93,9 +89,7 @@ def _check_inputs(params: Params, train: TrainingData, dev: TrainingData | None,
         empty = np.flatnonzero(np.asarray(data.response_lengths) < 1)
         if empty.size:
             names = ", ".join(str(data.ids[int(row)]) for row in empty[:8])
-            raise DataError(
-                f"{empty.size} {name} examples have no response token to learn from: {names}. Drop them"
-            )
+            raise DataError(f"{empty.size} {name} examples have no response token to learn from: {names}. Drop them")
 
 
 def _prepare_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> None:
@@ -110,6 +104,4 @@ def _prepare_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> Non
                 (folder / name).unlink(missing_ok=True)
         check_manifest(folder / MANIFEST, manifest)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write ({error.strerror or error}); choose another output folder"
-        ) from error
+        raise UserError(f"{folder}: cannot write ({error.strerror or error}); choose another output folder") from error

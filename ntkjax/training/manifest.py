@@ -104,6 +104,7 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         old = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}). Use another output folder") from error
+    manifest = json.loads(json.dumps(manifest))  # as the file has it: tuples are lists there
     missing = object()
     changed = [
         f"{key} was {old.get(key)!r}, is now {manifest.get(key)!r}"

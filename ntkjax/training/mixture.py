@@ -13,9 +13,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 
 
-def mixture_indices(
-    total: int, domain: np.ndarray, share: float | None, *, seed: int, epoch: int
-) -> np.ndarray:
+def mixture_indices(total: int, domain: np.ndarray, share: float | None, *, seed: int, epoch: int) -> np.ndarray:
     """Rows of one epoch, int64: every example once, and domain examples again until they make ``share``.
 
     With d domain and a other examples, D = max(d, ceil(share a / (1 - share))) domain rows: every domain

@@ -42,9 +42,7 @@ class AdamW:
         """The optimiser's state before the first step: zero moments shaped like ``params``."""
         return self._transform(0.0).init(params)
 
-    def step(
-        self, params: Params, grads: Params, opt_state: Any, learning_rate: float | Array
-    ) -> tuple[Params, Any]:
+    def step(self, params: Params, grads: Params, opt_state: Any, learning_rate: float | Array) -> tuple[Params, Any]:
         """(theta, state) after one step:
 
         g <- g min(1, clip / |g|);  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;

@@ -29,9 +29,15 @@ class Padding:
         """The padding of ``lengths`` under ``config``; micro-batches get a multiple of ``row_multiple`` rows.
 
         Raises:
-          ConfigError: micro_batch_tokens cannot hold the longest example.
+          ConfigError: ``buckets`` or ``micro_batch_tokens`` cannot hold the longest example.
         """
-        buckets = tuple(int(b) for b in bucket_lengths(np.asarray(lengths), config.max_buckets))
+        lengths = np.asarray(lengths)
+        buckets = config.buckets or tuple(int(b) for b in bucket_lengths(lengths, config.max_buckets))
+        if buckets[-1] < lengths.max():
+            raise ConfigError(
+                f"training option buckets = {list(buckets)}: the longest example has {lengths.max()} tokens;"
+                " make the last bucket as long, or leave the option out"
+            )
         bound = config.micro_batch_tokens
         if bound is not None and bound < buckets[-1] * row_multiple:
             raise ConfigError(

@@ -101,10 +101,7 @@ class Run:
         first = self.progress.step
         if self.progress.stopped_early or first >= self.steps:
             return
-        stream = (
-            (rows, *self.padding.collate(self.train_data, rows))
-            for rows in self.plan.batches(first, self.steps)
-        )
+        stream = ((rows, *self.padding.collate(self.train_data, rows)) for rows in self.plan.batches(first, self.steps))
         upcoming = next(stream)
         with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
             while upcoming is not None:
@@ -120,17 +117,13 @@ class Run:
                 if last:
                     return
 
-    def one_step(
-        self, rows: np.ndarray, batch: Batch, accumulation: int, stream: Iterator
-    ) -> tuple[Any, float]:
+    def one_step(self, rows: np.ndarray, batch: Batch, accumulation: int, stream: Iterator) -> tuple[Any, float]:
         """Take one optimiser step and log it; (next of the stream, loss)."""
         started = time.perf_counter()
         step = self.progress.step
         rate = float(self.rates[step])
         options = {"optimiser": self.optimiser, "accumulation": accumulation, "dtypes": self.dtypes}
-        self.state, metrics = train_step(
-            self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options
-        )
+        self.state, metrics = train_step(self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options)
         # The next batch is built while the device works; reading the loss then waits for the device.
         upcoming = next(stream, None)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
@@ -201,9 +194,7 @@ class Run:
         assert self.dev_padding is not None
         total, tokens = 0.0, 0
         for rows, batch in self.dev_padding.evaluation_batches(dev):
-            nll, counts = eval_step(
-                self.nll_fn, self.state.params, shard_batch(batch, self.mesh), dtypes=self.dtypes
-            )
+            nll, counts = eval_step(self.nll_fn, self.state.params, shard_batch(batch, self.mesh), dtypes=self.dtypes)
             real = slice(0, len(rows))
             nll, counts = np.asarray(nll, np.float64)[real], np.asarray(counts)[real]
             if not np.all(np.isfinite(nll)):
@@ -227,6 +218,7 @@ class Run:
         return arrays if self.dev is None else arrays | {"best": self.best}
 
     def save(self) -> None:
+        """Write a checkpoint, after the metrics it counts on are safely on the disk."""
         if self.checkpoints is None:
             return
         with self._writing():
@@ -247,14 +239,13 @@ class Run:
     def _kept(self) -> str:
         newest = None if self.checkpoints is None else self.checkpoints.latest()
         return (
-            "No checkpoint was kept."
-            if newest is None
-            else f"Kept: the checkpoint of step {newest} in {self.folder}."
+            "No checkpoint was kept." if newest is None else f"Kept: the checkpoint of step {newest} in {self.folder}."
         )
 
     # -- the end --
 
     def result(self) -> FitResult:
+        """What :func:`ntkjax.training.fit` returns."""
         progress = self.progress
         use_best = self.dev is not None and self.config.restore_best
         params = self.best if use_best else self.state.params

@@ -60,9 +60,7 @@ def leaf_dtypes(params: Params) -> tuple[str, ...]:
     return tuple(jnp.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("optimiser", "accumulation", "dtypes"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("optimiser", "accumulation", "dtypes"), donate_argnames=("state",))
 def train_step(
     nll_fn: Callable,
     state: TrainState,

@@ -50,6 +50,9 @@ def checked(**fields):
         ("micro_batch_tokens", 0),
         ("max_buckets", 0),
         ("keep_checkpoints", 0),
+        ("buckets", ()),
+        ("buckets", (16, 8)),
+        ("buckets", (1, 8)),
         ("restore_best", 1),
     ],
 )

@@ -49,3 +49,12 @@ def test_bound_below_the_longest_example_is_refused(toy):
     data = toy.make_data(10, 0, longest=50)
     with pytest.raises(ConfigError, match="micro_batch_tokens = 16"):
         Padding.of(data.lengths, TrainConfig(micro_batch_tokens=16))
+
+
+def test_given_buckets_are_used_and_must_hold_the_longest_example(toy):
+    data = toy.make_data(10, 0, longest=50)
+    padding = Padding.of(data.lengths, TrainConfig(buckets=(32, 64)))
+    assert padding.buckets == (32, 64)
+    assert {padding.bucket(length) for length in (3, 32)} == {32} and padding.bucket(33) == 64
+    with pytest.raises(ConfigError, match=r"buckets = \[8, 16\]: the longest example has \d+ tokens"):
+        Padding.of(data.lengths, TrainConfig(buckets=(8, 16)))
