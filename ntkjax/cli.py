@@ -1,0 +1,54 @@
+"""The command line: ``ntkjax COMMAND --flags``. One command is one stage; its flags are the fields of its config.
+
+Exit codes: 0 done, 2 something the user can mend (printed in a line or two, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse ``argv`` (default: the process's) and run the stage; returns the exit code."""
+    import tyro
+
+    from ntkjax.errors import UserError
+    from ntkjax.stages import COMMANDS
+
+    configs = {name: command.config for name, command in COMMANDS.items()}
+    try:
+        config = tyro.extras.subcommand_cli_from_dict(
+            configs,
+            args=list(sys.argv[1:] if argv is None else argv),
+            prog="ntkjax",
+            description="Tangent-kernel data selection for language models.",
+        )
+        command = next(c for c in COMMANDS.values() if type(config) is c.config)
+        print(command.run(config))
+    except UserError as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("out of memory: lower --token-budget or --train.micro-batch-tokens, or use --remat")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}. What was finished is kept; make room or choose "
+                     "another --out, then run the same command again to go on.")  # fmt: skip
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from what is finished", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"ntkjax: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

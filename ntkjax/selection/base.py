@@ -1,0 +1,147 @@
+"""What every selection method takes and gives. A new method is one file here and one line in ``METHODS``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ntkjax.errors import ConfigError
+from ntkjax.types import Params
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What selection asks of tokenised examples (``ntkjax.data.TokenisedDataset`` is one)."""
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """int32 [N], tokens of each response."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """Where each example comes from."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the content does."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, *, token_budget: int, indices: np.ndarray | None = None) -> Iterable:
+        """Re-iterable batches of the given rows (all by default), each row exactly once."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionProblem:
+    """Choose ``n`` rows of ``pool`` for ``domain``, seen through a model's functions.
+
+    Attributes:
+      hidden_fn: ``(params, batch) -> [B, D]`` pooled final hidden state over S(x).
+      head: W [V, D]; or ``(params) -> W`` where the head is among the trained parameters.
+      nll_fn: ``(params, batch) -> [B]`` mean NLL over S(x), nats.
+      embed_fn: ``(params, batch) -> [B, D]`` mean final hidden state over all real tokens.
+      params: theta, warmed up on the domain or not.
+      domain, pool: tokenised examples.
+      n: how many pool rows are wanted.
+      token_budget: tokens in a batch, padding included.
+      seed: of whatever the method draws.
+      work_dir: where finished rows are kept so that a killed run goes on; None keeps all in memory.
+      manifest: what the rows in ``work_dir`` depend on besides the method's own options (model, weights, data).
+      progress: show progress bars.
+    """
+
+    hidden_fn: Callable
+    head: Any
+    nll_fn: Callable
+    embed_fn: Callable
+    params: Params
+    domain: Dataset
+    pool: Dataset
+    n: int
+    token_budget: int
+    seed: int = 0
+    work_dir: Path | None = None
+    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, got {self.n}")
+        if self.n > len(self.pool):
+            raise ConfigError(
+                f"n = {self.n} is more than the pool holds ({len(self.pool)} examples); ask for fewer or add pool files"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What a method chose, and what it thought of every pool row.
+
+    Attributes:
+      method: its name in ``METHODS``.
+      scores: float64 [N]; higher is better; NaN where the method did not score the row (see ``scored``).
+      ranks: int64 [N]; 1 is the best score; 0 where not scored.
+      selected: int64 [n], rows of the pool, best first.
+      votes: int64 [N], domain points that voted for the row in stage 1, or None.
+      diagnostics: plain JSON values: is the score about the domain? See ``diagnostics.describe``.
+    """
+
+    method: str
+    scores: Float[np.ndarray, " N"]
+    ranks: Int[np.ndarray, " N"]
+    selected: Int[np.ndarray, " n"]
+    votes: Int[np.ndarray, " N"] | None = None
+    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def scored(self) -> Bool[np.ndarray, " N"]:
+        """Rows that the method scored."""
+        return self.ranks > 0
+
+
+Selector = Callable[[SelectionProblem], Selection]
+"""A method with its options bound: a frozen dataclass with ``__call__``."""
+
+
+def rank(scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Ranks from 1 (the highest), ties by lower row; 0 where the score is NaN."""
+    order = ranked_rows(scores)
+    ranks = np.zeros(len(scores), np.int64)
+    ranks[order] = np.arange(1, len(order) + 1)
+    return ranks
+
+
+def ranked_rows(scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " S"]:
+    """Rows with a score, best first, ties by lower row: the same on every machine and for every batch split."""
+    scored = np.flatnonzero(~np.isnan(scores))
+    return scored[np.argsort(-scores[scored], kind="stable")]
+
+
+def select_top(
+    method: str,
+    scores: Float[np.ndarray, " N"],
+    n: int,
+    *,
+    votes: Int[np.ndarray, " N"] | None = None,
+    diagnostics: dict[str, Any] | None = None,
+) -> Selection:
+    """The n rows with the highest scores.
+
+    Raises:
+      ConfigError: fewer than n rows have a score.
+    """
+    order = ranked_rows(scores)
+    if len(order) < n:
+        raise ConfigError(
+            f"{method}: n = {n}, but only {len(order)} pool examples were scored; raise the prefilter factor"
+        )
+    return Selection(method, np.asarray(scores, np.float64), rank(scores), order[:n], votes, diagnostics or {})

@@ -1,0 +1,45 @@
+"""Stage 1 of NTK-Selector alone (arXiv 2511.07380): domain points vote for their nearest pool points."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.vote import Votes, embed, vote
+from ntkjax.store import RowStore
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSelector:
+    """score_j = votes_j + (1 + mean cosine similarity_j) / 4: the n rows with the most votes, ties by similarity.
+
+    The second term lies in [0, 1/2], so it orders rows with equal votes and no others.
+    """
+
+    def __call__(self, problem: SelectionProblem) -> Selection:
+        found = stage1_votes(problem, problem.n)
+        scores = found.votes + (1 + found.similarity.astype(np.float64)) / 4
+        chosen = select_top("embedding", scores, problem.n, votes=found.votes)
+        return dataclasses.replace(chosen, diagnostics=describe(chosen, problem.pool, None))
+
+
+def stage1_votes(problem: SelectionProblem, k: int) -> Votes:
+    """Embed domain and pool, and let every domain point vote for its ``k`` nearest pool rows."""
+    batches = lambda data: data.batches(token_budget=problem.token_budget)
+    run = lambda data, store, name: embed(
+        problem.embed_fn, problem.params, batches(data), rows=len(data), store=store, progress=problem.progress and name
+    )
+    domain = run(problem.domain, None, "embed domain")(np.arange(len(problem.domain)))
+    store = None
+    if problem.work_dir is not None:
+        store = RowStore.open(
+            problem.work_dir / "embeddings",
+            rows=len(problem.pool),
+            width=domain.shape[1],
+            dtype=domain.dtype,
+            manifest={**problem.manifest, "rows": "embeddings"},
+        )
+    return vote(domain, run(problem.pool, store, "embed pool"), rows=len(problem.pool), k=k)

@@ -1,0 +1,26 @@
+"""The control: n pool rows drawn uniformly without replacement."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ntkjax.rng import numpy_rng
+from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.diagnostics import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSelector:
+    """score_j ~ U(0, 1), from the problem's seed; top n."""
+
+    def __call__(self, problem: SelectionProblem) -> Selection:
+        scores = numpy_rng(problem.seed, "selection", "random").random(len(problem.pool))
+        chosen = select_top("random", scores, problem.n)
+        return dataclasses.replace(chosen, diagnostics=describe(chosen, problem.pool, None))
+
+
+def random_rows(pool: int, n: int, seed: int) -> np.ndarray:
+    """The rows that ``RandomSelector`` chooses, best first."""
+    return np.argsort(-numpy_rng(seed, "selection", "random").random(pool), kind="stable")[:n]

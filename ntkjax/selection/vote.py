@@ -1,0 +1,148 @@
+"""Stage 1 of NTK-Selector: every domain point votes for its nearest pool points in embedding space.
+
+arXiv 2511.07380: phi(x) = mean final hidden state; each domain point votes for its K = M_pre/4 nearest pool points by
+cosine similarity; the M_pre = 4N with the most votes go on to stage 2. The paper leaves ties open: we break them by the
+mean similarity to the domain, then by the lower row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ntkjax.errors import UserError
+from ntkjax.ntk.scores import collect_rows, iterate
+from ntkjax.types import Params, as_pytree_fn, at_least_float32
+
+CHUNK = 4096
+"""Pool rows compared with the domain at a time (at least k, so that merging costs no more than comparing)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Votes:
+    """Votes of the domain for every pool row.
+
+    Attributes:
+      votes: int64 [N], domain points that have the row among their k nearest.
+      similarity: float32 [N], mean cosine similarity to the domain.
+      zero_norm: pool rows whose embedding is zero (their similarity is 0 by convention).
+    """
+
+    votes: Int[np.ndarray, " N"]
+    similarity: Float[np.ndarray, " N"]
+    zero_norm: int
+
+    def top(self, count: int) -> Int[np.ndarray, " count"]:
+        """The ``count`` rows with the most votes (ties: higher mean similarity, then lower row), in row order."""
+        order = np.lexsort((np.arange(len(self.votes)), -self.similarity, -self.votes))
+        return np.sort(order[:count])
+
+
+@jax.jit
+def embed_batch(embed_fn: Callable, params: Params, batch: Any) -> Float[Array, "B D"]:
+    """phi(x) [B, D], at least float32."""
+    return at_least_float32(embed_fn(params, batch))
+
+
+def embed(
+    embed_fn: Callable,
+    params: Params,
+    batches: Iterable,
+    *,
+    rows: int,
+    store: Any = None,
+    progress: bool | str = False,
+) -> Callable[[np.ndarray], Float[np.ndarray, "b D"]]:
+    """Embed every row of ``batches``; gives a function from row numbers [b] to embeddings [b, D].
+
+    With a ``RowStore`` the embeddings lie on disk (memory does not depend on the pool) and a second run goes on
+    where the first was stopped; without one they are kept in memory.
+
+    Raises:
+      NonFiniteError: rows whose embedding is NaN or infinite.
+    """
+    embed_fn = as_pytree_fn(embed_fn)
+    done = None if store is None else np.asarray(store.done())
+
+    def results() -> Iterator[tuple[np.ndarray, Array]]:
+        for batch in iterate(batches, progress, "embeddings", done):
+            yield np.asarray(batch.index), embed_batch(embed_fn, params, batch)
+
+    if store is None:
+        found = collect_rows(results(), rows=rows, what="embedding")
+        return lambda index: found[index]
+    collect_rows(results(), rows=rows, store=store, what="embedding", read=False)
+    return store.read
+
+
+@jax.jit
+def _compare(
+    best: tuple[Float[Array, "M k"], Int[Array, "M k"]],
+    domain: Float[Array, "M D"],
+    chunk: Float[Array, "C D"],
+    first: Int[Array, ""],
+    real: Bool[Array, " C"],
+) -> tuple[tuple[Float[Array, "M k"], Int[Array, "M k"]], Float[Array, " C"]]:
+    """Merge a chunk of pool rows (numbered from ``first``) into each domain point's k nearest; also their mean
+    similarity. Chunks come in row order, so that top_k, which prefers earlier entries, breaks ties by lower row."""
+    similarity = jnp.matmul(domain, chunk.T, precision=jax.lax.Precision.HIGHEST)
+    mean = jnp.mean(similarity, axis=0)
+    masked = jnp.where(real[None, :], similarity, -jnp.inf)
+    rows = jnp.broadcast_to(first + jnp.arange(chunk.shape[0], dtype=first.dtype)[None, :], masked.shape)
+    values, place = jax.lax.top_k(jnp.concatenate([best[0], masked], axis=1), best[0].shape[1])
+    rows = jnp.take_along_axis(jnp.concatenate([best[1], rows], axis=1), place, axis=1)
+    return (values, rows), mean
+
+
+def _unit(vectors: np.ndarray) -> tuple[np.ndarray, int]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms == 0, 1, norms).astype(vectors.dtype), int(np.sum(norms == 0))
+
+
+def vote(
+    domain: Float[np.ndarray, "M D"],
+    read_pool: Callable[[np.ndarray], Float[np.ndarray, "b D"]],
+    *,
+    rows: int,
+    k: int,
+    chunk: int = CHUNK,
+) -> Votes:
+    """Each domain point votes for its k nearest pool rows by cosine similarity: exact, streamed.
+
+    Memory: [M, k] best similarities and rows, and one chunk of the pool; nothing grows with the pool but the two
+    numbers a row of the result. One compilation: every chunk has the same shape.
+
+    Args:
+      domain: embeddings of the M domain examples.
+      read_pool: row numbers [b] -> embeddings [b, D].
+      rows: N. k: votes of each domain point, at most N.
+
+    Raises:
+      UserError: a domain example whose embedding is zero (it has no direction to vote with).
+    """
+    domain, zero = _unit(domain)
+    if zero:
+        raise UserError(
+            f"{zero} domain examples have an embedding of zero and cannot vote; check the model and the data"
+        )
+    k = min(k, rows)
+    chunk = min(max(chunk, k), rows)
+    best = (jnp.full((len(domain), k), -jnp.inf, domain.dtype), jnp.full((len(domain), k), -1, jnp.int32))
+    similarity, zeros = np.zeros(rows, np.float32), 0
+    for start in range(0, rows, chunk):
+        index = np.arange(start, min(start + chunk, rows))
+        unit, zero = _unit(np.asarray(read_pool(index)))
+        zeros += zero
+        padded = np.zeros((chunk, unit.shape[1]), unit.dtype)
+        padded[: len(index)] = unit
+        real = jnp.arange(chunk) < len(index)
+        best, mean = _compare(best, jnp.asarray(domain), jnp.asarray(padded), jnp.asarray(start, jnp.int32), real)
+        similarity[index] = np.asarray(mean)[: len(index)]
+    votes = np.bincount(np.asarray(best[1]).ravel(), minlength=rows).astype(np.int64)
+    return Votes(votes, similarity, zeros)

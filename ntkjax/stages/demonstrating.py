@@ -1,0 +1,112 @@
+"""``ntkjax demo``: ``adapt`` on what ships in the package, where the truth about the pool is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkjax.assets import tiny_lm_path, write_planted_task
+from ntkjax.assets.settings import DEMO, DemoSettings
+from ntkjax.selection.random import random_rows
+from ntkjax.stages.adapt_report import write_report
+from ntkjax.stages.adapting import NTK, RANDOM, Adaptation, AdaptConfig, adapt
+from ntkjax.stages.options import DataOptions, ModelOptions, SelectorOptions
+from ntkjax.stages.rundir import RunDir
+from ntkjax.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """The whole comparison on the embedded model and a generated task: nothing to download, minutes on a laptop."""
+
+    out: str = "runs/demo"
+    seeds: int = 3
+    task_seed: int = 0
+    """Seed of the generated pool and domain."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """The adaptation, and for each method the share of its N examples that exercise a skill the domain needs."""
+
+    adaptation: Adaptation
+    precision: Mapping[str, list[float]]
+    useful_share: float
+
+
+def demo(config: DemoConfig = DemoConfig(), *, progress: bool = True) -> Demonstration:
+    """Generate the task into OUT/data, run ``adapt`` on it into OUT/adapt, and judge the selections by the truth.
+
+    Precision at N of a selection: |chosen and useful| / N, where useful means that the example exercises one of the
+    domain's skills. Chance is the useful share of the pool.
+    """
+    run = RunDir.create(config.out, "demo", config)
+    settings = DEMO
+    paths = write_planted_task(
+        run.path / "data",
+        config.task_seed,
+        pool_size=settings.pool_size,
+        domain_size=settings.domain_size,
+        dev_size=settings.dev_size,
+        test_size=settings.test_size,
+    )
+    adapted = adapt(adapt_config(config, settings, paths), progress=progress)
+    truth = json.loads(paths["truth"].read_text(encoding="utf-8"))
+    precision = _precision(adapted, truth, settings.n)
+    table = precision_table(precision, truth["useful_share"], settings.n)
+    run.write_json("demo.json", {"precision_at_n": precision, "useful_share": truth["useful_share"], "n": settings.n})
+    write_report(RunDir(run.path / "adapt"), adapted.results, extra=[table])
+    return Demonstration(adapted, precision, truth["useful_share"])
+
+
+def adapt_config(config: DemoConfig, settings: DemoSettings, paths: Mapping[str, Path]) -> AdaptConfig:
+    """The demo as an ``adapt`` command."""
+    train = TrainConfig(
+        epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate, max_buckets=1
+    )
+    return AdaptConfig(
+        model=ModelOptions(str(tiny_lm_path()), lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha),
+        domain=(str(paths["train"]),),
+        pool=(str(paths["pool"]),),
+        test=(str(paths["test"]),),
+        dev=(str(paths["dev"]),),
+        n=settings.n,
+        out=str(Path(config.out) / "adapt"),
+        seeds=config.seeds,
+        data=DataOptions(max_length=settings.max_length),
+        select=SelectorOptions(),
+        warmup=dataclasses.replace(train, epochs=settings.warmup_epochs),
+        train=train,
+    )
+
+
+def _precision(adapted: Adaptation, truth: Mapping[str, Any], n: int) -> dict[str, list[float]]:
+    useful = set(truth["useful_ids"])
+    ids = list(truth["skill_of"])  # in the order of the pool
+    share = lambda rows: float(np.mean([ids[i] in useful for i in rows]))
+    found: dict[str, list[float]] = {NTK: [share(rows) for rows in adapted.selected.values()]}
+    found[RANDOM] = [share(random_rows(len(ids), n, s)) for s in adapted.selected]
+    return found
+
+
+def precision_table(precision: Mapping[str, list[float]], useful_share: float, n: int) -> dict[str, Any]:
+    """Precision at N as a table for the report."""
+    rows = [
+        {
+            "method": method,
+            "precision at N (%)": f"{100 * np.mean(values):.1f}",
+            "each seed": ", ".join(f"{100 * v:.1f}" for v in values),
+            "lift over chance": f"{np.mean(values) / useful_share:.2f}",
+        }
+        for method, values in precision.items()
+    ]
+    text = (
+        f"Share of the N = {n} chosen examples whose skill the domain needs. "
+        f"In the whole pool it is {100 * useful_share:.1f}%."
+    )
+    return {"heading": "How much of the useful data was found", "text": text, "rows": rows}

@@ -1,0 +1,240 @@
+"""``ntkjax select --dry-run``: time, memory and disk of a selection, from a few timed batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ntkjax.data.sources import is_hub_id, list_sources
+from ntkjax.models import LanguageModel
+from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.scores import directional_derivatives, stack_tangents
+from ntkjax.selection.vote import embed_batch
+from ntkjax.stages.loading import Loaded
+from ntkjax.types import Params
+
+SAMPLE_ROWS = 256
+"""Records read of each data set: enough for a few batches, whatever the size of the pool."""
+TIMED = 3
+SCORE_ROW_BYTES = 64
+"""A row of scores.parquet, uncompressed: id, score, votes, rank, selected, source, length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One pass of a selection: what it reads, how fast a timed batch of it was, and its device memory.
+
+    Attributes:
+      examples, tokens: of the whole pass, estimated from the sample.
+      tokens_per_second: real tokens (padding not counted), median over the timed batches, compilation left out.
+      temporary_bytes: the compiled step's working memory, None where the backend does not tell.
+    """
+
+    name: str
+    examples: int
+    tokens: int
+    tokens_per_second: float
+    temporary_bytes: int | None
+
+    @property
+    def seconds(self) -> float:
+        """Forecast duration, compilation left out."""
+        return self.tokens / self.tokens_per_second
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a selection would cost. Sizes in bytes, times in seconds, tokens in tokens.
+
+    Attributes:
+      exact: whether the pool's size is known (counted), or estimated from the size of its files.
+    """
+
+    phases: tuple[Phase, ...]
+    pool_examples: int
+    exact: bool
+    weight_bytes: int
+    trained_bytes: int
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Sum over the phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Weights, four copies of the trained parameters (two moments, gradient, direction) and the largest phase."""
+        temporary = [p.temporary_bytes for p in self.phases if p.temporary_bytes is not None]
+        return self.weight_bytes + 4 * self.trained_bytes + max(temporary) if temporary else None
+
+    def rows(self) -> list[dict]:
+        """One row a phase, for a table."""
+        return [
+            {
+                "phase": p.name,
+                "examples": p.examples,
+                "tokens": p.tokens,
+                "tokens/s": round(p.tokens_per_second),
+                "time": duration(p.seconds),
+            }
+            for p in self.phases
+        ]
+
+    def text(self) -> str:
+        """Totals in a few lines."""
+        memory = "unknown on this backend" if self.memory_bytes is None else size(self.memory_bytes)
+        counted = "counted" if self.exact else "estimated from the size of its files"
+        return (
+            f"pool: {self.pool_examples:,} examples ({counted})\n"
+            f"time: {duration(self.seconds)}, compilation (seconds to a minute) not included\n"
+            f"device memory: {memory} (weights {size(self.weight_bytes)})\n"
+            f"disk: {size(self.disk_bytes)} (scores, selection and the cached records and tokens)\n"
+            "Nothing was selected and nothing was written but the cache of the sampled records."
+        )
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3.5 min``, ``2.1 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: int) -> str:
+    """``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
+
+
+def count_examples(paths: Sequence[str], sample: Loaded) -> tuple[int, bool]:
+    """(examples in the files, whether that is a count): lines of JSONL, rows of Parquet, else estimated by size."""
+    total, exact = 0, True
+    lengths = [len(sample.records[i].prompt) + len(sample.records[i].response) for i in range(len(sample))]
+    for source in list_sources(list(paths)):
+        if is_hub_id(source):
+            return len(sample), False
+        path = Path(source)
+        if path.suffix in (".jsonl", ".ndjson"):
+            with path.open("rb") as file:
+                total += sum(1 for line in file if line.strip())
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            total += pq.ParquetFile(path).metadata.num_rows
+        else:
+            total, exact = total + math.ceil(path.stat().st_size / (np.mean(lengths) + 60)), False
+    return total, exact
+
+
+def time_phase(
+    name: str,
+    step: Callable[..., Any],
+    batches: Sequence[Any],
+    arguments: Callable[[Any], tuple],
+    total: tuple[int, int],
+) -> Phase:
+    """Compile ``step`` for the first batch's shape, then time it on up to ``TIMED`` batches of that shape.
+
+    Args:
+      step: a jitted function; ``arguments(batch)`` are its arguments.
+      total: (examples, tokens) of the whole pass.
+    """
+    shape = batches[0].tokens.shape
+    same = [batch for batch in batches if batch.tokens.shape == shape][:TIMED]
+    compiled = step.lower(*arguments(same[0])).compile()  # type: ignore[attr-defined]
+    rates = []
+    for batch in [same[0], *same, *same[: max(0, TIMED - len(same))]]:
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments(batch)))
+        tokens = int(np.asarray(batch.lengths)[np.asarray(batch.index) >= 0].sum())
+        rates.append(tokens / (time.perf_counter() - began))
+    analysis = compiled.memory_analysis()
+    temporary = None if analysis is None else int(analysis.temp_size_in_bytes)
+    return Phase(name, total[0], total[1], statistics.median(rates[1:]), temporary)
+
+
+def tree_bytes(tree: Params) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def forecast_passes(
+    model: LanguageModel,
+    params: Params,
+    domain: Loaded,
+    sample: Loaded,
+    *,
+    domain_rows: int,
+    pool_rows: int,
+    kernel: str,
+    candidates: int | None,
+    warmup_epochs: float,
+    token_budget: int,
+) -> tuple[Phase, ...]:
+    """Time each pass of a selection on the sampled records.
+
+    Args:
+      candidates: rows that stage 1 leaves to score; None where stage 1 is off and every row is scored.
+      warmup_epochs: passes over the domain before scoring; 0 for none.
+    """
+    batches = lambda data: list(data.tokens.batches(token_budget=token_budget))
+    tokens = lambda data, rows: (rows, int(rows * float(np.mean(data.tokens.lengths))))
+    output = model.nll_fn if kernel == "loss" else sum_logits(model.hidden_fn, model.head_fn({}))
+    stacked = stack_tangents(params, [params, params])
+    gradient = jax.jit(lambda fn, p, batch: jax.grad(lambda q: fn(q, batch).sum())(p))
+    domain_batches, pool_batches = batches(domain), batches(sample)
+    phases = []
+    if warmup_epochs > 0:
+        rows = round(domain_rows * warmup_epochs)
+        phases.append(
+            time_phase("warm up", gradient, domain_batches, lambda b: (model.nll_fn, params, b), tokens(domain, rows))
+        )
+    if candidates is not None:
+        phases.append(
+            time_phase(
+                "embed pool",
+                embed_batch,
+                pool_batches,
+                lambda b: (model.embed_fn, params, b),
+                tokens(sample, pool_rows),
+            )
+        )
+    phases.append(
+        time_phase(
+            "domain gradient", gradient, domain_batches, lambda b: (output, params, b), tokens(domain, domain_rows)
+        )
+    )
+    scored = pool_rows if candidates is None else min(candidates, pool_rows)
+    phases.append(
+        time_phase(
+            "score pool",
+            directional_derivatives,
+            pool_batches,
+            lambda b: (output, params, stacked, b),
+            tokens(sample, scored),
+        )
+    )
+    return tuple(phases)
+
+
+def disk_bytes(sample: Loaded, domain_rows: int, pool_rows: int, *, width: int, embeddings: bool, n: int) -> int:
+    """Scores and embeddings on disk, the selection, and the cached copy of the records and their tokens."""
+    text = np.mean(
+        [len(e.prompt) + len(e.response) + len(e.id) for e in (sample.records[i] for i in range(len(sample)))]
+    )
+    rows = domain_rows + pool_rows
+    cached = rows * (text + 60) + 4 * rows * float(np.mean(sample.tokens.lengths))
+    kept = pool_rows * (SCORE_ROW_BYTES + (4 * width if embeddings else 0)) + n * (text + 60)
+    return int(cached + kept)

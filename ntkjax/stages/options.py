@@ -1,0 +1,87 @@
+"""Options that several stages share. One dataclass is one group of command-line flags and one block of config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ntkjax.errors import ConfigError
+from ntkjax.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The language model and which of its parameters are differentiated and trained."""
+
+    model: str
+    """Hugging Face directory (config.json and safetensors) or hub id."""
+    adapter: str | None = None
+    """PEFT adapter directory to start from; its rank, alpha and targets replace the lora flags."""
+    parameters: Literal["lora", "all"] = "lora"
+    """What theta is: fresh LoRA factors, or every weight of the model."""
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Layers that carry LoRA: all-linear (every one but the head), names such as q_proj, or regular expressions."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Dtype of the frozen weights. LoRA factors, norms and softmax stay in float32."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise ConfigError(f"lora_rank must be at least 1, got {self.lora_rank}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """How records are read, tokenised and batched."""
+
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    """raise: the first bad record ends the run and is named; skip: bad records are counted and listed."""
+    max_length: int = 2048
+    """Longest sequence in tokens. Longer prompts lose tokens on the left; every truncation is counted."""
+    token_budget: int = 8192
+    """Tokens per device batch (rows x length) in passes that do not train."""
+
+    def __post_init__(self):
+        if self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2 tokens, got {self.max_length}")
+        if self.token_budget < 1:
+            raise ConfigError(f"token_budget must be at least 1 token, got {self.token_budget}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectorOptions:
+    """NTK-Selector (arXiv 2511.07380) and the choices that it leaves open."""
+
+    method: str = "ntk"
+    """Selection method, a name from ntkjax.selection.METHODS."""
+    kernel: Literal["sum_logits", "loss"] = "sum_logits"
+    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware."""
+    scores: Literal["forward", "sketch"] = "forward"
+    """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients and Rademacher sketch."""
+    sketch_size: int = 8192
+    """K, the rows of the Rademacher sketch (scores=sketch)."""
+    stage1: Literal["on", "off"] = "on"
+    """on: embedding vote first; off: score the whole pool."""
+    prefilter_factor: int = 4
+    """M_pre / N: how many candidates stage 1 keeps for each example wanted."""
+    pool_sample: int = 512
+    """Pool examples whose mean gradient is the second tangent of the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured on the test examples."""
+
+    answer_template: str = "So the answer is {}."
+    """The response whose likelihood decides between choices; {} is the choice."""
+    generation: bool = False
+    """Also generate answers greedily and read "So the answer is X" from them."""
+    max_new_tokens: int = 128
+    """Longest generated answer."""
+
+
+WARMUP_DEFAULTS = TrainConfig(epochs=1)
+"""Warm-up of LoRA on the domain before scoring."""

@@ -1,0 +1,76 @@
+"""What each command prints at the end: a few lines, and where the rest is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ntkjax.report.tables import to_markdown
+from ntkjax.stages.adapt_report import difference_rows, flat_diagnostics, method_rows
+
+
+def selection(config: Any, result: Any) -> str:
+    """Diagnostics and files of a selection, or the forecast of a dry run."""
+    if config.dry_run:
+        return to_markdown(result.rows()) + "\n" + result.text()
+    rows = [{"diagnostic": name, "value": value} for name, value in flat_diagnostics(result.diagnostics).items()]
+    return f"{to_markdown(rows)}\nselected {len(result.selected)} examples: {Path(config.out) / 'selected.jsonl'}"
+
+
+def finetuning(config: Any, result: Any) -> str:
+    """Steps, speed and where the weights are."""
+    kept = "adapter" if config.model.parameters == "lora" else "merged"
+    early = " (stopped early)" if result.stopped_early else ""
+    return (
+        f"{result.steps} steps{early}, weights of step {result.best_step}, {result.tokens_per_second:.0f} tokens/s, "
+        f"{result.clipped_steps} steps clipped\nweights: {Path(config.out) / kept}"
+    )
+
+
+def evaluation(config: Any, result: Any) -> str:
+    """The summary's headline numbers."""
+    summary, rows = result.summary, []
+    if summary["choices"] is not None:
+        for kind in ("raw", "norm"):
+            low, high = summary["choices"][f"accuracy_{kind}_interval"]
+            value = summary["choices"][f"accuracy_{kind}"]
+            rows.append(
+                {
+                    "measure": f"accuracy, {kind} likelihood",
+                    "value": f"{100 * value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]",
+                }
+            )
+        rows.append({"measure": "commonest answer", "value": f"{100 * summary['choices']['majority_accuracy']:.1f}%"})
+    if summary["likelihood"] is not None:
+        rows.append(
+            {"measure": "response NLL, nats per token", "value": f"{summary['likelihood']['nll_per_example']:.4f}"}
+        )
+    if summary["generation"] is not None and summary["generation"]["accuracy"] is not None:
+        rows.append(
+            {"measure": "accuracy, generated answers", "value": f"{100 * summary['generation']['accuracy']:.1f}%"}
+        )
+    return f"{to_markdown(rows)}\n{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
+
+
+def adaptation(config: Any, result: Any) -> str:
+    """The table of methods, differences and the report's path."""
+    results = result.results
+    parts = [to_markdown(method_rows(results)), to_markdown(difference_rows(results))]
+    return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
+
+
+def demonstration(config: Any, result: Any) -> str:
+    """The table of methods and how much of the useful data each found."""
+    from ntkjax.stages.demonstrating import precision_table
+
+    n = len(next(iter(result.adaptation.selected.values())))
+    found = precision_table(result.precision, result.useful_share, n)
+    return (
+        f"{to_markdown(method_rows(result.adaptation.results))}\n{found['text']}\n\n{to_markdown(found['rows'])}\n"
+        f"report: {Path(config.out) / 'adapt' / 'report.html'}"
+    )
+
+
+def replayed(config: Any, result: Any) -> str:
+    """Where the repetition went."""
+    return f"replayed {config.run} into {config.out or str(Path(config.run)) + '-replay'}"

@@ -1,0 +1,256 @@
+"""``ntkjax select``: warm up, score the pool, write who was chosen and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tyro.conf import arg
+
+from ntkjax.errors import ConfigError
+from ntkjax.evaluation.outcomes import weights_fingerprint
+from ntkjax.models import LanguageModel, save_adapter
+from ntkjax.selection import METHODS, Selection, SelectionProblem
+from ntkjax.selection.diagnostics import examples
+from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, disk_bytes, forecast_passes, tree_bytes
+from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
+from ntkjax.stages.options import DataOptions, ModelOptions, SelectorOptions
+from ntkjax.stages.rundir import RunDir
+from ntkjax.store import atomic_write
+from ntkjax.training import TrainConfig, fit
+from ntkjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """Choose the n pool examples that the tangent kernel aligns best with the domain."""
+
+    model: Annotated[ModelOptions, arg(name="")]
+    domain: tuple[str, ...]
+    """Files of the domain (JSONL, JSON, Parquet, a directory of those, or a hub id)."""
+    pool: tuple[str, ...]
+    """Files of the general pool."""
+    n: int
+    """N: examples to select (paper: 9,000)."""
+    out: str
+    """Run directory: scores.parquet, selected.jsonl, selection.json, report.html. A stopped run goes on there."""
+    seed: int = 0
+    dry_run: bool = False
+    """Time a few batches, print what the selection would take, and do nothing else."""
+    skip_warmup: bool = False
+    """Score with the parameters as they are, without warming up on the domain."""
+    data: Annotated[DataOptions, arg(name="")] = DataOptions()
+    select: Annotated[SelectorOptions, arg(name="")] = SelectorOptions()
+    warmup: TrainConfig = TrainConfig(epochs=1)
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, got {self.n}")
+
+
+def select(config: SelectConfig, *, progress: bool = True) -> Selection | Forecast:
+    """Select as ``config`` says; with ``dry_run`` forecast it instead.
+
+    Raises:
+      UserError: unusable model, data or options; scores that are not finite; a full disk.
+    """
+    if config.dry_run:
+        return forecast(config)
+    run = RunDir.create(config.out, "select", config)
+    model = load_model(config.model, seed=config.seed)
+    domain = load_data(config.domain, model, config.data)
+    pool = load_data(config.pool, model, config.data)
+    result = choose(
+        model,
+        trained_parameters(model, config.model),
+        domain,
+        pool,
+        config.select,
+        n=config.n,
+        warmup=None if config.skip_warmup else config.warmup,
+        data=config.data,
+        seed=config.seed,
+        out=run.path,
+        progress=progress,
+    )
+    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report()})
+    return result
+
+
+def forecast(config: SelectConfig) -> Forecast:
+    """What ``config`` would take, from the first records of each data set; makes no run directory."""
+    model = load_model(config.model, seed=config.seed)
+    params = trained_parameters(model, config.model)
+    domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
+    sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
+    pool_rows, exact = count_examples(config.pool, sample)
+    domain_rows, _ = count_examples(config.domain, domain)
+    stage1 = config.select.stage1 == "on"
+    phases = forecast_passes(
+        model,
+        params,
+        domain,
+        sample,
+        domain_rows=domain_rows,
+        pool_rows=pool_rows,
+        kernel=config.select.kernel,
+        candidates=config.select.prefilter_factor * config.n if stage1 else None,
+        warmup_epochs=0 if config.skip_warmup else _epochs(config.warmup, domain_rows),
+        token_budget=config.data.token_budget,
+    )
+    disk = disk_bytes(sample, domain_rows, pool_rows, width=model.config.hidden_size, embeddings=stage1, n=config.n)
+    return Forecast(phases, pool_rows, exact, tree_bytes(model.params), tree_bytes(params), disk)
+
+
+def _epochs(config: TrainConfig, rows: int) -> float:
+    return config.epochs if config.steps is None else config.steps * config.batch_size / rows
+
+
+def choose(
+    model: LanguageModel,
+    params: Params,
+    domain: Loaded,
+    pool: Loaded,
+    options: SelectorOptions,
+    *,
+    n: int,
+    warmup: TrainConfig | None,
+    data: DataOptions,
+    seed: int,
+    out: Path,
+    progress: bool = True,
+) -> Selection:
+    """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
+
+    A selection that ``out`` already holds is read back instead; one that was stopped goes on from its finished rows.
+
+    Args:
+      params: theta before warm-up.
+      warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); None for none.
+    """
+    if (out / "selection.json").exists():
+        return read_selection(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if warmup is not None:
+        params = fit(
+            model.nll_fn, params, domain.tokens, warmup, seed=seed, out_dir=out / "warmup", progress=progress
+        ).params
+        if model.lora_config is not None:
+            save_adapter(out / "adapter", model, params)
+    result = METHODS[options.method](**method_options(options))(
+        problem_of(model, params, domain, pool, n=n, data=data, seed=seed, work_dir=out / "rows", progress=progress)
+    )
+    write_selection(out, result, pool)
+    return result
+
+
+def method_options(options: SelectorOptions) -> dict[str, Any]:
+    """The options that the method ``options.method`` has, by name.
+
+    Raises:
+      ConfigError: an unknown method.
+    """
+    if options.method not in METHODS:
+        raise ConfigError(f"unknown selection method {options.method!r}; expected one of {', '.join(METHODS)}")
+    names = {field.name for field in dataclasses.fields(METHODS[options.method])}
+    return {name: value for name, value in dataclasses.asdict(options).items() if name in names}
+
+
+def problem_of(
+    model: LanguageModel,
+    params: Params,
+    domain: Loaded,
+    pool: Loaded,
+    *,
+    n: int,
+    data: DataOptions,
+    seed: int,
+    work_dir: Path | None,
+    progress: bool,
+) -> SelectionProblem:
+    """The selection problem as the methods see it: functions, parameters and tokens."""
+    head_is_trained = "head" in params or "embed" in params
+    return SelectionProblem(
+        hidden_fn=model.hidden_fn,
+        head=model.head_fn if head_is_trained else model.head_fn({}),
+        nll_fn=model.nll_fn,
+        embed_fn=model.embed_fn,
+        params=params,
+        domain=domain.tokens,
+        pool=pool.tokens,
+        n=n,
+        token_budget=data.token_budget,
+        seed=seed,
+        work_dir=work_dir,
+        manifest={
+            "weights": weights_fingerprint(model.params, params),
+            "domain": domain.tokens.fingerprint,
+            "pool": pool.tokens.fingerprint,
+            "token_budget": data.token_budget,
+        },
+        progress=progress,
+    )
+
+
+def write_selection(out: Path, result: Selection, pool: Loaded) -> None:
+    """scores.parquet (every pool row), selected.jsonl (best first), and last selection.json: the mark of the end."""
+    chosen = np.zeros(len(pool), bool)
+    chosen[result.selected] = True
+    scored = result.scored
+    columns = {
+        "id": pa.array([str(i) for i in pool.records.ids]),
+        "score": pa.array(result.scores, mask=~scored),
+        "votes": pa.nulls(len(pool), pa.int64()) if result.votes is None else pa.array(result.votes),
+        "rank": pa.array(result.ranks, mask=~scored),
+        "selected": pa.array(chosen),
+        "source": pa.array([str(s) for s in pool.records.sources]),
+        "response_tokens": pa.array(np.asarray(pool.tokens.response_lengths)),
+    }
+    partial = out / ".scores.parquet"
+    pq.write_table(pa.table(columns), partial)
+    partial.replace(out / "scores.parquet")
+    pool.records.write_jsonl(out / "selected.jsonl", result.selected)
+    content = {
+        "method": result.method,
+        "selected": result.selected.tolist(),
+        "diagnostics": result.diagnostics,
+        "examples": {name: _shown(result, pool, rows) for name, rows in examples(result).items()},
+    }
+    atomic_write(out / "selection.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) -> list[dict]:
+    found = [pool.records[int(row)] for row in rows]
+    return [
+        {
+            "id": example.id,
+            "source": example.source,
+            "score": float(result.scores[row]),
+            "rank": int(result.ranks[row]),
+            "prompt": example.prompt,
+            "response": example.response,
+        }
+        for row, example in zip(rows, found)
+    ]
+
+
+def read_selection(out: Path) -> Selection:
+    """What ``write_selection`` wrote into ``out``."""
+    content = json.loads((out / "selection.json").read_text(encoding="utf-8"))
+    table = pq.read_table(out / "scores.parquet")
+    column = lambda name, fill: table[name].fill_null(fill).to_numpy()
+    votes = None if table["votes"].null_count == len(table) else column("votes", 0)
+    return Selection(
+        method=content["method"],
+        scores=column("score", float("nan")),
+        ranks=column("rank", 0),
+        selected=np.asarray(content["selected"], np.int64),
+        votes=votes,
+        diagnostics=content["diagnostics"],
+    )
