@@ -214,7 +214,7 @@ def gold_choice(example: Any) -> int | None:
 def score_choices(
     model: Any,
     params: Params,
-    records: Sequence[Any],
+    records: Any,
     *,
     max_length: int,
     token_budget: int,

@@ -182,7 +182,7 @@ def _force_free(
 def generate_answers(
     model: Any,
     params: Params,
-    records: Sequence[Any],
+    records: Any,
     *,
     max_length: int,
     token_budget: int,

@@ -119,7 +119,8 @@ def weights_fingerprint(*trees: Params) -> str:
                 np.linspace(0, max(leaf.size - 1, 0), min(leaf.size, SAMPLE_PER_LEAF)).astype(np.int64)
             )
             if leaf.size:
-                hasher.update(np.asarray(leaf[np.unravel_index(places, leaf.shape)]).tobytes())
+                sample = leaf[np.unravel_index(places, leaf.shape)] if leaf.ndim else leaf
+                hasher.update(np.asarray(sample).tobytes())
     return hasher.hexdigest()
 
 
