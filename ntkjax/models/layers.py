@@ -195,8 +195,9 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         return inverse
     low = rope.original_max_positions / rope.low_freq_factor
     high = rope.original_max_positions / rope.high_freq_factor
-    wavelength = np.float32(2 * math.pi) / inverse
-    share = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
+    # torch divides a number by a tensor through the reciprocal; its last bit turns angles at far positions.
+    wavelength = np.float32(1) / inverse * np.float32(2 * math.pi)
+    share = (np.float32(1) / wavelength * np.float32(rope.original_max_positions) - rope.low_freq_factor) / (
         rope.high_freq_factor - rope.low_freq_factor
     )
     smooth = (1 - share) * inverse / rope.factor + share * inverse

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import types
 
 import jax
 import numpy as np
 import pytest
 
-import ntkjax.models.generate as generation
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import LanguageModel, LoraConfig, ModelConfig, init_lm
 from ntkjax.models.generate import generate
+
+# The package gives the function the module's name.
+generation = importlib.import_module("ntkjax.models.generate")
 
 SHAPE = {
     "vocab_size": 30,
