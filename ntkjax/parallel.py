@@ -61,7 +61,7 @@ def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedShardin
     if axis is None or parts == 1:
         return NamedSharding(mesh, PartitionSpec())
     if shape[axis] % parts:
-        divisors = [d for d in range(1, parts + 1) if shape[axis] % d == 0]
+        divisors = [d for d in range(1, parts + 1) if shape[axis] % d == 0 and parts % d == 0]
         raise ConfigError(
             f"{path} {tuple(shape)}: axis {axis} does not divide over model={parts} devices; "
             f"model={max(divisors)} would"

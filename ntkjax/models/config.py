@@ -184,7 +184,7 @@ class _Reader:
         heads, hidden = self.number("num_attention_heads"), self.number("hidden_size")
         if self.config.get("head_dim") is None and family != "qwen3" and hidden % heads:
             raise self.fail(
-                f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads} and there is no head_dim"
+                f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; no head_dim"
             )
         self.refuse_windows(name)
         bias = self.flag("attention_bias", False) and name in ("LlamaForCausalLM", "Qwen3ForCausalLM")

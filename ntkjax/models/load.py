@@ -35,7 +35,7 @@ _FILE_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "b
 def load_lm(
     path: str | Path,
     *,
-    lora: LoraConfig | None = LoraConfig(),  # noqa: B008 (frozen)
+    lora: LoraConfig | None = LoraConfig(),
     dtype: str = "float32",
     mesh: Mesh | None = None,
     remat: bool = False,
@@ -87,8 +87,9 @@ def find_directory(path: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=_NEEDED))
     except Exception as error:  # the hub client raises its own, urllib's and its HTTP library's errors
         raise UserError(
-            f"{text!r} is not a directory here and could not be fetched from the hub ({type(error).__name__}): "
-            "check the name, connect (unset HF_HUB_OFFLINE), or download it elsewhere and give the directory's path"
+            f"{text!r} is not a directory here and could not be fetched from the hub "
+            f"({type(error).__name__}): check the name, connect (unset HF_HUB_OFFLINE), or download it "
+            "elsewhere and give the directory's path"
         ) from error
 
 

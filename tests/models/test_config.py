@@ -1,0 +1,178 @@
+"""Reading config.json of transformers v4 and v5, and refusing what would change the mathematics."""
+
+import dataclasses
+
+import pytest
+
+from ntkjax.errors import CheckpointError
+from ntkjax.models.config import ModelConfig, RopeConfig
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 128,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+
+
+def as_architecture(name: str, **keys) -> dict:
+    return LLAMA | {"architectures": [name]} | keys
+
+
+def test_v4_and_v5_rope_styles_read_the_same():
+    v4 = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "torch_dtype": "bfloat16"})
+    v5 = ModelConfig.from_hf(LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "dtype": "bfloat16"})
+    assert v4 == v5
+    assert v4.rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 1024)
+
+
+def test_old_linear_scaling_names_its_kind_type():
+    config = ModelConfig.from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert config.rope == RopeConfig(10_000.0, "linear", 2.0)
+
+
+def test_absent_keys_mean_what_transformers_means():
+    without = {
+        k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps", "hidden_act")
+    }
+    config = ModelConfig.from_hf(without | {"rope_scaling": None, "head_dim": None})
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.activation) == (4, 16, 1e-6, "silu")
+    assert config.rope == RopeConfig() and not config.tied
+    gpt2 = ModelConfig.from_hf(GPT2)
+    assert (gpt2.tied, gpt2.intermediate_size, gpt2.activation, gpt2.norm_eps) == (
+        True,
+        256,
+        "gelu_new",
+        1e-5,
+    )
+    assert ModelConfig.from_hf(as_architecture("Qwen3ForCausalLM")).head_dim == 128
+
+
+def test_biases_and_qk_norm_follow_the_architecture():
+    llama = ModelConfig.from_hf(LLAMA | {"attention_bias": True, "mlp_bias": True})
+    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm) == (True, True, True, False)
+    qwen2 = ModelConfig.from_hf(as_architecture("Qwen2ForCausalLM"))
+    assert (qwen2.family, qwen2.qkv_bias, qwen2.o_bias) == ("qwen2", True, False)
+    qwen3 = ModelConfig.from_hf(as_architecture("Qwen3ForCausalLM", head_dim=32))
+    assert (qwen3.family, qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == ("qwen3", False, True, 32)
+    mistral = ModelConfig.from_hf(as_architecture("MistralForCausalLM", sliding_window=None))
+    assert (mistral.family, mistral.architecture) == ("llama", "MistralForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+        {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False},
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "sliding_window": 64,
+            "use_sliding_window": True,
+            "max_window_layers": 2,
+        },
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "layer_types": ["full_attention"] * 2,
+            "sliding_window": None,
+        },
+    ],
+)
+def test_a_window_that_is_never_used_is_fine(keys):
+    assert ModelConfig.from_hf(LLAMA | keys).num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            ["GemmaForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            ["yarn", "rope_scaling", "default, linear, llama3"],
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["dynamic", "rope_parameters"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "flat"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["rope_scaling", "low_freq_factor"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"hidden_act": "swish_squared"}, ["hidden_act", "swish_squared", "silu"]),
+        ({"hidden_size": None}, ["hidden_size", "missing"]),
+        ({"num_hidden_layers": "two"}, ["num_hidden_layers", "two", "integer"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "positive"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "3", "multiple"]),
+        ({"hidden_size": 66}, ["hidden_size", "66", "head_dim"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "yes"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 512}, ["sliding_window", "512", "4096"]),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            ["sliding_window", "64"],
+        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types", "linear_attention"]),
+    ],
+)
+def test_refusals_name_the_file_the_key_and_what_is_supported(keys, words):
+    with pytest.raises(CheckpointError) as error:
+        ModelConfig.from_hf(LLAMA | keys, "some/config.json")
+    for word in ["some/config.json" if "num_key_value_heads" not in keys else "", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+def test_gpt2_variants_with_other_attention_are_refused(keys):
+    with pytest.raises(CheckpointError, match=next(iter(keys))):
+        ModelConfig.from_hf(GPT2 | keys)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        LLAMA,
+        LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "eos_token_id": [3, 4]},
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "bos_token_id": 1},
+        as_architecture("MistralForCausalLM", sliding_window=None, eos_token_id=2),
+        as_architecture("Qwen2ForCausalLM"),
+        as_architecture("Qwen3ForCausalLM", head_dim=32, attention_bias=True),
+        GPT2,
+    ],
+)
+def test_writing_and_reading_back_gives_the_same_config(raw):
+    config = ModelConfig.from_hf(raw)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    v4_only = {k: v for k, v in config.to_hf().items() if k not in ("rope_parameters", "dtype")}
+    assert ModelConfig.from_hf(v4_only) == config
+
+
+def test_a_config_is_hashable_and_compares_by_value():
+    config = ModelConfig.from_hf(LLAMA)
+    assert hash(config) == hash(ModelConfig.from_hf(dict(LLAMA)))
+    assert dataclasses.replace(config, num_layers=3) != config

@@ -1,0 +1,80 @@
+"""LoRA: which layers, which numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntkjax.errors import ConfigError
+from ntkjax.models.lora import LoraConfig, init_lora_a, lora_delta, lora_subset, merge_lora
+
+LINEARS = tuple(f"attention/{n}" for n in "qkvo") + ("mlp/gate", "mlp/up", "mlp/down")
+
+
+def test_delta_is_the_formula():
+    rng = np.random.default_rng(0)
+    x, a, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 8), (8, 4), (4, 5)))
+    got = lora_delta(jnp.asarray(x), jnp.asarray(a), jnp.asarray(b), LoraConfig(rank=4, alpha=6.0).scale)
+    np.testing.assert_allclose(got, 6.0 / 4 * (x.astype(np.float64) @ a @ b), rtol=1e-5, atol=1e-5)
+
+
+def test_scale_with_and_without_rank_stabilisation():
+    assert LoraConfig(rank=16, alpha=32.0).scale == 2.0
+    assert LoraConfig(rank=16, alpha=32.0, rslora=True).scale == 8.0
+
+
+def test_a_is_uniform_with_bound_one_over_sqrt_inputs():
+    a = np.asarray(init_lora_a(np.random.default_rng(0), (3, 64, 200), jnp.float32))
+    bound = 1 / 8
+    assert np.abs(a).max() <= bound
+    # Standard deviation of U(-b, b) is b / sqrt(3); 38,400 draws pin it to well under 2 per cent.
+    assert abs(a.std() * np.sqrt(3) / bound - 1) < 0.02
+    assert abs(a.mean()) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("all-linear",), LINEARS),
+        (("q", "v"), ("attention/q", "attention/v")),
+        (("q_proj", "down_proj"), ("attention/q", "mlp/down")),
+        (("attention/o",), ("attention/o",)),
+        (("attention/.*", "gate"), LINEARS[:5]),
+        (("c_attn",), LINEARS[:3]),
+    ],
+)
+def test_targets_by_name_alias_and_pattern(targets, expected):
+    assert LoraConfig(targets=targets).matches(LINEARS) == expected
+
+
+@pytest.mark.parametrize("target", ["lm_head", "head", "w_pack"])
+def test_a_target_that_matches_nothing_is_an_error_that_lists_the_layers(target):
+    with pytest.raises(ConfigError, match=rf"{target}.*attention/q"):
+        LoraConfig(targets=("q", target)).matches(LINEARS)
+
+
+def test_a_target_that_is_no_regular_expression_is_an_error():
+    with pytest.raises(ConfigError, match="regular expression"):
+        LoraConfig(targets=("(",)).matches(LINEARS)
+
+
+@pytest.mark.parametrize("keys", [{"rank": 0}, {"targets": ()}])
+def test_impossible_settings_are_refused(keys):
+    with pytest.raises(ConfigError):
+        LoraConfig(**keys)
+
+
+def test_subset_and_merge():
+    rng = np.random.default_rng(0)
+    arrays = {
+        n: jnp.asarray(rng.normal(size=s), jnp.float32)
+        for n, s in {"kernel": (2, 4, 6), "lora_a": (2, 4, 3), "lora_b": (2, 3, 6)}.items()
+    }
+    tree = {"layers": {"q": arrays, "k": {"kernel": arrays["kernel"]}}, "norm": {"scale": jnp.ones(4)}}
+    assert lora_subset(tree) == {"layers": {"q": {n: arrays[n] for n in ("lora_a", "lora_b")}}}
+    merged = merge_lora(tree, 0.5)
+    expected = np.asarray(arrays["kernel"]) + 0.5 * np.einsum(
+        "lir,lro->lio", arrays["lora_a"], arrays["lora_b"]
+    )
+    np.testing.assert_allclose(merged["layers"]["q"]["kernel"], expected, atol=1e-6)
+    assert set(merged["layers"]["q"]) == {"kernel"}
+    assert merged["norm"]["scale"] is tree["norm"]["scale"]

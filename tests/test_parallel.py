@@ -1,0 +1,102 @@
+"""Meshes, sharding rules, and the same logits on one device and on many (simulated)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from ntkjax.errors import ConfigError
+from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm
+from ntkjax.models.lm import paths
+from ntkjax.parallel import make_mesh, put, shard_batch, weight_sharding
+from ntkjax.types import Batch
+
+CONFIG = ModelConfig(
+    family="qwen2", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=8, qkv_bias=True, initializer_range=0.2,
+)  # fmt: skip
+
+
+def need(count: int) -> list[jax.Device]:
+    if len(jax.devices()) < count:
+        pytest.skip(f"needs {count} devices")
+    return jax.devices()[:count]
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "near"), [(3, 1, (4, 1)), (2, 3, (2, 2)), (1, 2, (2, 2)), (0, 4, (1, 4))]
+)
+def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(data, model, near):
+    with pytest.raises(ConfigError, match=f"there are 4.*data={near[0]}, model={near[1]}"):
+        make_mesh(data=data, model=model, devices=need(4))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("layers/attention/q/kernel", (2, 32, 64), PartitionSpec(None, None, "model")),
+        ("layers/attention/k/bias", (2, 64), PartitionSpec(None, "model")),
+        ("layers/attention/o/kernel", (2, 64, 32), PartitionSpec(None, "model", None)),
+        ("layers/attention/o/bias", (2, 32), PartitionSpec()),
+        ("layers/mlp/gate/kernel", (2, 32, 48), PartitionSpec(None, None, "model")),
+        ("layers/mlp/down/kernel", (2, 48, 32), PartitionSpec(None, "model", None)),
+        ("layers/mlp/down/lora_a", (2, 48, 4), PartitionSpec()),
+        ("embed/weight", (64, 32), PartitionSpec("model", None)),
+        ("head/kernel", (64, 32), PartitionSpec("model", None)),
+        ("layers/norm_1/scale", (2, 32), PartitionSpec()),
+        ("wpe/weight", (64, 32), PartitionSpec()),
+    ],
+)
+def test_the_sharding_rule(path, shape, spec):
+    mesh = make_mesh(data=1, model=4, devices=need(4))
+    assert weight_sharding(path, shape, mesh).spec == spec
+
+
+def test_an_axis_that_does_not_divide_is_an_error_that_names_what_would():
+    mesh = make_mesh(data=1, model=4, devices=need(4))
+    with pytest.raises(ConfigError, match=r"embed/weight.*model=4.*model=2 would"):
+        weight_sharding("embed/weight", (66, 32), mesh)
+    with pytest.raises(ConfigError, match="6 rows"):
+        rows = np.zeros((6, 4), np.int32)
+        shard_batch({"tokens": rows}, make_mesh(data=4, devices=need(4)))
+
+
+@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 2), (2, 4)])
+def test_logits_and_gradients_do_not_depend_on_the_mesh(data, model):
+    mesh = make_mesh(data=data, model=model, devices=need(data * model))
+    alone = init_lm(CONFIG, seed=1, lora=LoraConfig(rank=2))
+    spread = init_lm(CONFIG, seed=1, lora=LoraConfig(rank=2), mesh=mesh)
+    if model > 1:
+        shard = spread.params["layers"]["attention"]["q"]["kernel"].addressable_shards[0].data
+        assert shard.shape == (2, 32, 32 // model)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 12)).astype(np.int32)
+    np.testing.assert_allclose(spread.logits(tokens), alone.logits(tokens), atol=1e-5)
+    batch = Batch(tokens, np.ones((8, 12), bool), np.full(8, 12, np.int32), np.arange(8, dtype=np.int32))
+    gradient = jax.jit(jax.grad(lambda p, fn, b: fn(p, b).sum()))
+    here = gradient(alone.lora, alone.nll_fn, batch)
+    there = gradient(spread.lora, spread.nll_fn, shard_batch(batch, mesh))
+    for path, value in paths(there).items():
+        np.testing.assert_allclose(value, paths(here)[path], atol=1e-5, err_msg=path)
+
+
+def test_a_checkpoint_is_spread_as_it_is_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    from ntkjax.models.names import sources
+
+    mesh = make_mesh(data=2, model=2, devices=need(4))
+    model = init_lm(CONFIG, seed=3)
+    flat, tensors = paths(model.params), {}
+    for path, source in sources(model.spec).items():
+        layers = range(2) if path.startswith("layers/") else [None]
+        for i in layers:
+            value = np.asarray(flat[path] if i is None else flat[path][i])
+            tensors[source.name.format(i)] = np.ascontiguousarray(value.T if source.transpose else value)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    loaded = load_lm(tmp_path, mesh=mesh, lora=None)
+    for path, value in paths(loaded.params).items():
+        assert value.sharding == put(np.asarray(value), path, mesh).sharding, path
+        np.testing.assert_array_equal(value, flat[path], err_msg=path)
