@@ -57,6 +57,7 @@ def cast_like(params: Params, dtypes: tuple[str, ...]) -> Params:
 
 
 def leaf_dtypes(params: Params) -> tuple[str, ...]:
+    """Names of the dtypes of the leaves, in tree order: what :func:`cast_like` takes."""
     return tuple(jnp.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params))
 
 

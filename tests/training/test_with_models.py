@@ -34,7 +34,7 @@ def nll(model, params, data):
 
 
 def test_an_adapter_learns_and_resumes(data, tmp_path):
-    model = init_lm(SHAPE, seed=0, lora=LoraConfig(rank=8, alpha=16.0))
+    model = init_lm(SHAPE, seed=0, lora=LoraConfig(rank=8, alpha=16.0, targets=("q", "v", "up")))
     config = TrainConfig(epochs=30, learning_rate=0.03, save_every=20, **SETTINGS)
     before = jax.tree.map(np.array, model.params)
     run = lambda: fit(model.nll_fn, model.lora, data, config, seed=0, dev=data, out_dir=tmp_path, progress=False)
