@@ -1,5 +1,4 @@
-"""Logits and greedy tokens against the golden files that torch transformers made (see make_golden.py there).
-"""
+"""Logits and greedy tokens against the golden files that torch transformers made (see make_golden.py there)."""
 
 from __future__ import annotations
 
