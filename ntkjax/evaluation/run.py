@@ -136,6 +136,8 @@ class _Job:
         self._run("choices", rows, run, _choice_piece)
 
     def likelihood(self, rows: list[int]) -> None:
+        self._likelihood_from_choices(rows)
+
         def run(todo: list[int]) -> Iterator[list[ResponseNLL]]:
             dataset = tokenise(self.records, self.model.tokenizer, max_length=self.max_length)
             return response_nll(
@@ -147,6 +149,27 @@ class _Job:
             )
 
         self._run("likelihood", rows, run, _nll_piece)
+
+    def _likelihood_from_choices(self, rows: list[int]) -> None:
+        """A response that is word for word one of the choices' has been scored already: no second pass for
+        it.
+
+        Not where the prompt was cut, since choices are cut to fit the longest of them.
+        """
+        scored, known = self.log.pieces.get("choices", {}), self.log.done("likelihood")
+        found = {}
+        for row in rows:
+            piece, base = scored.get(row), self.bases[row]
+            if piece is None or row in known or piece["dropped_choices"]:
+                continue
+            texts = [self.answer_template.format(choice) for choice in base.choices or []]
+            response = self.records[row].response
+            if response in texts:
+                c = texts.index(response)
+                tokens = piece["logprob_tokens"][c]
+                found[row] = {"nll": -piece["logprobs"][c] / tokens, "nll_tokens": tokens}
+        if found:
+            self.log.add("likelihood", found)
 
     def generation(self, rows: list[int], pattern: str | None, max_new_tokens: int) -> None:
         def run(todo: list[int]) -> Iterator[list[GeneratedAnswer]]:

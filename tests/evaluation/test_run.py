@@ -18,10 +18,10 @@ SETTINGS = {"max_length": 200, "token_budget": 150, "progress": False}
 
 @pytest.fixture
 def stub(toys, tokenizer):
-    """Logits that are the same everywhere; "y" is likelier than the rest."""
+    """Logits that are the same everywhere; the letters of "yes" are likelier."""
     import jax
 
-    scores = jnp.zeros(len(tokenizer)).at[tokenizer.convert_tokens_to_ids("y")].set(5.0)
+    scores = jnp.zeros(len(tokenizer)).at[jnp.asarray(tokenizer.convert_tokens_to_ids(list("yes")))].set(5.0)
 
     def nll(weights, params, batch):
         logp = jax.nn.log_softmax(weights)
@@ -74,6 +74,22 @@ def test_outcomes_and_summary_by_hand(stub, write_records):
     o = result.outcomes[1]
     assert o.nll == pytest.approx(-o.logprobs[1] / o.logprob_tokens[1], rel=1e-5)
     assert o.nll_tokens == o.logprob_tokens[1]
+
+
+def test_likelihood_is_the_same_with_and_without_choices(stub, write_records, monkeypatch):
+    """Responses that a choice has already scored take no second pass, and come out the same."""
+    rows = [*yes_no(4), {**yes_no(5)[4], "response": "Because. So the answer is no."}, yes_no(6)[5]]
+    rows[5]["prompt"] = "long " * 40
+    records = write_records(rows)
+    limited = {**SETTINGS, "max_length": 100}
+    alone = evaluate_model(stub, {}, records, choices=False, **limited)
+    passes, real = [], module.response_nll
+    monkeypatch.setattr(module, "response_nll", lambda *a, **o: passes.extend(o["indices"]) or real(*a, **o))
+    together = evaluate_model(stub, {}, records, **limited)
+    assert sorted(passes) == [4, 5]  # another text, and a prompt that was cut
+    for a, b in zip(alone.outcomes, together.outcomes):
+        assert a.nll_tokens == b.nll_tokens
+        assert a.nll == pytest.approx(b.nll, rel=1e-5)
 
 
 def test_ties_and_truncation_are_counted(toys, tokenizer, write_records):
