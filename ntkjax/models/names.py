@@ -34,7 +34,7 @@ _GPT2 = {
 }
 
 # Buffers that old versions of transformers saved beside the weights; they hold nothing that is learned.
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 @dataclasses.dataclass(frozen=True)

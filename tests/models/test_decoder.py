@@ -117,9 +117,9 @@ def test_scan_equals_a_loop_over_layers():
     context = Context(rope_angles(SMALL.rope, 4, positions, x.dtype), None, None)
     scanned, _ = scan_layers(whole.layers, x, context, None, remat=False)
     graph, stacked = nnx.split(whole.layers)
-    looped = x
+    looped, slice_of = x, lambda layer: jax.tree.map(lambda w: w[layer], stacked)
     for layer in range(3):
-        looped, _ = nnx.merge(graph, jax.tree.map(lambda w: w[layer], stacked))(looped, context, None)
+        looped, _ = nnx.merge(graph, slice_of(layer))(looped, context, None)
     np.testing.assert_allclose(scanned, looped, atol=1e-5)
     assert not np.allclose(scanned, x, atol=0.1)
 
@@ -156,7 +156,7 @@ def test_a_cache_gives_the_same_states_as_the_whole_sequence(family):
 
 def test_gpt2_refuses_what_its_positions_do_not_reach():
     model = init_lm(FAMILIES["gpt2"], seed=0)
-    with pytest.raises(UserError, match="17 tokens.*16 learned positions"):
+    with pytest.raises(UserError, match=r"17 tokens.*16 learned positions"):
         model.logits(np.zeros((1, 17), np.int32))
     with pytest.raises(UserError, match="16 learned positions"):
         cache = KVCache.zeros(model.spec, 1, 17)

@@ -165,9 +165,9 @@ def test_select_params():
 
 def test_unknown_outputs_positions_dtypes_and_tokens_are_refused():
     model = init_lm(CONFIG, seed=0)
-    with pytest.raises(ConfigError, match="hiden.*hidden"):
+    with pytest.raises(ConfigError, match=r"hiden.*hidden"):
         model.output("hiden")
-    with pytest.raises(ConfigError, match="first.*response"):
+    with pytest.raises(ConfigError, match=r"first.*response"):
         model.output("nll", "first")
     with pytest.raises(ConfigError, match=r"int8.*bfloat16"):
         init_lm(CONFIG, seed=0, dtype="int8")

@@ -1,0 +1,286 @@
+"""Reading checkpoints: what arrives where, and every way a directory can be wrong."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ntkjax.errors import CheckpointError, ConfigError, UserError
+from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm
+from ntkjax.models.lm import paths
+from ntkjax.models.names import sources
+
+QWEN3 = ModelConfig(
+    family="qwen3", vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=6, qk_norm=True, initializer_range=0.3,
+)  # fmt: skip
+CONFIGS = {
+    "qwen3": QWEN3,
+    "llama-tied": dataclasses.replace(QWEN3, family="llama", architecture="", qk_norm=False, tied=True),
+    "qwen2": dataclasses.replace(QWEN3, family="qwen2", architecture="", qk_norm=False, qkv_bias=True),
+    "gpt2": dataclasses.replace(
+        QWEN3, family="gpt2", architecture="", qk_norm=False, num_kv_heads=4, head_dim=4, tied=True, qkv_bias=True,
+        o_bias=True, mlp_bias=True, activation="gelu_new", max_positions=32, norm_eps=1e-5,
+    ),
+}  # fmt: skip
+
+
+def hf_tensors(model) -> dict[str, np.ndarray]:
+    """The model's weights under their checkpoint names; fused tensors joined again."""
+    flat, parts = paths(model.params), {}
+    for path, source in sources(model.spec).items():
+        layers = range(model.config.num_layers) if path.startswith("layers/") else [None]
+        for i in layers:
+            value = np.asarray(flat[path] if i is None else flat[path][i])
+            parts.setdefault(source.name.format(i), {})[source.part] = value.T if source.transpose else value
+    return {n: np.ascontiguousarray(np.concatenate([p[i] for i in sorted(p)], -1)) for n, p in parts.items()}
+
+
+def write(directory, config=QWEN3, change=lambda tensors: tensors, keys=None):
+    model = init_lm(config, seed=4)
+    save_file(change(hf_tensors(model)), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config.to_hf() | (keys or {})))
+    return model
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_tensor_arrives_in_its_place(name, tmp_path):
+    model = write(tmp_path, CONFIGS[name])
+    loaded = load_lm(tmp_path, lora=LoraConfig(rank=2))
+    assert loaded.config == model.config and loaded.tokenizer is None
+    for path, value in paths(model.params).items():
+        np.testing.assert_array_equal(paths(loaded.params)[path], value, err_msg=path)
+    added = paths(loaded.params).keys() - paths(model.params).keys()
+    assert added and added == paths(loaded.lora).keys()
+    assert loaded.report.parameters == sum(x.size for x in paths(model.params).values())
+    assert loaded.report.dtypes == {"F32": len(hf_tensors(model))}
+
+
+def test_shards_read_as_one_file(tmp_path):
+    model = write(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({n: tensors[n] for n in held}, tmp_path / shard)
+    index = {"weight_map": {n: shard for shard, held in shards.items() for n in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path, value in paths(load_lm(tmp_path, lora=None).params).items():
+        np.testing.assert_array_equal(value, paths(model.params)[path], err_msg=path)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"b\.safetensors.*missing"):
+        load_lm(tmp_path)
+    save_file({names[1]: tensors[names[1]]}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match=f"b.safetensors.*{names[3]}"):
+        load_lm(tmp_path)
+
+
+def test_mixed_dtypes_are_cast_and_reported(tmp_path):
+    def mix(tensors):
+        kinds = [np.float32, ml_dtypes.bfloat16, np.float16, np.float64]
+        return {n: t.astype(kinds[i % 4]) for i, (n, t) in enumerate(sorted(tensors.items()))}
+
+    model = write(tmp_path, change=mix)
+    loaded = load_lm(tmp_path, lora=None)
+    assert set(loaded.report.dtypes) == {"F32", "BF16", "F16", "F64"}
+    for path, value in paths(loaded.params).items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, paths(model.params)[path], rtol=1e-2, atol=1e-2, err_msg=path)
+
+
+def test_dtype_auto_is_the_config_s_then_the_file_s(tmp_path):
+    write(tmp_path, keys={"dtype": "bfloat16"})
+    assert load_lm(tmp_path, dtype="auto").params["embed"]["weight"].dtype == jnp.bfloat16
+    write(
+        tmp_path,
+        change=lambda t: {n: x.astype(np.float16) for n, x in t.items()},
+        keys={"dtype": None, "torch_dtype": None},
+    )
+    loaded = load_lm(tmp_path, dtype="auto")
+    assert loaded.params["embed"]["weight"].dtype == jnp.float16
+    assert loaded.params["norm"]["scale"].dtype == jnp.float32
+    with pytest.raises(ConfigError, match="int4"):
+        load_lm(tmp_path, dtype="int4")
+
+
+def test_buffers_are_ignored_and_a_repeated_tied_head_is_accepted(tmp_path):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        return tensors
+
+    write(tmp_path, CONFIGS["llama-tied"], add)
+    assert "head" not in load_lm(tmp_path).params
+
+    def differ(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        return tensors
+
+    write(tmp_path, CONFIGS["llama-tied"], differ)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*tie_word_embeddings"):
+        load_lm(tmp_path)
+
+
+def test_gpt2_without_the_transformer_prefix_and_with_masks(tmp_path):
+    def old(tensors):
+        bare = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+        return bare | {
+            "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32),
+            "h.0.attn.masked_bias": np.zeros(1, np.float32),
+        }
+
+    model = write(tmp_path, CONFIGS["gpt2"], old)
+    np.testing.assert_array_equal(load_lm(tmp_path).params["wpe"]["weight"], model.params["wpe"]["weight"])
+
+
+def without(name):
+    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
+
+
+def with_tensor(name, value):
+    return lambda tensors: tensors | {name: value}
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without(Q), [Q, "missing"]),
+        (without("lm_head.weight"), ["lm_head.weight", "missing", "tie_word_embeddings"]),
+        (
+            with_tensor("model.layers.0.self_attn.q_proj.bias", np.ones(24, np.float32)),
+            ["q_proj.bias", "not used"],
+        ),
+        (
+            with_tensor("model.layers.2.mlp.up_proj.weight", np.ones((24, 16), np.float32)),
+            ["layers.2", "not used"],
+        ),
+        (with_tensor(Q, np.ones((24, 15), np.float32)), [Q, "[24, 15]", "[24, 16]"]),
+        (with_tensor("model.norm.weight", np.ones(17, np.float32)), ["model.norm.weight", "[17]", "[16]"]),
+        (with_tensor(Q, np.ones((24, 16), np.int8)), [Q, "I8", "BF16"]),
+    ],
+)
+def test_a_wrong_tensor_is_named(change, words, tmp_path):
+    write(tmp_path, change=change)
+    with pytest.raises(CheckpointError) as error:
+        load_lm(tmp_path)
+    assert all(word in str(error.value) for word in [str(tmp_path), *words])
+
+
+def test_a_bias_of_a_layer_too_many_is_no_buffer(tmp_path):
+    write(tmp_path, CONFIGS["gpt2"], with_tensor("transformer.h.2.attn.c_attn.bias", np.ones(48, np.float32)))
+    with pytest.raises(CheckpointError, match=r"h\.2\.attn\.c_attn\.bias.*not used"):
+        load_lm(tmp_path)
+
+
+def test_a_head_in_the_file_of_a_tied_model_s_config(tmp_path):
+    write(tmp_path, keys={"tie_word_embeddings": True})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        load_lm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes"),
+        (b"\x05", "1 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS"),
+        ((1 << 40).to_bytes(8, "little") + b"{}", "claims"),
+        ((4).to_bytes(8, "little") + b"nope", "not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
+        ((12).to_bytes(8, "little") + b'{"a": [1,2]}', "'a' is malformed"),
+    ],
+)
+def test_a_corrupt_file_says_so(content, words, tmp_path):
+    write(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_lm(tmp_path)
+    assert "model.safetensors" in str(error.value)
+
+
+def test_a_truncated_file_says_so(tmp_path):
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_lm(tmp_path)
+
+
+def test_directories_without_usable_weights_or_config(tmp_path):
+    write(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load_lm(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*save_pretrained"):
+        load_lm(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json.*weight_map"):
+        load_lm(tmp_path)
+    for text, words in (("{", "not valid JSON"), ("[1]", "expected a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"config\.json.*{words}"):
+            load_lm(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        load_lm(tmp_path)
+
+
+def test_paths_and_hub_ids_that_lead_nowhere(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_lm(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        load_lm(tmp_path / "file")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"no-such/model.*directory"):
+        load_lm("no-such/model")
+
+
+def test_an_unknown_lora_target_is_named_before_anything_is_read(tmp_path):
+    write(tmp_path)
+    with pytest.raises(ConfigError, match="w_pack"):
+        load_lm(tmp_path, lora=LoraConfig(targets=("w_pack",)))
+
+
+def test_tokenizer_files_that_cannot_be_read(tmp_path):
+    write(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_lm(tmp_path)
+
+
+def test_the_real_checkpoint_knows_its_own_kind_of_text(shared_dir):
+    """Trained on text of this format: 2.95 nats per token on its held-out documents; a uniform guess has 8.3."""
+    directory = shared_dir / "models" / "cot-lm-7m"
+    if not directory.is_dir():
+        pytest.skip("no checkpoint beside this checkout")
+    from ntkjax.types import Batch
+
+    model = load_lm(directory, lora=None)
+    with (shared_dir / "data/pool/cot-01.jsonl").open(encoding="utf-8") as lines:
+        records = [json.loads(next(lines)) for _ in range(8)]
+    width = 256
+    tokens, mask = np.zeros((8, width), np.int32), np.zeros((8, width), bool)
+    for i, record in enumerate(records):
+        turns = [{"role": "user", "content": record["prompt"]}]
+        template = model.tokenizer.apply_chat_template
+        prompt = template(turns, add_generation_prompt=True, tokenize=False)
+        answer = {"role": "assistant", "content": record["response"]}
+        text = template([*turns, answer], tokenize=False)
+        assert text.startswith(prompt)
+        start, ids = len(model.tokenizer.encode(prompt)), model.tokenizer.encode(text)[:width]
+        tokens[i, : len(ids)], mask[i, start : len(ids)] = ids, True
+    lengths = np.full(8, width, np.int32)
+    nll = np.asarray(model.nll_fn({}, Batch(tokens, mask, lengths, np.arange(8, dtype=np.int32))))
+    held = mask.any(1)
+    assert held.sum() >= 4
+    assert 1.0 < nll[held].mean() < 3.5
