@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 Params = PyTree
 """Trained parameters: a nested dict with string keys, any subset of a model's full tree."""
@@ -36,12 +36,13 @@ class Batch:
       positions: int32 [B, T] or None. Rotary / learned positions; None means 0, 1, ..., T - 1.
     """
 
-    tokens: Int[ArrayLike, "B T"]
-    response_mask: Bool[ArrayLike, "B T"]
-    lengths: Int[ArrayLike, " B"]
-    index: Int[ArrayLike, " B"]
-    segments: Int[ArrayLike, "B T"] | None = None
-    positions: Int[ArrayLike, "B T"] | None = None
+    # Any: inside JAX's transformations the leaves are also tracers of other ranks, shapes and plain markers.
+    tokens: Any
+    response_mask: Any
+    lengths: Any
+    index: Any
+    segments: Any = None
+    positions: Any = None
 
 
 ApplyFn = Callable[[Params, Any], Array]
