@@ -76,9 +76,9 @@ class LanguageModel:
 
     def fresh_lora(self, seed: int) -> dict:
         """A new adapter drawn from ``seed`` (A uniform, B zero), with the tree and dtypes of ``lora``."""
-        return unflatten(
-            {path: init_leaf(self.spec, path, leaf, seed) for path, leaf in paths(self.lora).items()}
-        )
+        shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        fresh = {path: init_leaf(self.spec, path, shape(leaf), seed) for path, leaf in paths(self.lora).items()}
+        return unflatten({path: put(leaf, path, self.mesh) for path, leaf in fresh.items()})
 
     def with_params(self, params: Params) -> LanguageModel:
         """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in

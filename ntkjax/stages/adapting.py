@@ -38,6 +38,8 @@ from ntkjax.types import Params
 
 BASE, DOMAIN, EQUAL, RANDOM, NTK = "base", "domain-only", "domain-only-equal-steps", "random", "ntk-selector"
 ARMS = (BASE, DOMAIN, EQUAL, RANDOM, NTK)
+PAIRS = ((NTK, RANDOM), (NTK, EQUAL), (NTK, DOMAIN), (NTK, BASE), (RANDOM, EQUAL), (EQUAL, DOMAIN), (DOMAIN, BASE))
+"""(method, reference): the differences that are reported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +234,9 @@ def _results(
 ) -> dict[str, Any]:
     seed = study.config.seed
     methods = {name: summarise_method(runs, seed=seed) for name, runs in outcomes.items()}
-    references = [name for name in (RANDOM, DOMAIN, BASE) if name in outcomes]
     return {
         "methods": methods,
-        "comparisons": [row for name in references for row in compare_methods(outcomes, name, seed=seed)],
+        "comparisons": compare_methods(outcomes, PAIRS, seed=seed),
         "runs": details,
         "selections": {str(s): _read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
         "majority_accuracy": _majority(next(iter(outcomes.values()))[0]),

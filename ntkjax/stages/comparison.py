@@ -50,23 +50,24 @@ def summarise_method(runs: Sequence[Sequence[Outcome]], *, seed: int) -> dict:
     return row
 
 
-def compare_methods(runs: Runs, reference: str, *, seed: int) -> list[dict]:
-    """Every method against ``reference``, metric by metric, on the same examples and seeds.
+def compare_methods(runs: Runs, pairs: Sequence[tuple[str, str]], *, seed: int) -> list[dict]:
+    """Each (method, reference) pair, metric by metric, on the same examples and seeds; pairs not run are left out.
 
     Returns:
-      Rows ``{"method", "reference", "metric", "difference", "low", "high", "per_seed", "p_mcnemar", "p_holm"}``.
-      ``p_mcnemar`` is the exact test of each seed's pair of runs; ``p_holm`` the smallest over seeds after Holm's
-      correction over seeds (None where the metric is not right-or-wrong).
+      Rows ``{"method", "reference", "metric", "difference", "low", "high", "per_seed", "p_mcnemar", "p_holm"}``:
+      difference is method minus reference with its interval over seeds and examples; ``p_mcnemar`` the exact test of
+      each seed's pair of runs, ``p_holm`` the smallest of them after Holm's correction over the seeds (None where the
+      metric is not right-or-wrong).
     """
     rows = []
-    for method, found in runs.items():
-        if method == reference:
+    for method, reference in pairs:
+        if method not in runs or reference not in runs:
             continue
         for name, field in METRICS.items():
-            if any(values(run, field) is None for run in [*found, *runs[reference]]):
+            if any(values(run, field) is None for run in [*runs[method], *runs[reference]]):
                 continue
-            result = compare_seeds(runs[reference], found, field, seed=seed)
-            tested = None if field == "nll" else _mcnemar_by_seed(runs[reference], found, field)
+            result = compare_seeds(runs[reference], runs[method], field, seed=seed)
+            tested = None if field == "nll" else _mcnemar_by_seed(runs[reference], runs[method], field)
             rows.append(
                 {
                     "method": method,

@@ -55,7 +55,8 @@ def evaluation(config: Any, result: Any) -> str:
 def adaptation(config: Any, result: Any) -> str:
     """The table of methods, differences and the report's path."""
     results = result.results
-    parts = [to_markdown(method_rows(results)), to_markdown(difference_rows(results))]
+    differences = [row for row in difference_rows(results) if row["metric"] != "accuracy norm"]
+    parts = [to_markdown(method_rows(results)), to_markdown(differences)]
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 

@@ -109,7 +109,7 @@ def forecast(config: SelectConfig) -> Forecast:
 
 
 def _epochs(config: TrainConfig, rows: int) -> float:
-    return config.epochs if config.steps is None else config.steps * config.batch_size / rows
+    return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
 
 
 def choose(
