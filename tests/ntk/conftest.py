@@ -12,7 +12,7 @@ import pytest
 from ntkjax.ntk import sum_logits
 from ntkjax.types import Batch, predict_mask
 
-VOCAB, WIDTH, RANK = 13, 6, 2
+VOCAB, WIDTH, RANK, LONGEST = 13, 6, 2, 9
 
 
 def hidden_fn(params, batch):
@@ -40,7 +40,7 @@ def init(seed: int, dtype=jnp.float32):
     return {name: jax.device_put((rng.normal(size=shape) * 0.5).astype(dtype)) for name, shape in shapes.items()}
 
 
-def sequences(count: int, seed: int, longest: int = 9):
+def sequences(count: int, seed: int, longest: int = LONGEST):
     """(tokens, response_start) pairs of mixed lengths."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, longest + 1, count)
@@ -49,7 +49,7 @@ def sequences(count: int, seed: int, longest: int = 9):
 
 def collate(rows, index, length: int | None = None, fill: int = 0) -> Batch:
     """One right-padded batch; ``fill`` filler rows of length 1 and index -1 at the end."""
-    length = length or max(len(tokens) for tokens, _ in rows)
+    length = length or max(LONGEST, *(len(tokens) for tokens, _ in rows))  # few shapes, few compilations
     count = len(rows) + fill
     tokens, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
     for i, (row, start) in enumerate(rows):
@@ -71,8 +71,9 @@ def jacobian_kernel(output_fn, params, first, second):
     """The explicit kernel [n1, n2] from jax.jacobian, rows concatenated over all leaves (the oracle)."""
 
     def jacobian(rows):
-        tree = _jacobian(output_fn, params, collate(rows, range(len(rows))))
-        return np.concatenate([np.asarray(leaf).reshape(len(rows), -1) for leaf in jax.tree.leaves(tree)], axis=1)
+        trees = [_jacobian(output_fn, params, batch) for batch in batches(rows, 4)]
+        flat = [[np.asarray(leaf).reshape(4, -1) for leaf in jax.tree.leaves(tree)] for tree in trees]
+        return np.concatenate([np.concatenate(leaves, axis=1) for leaves in flat])[: len(rows)]
 
     return jacobian(first) @ jacobian(second).T
 
@@ -108,5 +109,6 @@ def output(which, dtype=jnp.float32):
 def toy():
     return SimpleNamespace(
         hidden_fn=hidden_fn, init=init, sequences=sequences, collate=collate, batches=batches,
-        jacobian_kernel=jacobian_kernel, logits_sum=logits_sum, output=output, jacobian=_jacobian, vocab=VOCAB, width=WIDTH,
+        jacobian_kernel=jacobian_kernel, logits_sum=logits_sum, output=output, jacobian=_jacobian,
+        vocab=VOCAB, width=WIDTH,
     )  # fmt: skip

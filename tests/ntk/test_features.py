@@ -56,7 +56,7 @@ def test_mean_features_are_the_mean_of_the_features(toy, case):
     output_fn, params, rows = case
     sketch = RademacherSketch(64)
     features = gradient_features(output_fn, params, toy.batches(rows, 4), sketch, rows=19)
-    mean = mean_features(output_fn, params, toy.batches(rows, 5), sketch, memory_budget=1)
+    mean = mean_features(output_fn, params, toy.batches(rows, 4), sketch, memory_budget=1)
     assert relative(mean, features.mean(axis=0)) < 1e-5
 
 
@@ -64,11 +64,11 @@ def test_mean_features_are_the_mean_of_the_features(toy, case):
 def test_sketched_scores_agree_within_the_johnson_lindenstrauss_error(toy, case, seed):
     output_fn, params, rows = case
     domain, size = toy.sequences(6, 9), 512
-    args = (output_fn, params, toy.batches(domain, 3), toy.batches(rows, 4))
+    args = (output_fn, params, toy.batches(domain, 4), toy.batches(rows, 4))
     exact = kernel_scores(*args, rows=19).scores[:, 0]
     sketched = kernel_scores(*args, rows=19, method="sketch", sketch=RademacherSketch(size, seed)).scores[:, 0]
     g = gradient_features(output_fn, params, toy.batches(rows, 4), IdentitySketch(), rows=19).astype(np.float64)
-    mean = mean_features(output_fn, params, toy.batches(domain, 3), IdentitySketch())
+    mean = mean_features(output_fn, params, toy.batches(domain, 4), IdentitySketch())
     error = np.sqrt(((g**2).sum(1) * (mean**2).sum() + (g @ mean) ** 2 - 2 * g**2 @ mean**2) / size)
     z = (sketched - exact) / error
     assert np.abs(z).max() < 4.5

@@ -7,7 +7,6 @@ import pytest
 
 from ntkjax.ntk import IdentitySketch, RademacherSketch
 
-
 apply = jax.jit(lambda sketch, tree: sketch(tree))
 
 

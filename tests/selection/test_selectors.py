@@ -1,0 +1,182 @@
+"""Selection methods on a small model: what is scored, chosen, kept and reported."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntkjax.data import TokenisedDataset
+from ntkjax.errors import ConfigError
+from ntkjax.selection import METHODS, SelectionProblem, rank, select_top
+from ntkjax.selection.diagnostics import examples
+from ntkjax.types import predict_mask, valid_mask
+
+VOCAB, WIDTH = 11, 4
+
+
+def states(params, batch):
+    x = params["embed"][batch.tokens]
+    return x + jnp.tanh(jnp.cumsum(x, axis=1) @ params["mix"])
+
+
+def pooled(x, mask):
+    mask = mask.astype(x.dtype)
+    return jnp.einsum("bt,btd->bd", mask, x) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
+
+
+def hidden_fn(params, batch):
+    return pooled(states(params, batch), predict_mask(batch))
+
+
+def embed_fn(params, batch):
+    return pooled(states(params, batch), valid_mask(batch))
+
+
+def head_fn(params):
+    return params["head"]
+
+
+def nll_fn(params, batch):
+    """Mean over S(x) of -log p(next token)."""
+    logits = jax.nn.log_softmax(states(params, batch) @ params["head"].T, axis=-1)[:, :-1]
+    targets = jax.nn.one_hot(batch.tokens[:, 1:], VOCAB, dtype=logits.dtype)
+    mask = predict_mask(batch)[:, :-1].astype(logits.dtype)
+    return -jnp.einsum("btv,btv,bt->b", logits, targets, mask) / jnp.maximum(mask.sum(axis=1), 1)
+
+
+def dataset(rows, seed):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(0, VOCAB, rng.integers(4, 9)).tolist() for _ in range(rows)]
+    starts = [int(rng.integers(1, len(row))) for row in tokens]
+    return TokenisedDataset.from_sequences(
+        tokens, starts, sources=["even" if i % 2 == 0 else "odd" for i in range(rows)]
+    )
+
+
+def make(n=5, rows=24, **changes):
+    rng = np.random.default_rng(7)
+    shapes = {"embed": (VOCAB, WIDTH), "mix": (WIDTH, WIDTH), "head": (VOCAB, WIDTH)}
+    params = {k: jax.device_put(rng.normal(size=s).astype(np.float32)) for k, s in shapes.items()}
+    fields = {
+        "hidden_fn": hidden_fn, "head": head_fn, "nll_fn": nll_fn, "embed_fn": embed_fn, "params": params, "n": n,
+        "token_budget": 64, "domain": dataset(6, 1), "pool": dataset(rows, 2),
+    }  # fmt: skip
+    return SelectionProblem(**{**fields, **changes})
+
+
+def explicit_scores(problem, output_fn):
+    """Row means of the explicit kernel, from Jacobians."""
+
+    def jacobian(data):
+        batches = list(data.batches(token_budget=64))
+        differentiate = jax.jit(lambda params, batch: jax.jacobian(lambda p: output_fn(p, batch))(params))
+        parts = [jax.tree.leaves(differentiate(problem.params, batch)) for batch in batches]
+        rows = np.zeros((len(data), sum(leaf[0].size for leaf in parts[0])))
+        for batch, leaves in zip(batches, parts):
+            flat = np.concatenate([np.asarray(leaf).reshape(len(batch.index), -1) for leaf in leaves], axis=1)
+            real = np.asarray(batch.index) >= 0
+            rows[np.asarray(batch.index)[real]] = flat[real]
+        return rows
+
+    return jacobian(problem.pool) @ jacobian(problem.domain).mean(axis=0)
+
+
+def sum_of_logits(params, batch):
+    return (hidden_fn(params, batch) @ params["head"].T).sum(axis=1)
+
+
+@pytest.mark.parametrize("kernel, output_fn", [("sum_logits", sum_of_logits), ("loss", nll_fn)])
+def test_whole_pool_scores_are_the_row_means_of_the_kernel(kernel, output_fn):
+    problem = make()
+    chosen = METHODS["ntk"](kernel=kernel, stage1="off", pool_sample=8)(problem)
+    expected = explicit_scores(problem, output_fn)
+    np.testing.assert_allclose(chosen.scores, expected, atol=1e-5 * np.abs(expected).max())
+    assert set(chosen.selected.tolist()) == set(np.argsort(-expected)[:5].tolist())
+    assert chosen.scored.all() and chosen.votes is None
+    assert chosen.diagnostics["negative_share"] == np.mean(expected < 0)
+
+
+def test_stage_1_limits_what_is_scored():
+    problem = make(n=2)
+    whole = METHODS["ntk"](stage1="off", pool_sample=8)(problem)
+    two = METHODS["ntk"](prefilter_factor=4, pool_sample=8)(problem)
+    assert two.scored.sum() == 8 and np.isnan(two.scores[~two.scored]).all()
+    np.testing.assert_allclose(two.scores[two.scored], whole.scores[two.scored], rtol=1e-4, atol=1e-5)
+    assert two.votes.sum() == 6 * 2 and two.votes[two.scored].min() >= two.votes[~two.scored].max()
+    assert sorted(two.ranks[two.scored].tolist()) == list(range(1, 9)) and (two.ranks[~two.scored] == 0).all()
+    assert two.ranks[two.selected].tolist() == [1, 2]
+    assert two.diagnostics["stage1_candidates"] == two.diagnostics["scored"] == 8
+
+
+def test_sketched_scores_follow_the_exact_ones():
+    problem = make()
+    exact = METHODS["ntk"](stage1="off", pool_sample=8)(problem)
+    sketched = METHODS["ntk"](stage1="off", scores="sketch", sketch_size=2048, pool_sample=8)(problem)
+    assert np.corrcoef(exact.scores, sketched.scores)[0, 1] > 0.98
+    assert not np.array_equal(exact.scores, sketched.scores)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_selection_is_complete_repeatable_and_plain(method):
+    problem = make()
+    one, two = METHODS[method]()(problem), METHODS[method]()(problem)
+    assert len(set(one.selected.tolist())) == 5
+    np.testing.assert_array_equal(one.selected, two.selected)
+    np.testing.assert_array_equal(one.scores, two.scores)
+    report = json.loads(json.dumps(one.diagnostics, allow_nan=False))
+    assert sum(report["sources_chosen"].values()) == 5
+    assert report["sources_offered"] == {"even": 12, "odd": 12}
+    assert -1 <= report["rank_correlation_with_length"] <= 1
+    assert ("rank_correlation_with_pool_mean" in report) == (method == "ntk")
+
+
+def test_random_depends_on_the_seed_alone():
+    draw = lambda **changes: METHODS["random"]()(make(**changes)).selected.tolist()
+    assert draw(seed=1) == draw(seed=1, token_budget=32) != draw(seed=2)
+    assert draw(n=3, seed=1) == draw(n=5, seed=1)[:3]
+
+
+def test_embedding_orders_by_votes_then_similarity():
+    chosen = METHODS["embedding"]()(make())
+    order = np.argsort(chosen.ranks)
+    assert (np.diff(chosen.votes[order]) <= 0).all()
+    assert chosen.votes.sum() == 6 * 5
+
+
+def test_finished_rows_are_kept_and_used_again(tmp_path, monkeypatch):
+    first = METHODS["ntk"](pool_sample=8)(make(work_dir=tmp_path))
+    import ntkjax.ntk.scores as scores
+
+    def refuse(*args):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(scores, "directional_derivatives", refuse)
+    again = METHODS["ntk"](pool_sample=8)(make(work_dir=tmp_path))
+    np.testing.assert_array_equal(again.scores, first.scores)
+    with pytest.raises(ConfigError, match="kernel"):
+        METHODS["ntk"](pool_sample=8, kernel="loss")(make(work_dir=tmp_path))
+
+
+def test_ranks_break_ties_by_row_and_skip_what_is_not_scored():
+    scores = np.array([1.0, np.nan, 3, 3, 1])
+    assert rank(scores).tolist() == [3, 0, 1, 2, 4]
+    assert select_top("x", scores, 3).selected.tolist() == [2, 3, 0]
+    with pytest.raises(ConfigError, match="only 4"):
+        select_top("x", scores, 5)
+
+
+def test_examples_to_look_at():
+    shown = examples(select_top("x", np.array([5.0, 4, np.nan, 3, 2, 1, 0]), 2), shown=2)
+    assert {k: v.tolist() for k, v in shown.items()} == {"chosen": [0, 1], "just_missed": [3, 4], "lowest": [6, 5]}
+
+
+def test_impossible_requests_are_refused():
+    with pytest.raises(ConfigError, match=r"n = 25 .*\(24 examples"):
+        make(n=25)
+    with pytest.raises(ConfigError, match="at least 1"):
+        make(n=0)
+    for option in ("sketch_size", "prefilter_factor", "pool_sample"):
+        with pytest.raises(ConfigError, match=option):
+            METHODS["ntk"](**{option: 0})
