@@ -105,11 +105,12 @@ def collect_rows(
     store: Any = None,
     what: str = "score",
     read: bool = True,
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Gather (index [B], values [B, m]) pairs into [rows, m]; rows never visited are NaN.
 
     One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False
-    the values stay in the store, for what does not fit into memory, and None is returned.
+    the values stay in the store, for what does not fit into memory, and the
+    array returned is empty.
 
     Raises:
       NonFiniteError: some real row is NaN or infinite. The finite rows reach the store first, so that a
@@ -135,7 +136,7 @@ def collect_rows(
         store.flush()
     if not read:
         sink.check()
-        return None
+        return np.empty((0, 0), np.float32)
     return sink.result()
 
 

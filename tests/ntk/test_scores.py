@@ -7,7 +7,7 @@ import pytest
 
 from ntkjax.errors import UserError
 from ntkjax.ntk import IdentitySketch, directional_derivatives, directional_scores, kernel_scores, mean_gradient
-from ntkjax.ntk.scores import MAX_BAD_ROWS, NonFiniteError, stack_tangents
+from ntkjax.ntk.scores import MAX_BAD_ROWS, NonFiniteError, collect_rows, stack_tangents
 from ntkjax.store import RowStore
 
 DOMAIN, POOL = 7, 23
@@ -196,6 +196,15 @@ def test_rows_missing_from_a_store_are_nan_not_its_fill_value(toy, store):
     batch = toy.collate(toy.sequences(2, 1), [0, 3])
     scores = directional_scores(output_fn, params, [params], [batch], rows=4, store=store(4))
     assert np.isnan(scores[[1, 2]]).all() and np.isfinite(scores[[0, 3]]).all()
+
+
+def test_rows_can_stay_in_the_store(store):
+    kept, values = store(4), np.arange(3, dtype=np.float32)[:, None]
+    pairs = [(np.array([2, -1, 0]), jnp.asarray(values))]
+    assert collect_rows(pairs, rows=4, store=kept, read=False).size == 0
+    assert kept.read(np.array([0, 2])).ravel().tolist() == [2, 0]
+    with pytest.raises(NonFiniteError, match=r": 1\."):
+        collect_rows([(np.array([1]), jnp.full((1, 1), jnp.nan))], rows=4, store=kept, read=False)
 
 
 def test_non_finite_scores_name_their_rows_and_replace_nothing(toy, store):
