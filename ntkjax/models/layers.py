@@ -244,11 +244,14 @@ def attend(
     accumulate = float32_or_better(q.dtype)
     if mask is None:
         mask = (jnp.arange(s)[None, :] <= jnp.arange(t)[:, None])[None]
-    q = q.reshape(b, t, groups, n // groups, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=accumulate) * (1.0 / math.sqrt(h))
+    # One plain matrix product for each key/value head: einsum over five axes takes more than twice as long on a CPU.
+    q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
+    scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=accumulate) * (1.0 / math.sqrt(h))
+    scores = scores.reshape(b, groups, n // groups, t, s)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(accumulate).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=accumulate)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, groups, -1, s)
+    out = jnp.matmul(weights, v.transpose(0, 2, 1, 3), preferred_element_type=accumulate)
+    out = out.reshape(b, groups, n // groups, t, h).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, n, h).astype(v.dtype)
 
 
