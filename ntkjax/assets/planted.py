@@ -31,8 +31,8 @@ from ntkjax.rng import numpy_rng
 FORMS = {
     "question": ("What is {phrase}?", "We need"),
     "command": ("Find {phrase}.", "Look for"),
-    "polite": ("Please tell me {phrase}.", "This asks"),
-    "title": ("Task: {phrase}", "To find"),
+    "polite": ("Please tell me {phrase}.", "This asks for"),
+    "title": ("Task: {phrase}", "Here we want"),
     "notation": ("{operator} : {arguments} -> ?", "It means"),
 }
 """The surface forms of the pool: the frame of the question, and how the reasoning begins."""

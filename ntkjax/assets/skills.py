@@ -30,7 +30,7 @@ class Skill:
       solve: answer from the arguments (a mapping with ``n``, or ``items`` and perhaps ``x``).
       phrases: noun phrases that name what is asked; placeholders ``{n}``, ``{x}``, ``{items}``.
       operator: the word for it in symbolic notation.
-      reason: three or four words of reasoning with the arguments.
+      reason: four words of reasoning, so that the length of a response says nothing about its skill.
       story: general wordings, for pre-training.
       numbers: the arguments n that a number skill covers; empty for a list skill.
       shop: wordings in the shop's language, for pre-training.
@@ -85,7 +85,7 @@ def _number_skills() -> tuple[Skill, ...]:
             range(50),
             ("two times {n}", "the double of {n}"),
             "twice",
-            "two times {n}",
+            "{n} taken two times",
             ("{name} has {n} coins and wins as many again. How many coins is that?",),
             (
                 "{name} packs {n} pairs of {goods}. How many {goods} are packed?",
@@ -109,7 +109,7 @@ def _number_skills() -> tuple[Skill, ...]:
             range(61),
             ("the gap from {n} to 60", "what {n} lacks to 60"),
             "lack",
-            "60 without {n}",
+            "60 take away {n}",
             ("A walk has 60 steps and {name} made {n}. How many steps are left?",),
             (
                 "There is room for 60 {goods} and {n} are there. How many more can come?",
@@ -123,7 +123,7 @@ def _number_skills() -> tuple[Skill, ...]:
             range(60),
             ("seven more than {n}", "{n} moved up by seven"),
             "plus7",
-            "seven above {n}",
+            "{n} and seven more",
             ("{name} is {n} years old. How old is {name} in seven years?",),
             (
                 "It is day {n} and the order of {name} takes seven days. On which day does it come?",
@@ -137,7 +137,7 @@ def _number_skills() -> tuple[Skill, ...]:
             two_digit,
             ("{n} read backwards", "the mirror image of {n}"),
             "mirror",
-            "mirror of {n}",
+            "the mirror of {n}",
             ("{name} sees the sign {n} from the wrong side. What does it seem to say?",),
             ("The bill says {n} but {name} has turned the digits around. How much was paid?",),
         ),
@@ -175,7 +175,7 @@ def _number_skills() -> tuple[Skill, ...]:
             range(60),
             ("the remainder of {n} by five", "{n} modulo five"),
             "mod5",
-            "rest of {n}",
+            "the rest of {n}",
             ("{name} takes fives from {n} coins as often as possible. What remains?",),
         ),
         make(
