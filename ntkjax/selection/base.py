@@ -40,6 +40,14 @@ class Dataset(Protocol):
         ...
 
 
+def check_size(n: int, pool: int) -> None:
+    """Raise ConfigError unless 1 <= n <= pool."""
+    if n < 1:
+        raise ConfigError(f"n must be at least 1, got {n}")
+    if n > pool:
+        raise ConfigError(f"n = {n} is more than the pool holds ({pool} examples); ask for fewer or add pool files")
+
+
 @dataclasses.dataclass(frozen=True)
 class SelectionProblem:
     """Choose ``n`` rows of ``pool`` for ``domain``, seen through a model's functions.
@@ -74,12 +82,7 @@ class SelectionProblem:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ConfigError(f"n must be at least 1, got {self.n}")
-        if self.n > len(self.pool):
-            raise ConfigError(
-                f"n = {self.n} is more than the pool holds ({len(self.pool)} examples); ask for fewer or add pool files"
-            )
+        check_size(self.n, len(self.pool))
 
 
 @dataclasses.dataclass(frozen=True)

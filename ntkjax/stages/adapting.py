@@ -25,6 +25,7 @@ from tyro.conf import arg
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation import Outcome
 from ntkjax.models import LanguageModel
+from ntkjax.selection.base import check_size
 from ntkjax.selection.random import random_rows
 from ntkjax.stages.comparison import compare_methods, summarise_method
 from ntkjax.stages.evaluating import evaluate_on
@@ -32,7 +33,7 @@ from ntkjax.stages.finetuning import save_result, summary, train_on
 from ntkjax.stages.loading import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.stages.options import DataOptions, EvaluationOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir
-from ntkjax.stages.selecting import choose
+from ntkjax.stages.selecting import check_method, choose
 from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
@@ -129,8 +130,9 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
     from ntkjax.stages.adapt_report import write_report
 
     began = time.monotonic()
-    run = RunDir.create(config.out, "adapt", config)
-    study = _load(config, run, progress)
+    RunDir.check(config.out, "adapt", config)
+    study = _load(config, progress)
+    run = study.run
     outcomes: dict[str, list[list[Outcome]]] = {}
     details: list[dict] = []
     selected: dict[int, np.ndarray] = {}
@@ -147,16 +149,16 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
     return Adaptation(results, outcomes, selected)
 
 
-def _load(config: AdaptConfig, run: RunDir, progress: bool) -> _Study:
+def _load(config: AdaptConfig, progress: bool) -> _Study:
     model = load_model(config.model, seed=config.seed)
     read = lambda paths: load_data(paths, model, config.data)
     pool = read(config.pool)
-    if config.n > len(pool):
-        raise ConfigError(
-            f"n = {config.n} is more than the pool holds ({len(pool)} examples); ask for fewer or add pool files"
-        )
+    check_method(config.select.method)
+    check_size(config.n, len(pool))
     dev = read(config.dev) if config.dev else None
-    return _Study(config, run, model, read(config.domain), pool, read(config.test), dev, progress)
+    domain, test = read(config.domain), read(config.test)
+    run = RunDir.create(config.out, "adapt", config)
+    return _Study(config, run, model, domain, pool, test, dev, progress)
 
 
 def _run_arm(study: _Study, seed: int, arm: str, selected: dict[int, np.ndarray]) -> tuple[dict, list[Outcome]]:

@@ -41,9 +41,10 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
       UserError: unusable model, data or options; an earlier run on other examples.
     """
     earlier = None if config.against is None else read_outcomes(_outcomes_file(config.against))
-    run = RunDir.create(config.out, "evaluate", config)
+    RunDir.check(config.out, "evaluate", config)
     model = load_model(config.model, seed=config.seed)
     test = load_data(config.test, model, config.data)
+    run = RunDir.create(config.out, "evaluate", config)
     result = evaluate_on(
         model,
         {},

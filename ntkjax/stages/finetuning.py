@@ -47,11 +47,12 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FitResult:
     Raises:
       UserError: unusable model, data or options; a loss that is not finite; a full disk.
     """
-    run = RunDir.create(config.out, "finetune", config)
+    RunDir.check(config.out, "finetune", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
     auxiliary = load_data(config.auxiliary, model, config.data) if config.auxiliary else None
     dev = load_data(config.dev, model, config.data) if config.dev else None
+    run = RunDir.create(config.out, "finetune", config)
     result = train_on(
         model,
         trained_parameters(model, config.model),

@@ -65,14 +65,11 @@ class RunDir:
         """
         path = Path(path)
         wanted = {"command": command, "config": config_to_dict(config)}
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file; the output of a run is a directory. Choose another path.")
+        cls.check(path, command, config, resume=resume, ignore=ignore)
         run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if (path / "config.yaml").exists():
-                _check_same(path, wanted, resume, ignore)
-            else:
+            if not (path / "config.yaml").exists():
                 content = {"ntkjax": _version("ntkjax"), **wanted}
                 run.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             run.write_json("versions.json", versions() | {"seeds": _seeds(wanted["config"])})
@@ -80,6 +77,20 @@ class RunDir:
             raise UserError(f"{path}: cannot write the run directory ({error.strerror or error}). "
                             "Choose another --out or mend its permissions.") from error  # fmt: skip
         return run
+
+    @staticmethod
+    def check(
+        path: str | os.PathLike, command: str, config: Any, *, resume: bool = True, ignore: Sequence[str] = ()
+    ) -> None:
+        """Raise what ``create`` would for a path that holds something else; writes nothing.
+
+        For the start of a stage, before its inputs are read: a mistake in them then leaves no run directory behind.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; the output of a run is a directory. Choose another path.")
+        if (path / "config.yaml").exists():
+            _check_same(path, {"command": command, "config": config_to_dict(config)}, resume, ignore)
 
     def log(self, **fields: Any) -> None:
         """Append one line to metrics.jsonl and flush it. NaN and infinities are written as strings.

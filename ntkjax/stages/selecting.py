@@ -17,6 +17,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel, save_adapter
 from ntkjax.selection import METHODS, Selection, SelectionProblem
+from ntkjax.selection.base import check_size
 from ntkjax.selection.diagnostics import examples
 from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, disk_bytes, forecast_passes, tree_bytes
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
@@ -62,10 +63,13 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     """
     if config.dry_run:
         return forecast(config)
-    run = RunDir.create(config.out, "select", config)
+    RunDir.check(config.out, "select", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
     pool = load_data(config.pool, model, config.data)
+    check_method(config.select.method)
+    check_size(config.n, len(pool))
+    run = RunDir.create(config.out, "select", config)
     result = choose(
         model,
         trained_parameters(model, config.model),
@@ -136,6 +140,8 @@ def choose(
     """
     if (out / "selection.json").exists():
         return read_selection(out)
+    selector = METHODS[check_method(options.method)](**method_options(options))
+    check_size(n, len(pool))  # before the warm-up, which takes time
     out.mkdir(parents=True, exist_ok=True)
     if warmup is not None:
         params = fit(
@@ -143,21 +149,26 @@ def choose(
         ).params
         if model.lora_config is not None:
             save_adapter(out / "adapter", model, params)
-    result = METHODS[options.method](**method_options(options))(
+    result = selector(
         problem_of(model, params, domain, pool, n=n, data=data, seed=seed, work_dir=out / "rows", progress=progress)
     )
     write_selection(out, result, pool)
     return result
 
 
-def method_options(options: SelectorOptions) -> dict[str, Any]:
-    """The options that the method ``options.method`` has, by name.
+def check_method(name: str) -> str:
+    """``name`` if it is a selection method.
 
     Raises:
-      ConfigError: an unknown method.
+      ConfigError: it is not; the message lists those there are.
     """
-    if options.method not in METHODS:
-        raise ConfigError(f"unknown selection method {options.method!r}; expected one of {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise ConfigError(f"unknown selection method {name!r}; expected one of {', '.join(METHODS)}")
+    return name
+
+
+def method_options(options: SelectorOptions) -> dict[str, Any]:
+    """The options that the method ``options.method`` has, by name."""
     names = {field.name for field in dataclasses.fields(METHODS[options.method])}
     return {name: value for name, value in dataclasses.asdict(options).items() if name in names}
 
