@@ -164,9 +164,7 @@ class RowStore:
             got = f"{index.dtype} {index.shape} and {values.shape}"
             raise ValueError(f"index must be int [b] and values [b, {width}], got {got}")
         if not np.can_cast(values.dtype, self._dtype, "safe"):
-            raise ValueError(
-                f"{values.dtype} values do not fit a {self._dtype} store without loss: cast first"
-            )
+            raise ValueError(f"{values.dtype} values do not fit a {self._dtype} store without loss: cast first")
         if len(index) and (index.min() < -1 or index.max() >= rows):
             raise ValueError(f"index {int(index.min())}..{int(index.max())} is outside -1..{rows - 1}")
         real = index >= 0

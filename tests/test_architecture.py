@@ -196,9 +196,7 @@ def docstring_faults(root: Path) -> list[str]:
 def unpackaged_faults(root: Path) -> list[str]:
     """Folders with code but no __init__.py: an installed package would lack them."""
     folders = {path.parent for path, _, _ in sources(root)}
-    return sorted(
-        str(folder.relative_to(root)) for folder in folders if not (folder / "__init__.py").exists()
-    )
+    return sorted(str(folder.relative_to(root)) for folder in folders if not (folder / "__init__.py").exists())
 
 
 def test_every_folder_with_code_is_a_package():

@@ -25,9 +25,7 @@ def need(count: int) -> list[jax.Device]:
     return jax.devices()[:count]
 
 
-@pytest.mark.parametrize(
-    ("data", "model", "near"), [(3, 1, (4, 1)), (2, 3, (2, 2)), (1, 2, (2, 2)), (0, 4, (1, 4))]
-)
+@pytest.mark.parametrize(("data", "model", "near"), [(3, 1, (4, 1)), (2, 3, (2, 2)), (1, 2, (2, 2)), (0, 4, (1, 4))])
 def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(data, model, near):
     with pytest.raises(ConfigError, match=f"there are 4.*data={near[0]}, model={near[1]}"):
         make_mesh(data=data, model=model, devices=need(4))

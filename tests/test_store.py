@@ -261,9 +261,7 @@ def check_kills(tmp_path: Path, kills: int) -> None:
     options = {"rows": 501, "width": 300, "dtype": "float32", "manifest": {"seed": 0}}
     with RowStore.open(whole, **options) as a, RowStore.open(broken, **options) as b:
         assert a.read().tobytes() == b.read().tobytes()
-        assert (
-            a.read([500])[0].tobytes() == np.random.default_rng(500).normal(size=300).astype("f4").tobytes()
-        )
+        assert a.read([500])[0].tobytes() == np.random.default_rng(500).normal(size=300).astype("f4").tobytes()
 
 
 def test_killed_twice_and_resumed_the_array_is_the_same(tmp_path):

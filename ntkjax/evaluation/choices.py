@@ -120,9 +120,7 @@ def score_packed(
         most = max(packed[i].target.size for i in planned.indices)
         scored[planned.length] = max(scored.get(planned.length, 0), round_up(most, 8))
     for planned in plan:
-        b: PackedBatch = collate(
-            packed, planned.indices, planned.rows, planned.length, scored[planned.length]
-        )
+        b: PackedBatch = collate(packed, planned.indices, planned.rows, planned.length, scored[planned.length])
         log_probs = np.asarray(token_log_probs(states_fn, head_fn, params, b.batch, b.predictor, b.target))
         yield [(int(i), packed[i].sums(log_probs[r, : packed[i].target.size])) for r, i in enumerate(b.rows)]
 
@@ -206,8 +204,7 @@ def gold_choice(example: Any) -> int | None:
         if matches:
             return matches[0]
     raise DataError(
-        f"example {example.id!r}: the answer {example.answer!r} is not among the choices {choices}; mend "
-        f"the record"
+        f"example {example.id!r}: the answer {example.answer!r} is not among the choices {choices}; mend the record"
     )
 
 
@@ -237,9 +234,7 @@ def score_choices(
     check_template(answer_template)
     rows = range(len(records)) if rows is None else rows
     chosen = [
-        (row, example)
-        for row, example in ((row, records[row]) for row in rows)
-        if gold_choice(example) is not None
+        (row, example) for row, example in ((row, records[row]) for row in rows) if gold_choice(example) is not None
     ]
     if not chosen:
         raise UserError(

@@ -82,9 +82,7 @@ def _reserve(tokenizer: Any, examples: Sequence[Any], answer_template: str) -> i
 
 def _prompts(tokenizer: Any, examples: Sequence[Any], room: int) -> tuple[list[list[int]], list[int]]:
     prompts = [render_prompt(tokenizer, example) for example in examples]
-    return [cut_prompt(p, room, tokenizer.bos_token_id) for p in prompts], [
-        max(0, len(p) - room) for p in prompts
-    ]
+    return [cut_prompt(p, room, tokenizer.bos_token_id) for p in prompts], [max(0, len(p) - room) for p in prompts]
 
 
 def _plan(lengths: Sequence[int], new_tokens: int, token_budget: int) -> list[tuple[list[int], int]]:

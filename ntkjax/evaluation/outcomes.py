@@ -115,9 +115,7 @@ def weights_fingerprint(*trees: Params) -> str:
     for tree in trees:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             hasher.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-            places = np.unique(
-                np.linspace(0, max(leaf.size - 1, 0), min(leaf.size, SAMPLE_PER_LEAF)).astype(np.int64)
-            )
+            places = np.unique(np.linspace(0, max(leaf.size - 1, 0), min(leaf.size, SAMPLE_PER_LEAF)).astype(np.int64))
             if leaf.size:
                 sample = leaf[np.unravel_index(places, leaf.shape)] if leaf.ndim else leaf
                 hasher.update(np.asarray(sample).tobytes())
@@ -208,10 +206,7 @@ class OutcomeLog:
             if new:
                 file.write(json.dumps(self.settings) + "\n")
             for row, piece in rows.items():
-                file.write(
-                    json.dumps({"kind": kind, "row": row, **piece}, ensure_ascii=False, allow_nan=False)
-                    + "\n"
-                )
+                file.write(json.dumps({"kind": kind, "row": row, **piece}, ensure_ascii=False, allow_nan=False) + "\n")
 
     def finish(self, bases: Sequence[Outcome]) -> list[Outcome]:
         """Join the pieces onto ``bases`` (one for each row), write ``PATH`` and remove ``PATH.part``."""

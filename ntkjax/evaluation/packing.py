@@ -103,9 +103,7 @@ def pack(
             f"{name}: the longest response has {longest} tokens and max_length is {max_length}, which "
             "leaves no room for the prompt; raise max_length"
         )
-    sequences = [
-        cut_prompt(s[:start], start - dropped, bos) + list(s[start:]) for s, start in zip(sequences, starts)
-    ]
+    sequences = [cut_prompt(s[:start], start - dropped, bos) + list(s[start:]) for s, start in zip(sequences, starts)]
     starts = [start - dropped for start in starts]
     # The prefix stops before the last token of the shortest choice, so that every choice owns at least one,
     # and, where responses start at different places, before the first, so that shared ones are scored alike.
@@ -117,9 +115,7 @@ def pack(
     return _lay_out(sequences, starts, shared, score_shared, dropped)
 
 
-def _lay_out(
-    sequences: list[list[int]], starts: list[int], shared: int, score_shared: bool, dropped: int
-) -> Packed:
+def _lay_out(sequences: list[list[int]], starts: list[int], shared: int, score_shared: bool, dropped: int) -> Packed:
     tokens, segments, positions = list(sequences[0][:shared]), [0] * shared, list(range(shared))
     scored: list[tuple[int, int, int]] = []  # predictor, target, branch
     if score_shared:

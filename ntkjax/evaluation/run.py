@@ -206,9 +206,7 @@ def _bases(records: Any, pattern: str | None) -> tuple[list[Outcome], list[int],
     for row in range(len(records)):
         example = records[row]
         gold = example.answer if compiled is None else gold_answer(example, compiled)
-        bases.append(
-            Outcome(example.id, example.source, gold, list(example.choices) if example.choices else None)
-        )
+        bases.append(Outcome(example.id, example.source, gold, list(example.choices) if example.choices else None))
         if gold_choice(example) is not None:
             choice_rows.append(row)
         if (example.response or "").strip():
@@ -236,9 +234,7 @@ def _records_fingerprint(records: Any) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for row in range(len(records)):
         example = records[row]
-        hasher.update(
-            repr((example.id, example.prompt, example.response, example.answer, example.choices)).encode()
-        )
+        hasher.update(repr((example.id, example.prompt, example.response, example.answer, example.choices)).encode())
     return hasher.hexdigest()
 
 

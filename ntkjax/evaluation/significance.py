@@ -71,9 +71,7 @@ class McNemar:
 def _vector(values, name: str) -> np.ndarray:
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1 or vector.size == 0:
-        raise UserError(
-            f"{name}: expected a non-empty 1-dimensional array of numbers, got shape {vector.shape}"
-        )
+        raise UserError(f"{name}: expected a non-empty 1-dimensional array of numbers, got shape {vector.shape}")
     bad = np.flatnonzero(~np.isfinite(vector))
     if bad.size:
         raise UserError(
@@ -139,8 +137,7 @@ def paired_bootstrap(
     first, second = _vector(first, "first"), _vector(second, "second")
     if first.size != second.size:
         raise UserError(
-            f"paired bootstrap: {first.size} outcomes against {second.size}; both runs must cover the same "
-            f"examples"
+            f"paired bootstrap: {first.size} outcomes against {second.size}; both runs must cover the same examples"
         )
     return bootstrap_mean(second - first, level=level, resamples=resamples, method=method, seed=seed)
 
@@ -171,8 +168,7 @@ def mcnemar(first_correct, second_correct) -> McNemar:
     first, second = np.asarray(first_correct), np.asarray(second_correct)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
         raise UserError(
-            f"McNemar: expected two equally long non-empty vectors, got shapes {first.shape} and "
-            f"{second.shape}"
+            f"McNemar: expected two equally long non-empty vectors, got shapes {first.shape} and {second.shape}"
         )
     for name, values in (("first", first), ("second", second)):
         if not np.all((values == 0) | (values == 1)):
@@ -250,9 +246,7 @@ def _blocks(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def _hierarchical_block(
-    table: np.ndarray, rng: np.random.Generator, size: int, resample_seeds: bool
-) -> np.ndarray:
+def _hierarchical_block(table: np.ndarray, rng: np.random.Generator, size: int, resample_seeds: bool) -> np.ndarray:
     seeds, n = table.shape
     per_seed = table[:, rng.integers(0, n, (size, n))].mean(axis=2)  # [S, size]
     if not resample_seeds:

@@ -55,10 +55,7 @@ def _accuracy(name: str, correct: Sequence[bool | None], level: float) -> dict[s
 
 def _shares(values: Sequence[str | None]) -> dict[str, float]:
     counts = Counter(v if v is not None else "" for v in values)
-    return {
-        value: count / len(values)
-        for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    }
+    return {value: count / len(values) for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
 
 
 def _majority(outcomes: Sequence[Outcome]) -> tuple[str, int]:
@@ -112,9 +109,7 @@ def summarise_choices(outcomes: Sequence[Outcome], *, level: float = 0.95) -> di
     }
 
 
-def summarise_likelihood(
-    outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0
-) -> dict[str, Any] | None:
+def summarise_likelihood(outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0) -> dict[str, Any] | None:
     """`summarise_nll` with a BCa interval of the mean over examples; None where no response was scored."""
     scored = [(o.nll, o.nll_tokens) for o in outcomes if o.nll is not None and o.nll_tokens]
     if not scored:
@@ -147,9 +142,7 @@ def summarise_generation(outcomes: Sequence[Outcome], *, level: float = 0.95) ->
             if judged
             else {"accuracy": None, "accuracy_interval": None}
         ),
-        "accuracy_parsed": sum(bool(o.correct_generated) for o in unasked) / len(unasked)
-        if unasked
-        else None,
+        "accuracy_parsed": sum(bool(o.correct_generated) for o in unasked) / len(unasked) if unasked else None,
         "parsed": how["parsed"],
         "unmatched": how["unmatched"],
         "forced": how["forced"],

@@ -163,9 +163,7 @@ class _Reader:
         name = self.architecture()
         family = ARCHITECTURES[name]
         if self.config.get("quantization_config"):
-            raise self.fail(
-                "quantization_config is set: quantised weights are not supported; use the original"
-            )
+            raise self.fail("quantization_config is set: quantised weights are not supported; use the original")
         return self.gpt2(name) if family == "gpt2" else self.decoder(name, family)
 
     def activation(self, key: str, default: str) -> str:
@@ -183,9 +181,7 @@ class _Reader:
     def decoder(self, name: str, family: Family) -> ModelConfig:
         heads, hidden = self.number("num_attention_heads"), self.number("hidden_size")
         if self.config.get("head_dim") is None and family != "qwen3" and hidden % heads:
-            raise self.fail(
-                f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; no head_dim"
-            )
+            raise self.fail(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; no head_dim")
         self.refuse_windows(name)
         bias = self.flag("attention_bias", False) and name in ("LlamaForCausalLM", "Qwen3ForCausalLM")
         return ModelConfig(
@@ -242,14 +238,10 @@ class _Reader:
             raise self.fail(f"{key} = {scaling!r}: expected one flat object for all layers")
         kind = scaling.get("rope_type", scaling.get("type")) or "default"
         if kind not in ROPE_TYPES:
-            raise self.fail(
-                f"{key}.rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            )
+            raise self.fail(f"{key}.rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
         for source in (self.config, scaling):
             if source.get("partial_rotary_factor") not in (None, 1, 1.0):
-                raise self.fail(
-                    f"partial_rotary_factor = {source['partial_rotary_factor']}: only 1.0 is supported"
-                )
+                raise self.fail(f"partial_rotary_factor = {source['partial_rotary_factor']}: only 1.0 is supported")
         inner = _Reader(scaling, f"{self.where}: {key}")
         theta = self.number("rope_theta", 10_000.0, float)
         theta = inner.number("rope_theta", theta, float)

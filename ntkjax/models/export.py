@@ -40,9 +40,7 @@ def save_merged(
     shards = _shards(model, leaves, pieces, max_shard_size)
     with replaced_directory(directory, _STALE) as scratch:
         for file, names in shards.items():
-            write_tensors(
-                scratch / file, {name: _tensor(model, leaves, name, pieces[name]) for name in names}
-            )
+            write_tensors(scratch / file, {name: _tensor(model, leaves, name, pieces[name]) for name in names})
         if len(shards) > 1:
             total = sum(_size(model, leaves, pieces[name]) for name in pieces)
             files = {name: file for file, names in shards.items() for name in names}
@@ -74,9 +72,7 @@ def _pieces(model: LanguageModel) -> dict[str, list[Piece]]:
 
 def _size(model: LanguageModel, leaves: dict[str, Any], parts: list[Piece]) -> int:
     """Bytes of one tensor in the file."""
-    counts = (
-        leaves[path].size // (1 if layer is None else leaves[path].shape[0]) for path, _, layer in parts
-    )
+    counts = (leaves[path].size // (1 if layer is None else leaves[path].shape[0]) for path, _, layer in parts)
     return sum(counts) * np.dtype(_dtype(model)).itemsize
 
 

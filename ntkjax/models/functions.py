@@ -49,15 +49,11 @@ def overlay(weights: dict, params: Params, where: str = "") -> dict:
     for name, value in params.items():
         path = f"{where}{name}"
         if name not in weights or isinstance(value, dict) != isinstance(weights[name], dict):
-            raise UserError(
-                f"parameter {path!r} does not exist in the model; here it has: {', '.join(weights)}"
-            )
+            raise UserError(f"parameter {path!r} does not exist in the model; here it has: {', '.join(weights)}")
         if isinstance(value, dict):
             out[name] = overlay(weights[name], value, path + "/")
         elif jnp.shape(value) != jnp.shape(weights[name]):
-            raise UserError(
-                f"parameter {path!r} has shape {jnp.shape(value)}: expected {jnp.shape(weights[name])}"
-            )
+            raise UserError(f"parameter {path!r} has shape {jnp.shape(value)}: expected {jnp.shape(weights[name])}")
         else:
             out[name] = value
     return out
@@ -163,9 +159,7 @@ class ModelFn:
             raise TypeError(f"the {self.kind!r} function takes (params, batch)")
         tokens = jnp.asarray(batch.tokens)
         optional = lambda x: None if x is None else jnp.asarray(x)
-        states, _ = forward(
-            self.spec, weights, tokens, optional(batch.positions), segments=optional(batch.segments)
-        )
+        states, _ = forward(self.spec, weights, tokens, optional(batch.positions), segments=optional(batch.segments))
         if self.kind == "states":
             return states
         if self.kind == "embed":

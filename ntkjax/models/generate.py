@@ -82,9 +82,7 @@ def generate(
     return results
 
 
-def _check_options(
-    max_new_tokens: int, key: Array | None, temperature: float, top_p: float, batch_size: int
-) -> None:
+def _check_options(max_new_tokens: int, key: Array | None, temperature: float, top_p: float, batch_size: int) -> None:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
     if batch_size < 1:
@@ -94,9 +92,7 @@ def _check_options(
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p = {top_p}: expected a share above 0 and at most 1")
     if temperature > 0 and key is None:
-        raise ConfigError(
-            f"temperature = {temperature} samples: give key=jax.random.key(seed), or temperature=0"
-        )
+        raise ConfigError(f"temperature = {temperature} samples: give key=jax.random.key(seed), or temperature=0")
 
 
 def _typed(key: Array | None) -> Array:
@@ -196,9 +192,7 @@ def _continue(
     return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[2]), body, state)[4]
 
 
-def _sample(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: Float[Array, "2"]
-) -> Int[Array, " B"]:
+def _sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: Float[Array, "2"]) -> Int[Array, " B"]:
     """One token per row from softmax(logits / temperature), cut to its nucleus of mass top_p (arXiv
     1904.09751).
     """

@@ -205,9 +205,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return bent.astype(np.float32)
 
 
-def rope_angles(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any
-) -> tuple[Array, Array]:
+def rope_angles(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array]:
     """cos and sin of position * frequency, each [B, T, head_dim / 2] in float32 or better."""
     dtype = float32_or_better(dtype)
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim)).astype(dtype)
@@ -276,9 +274,7 @@ def attention_mask(
 
 def _append(slots: Array, new: Array, lengths: Array) -> Array:
     """Write ``new`` [B, T, K, H] into ``slots`` [B, S, K, H] at each row's length."""
-    write = lambda row, x, at: jax.lax.dynamic_update_slice(
-        row, x, (at, jnp.zeros_like(at), jnp.zeros_like(at))
-    )
+    write = lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, jnp.zeros_like(at), jnp.zeros_like(at)))
     return jax.vmap(write)(slots, new.astype(slots.dtype), lengths)
 
 

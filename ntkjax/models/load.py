@@ -78,9 +78,7 @@ def find_directory(path: str | Path) -> Path:
     text = str(path)
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "is a file" if local.exists() else "does not exist"
-        raise CheckpointError(
-            f"{path}: {what}; expected a model directory with config.json and model.safetensors"
-        )
+        raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")
     from huggingface_hub import snapshot_download
 
     try:
@@ -122,9 +120,7 @@ def find_tensors(directory: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
     names = read_json(index, "").get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(
-            f"{index}: key 'weight_map' is missing or empty: expected tensor names and their files"
-        )
+        raise CheckpointError(f"{index}: key 'weight_map' is missing or empty: expected tensor names and their files")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted(set(names.values())):
         if not (directory / shard).is_file():
@@ -178,9 +174,7 @@ def _names_of(spec: ModelSpec, path: str, source: Source) -> list[str]:
     return [source.name.format(i) for i in range(layers)]
 
 
-def _check_names(
-    spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str
-) -> None:
+def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
     """No tensor may be missing, and none may be left over."""
     needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
     missing = sorted(needed - tensors.keys())
@@ -200,8 +194,7 @@ def _check_names(
         return
     if unused:
         raise CheckpointError(
-            f"{where}: {_listed('tensor', unused)} not used by "
-            f"{spec.config.architecture} with this config.json"
+            f"{where}: {_listed('tensor', unused)} not used by {spec.config.architecture} with this config.json"
         )
 
 
@@ -224,9 +217,7 @@ def _load_leaf(
     for layer in range(shape.shape[0]):
         info = tensors[source.name.format(layer)]
         _check_shape(info, source, shape.shape[1:])
-        tensor = jax.device_put(
-            _host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape))
-        )
+        tensor = jax.device_put(_host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape)))
         stack = _write_layer(stack, np.int32(layer), tensor, source.transpose, sharding)
     return stack
 
@@ -247,8 +238,7 @@ def _check_shape(info: TensorInfo, source: Source, shape: tuple[int, ...]) -> No
     expected = (*expected[:-1], expected[-1] * source.parts)
     if info.shape != expected:
         raise CheckpointError(
-            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json "
-            f"asks for {list(expected)}"
+            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json asks for {list(expected)}"
         )
 
 
@@ -271,9 +261,7 @@ def _as_leaf(array: Array, transpose: bool, dtype: str, sharding: NamedSharding 
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _write_layer(
-    stack: Array, layer: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None
-) -> Array:
+def _write_layer(stack: Array, layer: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
     tensor = (tensor.T if transpose else tensor).astype(stack.dtype)
     out = jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, 0)
     return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)

@@ -53,9 +53,7 @@ class LoraConfig:
         if self.rank < 1:
             raise ConfigError(f"LoRA rank = {self.rank}: expected at least 1 (use lora=None for no adapter)")
         if not self.targets:
-            raise ConfigError(
-                "LoRA targets are empty: name at least one layer, or use lora=None for no adapter"
-            )
+            raise ConfigError("LoRA targets are empty: name at least one layer, or use lora=None for no adapter")
 
     @property
     def scale(self) -> float:
@@ -81,17 +79,13 @@ class LoraConfig:
 def _matching(target: str, linears: tuple[str, ...]) -> list[str]:
     if target == "all-linear":
         return list(linears)
-    exact = [
-        name for name in linears if target in (name, name.split("/")[-1]) or name in _ALIASES.get(target, ())
-    ]
+    exact = [name for name in linears if target in (name, name.split("/")[-1]) or name in _ALIASES.get(target, ())]
     if exact:
         return exact
     try:
         return [name for name in linears if re.search(target, name)]
     except re.error as error:
-        raise ConfigError(
-            f"LoRA target {target!r} is neither a layer name nor a regular expression: {error}"
-        ) from None
+        raise ConfigError(f"LoRA target {target!r} is neither a layer name nor a regular expression: {error}") from None
 
 
 def lora_delta(

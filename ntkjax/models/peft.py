@@ -153,9 +153,7 @@ def adapter_lora_config(directory: str | Path) -> LoraConfig:
         found = re.fullmatch(r".*\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", key)
         names = {**_DECODER_MODULES, **_GPT2_MODULES}.get(found[1]) if found else None
         if names is None:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts"
-            )
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts")
         targets.update(names)
     return LoraConfig(config.rank, config.alpha, tuple(sorted(targets)), config.rslora)
 
@@ -177,9 +175,7 @@ class _PeftConfig:
 
     def scale_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (
-            math.sqrt(rank) if self.rslora else rank
-        )
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -188,9 +184,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def _lora_of(model: LanguageModel) -> LoraConfig:
     if model.spec.lora is None:
-        raise CheckpointError(
-            "the model was loaded without an adapter (lora=None): load it with a LoraConfig"
-        )
+        raise CheckpointError("the model was loaded without an adapter (lora=None): load it with a LoraConfig")
     return model.spec.lora
 
 
@@ -229,9 +223,7 @@ def _refuse_other_changes(model: LanguageModel, params: Params) -> None:
         if path in whole and jnp.array_equal(value, whole[path]):
             continue
         name = "/".join(str(part.key) for part in path)
-        raise CheckpointError(
-            f"{name} was changed, and an adapter cannot hold it: write the model with save_merged"
-        )
+        raise CheckpointError(f"{name} was changed, and an adapter cannot hold it: write the model with save_merged")
 
 
 def _fuse(parts: list[Factors | None], widths: list[int]) -> Factors:
@@ -270,9 +262,7 @@ def _split(
     columns = {name: slice(end - width, end) for name, end, width in zip(names, ends, widths)}
     for name in names:
         if name not in targets and b[..., columns[name]].any():
-            raise CheckpointError(
-                f"{where}: adapts {name}, where the model has no adapter: load it with that target"
-            )
+            raise CheckpointError(f"{where}: adapts {name}, where the model has no adapter: load it with that target")
     if a.shape[-1] == rank:
         return {name: (a, b[..., columns[name]]) for name in targets}
     rows = {name: slice(i * rank, (i + 1) * rank) for i, name in enumerate(targets)}
@@ -334,9 +324,7 @@ def _as_params(lora: Params, loaded: dict[str, Factors], where: Path) -> Params:
         a, b = loaded["/".join(part.key for part in path[1:-1])]
         new = a if path[-1].key == "lora_a" else b
         if not np.isfinite(new).all():
-            raise CheckpointError(
-                f"{where}: the adapter of {path[1].key}/{path[2].key} has values that are not finite"
-            )
+            raise CheckpointError(f"{where}: the adapter of {path[1].key}/{path[2].key} has values that are not finite")
         place = old.sharding if isinstance(old, jax.Array) else None
         return jax.device_put(new.astype(old.dtype), place)
 

@@ -46,9 +46,7 @@ class TensorInfo:
     def read(self) -> np.ndarray:
         """The tensor as a NumPy array of its own (bfloat16 through ml_dtypes)."""
         if self.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self.file}: tensor {self.name!r} has dtype {self.dtype}, which is not supported"
-            )
+            raise CheckpointError(f"{self.file}: tensor {self.name!r} has dtype {self.dtype}, which is not supported")
         dtype = _DTYPES[self.dtype]
         with self.file.open("rb") as stream:
             stream.seek(self.start)
@@ -66,9 +64,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     safetensors.
     """
     size = path.stat().st_size
-    bad = lambda why: CheckpointError(
-        f"{path}: not a usable safetensors file: {why}; download or export it again"
-    )
+    bad = lambda why: CheckpointError(f"{path}: not a usable safetensors file: {why}; download or export it again")
     with path.open("rb") as stream:
         first = stream.read(8)
         if len(first) < 8:
@@ -94,8 +90,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise bad(f"the header entry of tensor {name!r} is malformed") from None
         width = _DTYPES[info.dtype].itemsize * math.prod(shape) if info.dtype in _DTYPES else stop - start
         if start < 0 or stop - start != width or info.stop > size:
-            raise bad(
-                f"tensor {name!r} {info.dtype} {list(shape)} does not fit its place in the file (truncated?)"
-            )
+            raise bad(f"tensor {name!r} {info.dtype} {list(shape)} does not fit its place in the file (truncated?)")
         tensors[name] = info
     return tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ def _contract(h: Float[Array, "B D"], w: Float[Array, "D *m"]) -> Float[Array, "
 class FoldedOutput:
     """F(x) = w . h(x) with a fixed ``weight`` w = W^T v, [D] -> [B], or [D, m] -> [B, m]."""
 
-    hidden_fn: Callable
-    weight: Array
+    hidden_fn: Any  # Any: inside JAX's transformations leaves are also tracers and plain markers
+    weight: Any
 
     def __call__(self, params: Params, batch) -> Array:
         return _contract(at_least_float32(self.hidden_fn(params, batch)), self.weight)
@@ -40,9 +41,9 @@ class FoldedOutput:
 class TrainedHeadOutput:
     """F(x) = (W(params)^T v) . h(x), [B]: the head comes from ``params``, so its own gradient counts."""
 
-    hidden_fn: Callable
-    head_fn: Callable
-    probe: Array | None  # None: all ones
+    hidden_fn: Any
+    head_fn: Any
+    probe: Any  # [V] or None: all ones
 
     def __call__(self, params: Params, batch) -> Float[Array, " B"]:
         hidden = at_least_float32(self.hidden_fn(params, batch))

@@ -189,44 +189,28 @@ def forecast_passes(
       candidates: rows that stage 1 leaves to score; None where stage 1 is off and every row is scored.
       warmup_epochs: passes over the domain before scoring; 0 for none.
     """
-    batches = lambda data: list(data.tokens.batches(token_budget=token_budget))
-    tokens = lambda data, rows: (rows, int(rows * float(np.mean(data.tokens.lengths))))
     output = model.nll_fn if kernel == "loss" else sum_logits(model.hidden_fn, model.head_fn({}))
-    stacked = stack_tangents(params, [params, params])
+    tangents = stack_tangents(params, [params, params])  # only their shapes matter here
     gradient = jax.jit(lambda fn, p, batch: jax.grad(lambda q: fn(q, batch).sum())(p))
-    domain_batches, pool_batches = batches(domain), batches(sample)
-    phases = []
-    if warmup_epochs > 0:
-        rows = round(domain_rows * warmup_epochs)
-        phases.append(
-            time_phase("warm up", gradient, domain_batches, lambda b: (model.nll_fn, params, b), tokens(domain, rows))
-        )
-    if candidates is not None:
-        phases.append(
-            time_phase(
-                "embed pool",
-                embed_batch,
-                pool_batches,
-                lambda b: (model.embed_fn, params, b),
-                tokens(sample, pool_rows),
-            )
-        )
-    phases.append(
-        time_phase(
-            "domain gradient", gradient, domain_batches, lambda b: (output, params, b), tokens(domain, domain_rows)
-        )
-    )
     scored = pool_rows if candidates is None else min(candidates, pool_rows)
-    phases.append(
-        time_phase(
-            "score pool",
-            directional_derivatives,
-            pool_batches,
-            lambda b: (output, params, stacked, b),
-            tokens(sample, scored),
-        )
+    embedded = 0 if candidates is None else pool_rows
+    passes = (
+        ("warm up", gradient, domain, round(domain_rows * warmup_epochs), lambda b: (model.nll_fn, params, b)),
+        ("embed pool", embed_batch, sample, embedded, lambda b: (model.embed_fn, params, b)),
+        ("domain gradient", gradient, domain, domain_rows, lambda b: (output, params, b)),
+        ("score pool", directional_derivatives, sample, scored, lambda b: (output, params, tangents, b)),
     )
-    return tuple(phases)
+    return tuple(
+        time_phase(
+            name,
+            step,
+            list(data.tokens.batches(token_budget=token_budget)),
+            arguments,
+            (rows, int(rows * float(np.mean(data.tokens.lengths)))),
+        )
+        for name, step, data, rows, arguments in passes
+        if rows
+    )
 
 
 def disk_bytes(sample: Loaded, domain_rows: int, pool_rows: int, *, width: int, embeddings: bool, n: int) -> int:

@@ -73,16 +73,13 @@ def test_truncated_prompts_are_counted_and_exact(model, nine):
     records = nine
     longest = {
         row: max(
-            len(render(model.tokenizer, records[row], response=TEMPLATE.format(c)).tokens)
-            for c in records[row].choices
+            len(render(model.tokenizer, records[row], response=TEMPLATE.format(c)).tokens) for c in records[row].choices
         )
         for row in range(9)
     }
     limit = sorted(longest.values())[2]
     got = scores_of(model, records, max_length=limit)
-    assert {row: s.dropped for row, s in got.items()} == {
-        row: max(0, n - limit) for row, n in longest.items()
-    }
+    assert {row: s.dropped for row, s in got.items()} == {row: max(0, n - limit) for row, n in longest.items()}
     assert sum(s.dropped > 0 for s in got.values()) >= 2
     for row, s in got.items():
         np.testing.assert_allclose(s.raw, one_by_one(model, records[row], limit)[0], rtol=1e-5)
@@ -153,9 +150,7 @@ def test_pick():
 
 
 def test_gold_choice():
-    example = lambda **fields: SimpleNamespace(
-        **{"id": "a", "choices": ["No", "Yes"], "answer": "Yes", **fields}
-    )
+    example = lambda **fields: SimpleNamespace(**{"id": "a", "choices": ["No", "Yes"], "answer": "Yes", **fields})
     assert gold_choice(example()) == 1
     assert gold_choice(example(answer=" yes ")) == 1
     assert gold_choice(example(choices=["yes", "Yes"])) == 1
@@ -168,9 +163,7 @@ def test_gold_choice():
 
 
 def test_no_choices_anywhere_is_refused(model, write_records):
-    records = write_records(
-        [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d", "answer": "d"}]
-    )
+    records = write_records([{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d", "answer": "d"}])
     with pytest.raises(UserError, match="none of the 2 examples has choices and an answer"):
         list(score_choices(model, {}, records, max_length=100, token_budget=100))
 

@@ -36,9 +36,7 @@ def test_outcomes_as_dicts():
 def test_the_first_id_that_differs_is_named():
     with pytest.raises(UserError, match=r"example 1 is 'x1' in the first and 'y1' in the second"):
         compare(run([1, 0]), [run([1])[0], *run([1, 0], "y")[1:]], "correct_raw")
-    with pytest.raises(
-        UserError, match=r"3 examples against 2; 'x2' at position 2 is missing from the second"
-    ):
+    with pytest.raises(UserError, match=r"3 examples against 2; 'x2' at position 2 is missing from the second"):
         compare(run([1, 0, 1]), run([1, 0]), "correct_raw")
     with pytest.raises(UserError, match=r"'x2' at position 2 is missing from the first"):
         compare(run([1, 0]), run([1, 0, 1]), "correct_raw")

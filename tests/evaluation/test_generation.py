@@ -38,9 +38,7 @@ class Script:
     def __call__(self, model, params, prompts, *, max_new_tokens, batch_size):
         self.calls.append(([self.tokenizer.decode(p) for p in prompts], max_new_tokens, batch_size))
         answers = [self.say(self.tokenizer.decode(p)) for p in prompts]
-        return [
-            [*self.tokenizer(a)["input_ids"], self.tokenizer.eos_token_id][:max_new_tokens] for a in answers
-        ]
+        return [[*self.tokenizer(a)["input_ids"], self.tokenizer.eos_token_id][:max_new_tokens] for a in answers]
 
 
 def run(monkeypatch, model, records, say, **options):
@@ -156,9 +154,7 @@ def test_gold_answer():
 
 def test_no_room_is_refused(monkeypatch, stub, write_records):
     records = write_records(rows_of(2))
-    with pytest.raises(
-        ConfigError, match=r"max_new_tokens: 60 new tokens .* max_length 70 .*raise max_length"
-    ):
+    with pytest.raises(ConfigError, match=r"max_new_tokens: 60 new tokens .* max_length 70 .*raise max_length"):
         run(monkeypatch, stub, records, by_prompt("a", "b"), max_length=70)
 
 

@@ -21,9 +21,7 @@ def by_hand(model, example):
 def test_every_example_once_and_right(model, nine):
     records = nine
     dataset = tokenise(records, model.tokenizer, max_length=200)
-    got = {
-        s.row: s for batch in response_nll(model, {}, dataset, token_budget=300, max_buckets=1) for s in batch
-    }
+    got = {s.row: s for batch in response_nll(model, {}, dataset, token_budget=300, max_buckets=1) for s in batch}
     assert sorted(got) == list(range(9))
     for row, s in got.items():
         nll, tokens = by_hand(model, records[row])

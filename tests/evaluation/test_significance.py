@@ -67,9 +67,7 @@ def test_large_sample_is_the_normal_interval():
     half = 1.96 * values.std(ddof=1) / np.sqrt(values.size)
     for method in ("bca", "percentile"):
         got = bootstrap_mean(values, method=method, resamples=4000)
-        assert (got.low, got.high) == pytest.approx(
-            (values.mean() - half, values.mean() + half), abs=0.1 * half
-        )
+        assert (got.low, got.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])

@@ -87,9 +87,7 @@ def llama_cases() -> dict[str, Case]:
             edit="inv_freq",
         ),
         "llama3": Case(LlamaConfig(**gqa, rope_parameters=rope(5e5), rms_norm_eps=1e-5), "grouped queries"),
-        "llama31": Case(
-            LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE), "llama3 rope scaling, untied", **long
-        ),
+        "llama31": Case(LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE), "llama3 rope scaling, untied", **long),
         "llama32-tied": Case(
             LlamaConfig(**wide, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
             "llama3 rope scaling, tied",
@@ -117,9 +115,7 @@ def llama_cases() -> dict[str, Case]:
         ),
         "mistral": Case(MistralConfig(**gqa, rope_parameters=rope(1e6), sliding_window=None), "no window"),
         "smollm2": Case(
-            LlamaConfig(
-                **{**TINY, "num_key_value_heads": 1}, rope_parameters=rope(1e5), tie_word_embeddings=True
-            ),
+            LlamaConfig(**{**TINY, "num_key_value_heads": 1}, rope_parameters=rope(1e5), tie_word_embeddings=True),
             "tied head, grouped queries",
         ),
         "mixed-dtype": Case(
@@ -201,18 +197,14 @@ def edit_checkpoint(folder: Path, how: str) -> None:
         config.write_text(json.dumps(v4_config(json.loads(config.read_text()), how), indent=2) + "\n")
     tensors = load_file(weights) if weights.exists() else {}
     if how == "inv_freq":
-        tensors |= {
-            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 1e4 ** (-torch.arange(4) / 4) for i in range(2)
-        }
+        tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 1e4 ** (-torch.arange(4) / 4) for i in range(2)}
     elif how == "mixed":
         kinds = {"self_attn": torch.bfloat16, "mlp.up": torch.float16, "norm": torch.bfloat16}
         for name, t in tensors.items():
             tensors[name] = t.to(next((d for part, d in kinds.items() if part in name), t.dtype))
     elif how == "gpt2-hub":
         tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-        tensors |= {
-            f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 48, 48, dtype=torch.uint8)) for i in range(2)
-        }
+        tensors |= {f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 48, 48, dtype=torch.uint8)) for i in range(2)}
     else:
         return
     save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
@@ -236,9 +228,7 @@ def v4_config(config: dict, how: str) -> dict:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     if (folder / "adapter").exists():
         model = peft.PeftModel.from_pretrained(model, folder / "adapter").to(dtype)
     return model.eval()

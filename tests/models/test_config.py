@@ -55,9 +55,7 @@ def test_old_linear_scaling_names_its_kind_type():
 
 
 def test_absent_keys_mean_what_transformers_means():
-    without = {
-        k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps", "hidden_act")
-    }
+    without = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps", "hidden_act")}
     config = ModelConfig.from_hf(without | {"rope_scaling": None, "head_dim": None})
     assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.activation) == (4, 16, 1e-6, "silu")
     assert config.rope == RopeConfig() and not config.tied

@@ -125,10 +125,7 @@ def test_scan_equals_a_loop_over_layers():
 
 
 def test_remat_changes_neither_values_nor_gradients():
-    pair = [
-        init_lm(SMALL, seed=0, lora=LoraConfig(rank=2, targets=("q",)), remat=remat)
-        for remat in (False, True)
-    ]
+    pair = [init_lm(SMALL, seed=0, lora=LoraConfig(rank=2, targets=("q",)), remat=remat) for remat in (False, True)]
     loss = lambda p, spec: jnp.sum(forward(spec, p, jnp.asarray(TOKENS))[0] ** 2)
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     for a, b in zip(*(jax.tree.leaves(gradient(model.params, model.spec)) for model in pair)):

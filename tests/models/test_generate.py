@@ -188,7 +188,5 @@ def test_learned_positions_are_a_limit_and_can_be_filled() -> None:
     model = make("gpt2")
     prompt = (LONG + SHORT)[:17]
     assert generate(model, {}, [prompt], max_new_tokens=8) == [by_full_passes(model, prompt, 8)]
-    with pytest.raises(
-        UserError, match="prompt 0: 18 tokens and max_new_tokens = 8 do not fit the model's 25"
-    ):
+    with pytest.raises(UserError, match="prompt 0: 18 tokens and max_new_tokens = 8 do not fit the model's 25"):
         generate(model, {}, [[*prompt, 1]], max_new_tokens=8)

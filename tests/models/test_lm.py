@@ -63,9 +63,7 @@ def test_outputs_are_the_formulas():
         np.testing.assert_allclose(got["embed"][i], states[i, :n].mean(0), atol=1e-5)
         np.testing.assert_allclose(got["nll"][i], -logp[i, at, batch.tokens[i, at + 1]].mean(), atol=1e-5)
         every = np.arange(n - 1)
-        np.testing.assert_allclose(
-            got["all"][i], -logp[i, every, batch.tokens[i, every + 1]].mean(), atol=1e-5
-        )
+        np.testing.assert_allclose(got["all"][i], -logp[i, every, batch.tokens[i, every + 1]].mean(), atol=1e-5)
         np.testing.assert_allclose(got["last"][i], states[i, n - 2], atol=1e-5)
 
 
@@ -98,12 +96,8 @@ def test_an_empty_row_is_exactly_zero_in_value_and_gradient():
     model, batch = model_with_b(), make_batch()
     lengths, mask = np.array(batch.lengths), np.array(batch.response_mask)
     lengths[1], mask[1] = 1, False
-    batch = dataclasses.replace(
-        batch, lengths=lengths, response_mask=mask, index=np.array([0, -1, 2], np.int32)
-    )
-    fns = [
-        model.output(kind, at) for kind in ("apply", "hidden", "nll") for at in ("response", "all", "last")
-    ]
+    batch = dataclasses.replace(batch, lengths=lengths, response_mask=mask, index=np.array([0, -1, 2], np.int32))
+    fns = [model.output(kind, at) for kind in ("apply", "hidden", "nll") for at in ("response", "all", "last")]
     values = jax.jit(lambda fns: [fn({}, batch) for fn in fns])(fns)
     assert all(np.all(np.asarray(value[1]) == 0) and np.any(np.asarray(value[0]) != 0) for value in values)
     gradient = jax.jit(jax.grad(lambda p, fn: fn(p, batch)[1]))(model.lora, model.nll_fn)
@@ -114,9 +108,7 @@ def test_fresh_adapters_leave_the_model_as_it_is():
     base = init_lm(CONFIG, seed=0)
     fresh = init_lm(CONFIG, seed=0, lora=LoraConfig(rank=4))
     np.testing.assert_array_equal(base.logits(make_batch().tokens), fresh.logits(make_batch().tokens))
-    assert not np.allclose(
-        base.logits(make_batch().tokens), model_with_b().logits(make_batch().tokens), atol=1e-2
-    )
+    assert not np.allclose(base.logits(make_batch().tokens), model_with_b().logits(make_batch().tokens), atol=1e-2)
     assert base.lora == {}
 
 
@@ -199,9 +191,7 @@ def test_functions_are_arguments_and_are_traced_once():
     jaxpr = jax.make_jaxpr(lambda fn, p: fn(p, batch))(model.nll_fn, model.lora)
     weights = {leaf.shape for leaf in jax.tree.leaves(model.params)}
     # What remains captured is the batch and the rope frequencies, no weight.
-    assert all(
-        const.shape not in weights or const.dtype == bool for const in jaxpr.consts if hasattr(const, "shape")
-    )
+    assert all(const.shape not in weights or const.dtype == bool for const in jaxpr.consts if hasattr(const, "shape"))
 
 
 @pytest.mark.parametrize("kind", ["nll", "hidden"])
@@ -209,9 +199,7 @@ def test_forward_and_reverse_mode_agree_with_finite_differences(kind, x64):
     model, batch = model_with_b("float64"), make_batch()
     rng = np.random.default_rng(7)
     probe = jnp.asarray(rng.normal(size=16))
-    fn = lambda p: (
-        model.nll_fn(p, batch).sum() if kind == "nll" else (model.hidden_fn(p, batch) @ probe).sum()
-    )
+    fn = lambda p: model.nll_fn(p, batch).sum() if kind == "nll" else (model.hidden_fn(p, batch) @ probe).sum()
     fn = jax.jit(fn)
     tangent = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), model.lora)
     moved = lambda eps: fn(jax.tree.map(lambda p, t: p + eps * t, model.lora, tangent))

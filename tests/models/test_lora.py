@@ -72,9 +72,7 @@ def test_subset_and_merge():
     tree = {"layers": {"q": arrays, "k": {"kernel": arrays["kernel"]}}, "norm": {"scale": jnp.ones(4)}}
     assert lora_subset(tree) == {"layers": {"q": {n: arrays[n] for n in ("lora_a", "lora_b")}}}
     merged = merge_lora(tree, 0.5)
-    expected = np.asarray(arrays["kernel"]) + 0.5 * np.einsum(
-        "lir,lro->lio", arrays["lora_a"], arrays["lora_b"]
-    )
+    expected = np.asarray(arrays["kernel"]) + 0.5 * np.einsum("lir,lro->lio", arrays["lora_a"], arrays["lora_b"])
     np.testing.assert_allclose(merged["layers"]["q"]["kernel"], expected, atol=1e-6)
     assert set(merged["layers"]["q"]) == {"kernel"}
     assert merged["norm"]["scale"] is tree["norm"]["scale"]

@@ -127,9 +127,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_peft_reads_our_adapter_and_transformers_our_merge(
-    name: str, lora: LoraConfig, tmp_path: Path
-) -> None:
+def test_peft_reads_our_adapter_and_transformers_our_merge(name: str, lora: LoraConfig, tmp_path: Path) -> None:
     """GPT-2's three different A for q, k and v go through PEFT's one fused layer."""
     folder = checkpoint(name, tmp_path)
     model = adapted(folder, lora)

@@ -94,9 +94,7 @@ def test_written_files_are_what_peft_reads(config: ModelConfig, lora: LoraConfig
     model = make(config, lora)
     save_adapter(tmp_path / "a", model, {})
     gpt2 = config.family == "gpt2"
-    golden = load_file(
-        GOLDEN / ("gpt2-lora" if gpt2 else "llama-lora") / "adapter" / "adapter_model.safetensors"
-    )
+    golden = load_file(GOLDEN / ("gpt2-lora" if gpt2 else "llama-lora") / "adapter" / "adapter_model.safetensors")
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert set(tensors) <= set(golden)
     assert "all-linear" not in lora.targets or set(tensors) == set(golden)

@@ -25,9 +25,7 @@ from ntkjax.report.page import (
 )
 
 # One black pixel.
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 VOID = {"meta", "img", "br", "link"}
 ATTACK = "<script>alert(1)</script>\"'&"
 
@@ -136,9 +134,7 @@ RUN = {
     ],
     "columns": {"steps": "optimiser steps"},
     "differences": [{"comparison": "ntk - random", "mean": 0.022, "low": -0.01, "high": 0.05, "p": 0.2}],
-    "extra": [
-        {"heading": "Precision at N", "text": "of the planted skills", "rows": [{"method": "ntk", "p": 0.6}]}
-    ],
+    "extra": [{"heading": "Precision at N", "text": "of the planted skills", "rows": [{"method": "ntk", "p": 0.6}]}],
     "selections": [
         {
             "method": "ntk",
@@ -177,9 +173,7 @@ def test_a_comparison_shows_all_that_the_run_holds():
     assert best == [2], "the second method has the highest mean"
 
 
-@pytest.mark.parametrize(
-    "kept", [(), ("methods",), ("selections",), ("dev", "versions"), ("training", "seeds")]
-)
+@pytest.mark.parametrize("kept", [(), ("methods",), ("selections",), ("dev", "versions"), ("training", "seeds")])
 def test_every_part_of_a_comparison_may_be_absent(kept):
     page = comparison_page({name: RUN[name] for name in kept})
     Reader(render_page(page))

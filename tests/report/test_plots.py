@@ -27,9 +27,7 @@ DRAW = {
     "length, many": lambda: plots.score_against_length(SCORES, LENGTHS, SELECTED),
     "length, few": lambda: plots.score_against_length(SCORES[:99], LENGTHS[:99], SELECTED[:99]),
     "sources": lambda: plots.sources({f"s{i}": i + 1 for i in range(30)}, {"s3": 2, "not offered": 1}),
-    "curves": lambda: plots.training_curves(
-        {f"arm {i}": [(s, 1 / (s + i + 1)) for s in range(40)] for i in range(9)}
-    ),
+    "curves": lambda: plots.training_curves({f"arm {i}": [(s, 1 / (s + i + 1)) for s in range(40)] for i in range(9)}),
     "no curves": lambda: plots.training_curves({}),
     "nothing": lambda: plots.score_against_length([], [], []),
 }
