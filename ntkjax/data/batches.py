@@ -104,9 +104,13 @@ class TokenisedDataset:
         start = self.start[i]
         return self.stores[self.part[i]][start : start + self.lengths[i]], int(self.response_starts[i])
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """32 hex digits of the content: records, tokenizer and maximal length, or the tokens themselves."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         if self.records is not None and self.recipe is not None:
             return digest(self.records.fingerprint, self.recipe)
         content = blake2b(digest_size=16)

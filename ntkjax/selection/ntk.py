@@ -34,7 +34,7 @@ class NtkSelector:
       scores: ``forward`` (exact) or ``sketch`` (the paper's path, K = ``sketch_size``).
       stage1: ``on``: only the M_pre = ``prefilter_factor`` * n rows with the most votes are scored, each domain point
         voting for M_pre / 4; ``off``: every row is scored.
-      pool_sample: pool rows whose mean gradient is the second tangent (drawn from the seed, among the scored rows).
+      pool_sample: rows of the whole pool, drawn from the seed, whose mean gradient is the second tangent.
     """
 
     kernel: Literal["sum_logits", "loss"] = "sum_logits"
@@ -85,9 +85,8 @@ class NtkSelector:
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(s_j with the domain, s_j with the pool's own mean gradient), float64 [N], NaN outside ``candidates``."""
         rows, budget = len(problem.pool), problem.token_budget
-        drawn = numpy_rng(problem.seed, "selection", "pool sample").choice(
-            candidates, size=min(self.pool_sample, len(candidates)), replace=False
-        )
+        rng = numpy_rng(problem.seed, "selection", "pool sample")
+        drawn = rng.choice(rows, size=min(self.pool_sample, rows), replace=False)
         store = None
         if problem.work_dir is not None:
             store = RowStore.open(

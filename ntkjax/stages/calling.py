@@ -39,7 +39,7 @@ def build_config(cls: type, options: dict[str, Any]) -> Any:
     """``cls`` from flat options, routing those of unprefixed groups to their group."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    groups = {name: _group(hints[name]) for name in fields if _group(hints[name]) is not None}
+    groups = {name: group for name in fields if (group := _group(hints[name])) is not None}
     values: dict[str, Any] = {}
     left = dict(options)
     for name, (group, flat) in groups.items():

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from ntkjax.errors import ConfigError
 from ntkjax.stages.config import config_from_dict
 from ntkjax.stages.rundir import load_run
@@ -16,7 +18,7 @@ from ntkjax.stages.rundir import load_run
 class ReplayConfig:
     """Repeat a run from its config.yaml, into a directory of its own."""
 
-    run: str
+    run: Positional[str]
     """A run directory, or a config.yaml."""
     out: str | None = None
     """Where the repetition goes; RUN-replay by default."""

@@ -82,7 +82,7 @@ def test_an_interrupted_adaptation_goes_on(adapted, files, tmp_path, monkeypatch
 
 
 def test_replay_gives_the_same_numbers(adapted, tmp_path):
-    assert main(["replay", "--run", str(adapted), "--out", str(tmp_path / "again")]) == 0
+    assert main(["replay", str(adapted), "--out", str(tmp_path / "again")]) == 0
     read = lambda path: json.loads((path / "results.json").read_text())["methods"]
     assert read(tmp_path / "again") == read(adapted)
 

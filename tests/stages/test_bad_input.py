@@ -140,7 +140,7 @@ def test_out_that_is_a_file_or_another_run(files, tmp_path, capsys):
 )
 def test_replay_of_a_damaged_config(text, expected, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(text)
-    assert main(["replay", "--run", str(tmp_path)]) == 2
+    assert main(["replay", str(tmp_path)]) == 2
     assert expected in capsys.readouterr().err
 
 
