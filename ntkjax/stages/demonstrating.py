@@ -17,7 +17,10 @@ from ntkjax.stages.adapt_report import write_report
 from ntkjax.stages.adapting import NTK, RANDOM, Adaptation, AdaptConfig, adapt
 from ntkjax.stages.options import DataOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir
+from ntkjax.stages.selecting import SelectConfig, select
 from ntkjax.training import TrainConfig
+
+PAPER = "the paper's setting (sum_logits, stage 1 on)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,8 @@ def demo(config: DemoConfig = DemoConfig(), *, progress: bool = True) -> Demonst
     )
     adapted = adapt(adapt_config(config, settings, paths), progress=progress)
     truth = json.loads(paths["truth"].read_text(encoding="utf-8"))
-    precision = _precision(adapted, truth, settings.n)
+    chosen = {NTK: adapted.selected} | {PAPER: _paper_selections(config, settings, paths, run.path, progress)}
+    precision = _precision(chosen, truth, settings.n)
     table = precision_table(precision, truth["useful_share"], settings.n)
     run.write_json("demo.json", {"precision_at_n": precision, "useful_share": truth["useful_share"], "n": settings.n})
     write_report(RunDir(run.path / "adapt"), adapted.results, extra=[table])
@@ -79,19 +83,44 @@ def adapt_config(config: DemoConfig, settings: DemoSettings, paths: Mapping[str,
         out=str(Path(config.out) / "adapt"),
         seeds=config.seeds,
         data=DataOptions(max_length=settings.max_length),
-        select=SelectorOptions(),
+        select=SelectorOptions(kernel=settings.kernel, stage1=settings.stage1),
         warmup=dataclasses.replace(train, epochs=settings.warmup_epochs),
         train=train,
     )
 
 
-def _precision(adapted: Adaptation, truth: Mapping[str, Any], n: int) -> dict[str, list[float]]:
+def _paper_selections(
+    config: DemoConfig, settings: DemoSettings, paths: Mapping[str, Path], out: Path, progress: bool
+) -> dict[int, np.ndarray]:
+    """What the paper's own setting (sum_logits, stage 1 on) chooses for each seed; nothing is trained on it."""
+    base = adapt_config(config, settings, paths)
+    return {
+        seed: select(
+            SelectConfig(
+                model=base.model,
+                domain=base.domain,
+                pool=base.pool,
+                n=base.n,
+                out=str(out / "paper" / f"seed-{seed}"),
+                seed=seed,
+                data=base.data,
+                warmup=base.warmup,
+            ),
+            progress=progress,
+        ).selected
+        for seed in range(config.seeds)
+    }
+
+
+def _precision(
+    chosen: Mapping[str, Mapping[int, np.ndarray]], truth: Mapping[str, Any], n: int
+) -> dict[str, list[float]]:
     useful = set(truth["useful_ids"])
     ids = list(truth["skill_of"])  # in the order of the pool
     share = lambda rows: float(np.mean([ids[i] in useful for i in rows]))
-    found: dict[str, list[float]] = {NTK: [share(rows) for rows in adapted.selected.values()]}
-    found[RANDOM] = [share(random_rows(len(ids), n, s)) for s in adapted.selected]
-    return found
+    seeds = next(iter(chosen.values()))
+    found = {method: [share(rows) for rows in of_seed.values()] for method, of_seed in chosen.items()}
+    return found | {RANDOM: [share(random_rows(len(ids), n, seed)) for seed in seeds]}
 
 
 def precision_table(precision: Mapping[str, list[float]], useful_share: float, n: int) -> dict[str, Any]:
