@@ -177,8 +177,8 @@ def make(out: str | Path, recipe: Recipe = Recipe()) -> None:
         tied=True,
         qk_norm=True,
         initializer_range=0.06,
-        eos_token_ids=(tokenizer.convert_tokens_to_ids([END])[0],),
-        pad_token_id=tokenizer.convert_tokens_to_ids([PAD])[0],
+        eos_token_ids=(tokenizer.get_vocab()[END],),
+        pad_token_id=tokenizer.get_vocab()[PAD],
     )
     model = init_lm(config, seed=recipe.seed, tokenizer=tokenizer)
     data = encode(tokenizer, rows, recipe.length)

@@ -30,14 +30,13 @@ class DemoSettings:
     batch_size: int = 16
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    warmup_epochs: float = 4
+    warmup_epochs: float = 8
     """Epochs of LoRA on the domain alone before the pool is scored."""
     kernel: Literal["sum_logits", "loss"] = "loss"
     """The kernel that scores. Here ``sum_logits``, the paper's, finds useful examples hardly more often than chance."""
     stage1: Literal["on", "off"] = "off"
     """The embedding vote loses nearly half of the useful examples, and the whole pool is scored in seconds."""
     max_length: int = 64
-    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 DEMO = DemoSettings()
