@@ -1,0 +1,90 @@
+"""Ratios of the costs that matter, from interleaved runs on one machine: `make bench`.
+
+Every round times all variants one after the other on the same batch; a ratio is taken within a round, and its median,
+lowest and highest over the rounds go to build/bench.json (name -> {median, low, high}). No absolute time is reported:
+it would say more about the machine than about the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from ntkjax import load_lm
+from ntkjax.assets import tiny_lm_path
+from ntkjax.ntk.features import per_example_gradients
+from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.scores import directional_derivatives, stack_tangents
+from ntkjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Time a model's passes against one plain forward pass that embeds the same batch."""
+
+    model: str = str(tiny_lm_path())
+    rows: int = 32
+    length: int = 64
+    rounds: int = 9
+    out: Path = Path("build/bench.json")
+
+
+def variants(bench: Bench) -> dict[str, Callable]:
+    """Name -> a function of nothing that runs one pass; ``forward`` is the one the others are divided by."""
+    model = load_lm(bench.model)
+    params, rng = model.lora, np.random.default_rng(0)
+    shape = (bench.rows, bench.length)
+    batch = Batch(
+        tokens=rng.integers(4, model.config.vocab_size, shape, dtype=np.int32),
+        response_mask=np.broadcast_to(np.arange(bench.length) >= bench.length // 2, shape),
+        lengths=np.full(bench.rows, bench.length, np.int32),
+        index=np.arange(bench.rows, dtype=np.int32),
+    )
+    output = sum_logits(model.hidden_fn, model.head_fn({}))
+    forward = jax.jit(lambda fn, p, b: fn(p, b))
+    gradient = jax.jit(lambda fn, p, b: jax.grad(lambda q: fn(q, b).sum())(p))
+    tangents = {m: stack_tangents(params, [params] * m) for m in (1, 2, 8)}
+    return {
+        "forward": lambda: forward(model.hidden_fn, params, batch),
+        **{
+            f"score_{m}_over_forward": lambda m=m: directional_derivatives(output, params, tangents[m], batch)
+            for m in tangents
+        },
+        "batch_gradient_over_forward": lambda: gradient(output, params, batch),
+        "per_example_gradients_over_forward": lambda: per_example_gradients(output, params, batch),
+    }
+
+
+def measure(passes: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
+    """Ratios to ``forward`` within each round, after one round that compiles."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(rounds + 1):
+        for name, run in passes.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - began)
+    base = times.pop("forward")[1:]
+    ratios = {name: [t / b for t, b in zip(found[1:], base)] for name, found in times.items()}
+    return {n: {"median": statistics.median(r), "low": min(r), "high": max(r)} for n, r in ratios.items()}
+
+
+def main(bench: Bench) -> None:
+    """Measure, print and write."""
+    found = measure(variants(bench), bench.rounds)
+    for name, ratio in found.items():
+        print(f"{name:36s} {ratio['median']:6.2f}   [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+    bench.out.parent.mkdir(parents=True, exist_ok=True)
+    bench.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"written: {bench.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
