@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the stage; returns the exit code."""
+    # transformers warns at import that there is no torch; nothing here wants it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
     from ntkjax.errors import UserError

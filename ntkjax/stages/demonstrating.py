@@ -29,8 +29,8 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seeds: int = 3
-    task_seed: int = 0
-    """Seed of the generated pool and domain."""
+    task_seed: int = 7
+    """Seed of the generated pool and domain; the settings were tuned on tasks 0 to 2, and 7 was not looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
