@@ -6,7 +6,6 @@ import dataclasses
 from typing import Literal
 
 from ntkjax.errors import ConfigError
-from ntkjax.training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,3 @@ class EvaluationOptions:
     """Also generate answers greedily and read "So the answer is X" from them."""
     max_new_tokens: int = 128
     """Longest generated answer."""
-
-
-WARMUP_DEFAULTS = TrainConfig(epochs=1)
-"""Warm-up of LoRA on the domain before scoring."""
