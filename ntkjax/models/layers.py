@@ -111,12 +111,14 @@ class Linear(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((layers, lora.rank, outputs), dtype))
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        y = matmul(x, self.kernel[...])
+        # Rows of one matrix: the gradient of a product over [B, T, I] takes almost twice as long on a CPU.
+        rows = x.reshape(-1, x.shape[-1])
+        y = matmul(rows, self.kernel[...])
         if self.has_bias:
-            y = y + self.bias[...].astype(y.dtype)[None, None]
+            y = y + self.bias[...].astype(y.dtype)[None]
         if self.scale is not None:
-            y = y + lora_delta(x, self.lora_a[...], self.lora_b[...], self.scale)
-        return y.astype(x.dtype)
+            y = y + lora_delta(rows, self.lora_a[...], self.lora_b[...], self.scale)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
