@@ -32,7 +32,7 @@ class DemoSettings:
     lora_alpha: float = 32.0
     warmup_epochs: float = 8
     """Epochs of LoRA on the domain alone before the pool is scored."""
-    kernel: Literal["sum_logits", "loss"] = "loss"
+    kernel: str = "loss"
     """The kernel that scores. Here ``sum_logits``, the paper's, finds useful examples hardly more often than chance."""
     stage1: Literal["on", "off"] = "off"
     """The embedding vote loses nearly half of the useful examples, and the whole pool is scored in seconds."""

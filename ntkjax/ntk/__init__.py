@@ -1,36 +1,53 @@
 """Tangent kernels of any JAX function ``F(params, batch) -> [B]``: scores, features, sketches, agreement."""
 
-from ntkjax.ntk.features import gradient_features, kernel_scores, mean_features, per_example_gradients
+from ntkjax.ntk.approx import KernelFunctions, KernelSpec, build, parse
+from ntkjax.ntk.features import gradient_features, mean_features, per_example_gradients, squared_norms
+from ntkjax.ntk.kernel import Kernel, kernel_diagonal, kernel_matrix
 from ntkjax.ntk.metrics import bootstrap_interval, kendall, pearson, spearman, top_n_overlap
 from ntkjax.ntk.outputs import directions, probe, sum_logits
+from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.ntk.scores import (
+    Direction,
     KernelScores,
-    NonFiniteError,
     directional_derivatives,
     directional_scores,
+    kernel_scores,
+    mean_direction,
     mean_gradient,
+    scores_along,
 )
 from ntkjax.ntk.sketch import IdentitySketch, RademacherSketch, Sketch
 
 __all__ = [
+    "Direction",
     "IdentitySketch",
+    "Kernel",
+    "KernelFunctions",
     "KernelScores",
+    "KernelSpec",
     "NonFiniteError",
     "RademacherSketch",
     "Sketch",
     "bootstrap_interval",
+    "build",
     "directional_derivatives",
     "directional_scores",
     "directions",
     "gradient_features",
     "kendall",
+    "kernel_diagonal",
+    "kernel_matrix",
     "kernel_scores",
+    "mean_direction",
     "mean_features",
     "mean_gradient",
+    "parse",
     "pearson",
     "per_example_gradients",
     "probe",
+    "scores_along",
     "spearman",
+    "squared_norms",
     "sum_logits",
     "top_n_overlap",
 ]

@@ -1,10 +1,11 @@
-"""Gradient features phi_j = Pi g_j, and the one interface over both ways to a kernel score."""
+"""Gradient features phi_j = Pi g_j, for whatever needs more than a mean score: full kernels, norms, regression."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,46 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ntkjax.errors import ConfigError, UserError
-from ntkjax.ntk.scores import (
-    KernelScores,
-    NonFiniteError,
-    collect_rows,
-    directional_scores,
-    iterate,
-    mean_gradient,
-    tree_dot,
-)
-from ntkjax.ntk.sketch import RademacherSketch, Sketch
-from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
+from ntkjax.errors import UserError
+from ntkjax.ntk.kernel import Kernel, as_kernel, feature_vector
+from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
+from ntkjax.ntk.sketch import Sketch
+from ntkjax.types import ArrayLike, Params
 
-METHODS = ("forward", "sketch")
 MAX_GROUP = 1024  # rows: by then the cost of the signs is spread thin enough
 
 
-@functools.partial(jax.jit, static_argnames="microbatch")
 def per_example_gradients(output_fn: Callable, params: Params, batch: Any, *, microbatch: int | None = None) -> Params:
-    """g_j = dF(x_j)/dtheta for each row: a pytree like ``params`` with leaves [B, ...], at least float32.
+    """g_j = dF(x_j)/dtheta for each row of one output ``F(params, batch) -> [B]``: leaves [B, ...], at least float32.
 
     Each row is differentiated as a batch of one, so a gradient depends on no other row. ``microbatch``
     rows at a time are in work (None: all), which bounds the memory of the backward pass.
     """
-    # Rows travel as bare leaves: a Batch with one axis less would not be a Batch.
-    leaves, structure = jax.tree.flatten(batch)
-
-    def gradient(row: list[Array]) -> Params:
-        single = structure.unflatten([leaf[None] for leaf in row])
-        return jax.tree.map(at_least_float32, jax.grad(lambda p: at_least_float32(output_fn(p, single))[0])(params))
-
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    if microbatch is None:
-        return jax.vmap(gradient)(leaves)
-    return jax.lax.map(gradient, leaves, batch_size=microbatch)
+    found = feature_vector(as_kernel(output_fn), params, batch, microbatch=microbatch)
+    return jax.tree.map(lambda leaf: leaf[:, 0], found["outputs"])
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def _empty_buffer(params: Params, rows: int) -> Params:
-    return jax.tree.map(lambda p: jnp.zeros((rows, *p.shape), at_least_float32(p).dtype), params)
+def _empty_buffer(gradients: Params, rows: int) -> Params:
+    return jax.tree.map(lambda g: jnp.zeros((rows, *g.shape[1:]), g.dtype), gradients)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -64,31 +47,35 @@ def _apply_sketch(sketch: Sketch, gradients: Params, rows: int) -> Float[Array, 
     return sketch(jax.tree.map(lambda g: g[:rows], gradients))
 
 
-def group_rows(params: Params, memory_budget: int) -> int:
-    """Rows whose gradients (at least float32) fit in ``memory_budget`` bytes, from 1 to `MAX_GROUP`."""
-    row = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
+def group_rows(gradients: Params, memory_budget: int) -> int:
+    """Rows of gradients shaped like ``gradients`` (leaves [B, ...]) that fit in ``memory_budget`` bytes, from 1 to
+    `MAX_GROUP`."""
+    row = sum(math.prod(g.shape[1:]) * g.dtype.itemsize for g in jax.tree.leaves(gradients))
     return min(max(1, memory_budget // max(row, 1)), MAX_GROUP)
 
 
 def _feature_groups(
-    output_fn: Callable,
+    kernel: Kernel,
     params: Params,
     batches: Iterable,
     sketch: Sketch,
     *,
-    group: int,
+    memory_budget: int,
     microbatch: int | None,
 ) -> Iterator[tuple[np.ndarray, Array]]:
     """(index [G], features [G, K]) per group: the gradients of many batches meet one generation of signs."""
-    output_fn = as_pytree_fn(output_fn)
-    buffer, index, used = _empty_buffer(params, group), np.full(group, -1), 0
+    buffer, index, used, group = None, np.empty(0, int), 0, 0
     for batch in batches:
+        if buffer is None:
+            shapes = jax.eval_shape(feature_vector, kernel, params, batch)
+            group = group_rows(shapes, memory_budget)
+            buffer, index = _empty_buffer(shapes, group), np.full(group, -1)
         for piece in _pieces(batch, group):
-            rows = np.asarray(piece.index)
+            rows = real_rows(piece)
             if used + len(rows) > group:
                 yield index, _apply_sketch(sketch, buffer, group)
                 index, used = np.full(group, -1), 0
-            gradients = per_example_gradients(output_fn, params, piece, microbatch=microbatch)
+            gradients = feature_vector(kernel, params, piece, microbatch=microbatch)
             buffer = _insert(buffer, gradients, jnp.asarray(used, jnp.int32))
             index[used : used + len(rows)] = rows
             used += len(rows)
@@ -108,7 +95,7 @@ def _pieces(batch: Any, rows: int) -> Iterator[Any]:
 
 
 def gradient_features(
-    output_fn: Callable,
+    kernel: Kernel | Callable,
     params: Params,
     batches: Iterable,
     sketch: Sketch,
@@ -119,10 +106,13 @@ def gradient_features(
     memory_budget: int = 1 << 30,
     progress: bool | str = False,
 ) -> Float[np.ndarray, "rows K"]:
-    """phi_j = Pi dF(x_j)/dtheta for every row of ``batches``: [rows, K]; rows that no batch holds are NaN.
+    """phi_j = Pi g(x_j) for every row of ``batches``: [rows, K]; rows that no batch holds are NaN.
+
+    With m outputs each has signs of its own and all are summed into the K numbers, so that still
+    E <phi, phi'> = k(x, x').
 
     Args:
-      output_fn: ``F(params, batch) -> [B]``.
+      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, m]``.
       params: theta.
       batches: batches with ``index`` [B]; -1 is a filler.
       sketch: the map Pi.
@@ -133,22 +123,22 @@ def gradient_features(
       progress: show a progress bar; a string is its description.
 
     Raises:
-      NonFiniteError: see `ntkjax.ntk.scores.collect_rows`.
+      NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
     done = None if store is None else np.asarray(store.done())
     groups = _feature_groups(
-        output_fn,
+        as_kernel(kernel),
         params,
         iterate(batches, progress, "gradient features", done),
         sketch,
-        group=group_rows(params, memory_budget),
+        memory_budget=memory_budget,
         microbatch=microbatch,
     )
     return collect_rows(groups, rows=rows, store=store, what="gradient feature")
 
 
 def mean_features(
-    output_fn: Callable,
+    kernel: Kernel | Callable,
     params: Params,
     batches: Iterable,
     sketch: Sketch,
@@ -160,11 +150,11 @@ def mean_features(
     """1/M sum_i phi_i over the real rows, float64 [K], without keeping the features."""
     total, count, bad = 0.0, 0, []
     groups = _feature_groups(
-        output_fn,
+        as_kernel(kernel),
         params,
         iterate(batches, progress, "mean features"),
         sketch,
-        group=group_rows(params, memory_budget),
+        memory_budget=memory_budget,
         microbatch=microbatch,
     )
     for index, features in groups:
@@ -178,64 +168,84 @@ def mean_features(
     return np.asarray(total / count)
 
 
-def kernel_scores(
-    output_fn: Callable,
+def feature_products(
+    kernel: Kernel | Callable,
     params: Params,
-    domain_batches: Iterable,
-    pool_batches: Iterable,
+    batches: Iterable,
+    sketch: Sketch,
+    directions: Float[np.ndarray, "R K"],
     *,
     rows: int,
-    method: str = "forward",
-    references: Sequence[Iterable] = (),
+    store: Any = None,
+    microbatch: int | None = None,
+    memory_budget: int = 1 << 30,
+    progress: bool | str = False,
+) -> Float[np.ndarray, "rows R"]:
+    """<phi_j, d_r> for every row and R sketched ``directions`` [R, K], without keeping the features: [rows, R].
+
+    The other arguments are those of `gradient_features`; the store has width R.
+    """
+    done = None if store is None else np.asarray(store.done())
+    groups = _feature_groups(
+        as_kernel(kernel),
+        params,
+        iterate(batches, progress, "sketched scores", done),
+        sketch,
+        memory_budget=memory_budget,
+        microbatch=microbatch,
+    )
+    products = ((index, _product(features, np.asarray(directions.T, features.dtype))) for index, features in groups)
+    return collect_rows(products, rows=rows, store=store, what="score")
+
+
+def squared_norms(
+    kernel: Kernel | Callable,
+    params: Params,
+    batches: Iterable,
+    *,
+    rows: int,
     sketch: Sketch | None = None,
     store: Any = None,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
     progress: bool | str = False,
-) -> KernelScores:
-    """s_j = 1/M sum_i <dF(x_i), dF(x_j)> for every pool row, by either path.
+) -> Float[np.ndarray, " rows"]:
+    """|g(x_j)|^2 = k(x_j, x_j) for every row of ``batches``, NaN where no batch holds it; |phi_j|^2 with a ``sketch``.
 
-    Args:
-      output_fn: ``F(params, batch) -> [B]``.
-      params: theta.
-      domain_batches: re-iterable batches of the M domain examples.
-      pool_batches: batches of the pool (or the part of it to score); ``index`` names the row.
-      rows: size of the pool.
-      method: ``forward``: exact, by directional derivatives. ``sketch``: the paper's path, per-example
-        gradients and a random projection; unbiased, with the projection's variance.
-      references: further example sets; each adds a column of scores on the same pass.
-      sketch: for ``sketch``; default ``RademacherSketch()`` (K = 8192, seed 0).
-      store: a `RowStore` of width ``1 + len(references)``, or None; a second run skips what it holds.
-      microbatch, memory_budget: see `gradient_features`; the forward path has no use for them.
-      progress: show progress bars; a string is the description of the pass over the pool.
-
-    Raises:
-      ConfigError: unknown method.
-      NonFiniteError: naming the rows whose score is NaN or infinite.
+    The other arguments are those of `gradient_features`; the store has width 1.
     """
-    sets = [domain_batches, *references]
-    if method == "forward":
-        means = [mean_gradient(output_fn, params, s, progress=progress is not False) for s in sets]
-        scores = directional_scores(output_fn, params, means, pool_batches, rows=rows, store=store, progress=progress)
-        return KernelScores(scores, np.array([[tree_dot(a, b) for b in means] for a in means]))
-    if method != "sketch":
-        raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    sketch = RademacherSketch() if sketch is None else sketch
-    options = {"microbatch": microbatch, "memory_budget": memory_budget}
-    means = np.stack(
-        [mean_features(output_fn, params, s, sketch, progress=progress is not False, **options) for s in sets]
-    )
     done = None if store is None else np.asarray(store.done())
     groups = _feature_groups(
-        output_fn,
+        as_kernel(kernel),
         params,
-        iterate(pool_batches, progress, "sketched scores", done),
-        sketch,
-        group=group_rows(params, memory_budget),
+        iterate(batches, progress, "gradient norms", done),
+        _Squares() if sketch is None else sketch,
+        memory_budget=memory_budget,
         microbatch=microbatch,
     )
-    products = ((index, _product(features, np.asarray(means.T, features.dtype))) for index, features in groups)
-    return KernelScores(collect_rows(products, rows=rows, store=store, what="score"), means @ means.T)
+    squares = groups if sketch is None else ((index, _squares(features)) for index, features in groups)
+    return collect_rows(squares, rows=rows, store=store, what="gradient norm")[:, 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Squares:
+    """|g|^2 [B, 1] in the place of a sketch: exact norms without a vector of all entries."""
+
+    def __call__(self, gradients: Params) -> Float[Array, "B 1"]:
+        sums = [jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients)]
+        return functools.reduce(jnp.add, sums)[:, None]
+
+    def width(self, params: Params) -> int:
+        return 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"sketch": "squared norm"}
+
+
+@jax.jit
+def _squares(features: Float[Array, "B K"]) -> Float[Array, "B 1"]:
+    return jnp.sum(features * features, axis=1, keepdims=True)
 
 
 @jax.jit

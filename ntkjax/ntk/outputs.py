@@ -39,23 +39,23 @@ class FoldedOutput:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainedHeadOutput:
-    """F(x) = (W(params)^T v) . h(x), [B]: the head comes from ``params``, so its own gradient counts."""
+    """F(x) = (W(params)^T v) . h(x), [B] or [B, m]: the head comes from ``params``, so its own gradient counts."""
 
     hidden_fn: Any
     head_fn: Any
-    probe: Any  # [V] or None: all ones
+    probe: Any  # [V] or [V, m]; None: all ones
 
-    def __call__(self, params: Params, batch) -> Float[Array, " B"]:
+    def __call__(self, params: Params, batch) -> Float[Array, "B *m"]:
         hidden = at_least_float32(self.hidden_fn(params, batch))
         return _contract(hidden, fold_head(self.head_fn(params), self.probe))
 
 
-def fold_head(head: Float[ArrayLike, "V D"], v: Float[ArrayLike, " V"] | None = None) -> Float[Array, " D"]:
-    """W^T v in at least float32, [D]; ``v`` None means all ones (the sum of the rows)."""
+def fold_head(head: Float[ArrayLike, "V D"], v: Float[ArrayLike, "V *m"] | None = None) -> Float[Array, "D *m"]:
+    """W^T v in at least float32, [D], or [D, m] for m vectors; ``v`` None means all ones (the sum of the rows)."""
     head = at_least_float32(head)
     if v is None:
         return jnp.sum(head, axis=0)
-    return jnp.matmul(jnp.asarray(v).astype(head.dtype), head, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(head.T, jnp.asarray(v).astype(head.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def sum_logits(hidden_fn: Callable, head: Float[ArrayLike, "V D"] | Callable) -> Callable:

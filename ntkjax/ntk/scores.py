@@ -1,18 +1,15 @@
 """Kernel scores by directional derivatives: exact, at about twice the cost of a forward pass.
 
-For a kernel k(x, x') = <g(x), g(x')> with g = dF/dtheta, the mean score of a pool example over M domain
-examples is
+For a kernel k(x, x') = <g(x), g(x')> the mean score of a pool example over M domain examples is
 
-    s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j> = d/d eps F(x_j; theta + eps g_bar) at eps = 0,
+    s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j> = d/d eps F(x_j; theta + eps g_bar) at eps = 0   (one output F)
 
-so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the
-scores. No per-example gradient, no projection, no approximation.
+so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the scores. No
+per-example gradient, no projection, no approximation. A kernel of m outputs has m tangents on one primal pass.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,182 +18,108 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
-from ntkjax.errors import UserError
+from ntkjax.errors import ConfigError, UserError
+from ntkjax.ntk.features import feature_products, mean_features
+from ntkjax.ntk.kernel import Kernel, as_kernel
+from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
+from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
-MAX_BAD_ROWS = 64
+METHODS = ("forward", "sketch")
+MAX_TANGENTS = 16  # on one primal pass; more are taken in turns, so that memory does not grow with m
 
 
-class NonFiniteError(UserError):
-    """Some rows gave NaN or infinity: ``rows`` lists them. Nothing stands in their place."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """A direction u in the feature space of a kernel of m outputs; g_bar is one.
 
-    def __init__(self, what: str, rows: Sequence[int], *, stopped: bool = False):
-        self.rows = [int(row) for row in rows]
-        shown = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
-        super().__init__(
-            f"{what} not finite for {'at least ' if stopped else ''}{len(self.rows)} row(s): {shown}. "
-            "Expected finite numbers; the model overflows on these rows or its weights are not finite. "
-            "Leave the rows out, or use a wider dtype (float32)."
-        )
-
-
-def _real_rows(batch: Any) -> np.ndarray:
-    return np.asarray(batch.index)
-
-
-def iterate(batches: Iterable, progress: bool | str, default: str, done: np.ndarray | None = None) -> Iterator:
-    """The batches under a progress bar, without those whose real rows are all ``done`` already."""
-    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    description = progress if isinstance(progress, str) else default
-    for batch in tqdm(batches, total=total, desc=description, disable=progress is False, unit="batch"):
-        index = _real_rows(batch)
-        if done is None or not done[index[index >= 0]].all():
-            yield batch
-
-
-class _RowSink:
-    """Writes rows by dataset index into an array or a store; keeps what is not finite out of both."""
-
-    def __init__(self, rows: int, store: Any, what: str):
-        self.rows, self.store, self.what = rows, store, what
-        self.values: np.ndarray | None = None
-        self.bad: list[int] = []
-
-    def write(self, index: np.ndarray, values: np.ndarray) -> None:
-        real = index >= 0
-        index, values = index[real], values[real]
-        if index.size and index.max() >= self.rows:
-            raise ValueError(f"batch holds row {index.max()}, but rows={self.rows}")
-        finite = np.isfinite(values).all(axis=1)
-        self.bad += index[~finite].tolist()
-        index, values = index[finite], values[finite]
-        if self.store is not None:
-            self.store.write(index, values)
-        else:
-            if self.values is None:
-                self.values = np.full((self.rows, values.shape[1]), np.nan, values.dtype)
-            self.values[index] = values
-        if len(self.bad) >= MAX_BAD_ROWS:
-            raise NonFiniteError(self.what, self.bad, stopped=True)
-
-    def check(self) -> None:
-        if self.bad:
-            raise NonFiniteError(self.what, self.bad)
-
-    def result(self) -> np.ndarray:
-        self.check()
-        if self.store is None:
-            if self.values is None:
-                raise ValueError(f"no batches to compute the {self.what} of")
-            return self.values
-        done = np.flatnonzero(self.store.done())
-        found = self.store.read(done)
-        values = np.full((self.rows, found.shape[1]), np.nan, found.dtype)
-        values[done] = found
-        return values
-
-
-def collect_rows(
-    results: Iterable[tuple[np.ndarray, Array]],
-    *,
-    rows: int,
-    store: Any = None,
-    what: str = "score",
-    read: bool = True,
-) -> np.ndarray:
-    """Gather (index [B], values [B, m]) pairs into [rows, m]; rows never visited are NaN.
-
-    One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False
-    the values stay in the store, for what does not fit into memory, and the
-    array returned is empty.
-
-    Raises:
-      NonFiniteError: some real row is NaN or infinite. The finite rows reach the store first, so that a
-        resumed run repeats only the bad ones. It stops early once `MAX_BAD_ROWS` rows are bad.
+    Attributes:
+      outputs: like the parameters, leaves [m, ...]: the part for each output, at least float32.
+      head: [D], the part for sqrt(own) h; None where the head is held fixed.
     """
-    sink = _RowSink(rows, store, what)
-    in_flight: collections.deque = collections.deque()
-    try:
-        for index, values in results:
-            in_flight.append((index, values))
-            if len(in_flight) > 1:
-                index, values = in_flight.popleft()
-                sink.write(index, np.asarray(values))
-        while in_flight:
-            index, values = in_flight.popleft()
-            sink.write(index, np.asarray(values))
-    except BaseException:
-        if store is not None:  # keep finished work, but let the first error be the one that is seen
-            with contextlib.suppress(UserError):
-                store.flush()
-        raise
-    if store is not None:
-        store.flush()
-    if not read:
-        sink.check()
-        return np.empty((0, 0), np.float32)
-    return sink.result()
+
+    outputs: Any
+    head: Any = None
 
 
 @jax.jit
-def _add_gradient(output_fn: Callable, params: Params, batch: Any, total: Params) -> Params:
-    """total + sum over real rows of dF/dtheta: one reverse pass."""
+def add_direction(kernel: Kernel, params: Params, batch: Any, total: Direction) -> Direction:
+    """total + sum over real rows of g(x): one forward and m reverse passes."""
+    real = jnp.asarray(batch.index) >= 0
 
     def summed(params: Params) -> Array:
-        values = at_least_float32(output_fn(params, batch))
-        return jnp.sum(jnp.where(jnp.asarray(batch.index) >= 0, values, jnp.zeros_like(values)))
+        values = kernel.outputs(params, batch)
+        return jnp.sum(jnp.where(real[:, None], values, jnp.zeros_like(values)), axis=0)
 
-    gradient = jax.grad(summed)(params)
-    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradient)
+    values, pull = jax.vjp(summed, params)
+    found = jax.lax.map(lambda v: pull(v)[0], jnp.eye(len(values), dtype=values.dtype))
+    head = kernel.remainder(params, batch)
+    if head is not None:
+        head = jnp.sum(jnp.where(real[:, None], head, jnp.zeros_like(head)), axis=0)
+    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, Direction(found, head))
 
 
 @jax.jit
-def _zero_gradient(params: Params) -> Params:
-    return jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(p)), params)
+def zero_direction(kernel: Kernel, params: Params, batch: Any) -> Direction:
+    """0 in the kernel's feature space, whose shape ``batch`` gives."""
+    values = jax.eval_shape(kernel.outputs, params, batch)
+    leaf = lambda p: jnp.zeros((values.shape[1], *p.shape), at_least_float32(p).dtype)
+    head = jax.eval_shape(kernel.remainder, params, batch)
+    return Direction(jax.tree.map(leaf, params), None if head is None else jnp.zeros(head.shape[1:], head.dtype))
 
 
 @jax.jit
-def _divide(tree: Params, count: Array) -> Params:
+def _divide(tree: Any, count: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), tree)
 
 
 @jax.jit
-def _all_finite(tree: Params) -> Array:
+def _all_finite(tree: Any) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, progress: bool | str = False) -> Params:
-    """g_bar = 1/M sum_i dF(x_i)/dtheta over the real rows of ``batches`` (filler rows, index -1, do not
-    count).
+def mean_direction(
+    kernel: Kernel | Callable, params: Params, batches: Iterable, *, progress: bool | str = False
+) -> Direction:
+    """g_bar = 1/M sum_i g(x_i) over the real rows of ``batches`` (filler rows, index -1, do not count).
 
     Args:
-      output_fn: ``F(params, batch) -> [B]``.
+      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, m]``.
       params: the trained parameters theta.
       batches: re-iterable batches with ``index`` [B].
       progress: show a progress bar; a string is its description.
 
     Returns:
-      A pytree like ``params`` in at least float32 (accumulated so, whatever the parameters' dtype).
+      A `Direction` in at least float32 (accumulated so, whatever the parameters' dtype).
 
     Raises:
       NonFiniteError: naming the rows of every batch whose gradient is NaN or infinite.
       UserError: there is no example at all.
     """
-    output_fn = as_pytree_fn(output_fn)
-    total, count = _zero_gradient(params), 0
+    kernel, total, zero, count = as_kernel(kernel), None, None, 0
     for batch in iterate(batches, progress, "mean gradient"):
-        total = _add_gradient(output_fn, params, batch, total)
-        count += int((_real_rows(batch) >= 0).sum())
+        if total is None:
+            total = zero = zero_direction(kernel, params, batch)
+        total = add_direction(kernel, params, batch, total)
+        count += int((real_rows(batch) >= 0).sum())
     if count == 0:
         raise UserError("mean gradient of no examples: expected at least one row with index >= 0")
     if not _all_finite(total):  # only now look for the culprits, batch by batch
-        zero = _zero_gradient(params)
-        bad = [b for b in batches if not _all_finite(_add_gradient(output_fn, params, b, zero))]
-        rows = [int(row) for batch in bad for row in _real_rows(batch) if row >= 0]
+        bad = [b for b in batches if not _all_finite(add_direction(kernel, params, b, zero))]
+        rows = [int(row) for batch in bad for row in real_rows(batch) if row >= 0]
         raise NonFiniteError("gradient (in the batches that hold them)", rows)
     return _divide(total, jnp.asarray(count))
+
+
+def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, progress: bool | str = False) -> Params:
+    """g_bar = 1/M sum_i dF(x_i)/dtheta of one output ``F(params, batch) -> [B]``: a pytree like ``params``.
+
+    The case m = 1 of `mean_direction`, which see.
+    """
+    found = mean_direction(output_fn, params, batches, progress=progress)
+    return jax.tree.map(lambda leaf: leaf[0], found.outputs)
 
 
 @jax.jit
@@ -211,6 +134,28 @@ def directional_derivatives(output_fn: Callable, params: Params, tangents: Param
         return jax.jvp(lambda p: at_least_float32(output_fn(p, batch)), (params,), (tangent,))[1]
 
     return jax.vmap(push, out_axes=1)(tangents)
+
+
+@jax.jit
+def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) -> Float[Array, "B R"]:
+    """<u_r, g(x_j)> for R stacked directions: R m tangents, `MAX_TANGENTS` of them on a primal pass."""
+
+    def push(tangent: Params, column: Array) -> Float[Array, " B"]:
+        moved = jax.jvp(lambda p: kernel.outputs(p, batch), (params,), (tangent,))[1]
+        return jnp.take(moved, column, axis=1)
+
+    sets, m = jax.tree.leaves(stacked.outputs)[0].shape[:2]
+    columns = jnp.tile(jnp.arange(m), sets)
+    tangents = jax.tree.map(lambda u, p: u.astype(p.dtype).reshape(-1, *p.shape), stacked.outputs, params)
+    if len(columns) > MAX_TANGENTS:
+        moved = jax.lax.map(lambda pair: push(*pair), (tangents, columns), batch_size=MAX_TANGENTS)
+    else:
+        moved = jax.vmap(push)(tangents, columns)
+    scores = moved.reshape(sets, m, -1).sum(axis=1).T
+    head = kernel.remainder(params, batch)
+    if head is None:
+        return scores
+    return scores + jnp.matmul(head, stacked.head.T, precision=jax.lax.Precision.HIGHEST).astype(scores.dtype)
 
 
 def stack_tangents(params: Params, tangents: Sequence[Params]) -> Params:
@@ -237,7 +182,7 @@ def directional_scores(
     store: Any = None,
     progress: bool | str = False,
 ) -> Float[np.ndarray, "rows m"]:
-    """s_jc = <u_c, dF(x_j)/dtheta> for every row of ``batches`` and each of m directions u_c.
+    """s_jc = <u_c, dF(x_j)/dtheta> for every row of ``batches`` and each of m directions u_c of one output F.
 
     Args:
       output_fn: ``F(params, batch) -> [B]``.
@@ -252,38 +197,119 @@ def directional_scores(
       [rows, m], float32 or wider. Rows that no batch holds are NaN.
 
     Raises:
-      NonFiniteError: see `collect_rows`.
+      NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
     output_fn, stacked = as_pytree_fn(output_fn), stack_tangents(params, tangents)
     done = None if store is None else np.asarray(store.done())
+    found = (
+        (real_rows(batch), directional_derivatives(output_fn, params, stacked, batch))
+        for batch in iterate(batches, progress, "scores", done)
+    )
+    return collect_rows(found, rows=rows, store=store, what="score")
+
+
+def scores_along(
+    kernel: Kernel | Callable,
+    params: Params,
+    directions: Sequence[Direction],
+    batches: Iterable,
+    *,
+    rows: int,
+    store: Any = None,
+    progress: bool | str = False,
+) -> Float[np.ndarray, "rows R"]:
+    """s_jr = <u_r, g(x_j)> = sum_c <u_rc, grad F_c(x_j)> + <u_r,head, sqrt(own) h(x_j)> for R `Direction` u_r.
+
+    The R m tangents share their primal pass; see `directional_scores` for the other arguments and the errors.
+    """
+    kernel, done = as_kernel(kernel), None if store is None else np.asarray(store.done())
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
 
     def results() -> Iterator[tuple[np.ndarray, Array]]:
         for batch in iterate(batches, progress, "scores", done):
-            yield _real_rows(batch), directional_derivatives(output_fn, params, stacked, batch)
+            yield real_rows(batch), score_batch(kernel, params, stacked, batch)
 
     return collect_rows(results(), rows=rows, store=store, what="score")
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelScores:
-    """Mean kernel values of every pool row with each of m example sets.
+    """Mean kernel values of every pool row with each of R example sets.
 
     Attributes:
-      scores: [rows, m]; column 0 is the domain, the others the reference sets, NaN where not computed.
-      gram: [m, m] inner products of the sets' mean gradients (estimated from features on the sketch path),
-        so that a projection of one mean out of another is a linear combination of columns.
+      scores: [rows, R]; column 0 is the domain, the others the reference sets, NaN where not computed.
+      gram: [R, R] inner products of the sets' mean gradients (estimated from features on the sketch path).
     """
 
     scores: np.ndarray
     gram: np.ndarray
 
+    def contrast(self, reference: int = 1) -> Float[np.ndarray, " rows"]:
+        """<g_bar - (<g_bar, p> / <p, p>) p, g_j>: the domain's direction without what it shares with the reference p.
+
+        A projection is linear, so it is a combination of two columns and costs nothing more.
+        """
+        share = self.gram[0, reference] / self.gram[reference, reference]
+        return self.scores[:, 0] - share * self.scores[:, reference]
+
+
+def kernel_scores(
+    kernel: Kernel | Callable,
+    params: Params,
+    domain_batches: Iterable,
+    pool_batches: Iterable,
+    *,
+    rows: int,
+    method: str = "forward",
+    references: Sequence[Iterable] = (),
+    sketch: Sketch | None = None,
+    store: Any = None,
+    microbatch: int | None = None,
+    memory_budget: int = 1 << 30,
+    progress: bool | str = False,
+) -> KernelScores:
+    """s_j = 1/M sum_i k(x_i, x_j) for every pool row, by either path.
+
+    Args:
+      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, m]``.
+      params: theta.
+      domain_batches: re-iterable batches of the M domain examples.
+      pool_batches: batches of the pool (or the part of it to score); ``index`` names the row.
+      rows: size of the pool.
+      method: ``forward``: exact, by directional derivatives. ``sketch``: the paper's path, per-example
+        gradients and a random projection; unbiased, with the projection's variance.
+      references: further example sets; each adds a column of scores on the same pass.
+      sketch: for ``sketch``; default ``RademacherSketch()`` (K = 8192, seed 0).
+      store: a `RowStore` of width ``1 + len(references)``, or None; a second run skips what it holds.
+      microbatch, memory_budget: see `ntkjax.ntk.features.gradient_features`; the forward path has no use for them.
+      progress: show progress bars; a string is the description of the pass over the pool.
+
+    Raises:
+      ConfigError: unknown method.
+      NonFiniteError: naming the rows whose score is NaN or infinite.
+    """
+    kernel, sets, bars = as_kernel(kernel), [domain_batches, *references], progress is not False
+    if method == "forward":
+        means = [mean_direction(kernel, params, s, progress=bars) for s in sets]
+        scores = scores_along(kernel, params, means, pool_batches, rows=rows, store=store, progress=progress)
+        return KernelScores(scores, np.array([[tree_dot(a, b) for b in means] for a in means]))
+    if method != "sketch":
+        raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    sketch = RademacherSketch() if sketch is None else sketch
+    options = {"microbatch": microbatch, "memory_budget": memory_budget}
+    means = np.stack([mean_features(kernel, params, s, sketch, progress=bars, **options) for s in sets])
+    scores = feature_products(
+        kernel, params, pool_batches, sketch, means, rows=rows, store=store, progress=progress, **options
+    )
+    return KernelScores(scores, means @ means.T)
+
 
 @jax.jit
-def _dots(a: Params, b: Params) -> list[Array]:
+def _dots(a: Any, b: Any) -> list[Array]:
     dot = lambda x, y: jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST)
     return jax.tree.leaves(jax.tree.map(dot, a, b))
 
 
-def tree_dot(a: Params, b: Params) -> float:
+def tree_dot(a: Any, b: Any) -> float:
     """<a, b> over all leaves, the leaves' products summed in float64 on the host."""
     return float(sum(float(dot) for dot in jax.device_get(_dots(a, b))))

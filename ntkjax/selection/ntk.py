@@ -1,21 +1,23 @@
 """NTK-Selector (arXiv 2511.07380): an embedding vote, then the tangent kernel's mean score with the domain.
 
-s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j>; the n highest are chosen. ``k`` is the paper's ``sum_logits`` kernel or the
-label-aware ``loss`` kernel; the scores are exact (forward-mode pass) or the paper's (per-example gradients, Rademacher
-sketch to K).
+s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j>; the n highest are chosen. ``k`` is the paper's ``sum_logits`` kernel or any
+other that ``ntkjax.ntk.approx`` builds; the scores are exact (forward-mode pass) or the paper's (per-example gradients,
+Rademacher sketch to K); the direction is g_bar, or what is left of it without what all gradients share.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.features import kernel_scores
-from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.approx import KernelFunctions, build, parse
+from ntkjax.ntk.features import squared_norms
+from ntkjax.ntk.kernel import Kernel
+from ntkjax.ntk.scores import KernelScores, kernel_scores
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
@@ -24,34 +26,39 @@ from ntkjax.selection.embedding import stage1_votes
 from ntkjax.selection.vote import Votes
 from ntkjax.store import RowStore
 
+ScoreMethod = Literal["forward", "sketch"]
+DirectionName = Literal["raw", "contrast", "cosine"]
+Switch = Literal["on", "off"]
+
 
 @dataclasses.dataclass(frozen=True)
 class NtkSelector:
     """The paper's two stages, and the choices it leaves open.
 
     Attributes:
-      kernel: ``sum_logits`` or ``loss``.
+      kernel: ``sum_logits`` [paper], ``loss``, ``spectral:m``, ... (see `ntkjax.ntk.approx.parse`).
+      direction: ``raw`` [paper]: <g_bar, g_j>. ``contrast``: <g_bar - proj_p g_bar, g_j> with p the mean gradient of
+        the pool sample. ``cosine``: <g_bar, g_j> / (|g_bar| |g_j|), which needs every candidate's gradient norm and so
+        costs per-example gradients.
       scores: ``forward`` (exact) or ``sketch`` (the paper's path, K = ``sketch_size``).
       stage1: ``on``: only the M_pre = ``prefilter_factor`` * n rows with the most votes are scored, each domain point
         voting for M_pre / 4; ``off``: every row is scored.
       pool_sample: rows of the whole pool, drawn from the seed, whose mean gradient is the second tangent.
     """
 
-    kernel: Literal["sum_logits", "loss"] = "sum_logits"
-    scores: Literal["forward", "sketch"] = "forward"
+    kernel: str = "sum_logits"
+    direction: DirectionName = "raw"
+    scores: ScoreMethod = "forward"
     sketch_size: int = 8192
-    stage1: Literal["on", "off"] = "on"
+    stage1: Switch = "on"
     prefilter_factor: int = 4
     pool_sample: int = 512
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("kernel", ("sum_logits", "loss")),
-            ("scores", ("forward", "sketch")),
-            ("stage1", ("on", "off")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        parse(self.kernel)
+        for name, kind in (("direction", DirectionName), ("scores", ScoreMethod), ("stage1", Switch)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
         for name in ("sketch_size", "prefilter_factor", "pool_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -63,7 +70,8 @@ class NtkSelector:
         scores, reference = self.score(problem, candidates)
         counted = None if votes is None else votes.votes
         chosen = select_top("ntk", scores, problem.n, votes=counted)
-        report = describe(chosen, problem.pool, reference) | {"kernel": self.kernel, "scores": self.scores}
+        options = {"kernel": self.kernel, "direction": self.direction, "scores": self.scores}
+        report = describe(chosen, problem.pool, reference) | options
         if votes is not None:
             report |= {
                 "stage1_candidates": len(candidates),
@@ -78,41 +86,63 @@ class NtkSelector:
             return None
         return stage1_votes(problem, max(1, self.prefilter_factor * problem.n // 4))
 
-    def output_fn(self, problem: SelectionProblem) -> Callable:
-        """The scalar F whose gradient the kernel compares."""
-        return problem.nll_fn if self.kernel == "loss" else sum_logits(problem.hidden_fn, problem.head)
-
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(s_j with the domain, s_j with the pool's own mean gradient), float64 [N], NaN outside ``candidates``."""
+        """(s_j along ``direction``, s_j with the pool's own mean gradient), float64 [N], NaN outside ``candidates``."""
         rows, budget = len(problem.pool), problem.token_budget
         rng = numpy_rng(problem.seed, "selection", "pool sample")
         drawn = rng.choice(rows, size=min(self.pool_sample, rows), replace=False)
-        store = None
-        if problem.work_dir is not None:
-            store = RowStore.open(
-                problem.work_dir / "scores",
-                rows=rows,
-                width=2,
-                dtype=np.float32,
-                manifest={
-                    **problem.manifest,
-                    **dataclasses.asdict(self),
-                    "n": problem.n,
-                    "seed": problem.seed,
-                    "rows": "scores",
-                },
-            )
+        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
+        kernel = build(self.kernel, functions, problem.params, seed=problem.seed)
         found = kernel_scores(
-            self.output_fn(problem),
+            kernel,
             problem.params,
             problem.domain.batches(token_budget=budget),
             problem.pool.batches(token_budget=budget, indices=candidates),
             rows=rows,
             method=self.scores,
             references=[problem.pool.batches(token_budget=budget, indices=np.sort(drawn))],
-            sketch=RademacherSketch(self.sketch_size, problem.seed) if self.scores == "sketch" else None,
-            store=store,
+            sketch=self.sketch(problem),
+            store=self.store(problem, "scores", width=2),
             progress=problem.progress and "score pool",
         )
-        scores = np.asarray(found.scores, np.float64)
-        return scores[:, 0], scores[:, 1]
+        return self.along(found, problem, kernel, candidates), np.asarray(found.scores[:, 1], np.float64)
+
+    def along(
+        self, found: KernelScores, problem: SelectionProblem, kernel: Kernel, candidates: np.ndarray
+    ) -> np.ndarray:
+        """The scores along ``direction``, float64 [N]."""
+        if self.direction == "contrast":
+            return np.asarray(found.contrast(), np.float64)
+        raw = np.asarray(found.scores[:, 0], np.float64)
+        if self.direction == "raw":
+            return raw
+        squares = squared_norms(
+            kernel,
+            problem.params,
+            problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
+            rows=len(problem.pool),
+            sketch=self.sketch(problem),
+            store=self.store(problem, "norms", width=1),
+            progress=problem.progress and "gradient norms",
+        )
+        zero = np.flatnonzero(squares == 0)
+        if len(zero):
+            raise ConfigError(
+                f"direction cosine: the gradient of {len(zero)} pool example(s) is exactly 0 (first: row {zero[0]}), "
+                "so their cosine is undefined; leave them out of the pool, or use direction raw or contrast"
+            )
+        return raw / np.sqrt(np.asarray(squares, np.float64) * found.gram[0, 0])
+
+    def sketch(self, problem: SelectionProblem) -> RademacherSketch | None:
+        """The paper's projection, or None on the exact path."""
+        return RademacherSketch(self.sketch_size, problem.seed) if self.scores == "sketch" else None
+
+    def store(self, problem: SelectionProblem, name: str, *, width: int) -> RowStore | None:
+        """Where rows called ``name`` are kept so that a killed run goes on; None without a work directory."""
+        if problem.work_dir is None:
+            return None
+        # A contrast is taken from the same rows as the raw score: the direction is no part of what they depend on.
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k != "direction"}
+        manifest = {**problem.manifest, **options, "n": problem.n, "seed": problem.seed, "rows": name}
+        path: Path = problem.work_dir / name
+        return RowStore.open(path, rows=len(problem.pool), width=width, dtype=np.float32, manifest=manifest)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.errors import UserError
-from ntkjax.ntk.scores import collect_rows, iterate
+from ntkjax.ntk.rows import collect_rows, iterate
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 CHUNK = 4096

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.data.sources import is_hub_id, list_sources
 from ntkjax.models import LanguageModel
-from ntkjax.ntk.outputs import sum_logits
-from ntkjax.ntk.scores import directional_derivatives, stack_tangents
+from ntkjax.ntk.approx import KernelFunctions, build
+from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
 from ntkjax.selection.vote import embed_batch
 from ntkjax.stages.loading import Loaded
 from ntkjax.types import Params
@@ -189,16 +190,18 @@ def forecast_passes(
       candidates: rows that stage 1 leaves to score; None where stage 1 is off and every row is scored.
       warmup_epochs: passes over the domain before scoring; 0 for none.
     """
-    output = model.nll_fn if kernel == "loss" else sum_logits(model.hidden_fn, model.head_fn({}))
-    tangents = stack_tangents(params, [params, params])  # only their shapes matter here
+    head = model.head_fn if {"head", "embed"} & params.keys() else model.head_fn({})
+    built = build(kernel, KernelFunctions(model.hidden_fn, head, model.nll_fn), params, seed=0)
+    zero = zero_direction(built, params, next(iter(sample.tokens.batches(token_budget=token_budget))))
+    pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), zero)  # domain and pool mean: only shapes matter here
     gradient = jax.jit(lambda fn, p, batch: jax.grad(lambda q: fn(q, batch).sum())(p))
     scored = pool_rows if candidates is None else min(candidates, pool_rows)
     embedded = 0 if candidates is None else pool_rows
     passes = (
         ("warm up", gradient, domain, round(domain_rows * warmup_epochs), lambda b: (model.nll_fn, params, b)),
         ("embed pool", embed_batch, sample, embedded, lambda b: (model.embed_fn, params, b)),
-        ("domain gradient", gradient, domain, domain_rows, lambda b: (output, params, b)),
-        ("score pool", directional_derivatives, sample, scored, lambda b: (output, params, tangents, b)),
+        ("domain gradient", add_direction, domain, domain_rows, lambda b: (built, params, b, zero)),
+        ("score pool", score_batch, sample, scored, lambda b: (built, params, pair, b)),
     )
     return tuple(
         time_phase(

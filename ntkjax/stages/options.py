@@ -56,8 +56,12 @@ class SelectorOptions:
 
     method: str = "ntk"
     """Selection method, a name from ntkjax.selection.METHODS."""
-    kernel: Literal["sum_logits", "loss"] = "sum_logits"
-    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware."""
+    kernel: str = "sum_logits"
+    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware; trace, centred_trace: exact; spectral:m,
+    centred_spectral:m, hutchinson:m: m outputs that approximate the trace."""
+    direction: Literal["raw", "contrast", "cosine"] = "raw"
+    """raw: the paper's mean kernel value; contrast: without what the pool's mean gradient shares with the domain's;
+    cosine: divided by gradient norms (costs per-example gradients)."""
     scores: Literal["forward", "sketch"] = "forward"
     """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients and Rademacher sketch."""
     sketch_size: int = 8192

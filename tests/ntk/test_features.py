@@ -15,7 +15,7 @@ from ntkjax.ntk import (
     per_example_gradients,
 )
 from ntkjax.ntk.features import group_rows
-from ntkjax.ntk.scores import NonFiniteError
+from ntkjax.ntk.rows import NonFiniteError
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_features_do_not_depend_on_grouping_or_batches(toy, case, budget_rows):
     split = gradient_features(
         output_fn, params, toy.batches(rows, 4), sketch, rows=19, memory_budget=budget_rows * size + 3
     )
-    assert group_rows(params, budget_rows * size + 3) == budget_rows
+    stacked = jax.tree.map(lambda leaf: leaf[None], params)
+    assert group_rows(stacked, budget_rows * size + 3) == budget_rows
     assert whole.shape == (19, 96) and np.isfinite(whole).all()
     assert relative(split, whole) < 2e-6
 

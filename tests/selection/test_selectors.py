@@ -152,7 +152,7 @@ def test_finished_rows_are_kept_and_used_again(tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(scores, "directional_derivatives", refuse)
+    monkeypatch.setattr(scores, "score_batch", refuse)
     again = METHODS["ntk"](pool_sample=8)(make(work_dir=tmp_path))
     np.testing.assert_array_equal(again.scores, first.scores)
     with pytest.raises(ConfigError, match="kernel"):

@@ -1,0 +1,213 @@
+"""The kernels that can be asked for by name: the exact trace kernels and what approximates them.
+
+Rotating the V outputs by an orthogonal Q changes no trace. Take Q = [q_1 ... q_D, Q_perp] with W^T W = U diag(s^2) U^T
+and q_i = W u_i / s_i, held fixed. The outputs in Q_perp have value q^T W h with q^T W = 0: they change with the head
+alone. So, for all V outputs and D directions,
+
+    trace_ntk = sum_{i <= D} <grad q_i^T W h, grad q_i^T W h'> + (V - D) <h, h'>     (last term: head trained)
+
+and with the head held fixed q_i^T W h = s_i u_i . h: exact in D passes through the folded head, whatever V. Keeping
+the m largest s_i is the rank-m approximation ``spectral``. The centred kernel has W_c = (I - 11^T / V) W in the place
+of W, and V - 1 outputs. Tied embeddings need nothing more: grad differentiates every use of the weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ntkjax.errors import ConfigError
+from ntkjax.ntk.kernel import Kernel
+from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, fold_head, sum_logits
+from ntkjax.rng import numpy_rng
+from ntkjax.types import Params, as_pytree_fn, at_least_float32
+
+EXACT = ("trace", "centred_trace")
+ONE_OUTPUT = ("sum_logits", "loss")
+WITH_SIZE = ("spectral", "centred_spectral", "hutchinson")
+NAMES = (*ONE_OUTPUT, *WITH_SIZE, *EXACT)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelFunctions:
+    """What a kernel of a language model is made of.
+
+    Attributes:
+      hidden_fn: ``(params, batch) -> h [B, D]``, the pooled final hidden state.
+      head: W [V, D], held fixed; or ``(params) -> W`` where the head may be among the trained parameters.
+      nll_fn: ``(params, batch) -> [B]``, mean NLL of the response; only ``loss`` needs it.
+    """
+
+    hidden_fn: Callable
+    head: Any
+    nll_fn: Callable | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec:
+    """A kernel by name, and its number of outputs m where it has one (else 0)."""
+
+    name: str
+    m: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.m}" if self.m else self.name
+
+
+def parse(text: str) -> KernelSpec:
+    """``sum_logits``, ``loss``, ``trace``, ``centred_trace``, ``spectral:m``, ``centred_spectral:m``, ``hutchinson:m``.
+
+    Raises:
+      ConfigError: another name, a missing m, or an m that is no whole number above 0.
+    """
+    name, _, size = text.partition(":")
+    if name not in NAMES:
+        expected = [f"{n}:m" if n in WITH_SIZE else n for n in NAMES]
+        raise ConfigError(f"unknown kernel {text!r}; expected one of {', '.join(expected)}")
+    if name not in WITH_SIZE:
+        if size:
+            raise ConfigError(f"kernel {text!r}: {name} takes no size; write {name}")
+        return KernelSpec(name)
+    if not size.isdecimal() or int(size) < 1:
+        raise ConfigError(f"kernel {text!r}: expected {name}:m with m a whole number from 1, such as {name}:16")
+    return KernelSpec(name, int(size))
+
+
+def build(spec: KernelSpec | str, functions: KernelFunctions, params: Params, *, seed: int) -> Kernel:
+    """The kernel of that name at ``params``; ``seed`` draws the probes of ``hutchinson``."""
+    spec = parse(spec) if isinstance(spec, str) else spec
+    hidden_fn, head = functions.hidden_fn, functions.head
+    if spec.name == "loss":
+        if functions.nll_fn is None:
+            raise ConfigError("the loss kernel needs nll_fn(params, batch) -> [B]")
+        return loss(functions.nll_fn)
+    if spec.name == "sum_logits":
+        return summed(hidden_fn, head)
+    if spec.name == "hutchinson":
+        return hutchinson(hidden_fn, head, params, spec.m, seed=seed)
+    centred = spec.name.startswith("centred")
+    return spectral(hidden_fn, head, params, spec.m or None, centred=centred)
+
+
+def summed(hidden_fn: Callable, head: Any) -> Kernel:
+    """<grad sum_k f_k(x), grad sum_k f_k(x')>: the paper's "Jacobian-free" kernel [arXiv 2511.07380]. It is the trace
+    kernel plus all its cross-output terms."""
+    return Kernel(sum_logits(hidden_fn, head), name="sum_logits")
+
+
+def loss(nll_fn: Callable) -> Kernel:
+    """<grad nll(x), grad nll(x')>: label-aware, what LESS and G2IS use up to the optimiser."""
+    return Kernel(as_pytree_fn(nll_fn), name="loss")
+
+
+def hutchinson(hidden_fn: Callable, head: Any, params: Params, m: int, *, seed: int) -> Kernel:
+    """1/m sum_v <grad v.f(x), grad v.f(x')> over m Rademacher probes v in {-1, 1}^V: unbiased for the trace kernel.
+
+    The probes are shared by all examples and drawn from ``seed``; probe c is the same for every m.
+    """
+    rng = numpy_rng(seed, "ntk", "hutchinson")
+    signs = rng.integers(0, 2, (m, len(_weight(head, params))), dtype=np.int8) * 2 - 1
+    return Kernel(_rotated(hidden_fn, head, params, signs.T / np.sqrt(m)), name=f"hutchinson:{m}")
+
+
+def trace(hidden_fn: Callable, head: Any, params: Params) -> Kernel:
+    """sum_k <grad f_k(x), grad f_k(x')> over all V outputs, exactly, as D rotated ones."""
+    return spectral(hidden_fn, head, params, None)
+
+
+def centred_trace(hidden_fn: Callable, head: Any, params: Params) -> Kernel:
+    """The trace kernel of the centred logits f - mean(f), the only ones that can change the loss."""
+    return spectral(hidden_fn, head, params, None, centred=True)
+
+
+def spectral(hidden_fn: Callable, head: Any, params: Params, m: int | None, *, centred: bool = False) -> Kernel:
+    """sum_{i <= m} s_i^2 <grad u_i.h(x), grad u_i.h(x')>, W^T W = U diag(s^2) U^T: the m leading directions.
+
+    Args:
+      hidden_fn: ``(params, batch) -> h [B, D]``.
+      head: W [V, D], held fixed; or ``(params) -> W`` where it may be trained: the head's own term is then included,
+        in full whatever m.
+      params: theta: where W is taken, and what decides whether the head is trained.
+      m: directions kept; None: all that are not null, which is exact.
+      centred: W_c = W - mean row in the place of W.
+
+    Raises:
+      ConfigError: m above D; a head that depends on ``params`` in another way than being one of its leaves.
+    """
+    weight = _weight(head, params)
+    vocab, width = weight.shape
+    if m is not None and not 1 <= m <= width:
+        raise ConfigError(f"spectral: m must be between 1 and the width {width}, got {m}")
+    values, vectors = head_spectrum(weight, centred=centred)
+    kept = min(m or width, len(values))
+    names = ("centred_spectral", "centred_trace") if centred else ("spectral", "trace")
+    name = f"{names[0]}:{m}" if m else names[1]
+    if not head_is_trained(head, params):
+        directions = jnp.asarray(vectors[:, :kept] * np.sqrt(values[:kept]), weight.dtype)
+        return Kernel(FoldedOutput(as_pytree_fn(hidden_fn), directions), name=name)
+    rows = np.asarray(weight, np.float64)
+    rows = rows - rows.mean(axis=0) if centred else rows
+    q = rows @ (vectors[:, :kept] / np.sqrt(values[:kept]))
+    own = float(vocab - centred - kept)
+    return Kernel(_rotated(hidden_fn, head, params, q), as_pytree_fn(hidden_fn), own, name)
+
+
+def head_spectrum(weight: Float[Array, "V D"], *, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(s^2 [r], U [D, r]) of W^T W, largest first, float64; directions that are null to rounding are left out.
+
+    W^T W is summed over blocks of rows in float64, so nothing of the size of W is made.
+    """
+    matrix = np.asarray(weight)
+    mean = matrix.mean(axis=0, dtype=np.float64) if centred else np.zeros(matrix.shape[1])
+    gram = np.zeros((matrix.shape[1],) * 2)
+    for start in range(0, len(matrix), 4096):
+        rows = matrix[start : start + 4096].astype(np.float64) - mean
+        gram += rows.T @ rows
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    rank = int(np.sum(values > values[0] * len(values) * np.finfo(np.float64).eps))
+    return values[:rank], vectors[:, :rank]
+
+
+def head_is_trained(head: Any, params: Params) -> bool:
+    """Whether ``head`` is a leaf of ``params``; False for a fixed W, or one that ``params`` does not reach.
+
+    Found by pulling a random cotangent back through ``head``: it must arrive unchanged at one leaf, or nowhere.
+
+    Raises:
+      ConfigError: the head depends on ``params`` in some other way.
+    """
+    if not callable(head):
+        return False
+    weight, pull = jax.vjp(lambda p: at_least_float32(head(p)), params)
+    cotangent = jnp.asarray(np.random.default_rng(0).normal(size=weight.shape), weight.dtype)
+    reached = [np.asarray(leaf) for leaf in jax.tree.leaves(pull(cotangent)[0])]
+    reached = [leaf for leaf in reached if np.any(leaf)]
+    if not reached:
+        return False
+    same = reached[0].shape == weight.shape and np.allclose(reached[0], np.asarray(cotangent), rtol=1e-2)
+    if len(reached) > 1 or not same:
+        raise ConfigError(
+            "the head depends on the trained parameters in another way than being one of them, so its own term has no "
+            'closed form; use backend="jacobian" of the exact kernels, or hold the head fixed'
+        )
+    return True
+
+
+def _weight(head: Any, params: Params) -> Float[Array, "V D"]:
+    return at_least_float32(head(params) if callable(head) else head)
+
+
+def _rotated(hidden_fn: Callable, head: Any, params: Params, probes: np.ndarray) -> Callable:
+    """F(x) = probes^T W h(x) [B, m], with the head's own gradient where it is trained and folded where it is not."""
+    weight = _weight(head, params)
+    probes = jnp.asarray(probes, weight.dtype)
+    if head_is_trained(head, params):
+        return TrainedHeadOutput(as_pytree_fn(hidden_fn), as_pytree_fn(head), probes)
+    return FoldedOutput(as_pytree_fn(hidden_fn), fold_head(weight, probes))

@@ -1,0 +1,128 @@
+"""Results by dataset row: batches in, an array or a store out, and no NaN in either."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from ntkjax.errors import UserError
+
+MAX_BAD_ROWS = 64
+
+
+class NonFiniteError(UserError):
+    """Some rows gave NaN or infinity: ``rows`` lists them. Nothing stands in their place."""
+
+    def __init__(self, what: str, rows: Sequence[int], *, stopped: bool = False):
+        self.rows = [int(row) for row in rows]
+        shown = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
+        super().__init__(
+            f"{what} not finite for {'at least ' if stopped else ''}{len(self.rows)} row(s): {shown}. "
+            "Expected finite numbers; the model overflows on these rows or its weights are not finite. "
+            "Leave the rows out, or use a wider dtype (float32)."
+        )
+
+
+def real_rows(batch: Any) -> np.ndarray:
+    """The dataset row of each batch row, -1 for a filler: int32 [B]."""
+    return np.asarray(batch.index)
+
+
+def iterate(batches: Iterable, progress: bool | str, default: str, done: np.ndarray | None = None) -> Iterator:
+    """The batches under a progress bar, without those whose real rows are all ``done`` already."""
+    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    description = progress if isinstance(progress, str) else default
+    for batch in tqdm(batches, total=total, desc=description, disable=progress is False, unit="batch"):
+        index = real_rows(batch)
+        if done is None or not done[index[index >= 0]].all():
+            yield batch
+
+
+class _RowSink:
+    """Writes rows by dataset index into an array or a store; keeps what is not finite out of both."""
+
+    def __init__(self, rows: int, store: Any, what: str):
+        self.rows, self.store, self.what = rows, store, what
+        self.values: np.ndarray | None = None
+        self.bad: list[int] = []
+
+    def write(self, index: np.ndarray, values: np.ndarray) -> None:
+        real = index >= 0
+        index, values = index[real], values[real]
+        if index.size and index.max() >= self.rows:
+            raise ValueError(f"batch holds row {index.max()}, but rows={self.rows}")
+        finite = np.isfinite(values).all(axis=1)
+        self.bad += index[~finite].tolist()
+        index, values = index[finite], values[finite]
+        if self.store is not None:
+            self.store.write(index, values)
+        else:
+            if self.values is None:
+                self.values = np.full((self.rows, values.shape[1]), np.nan, values.dtype)
+            self.values[index] = values
+        if len(self.bad) >= MAX_BAD_ROWS:
+            raise NonFiniteError(self.what, self.bad, stopped=True)
+
+    def check(self) -> None:
+        if self.bad:
+            raise NonFiniteError(self.what, self.bad)
+
+    def result(self) -> np.ndarray:
+        self.check()
+        if self.store is None:
+            if self.values is None:
+                raise ValueError(f"no batches to compute the {self.what} of")
+            return self.values
+        done = np.flatnonzero(self.store.done())
+        found = self.store.read(done)
+        values = np.full((self.rows, found.shape[1]), np.nan, found.dtype)
+        values[done] = found
+        return values
+
+
+def collect_rows(
+    results: Iterable[tuple[np.ndarray, Array]],
+    *,
+    rows: int,
+    store: Any = None,
+    what: str = "score",
+    read: bool = True,
+) -> np.ndarray:
+    """Gather (index [B], values [B, m]) pairs into [rows, m]; rows never visited are NaN.
+
+    One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False
+    the values stay in the store, for what does not fit into memory, and the
+    array returned is empty.
+
+    Raises:
+      NonFiniteError: some real row is NaN or infinite. The finite rows reach the store first, so that a
+        resumed run repeats only the bad ones. It stops early once `MAX_BAD_ROWS` rows are bad.
+    """
+    sink = _RowSink(rows, store, what)
+    in_flight: collections.deque = collections.deque()
+    try:
+        for index, values in results:
+            in_flight.append((index, values))
+            if len(in_flight) > 1:
+                index, values = in_flight.popleft()
+                sink.write(index, np.asarray(values))
+        while in_flight:
+            index, values = in_flight.popleft()
+            sink.write(index, np.asarray(values))
+    except BaseException:
+        if store is not None:  # keep finished work, but let the first error be the one that is seen
+            with contextlib.suppress(UserError):
+                store.flush()
+        raise
+    if store is not None:
+        store.flush()
+    if not read:
+        sink.check()
+        return np.empty((0, 0), np.float32)
+    return sink.result()
