@@ -35,6 +35,10 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Every complete step on disk, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, arrays: PyTree, progress: dict[str, Any]) -> None:
         """Save both under ``step`` and return when they are on disk.
 

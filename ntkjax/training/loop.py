@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from ntkjax.errors import ConfigError, DataError, UserError
+from ntkjax.errors import CheckpointError, ConfigError, DataError, UserError
+from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
 from ntkjax.training.manifest import TrainingData, check_manifest, make_manifest
 from ntkjax.training.mixture import EpochPlan
+from ntkjax.training.optimiser import AdamW
 from ntkjax.training.result import FitResult
 from ntkjax.training.run import CHECKPOINTS, METRICS, Run
+from ntkjax.training.step import cast_like, init_state, leaf_dtypes
 from ntkjax.types import Params, as_pytree_fn
 
 MANIFEST = "train.json"
@@ -74,6 +77,34 @@ def fit(
         return run.result()
     finally:
         run.close()
+
+
+def saved_params(out_dir: str | Path, step: int, params: Params, config: TrainConfig, *, dev: bool = False) -> Params:
+    """The parameters that a run of `fit` in ``out_dir`` had after ``step`` steps, structure and dtypes as given.
+
+    Every step that is a multiple of ``save_every`` is there with ``keep_checkpoints=None``.
+
+    Args:
+      params, config: those that `fit` was given; the values of ``params`` do not matter.
+      dev: whether it was given a dev set.
+
+    Raises:
+      CheckpointError: no checkpoint of that step (the steps there are named), or a damaged one.
+    """
+    state = init_state(params, AdamW.of(config))
+    like = {"params": state.params, "opt_state": state.opt_state} | ({"best": state.params} if dev else {})
+    checkpoints = Checkpoints(Path(out_dir) / CHECKPOINTS, None)
+    try:
+        if step not in checkpoints.steps():
+            found = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise CheckpointError(
+                f"{out_dir}: no checkpoint of step {step}; there are: {found}. Train with save_every dividing it and "
+                "keep_checkpoints none to keep them all"
+            )
+        arrays, _ = checkpoints.restore(step, like)
+    finally:
+        checkpoints.close()
+    return cast_like(arrays["params"], leaf_dtypes(params))
 
 
 def _check_inputs(params: Params, train: TrainingData, dev: TrainingData | None, config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import CheckpointError, UserError
-from ntkjax.training import TrainConfig, fit
+from ntkjax.training import TrainConfig, fit, saved_params
 from ntkjax.training.checkpoint import Checkpoints
 
 TOY = Path(__file__).with_name("toy_problem.py")
@@ -238,3 +239,23 @@ def test_a_line_that_does_not_fit_on_the_disk(run, monkeypatch):
     monkeypatch.setattr(MetricsLog, "append", full)
     with pytest.raises(UserError, match=r"after step 3\. Kept: the checkpoint of step 2"):
         run()
+
+
+def test_every_step_that_was_kept_can_be_read_back(toy, tmp_path):
+    """The parameters after k steps of a longer run are those that a run of k steps ends with."""
+    nll_fn, params = toy.make_model()
+    data = toy.make_data(18, 0)
+    config = TrainConfig(
+        epochs=4, batch_size=6, max_buckets=1, learning_rate=0.1, schedule="constant", keep_checkpoints=None
+    )
+    for dev in (None, toy.make_data(6, 1)):
+        out = tmp_path / f"dev-{dev is not None}"
+        last = fit(nll_fn, params, data, config, seed=1, dev=dev, out_dir=out, progress=False)
+        short = fit(nll_fn, params, data, dataclasses.replace(config, epochs=2), seed=1, progress=False)
+        for step, wanted in ((6, short.params), (12, None if dev else last.params)):
+            found = saved_params(out, step, params, config, dev=dev is not None)
+            if wanted is not None:
+                for name in ("kernel", "bias"):
+                    np.testing.assert_array_equal(found["table"][name], wanted["table"][name])
+        with pytest.raises(CheckpointError, match=r"step 5.*3, 6, 9, 12"):
+            saved_params(out, 5, params, config, dev=dev is not None)
