@@ -3,7 +3,18 @@
 from ntkjax.ntk.approx import KernelFunctions, KernelSpec, build, parse
 from ntkjax.ntk.features import gradient_features, mean_features, per_example_gradients, squared_norms
 from ntkjax.ntk.kernel import Kernel, kernel_diagonal, kernel_matrix
-from ntkjax.ntk.metrics import bootstrap_interval, kendall, pearson, spearman, top_n_overlap
+from ntkjax.ntk.metrics import (
+    bootstrap_interval,
+    cka,
+    cos_frobenius,
+    frobenius_error,
+    kendall,
+    matrix_scores,
+    participation_ratio,
+    pearson,
+    spearman,
+    top_n_overlap,
+)
 from ntkjax.ntk.outputs import directions, probe, sum_logits
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.ntk.scores import (
@@ -30,18 +41,23 @@ __all__ = [
     "Sketch",
     "bootstrap_interval",
     "build",
+    "cka",
+    "cos_frobenius",
     "directional_derivatives",
     "directional_scores",
     "directions",
+    "frobenius_error",
     "gradient_features",
     "kendall",
     "kernel_diagonal",
     "kernel_matrix",
     "kernel_scores",
+    "matrix_scores",
     "mean_direction",
     "mean_features",
     "mean_gradient",
     "parse",
+    "participation_ratio",
     "pearson",
     "per_example_gradients",
     "probe",

@@ -1,4 +1,7 @@
-"""How far two sets of scores agree, with bootstrap intervals."""
+"""How far two sets of scores, or two kernel matrices, agree; bootstrap intervals.
+
+``agreement`` in ``ntkjax.ntk.agreement`` reports all of them at once, with intervals over examples.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import scipy.stats
 from jaxtyping import Float
 
 Vector = Float[np.ndarray, " n"]
+NOTHING = 1e-12  # of a norm: what is left of a matrix after centring is rounding below this share
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,3 +90,76 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+# ---- kernel matrices: A approximates E, both [n, n] and symmetric ----
+
+
+def square(matrix: np.ndarray) -> Float[np.ndarray, "n n"]:
+    """``matrix`` as float64; ValueError unless it is square, symmetric to 1e-4 of its largest entry, and finite."""
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
+        raise ValueError(f"expected a square kernel matrix of at least 2 rows, got shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise ValueError("a kernel matrix to compare must be finite: leave out the examples that overflow")
+    if np.abs(matrix - matrix.T).max() > 1e-4 * np.abs(matrix).max():
+        raise ValueError("expected a symmetric kernel matrix, the kernel of a set of examples with itself")
+    return matrix
+
+
+def off_diagonal(matrix: np.ndarray) -> Float[np.ndarray, " p"]:
+    """The n (n - 1) / 2 entries K_ij with i < j, row by row."""
+    return np.asarray(matrix, np.float64)[np.triu_indices(len(matrix), 1)]
+
+
+def cos_frobenius(a: np.ndarray, e: np.ndarray) -> float:
+    """cos_F = <A, E> / (|A| |E|) with <A, E> = sum_ij A_ij E_ij; NaN where either is 0.
+
+    Near 1 whenever the gradients of all examples share a common component: read it beside `cka`.
+    """
+    a, e = square(a), square(e)
+    norm = np.linalg.norm(a) * np.linalg.norm(e)
+    return float(np.sum(a * e) / norm) if norm > 0 else float("nan")
+
+
+def frobenius_error(a: np.ndarray, e: np.ndarray) -> float:
+    """min over c of |c A - E|_F / |E|_F = sqrt(1 - cos_F^2), at c = <A, E> / |A|^2: what no choice of scale mends."""
+    a, e = square(a), square(e)
+    if not np.any(a) or not np.any(e):
+        return float("nan")
+    return float(np.linalg.norm(np.sum(a * e) / np.sum(a * a) * a - e) / np.linalg.norm(e))
+
+
+def centred(matrix: np.ndarray) -> Float[np.ndarray, "n n"]:
+    """H K H with H = I - 11^T / n: the kernel of features without their mean; K minus its best fit c_i + c_j."""
+    matrix = square(matrix)
+    means = matrix.mean(axis=0)
+    return matrix - means[:, None] - means[None, :] + means.mean()
+
+
+def cka(a: np.ndarray, e: np.ndarray) -> float:
+    """Centred alignment <HAH, HEH> / (|HAH| |HEH|) [Cortes et al. 2012]; NaN where one has nothing but row and column
+    means."""
+    first, second = centred(a), centred(e)
+    norms = np.linalg.norm(first), np.linalg.norm(second)
+    if norms[0] <= NOTHING * np.linalg.norm(a) or norms[1] <= NOTHING * np.linalg.norm(e):
+        return float("nan")
+    return float(np.sum(first * second) / (norms[0] * norms[1]))
+
+
+def participation_ratio(matrix: np.ndarray) -> float:
+    """(tr K)^2 / |K|_F^2 = (sum_i l_i)^2 / sum_i l_i^2: how many eigen-directions share the kernel, 1 to n."""
+    matrix = square(matrix)
+    total = float(np.sum(matrix * matrix))
+    return float(np.trace(matrix) ** 2 / total) if total > 0 else float("nan")
+
+
+def matrix_scores(matrix: np.ndarray, domain_rows: np.ndarray | None = None) -> Float[np.ndarray, " scored"]:
+    """s_j = 1/M sum_{i in domain} K_ij for every j outside the domain, in order: what a selection ranks.
+
+    Without ``domain_rows`` every example is scored against all others: s_j = 1/(n - 1) sum_{i != j} K_ij.
+    """
+    matrix = square(matrix)
+    if domain_rows is None:
+        return (matrix.sum(axis=0) - np.diag(matrix)) / (len(matrix) - 1)
+    return np.delete(matrix[np.asarray(domain_rows)].mean(axis=0), domain_rows)
