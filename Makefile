@@ -31,7 +31,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
 	|| $(PYTHON) -m venv --clear $(1)
 
-.PHONY: setup demo test test-slow test-torch lint bench lock clean
+.PHONY: setup demo test test-slow test-torch lint bench notebooks lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -73,6 +73,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python experiments/bench.py
+
+# Run the scripts under notebooks/ and keep what they print and draw beside them.
+notebooks: $(STAMP)
+	cd notebooks && $(abspath $(VENV))/bin/jupytext --quiet --to ipynb *.py && $(abspath $(VENV))/bin/jupyter-execute --inplace *.ipynb
 
 # Resolve pyproject.toml afresh for this Python and write what came out, names and versions only.
 lock:
