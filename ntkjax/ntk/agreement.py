@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
-from ntkjax.ntk.metrics import NOTHING, square
+from ntkjax.ntk.metrics import NOTHING, resample, square
 from ntkjax.rng import numpy_rng
 
 METRICS = (
@@ -105,7 +105,8 @@ def agreement(
     first, second = _draws(approx, exact)
     roles = split(first.shape[1], domain_rows, n)
     rng = numpy_rng(seed, "agreement")
-    resamples = _resamples(rng, first.shape[1], roles, samples)
+    groups = [roles.scored] if roles.domain is None else [roles.domain, roles.scored]
+    resamples = resample(rng, first.shape[1], samples, groups)
     weights = np.concatenate([np.ones((1, first.shape[1])), resamples])
     found = [statistics(a, e, weights, roles) for a, e in zip(first, second)]
     result: dict[str, float] = {}
@@ -297,14 +298,6 @@ def _draws(approx: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarra
         )
     count = max(len(first), len(second))
     return np.broadcast_to(first, (count, *first.shape[1:])), np.broadcast_to(second, (count, *second.shape[1:]))
-
-
-def _resamples(rng: np.random.Generator, examples: int, roles: Split, samples: int) -> Float[np.ndarray, "B n"]:
-    """Multiplicities of ``samples`` draws with replacement, within the domain and within the scored examples."""
-    weights = np.zeros((samples, examples))
-    for rows in [roles.scored] if roles.domain is None else [roles.domain, roles.scored]:
-        weights[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=samples)
-    return weights
 
 
 def _interval(means: np.ndarray, level: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.stats
@@ -90,6 +90,19 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resample(
+    rng: np.random.Generator, examples: int, samples: int, groups: Sequence[np.ndarray] | None = None
+) -> Float[np.ndarray, "samples examples"]:
+    """How often each example is drawn in each of ``samples`` bootstrap resamples, float64.
+
+    ``groups`` of rows are resampled among themselves, rows in none of them never drawn; None: all rows are one group.
+    """
+    weights = np.zeros((samples, examples))
+    for rows in [np.arange(examples)] if groups is None else groups:
+        weights[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=samples)
+    return weights
 
 
 # ---- kernel matrices: A approximates E, both [n, n] and symmetric ----

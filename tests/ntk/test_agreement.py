@@ -207,10 +207,10 @@ def test_intervals_cover_as_often_as_they_say():
 
     truth = np.mean([pearson(*map(off_diagonal, draw(200))) for _ in range(5)])
     inside = 0
-    for _ in range(30):
-        found = agreement(*draw(32), samples=80)
+    for _ in range(20):
+        found = agreement(*draw(32), samples=60)
         inside += found["pearson_low"] <= truth <= found["pearson_high"]
-    assert inside >= 24  # 28 or 29 expected
+    assert inside >= 16  # 19 expected
 
 
 def test_pairs_in_chunks_are_the_same(pair, monkeypatch):

@@ -1,0 +1,222 @@
+"""What the Jacobian-free kernel adds to the trace: products of the gradients of different outputs.
+
+    sum_logits(x, x') = trace(x, x') + sum_{k != l} <grad f_k(x), grad f_l(x')>
+
+It stands for the trace where the cross terms cancel, that is where the cosines of different outputs' gradients are 0 on
+average *with their signs*: a small mean of |cos| is not enough, as V (V - 1) terms stand against V.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from ntkjax.errors import ConfigError
+from ntkjax.ntk.approx import KernelFunctions, head_is_trained
+from ntkjax.ntk.kernel import MAX_PASSES, Kernel, gradients, rows_of
+from ntkjax.ntk.metrics import bootstrap_interval, resample, square
+from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, directions
+from ntkjax.rng import numpy_rng
+from ntkjax.types import Params, as_pytree_fn, at_least_float32
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossTerms:
+    """Cosines of the gradients of different outputs k != l, averaged over the pairs of outputs.
+
+    Attributes:
+      signed, absolute: mean of cos and of |cos| between grad f_k(x) and grad f_l(x), for each example [n].
+      signed_between, absolute_between: the same between grad f_k(x_i) and grad f_l(x_i+1) [n - 1]: what enters a
+        kernel of two different examples.
+      outputs: how many of the V outputs were compared, all pairs of them: V, or a uniform sample.
+      vocab: V.
+      undefined: outputs, summed over examples, whose gradient is 0 and has no direction; they are left out.
+    """
+
+    signed: np.ndarray
+    absolute: np.ndarray
+    signed_between: np.ndarray
+    absolute_between: np.ndarray
+    outputs: int
+    vocab: int
+    undefined: int
+
+    def summary(self, *, seed: int = 0, samples: int = 1000) -> dict[str, float]:
+        """Means over examples, each with ``_low`` and ``_high`` (percentile bootstrap over examples)."""
+        found: dict[str, float] = {}
+        for name in ("signed", "absolute", "signed_between", "absolute_between"):
+            values = getattr(self, name)
+            values = values[np.isfinite(values)]
+            found[name] = float(values.mean()) if len(values) else math.nan
+            low, high = math.nan, math.nan
+            if len(values) > 1:
+                low, high = bootstrap_interval(lambda v: float(v.mean()), values, seed=seed, samples=samples)
+            found |= {f"{name}_low": low, f"{name}_high": high}
+        return found | {"outputs": self.outputs, "vocab": self.vocab, "undefined": self.undefined}
+
+
+def cross_output_cosines(
+    functions: KernelFunctions,
+    params: Params,
+    batches: Iterable,
+    *,
+    outputs: int = 4096,
+    seed: int = 0,
+    memory_budget: int = 1 << 30,
+    progress: bool | str = False,
+) -> CrossTerms:
+    """E[cos] and E|cos| between the gradients of different outputs, example by example.
+
+    With the head held fixed grad f_k = sum_d W_kd grad h_d, so all products of V outputs are W A W^T with A the D x D
+    products of the hidden units' gradients: D passes an example, whatever V. With the head trained, and where D
+    gradients do not fit, the gradients of the sampled outputs themselves are taken.
+
+    Args:
+      functions: hidden state and head.
+      params: theta.
+      batches: batches with ``index``; each real row is one example (fillers are left out).
+      outputs: at most so many outputs are compared, drawn uniformly without replacement: the mean over their pairs is
+        an unbiased estimate of the mean over all V (V - 1) pairs.
+      seed: of that draw.
+      memory_budget: bytes of gradients: those of two examples are held at a time. Where the sampled outputs' do not
+        fit, fewer are drawn.
+      progress: show a progress bar over examples; a string is its description.
+
+    Raises:
+      ConfigError: the budget does not hold the gradients of two outputs of two examples, or ``outputs`` below 2.
+    """
+    head: Any = functions.head
+    weight = np.asarray(head(params) if callable(head) else head)
+    weight = np.asarray(at_least_float32(weight))
+    vocab, width = weight.shape
+    one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
+    fit, wanted = memory_budget // (2 * one), min(outputs, vocab)
+    rng, trained = numpy_rng(seed, "ntk", "cross terms"), head_is_trained(head, params)
+    by_width = not trained and width <= min(fit, wanted)
+    chosen = _sample(rng, vocab, wanted if by_width else min(wanted, fit))
+    if len(chosen) < 2:
+        raise ConfigError(
+            f"cross terms need the gradients of 2 outputs of 2 examples, {4 * one:,} bytes of the memory budget of "
+            f"{memory_budget:,}; raise it, or ask for at least 2 outputs (got {outputs})"
+        )
+    rows, count = None, len(chosen)
+    if by_width:
+        output: Any = directions(functions.hidden_fn, np.eye(width, dtype=weight.dtype))
+        rows, count = weight[chosen].astype(np.float64), width
+    elif trained:
+        probes = np.zeros((vocab, count), weight.dtype)
+        probes[chosen, np.arange(count)] = 1
+        output = TrainedHeadOutput(as_pytree_fn(functions.hidden_fn), as_pytree_fn(head), jnp.asarray(probes))
+    else:
+        output = FoldedOutput(as_pytree_fn(functions.hidden_fn), jnp.asarray(weight[chosen].T))
+    kernel = Kernel(output)
+    found = _chain(kernel, params, list(batches), rows, count, progress)
+    columns = [np.asarray(column) for column in found[:4]]
+    return CrossTerms(*columns, outputs=len(chosen), vocab=vocab, undefined=found[4])
+
+
+def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
+    return np.sort(rng.choice(vocab, size=min(count, vocab), replace=False))
+
+
+@jax.jit
+def _products(a: Params, b: Params) -> Float[Array, "c c"]:
+    """<a_k, b_l> over all leaves [1, c, ...]."""
+
+    def product(x: Array, y: Array) -> Array:
+        x, y = (z.reshape(z.shape[1], -1) for z in (x, y))
+        return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
+
+
+def _jacobians(kernel: Kernel, params: Params, batches: list, count: int) -> Iterator[Params]:
+    """All ``count`` gradients of one example after the other, leaves [1, c, ...]."""
+    selectors = np.eye(count, dtype=np.float32)
+    for batch in batches:
+        for row in np.flatnonzero(np.asarray(batch.index) >= 0):
+            single = rows_of(batch, slice(int(row), int(row) + 1))
+            parts = [
+                gradients(kernel, params, single, selectors[start : start + MAX_PASSES])
+                for start in range(0, count, MAX_PASSES)
+            ]
+            yield parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts)
+
+
+def _chain(
+    kernel: Kernel, params: Params, batches: list, rows: np.ndarray | None, count: int, progress: bool | str
+) -> tuple[list, list, list, list, int]:
+    """Statistics within each example and between each and the next; ``rows`` maps hidden units to outputs."""
+    examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in batches)
+    title = progress if isinstance(progress, str) else "cross terms"
+    signed, absolute, signed_between, absolute_between, undefined = [], [], [], [], 0
+    previous: tuple[Any, np.ndarray] | None = None
+    every = _jacobians(kernel, params, batches, count)
+    for jacobian in tqdm(every, total=examples, desc=title, disable=progress is False, unit="example"):
+        products = _of_outputs(_products(jacobian, jacobian), rows)
+        norms = np.sqrt(np.maximum(np.diag(products), 0))
+        undefined += int(np.sum(norms == 0))
+        for values, total in zip(_mean_cosines(products, norms, norms), (signed, absolute)):
+            total.append(values)
+        if previous is not None:
+            products = _of_outputs(_products(previous[0], jacobian), rows)
+            for values, total in zip(_mean_cosines(products, previous[1], norms), (signed_between, absolute_between)):
+                total.append(values)
+        previous = jacobian, norms
+    return signed, absolute, signed_between, absolute_between, undefined
+
+
+def _of_outputs(products: Array, rows: np.ndarray | None) -> np.ndarray:
+    """W A W^T, float64."""
+    found = np.asarray(products, np.float64)
+    return found if rows is None else rows @ found @ rows.T
+
+
+def _mean_cosines(products: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """(mean of cos, mean of |cos|) over pairs k != l of outputs whose gradients are not 0; NaN without any."""
+    kept = (left > 0) & (right > 0)
+    count = int(kept.sum())
+    if count < 2:
+        return math.nan, math.nan
+    cosines = products[np.ix_(kept, kept)] / (left[kept, None] * right[None, kept])
+    np.fill_diagonal(cosines, 0.0)
+    pairs = count * (count - 1)
+    return float(cosines.sum() / pairs), float(np.abs(cosines).sum() / pairs)
+
+
+def cross_ratio(
+    summed: np.ndarray, trace: np.ndarray, vocab: int, *, seed: int = 0, samples: int = 1000
+) -> dict[str, float]:
+    """How large the cross terms are beside the trace, from the kernel matrices of ``sum_logits`` and ``trace``.
+
+    Returns:
+      ``ratio`` = sum_i S_ii / sum_i T_ii - 1, the cross terms over the trace within an example, and ``ratio_between``
+      the same over the pairs i != j; 0 is what the approximation needs and V - 1 what parallel gradients give.
+      ``shift_share`` = sum_i S_ii / (V sum_i T_ii): the part of the trace along the all-ones direction, the one that
+      softmax does not see (1 / V if no direction is preferred); and ``shift_share_between``. Each with ``_low`` and
+      ``_high``: percentile bootstrap over examples, pairs of one example drawn twice left out.
+    """
+    summed, trace = square(summed), square(trace)
+    n = len(summed)
+    weights = np.concatenate([np.ones((1, n)), resample(numpy_rng(seed, "cross ratio"), n, samples)])
+    within = lambda k: weights @ np.diag(k)
+    between = lambda k: np.einsum("bi,ij,bj->b", weights, k - np.diag(np.diag(k)), weights, optimize=True)
+    found: dict[str, float] = {}
+    for suffix, part in (("", within), ("_between", between)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = part(summed) / part(trace)
+        for name, values in (("ratio", share - 1), ("shift_share", share / vocab)):
+            finite = values[1:][np.isfinite(values[1:])]
+            low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (math.nan, math.nan)
+            found[f"{name}{suffix}"] = float(values[0])
+            found |= {f"{name}{suffix}_low": float(low), f"{name}{suffix}_high": float(high)}
+    return found

@@ -1,0 +1,203 @@
+"""One sweep of gradients, and every kernel that its first m outputs give.
+
+The Gram matrices of the single outputs, G_c(x, x') = <grad F_c(x), grad F_c(x')>, add up to the kernel of all M outputs
+and, summed up to m, to that of the first m: in the eigenbasis of the head ``spectral:m`` for every m, with Rademacher
+probes ``hutchinson:m``. So a ladder costs the passes of its top rung, once.
+
+Between the trace and its centred form no second sweep is needed either. With s = sum_k f_k,
+
+    centred_trace = sum_k <grad (f_k - s / V), grad (f_k' - s' / V)> = trace - sum_logits / V,
+
+so ``sum_logits`` is V times the part of the trace that centring removes: the one output direction that softmax does not
+see, and nothing of the V - 1 others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from ntkjax.errors import ConfigError
+from ntkjax.ntk.kernel import MAX_OUTPUTS, MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
+from ntkjax.ntk.rows import NonFiniteError
+from ntkjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputGrams:
+    """The Gram matrices of each output of one kernel, on the same examples.
+
+    Attributes:
+      grams: G_c, float64 [M, n, n].
+      own: the coefficient of <h, h'> with all M outputs.
+      hidden: <h, h'> [n, n] where the head is trained and its own gradient is shared between the outputs and the
+        remainder (`ntkjax.ntk.approx`), else None.
+    """
+
+    grams: np.ndarray
+    own: float = 0.0
+    hidden: np.ndarray | None = None
+
+    def matrix(self, m: int | None = None, *, rescale: bool = False) -> Float[np.ndarray, "n n"]:
+        """The kernel matrix of the first m outputs (None: all).
+
+        The head's own gradient along the directions left out moves to the remainder: own + M - m. ``rescale``
+        multiplies by M / m instead, for probes that average to the kernel.
+        """
+        count = len(self.grams)
+        m = count if m is None else m
+        if not 1 <= m <= count:
+            raise ConfigError(f"a sweep of {count} outputs holds the kernels of 1 to {count} of them, not of {m}")
+        total = self.grams[:m].sum(axis=0)
+        if rescale:
+            return total * (count / m)
+        return total if self.hidden is None else total + (self.own + count - m) * self.hidden
+
+
+@jax.jit
+def _grams(a: Params, b: Params) -> Float[Array, "c n1 n2"]:
+    """<a_ic, b_jc> over all leaves [n, c, ...], output by output."""
+
+    def product(x: Array, y: Array) -> Array:
+        x, y = (jnp.swapaxes(z.reshape(*z.shape[:2], -1), 0, 1) for z in (x, y))
+        return jnp.matmul(x, jnp.swapaxes(y, 1, 2), precision=jax.lax.Precision.HIGHEST)
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
+
+
+def output_grams(
+    kernel: Kernel | Callable,
+    params: Params,
+    batches: Iterable,
+    *,
+    rows: int,
+    store: Any = None,
+    memory_budget: int = 1 << 30,
+    progress: bool | str = False,
+) -> Float[np.ndarray, "M rows rows"]:
+    """G_c(x_i, x_j) = <grad F_c(x_i), grad F_c(x_j)> for every output c of ``kernel``, float64.
+
+    Args:
+      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, M]``. Its remainder ``own`` is not part of this.
+      params: theta.
+      batches: batches with ``index`` [B] that hold each of the ``rows`` examples once; -1 is a filler. They may differ
+        in length, so that short examples are not padded to the longest.
+      store: a `RowStore` of M rows of width ``rows`` ** 2, or None. Outputs that it holds are not computed again.
+      memory_budget: bytes of gradients in memory. Where one output of all examples needs more, blocks of examples are
+        paired and their gradients computed again for each pair.
+      progress: show a progress bar over outputs; a string is its description.
+
+    Raises:
+      NonFiniteError: naming the examples whose gradient is NaN or infinite.
+    """
+    kernel, plan = as_kernel(kernel), list(batches)
+    count = count_outputs(kernel, params, plan[0])
+    one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
+    outputs = max(1, min(count, MAX_OUTPUTS, memory_budget // max(1, one * rows)))
+    whole = one * rows <= memory_budget
+    pieces = plan if whole else list(_pieces(plan, max(1, memory_budget // max(1, 2 * one))))
+    if sorted(i for p in pieces for i in np.asarray(p.index) if i >= 0) != list(range(rows)):
+        raise ValueError(f"the batches must hold each of the rows 0 to {rows - 1} once")
+    done = np.zeros(count, bool) if store is None else np.asarray(store.done())
+    found, todo = np.zeros((count, rows, rows)), np.flatnonzero(~done)
+    bar = tqdm(total=count, initial=int(done.sum()), desc=_title(progress), disable=progress is False, unit="output")
+    for start in range(0, len(todo), outputs):
+        chosen = todo[start : start + outputs]
+        selectors = np.zeros((outputs, count), np.float32)
+        selectors[np.arange(len(chosen)), chosen] = 1
+        block = _block(kernel, params, pieces, selectors, rows, keep=whole)[: len(chosen)]
+        if not np.isfinite(block).all():
+            bad = ~np.isfinite(np.einsum("cii->ci", block)).all(axis=0)
+            raise NonFiniteError("gradient", np.flatnonzero(bad).tolist())
+        found[chosen] = block
+        if store is not None:
+            store.write(chosen, block.reshape(len(chosen), -1))
+        bar.update(len(chosen))
+    bar.close()
+    if store is not None:
+        store.flush()
+        found = np.asarray(store.read(), np.float64).reshape(count, rows, rows)
+    return found
+
+
+def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, rows: int, *, keep: bool) -> np.ndarray:
+    """G_c for the outputs of ``selectors`` [c, M]: float64 [c, rows, rows]."""
+    microbatch = max(1, MAX_PASSES // len(selectors))
+    pull = lambda i: gradients(
+        kernel,
+        params,
+        pieces[i],
+        selectors,
+        microbatch=microbatch if microbatch < len(pieces[i].index) else None,
+    )
+    kept = {i: pull(i) for i in range(len(pieces))} if keep else {}
+    total = np.zeros((len(selectors), rows, rows))
+    for i, first in enumerate(pieces):
+        left = kept[i] if keep else pull(i)
+        for j in range(i, len(pieces)):
+            right = left if i == j else kept[j] if keep else pull(j)
+            values = np.asarray(_grams(left, right), np.float64)
+            _scatter(total, np.asarray(first.index), np.asarray(pieces[j].index), values)
+    return total
+
+
+def _scatter(total: np.ndarray, at: np.ndarray, to: np.ndarray, values: np.ndarray) -> None:
+    """Write the block of rows ``at`` and ``to`` without fillers, and its mirror image."""
+    values = values[:, at >= 0][:, :, to >= 0]
+    at, to = at[at >= 0], to[to >= 0]
+    total[:, at[:, None], to[None]] = values
+    total[:, to[:, None], at[None]] = np.swapaxes(values, 1, 2)
+
+
+def _pieces(batches: list, size: int) -> Iterator[Any]:
+    for batch in batches:
+        for start in range(0, len(batch.index), size):
+            yield rows_of(batch, slice(start, start + size))
+
+
+def _title(progress: bool | str) -> str:
+    return progress if isinstance(progress, str) else "gradients"
+
+
+def hidden_gram(hidden_fn: Callable, params: Params, batches: Iterable, *, rows: int) -> Float[np.ndarray, "rows rows"]:
+    """<h(x_i), h(x_j)> of the pooled hidden states, float64."""
+    found: np.ndarray | None = None
+    for batch in batches:
+        values = np.asarray(_hidden(hidden_fn, params, batch), np.float64)
+        index = np.asarray(batch.index)
+        found = np.zeros((rows, values.shape[1])) if found is None else found
+        found[index[index >= 0]] = values[index >= 0]
+    assert found is not None
+    return found @ found.T
+
+
+@jax.jit
+def _hidden(hidden_fn: Callable, params: Params, batch: Any) -> Float[Array, "B D"]:
+    return hidden_fn(params, batch)
+
+
+def gaussian_sketch(matrix: np.ndarray, size: int, rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
+    """One draw of Phi Phi^T, Phi = G Pi^T [n, K] with Gaussian Pi_ki ~ N(0, 1 / K), from the kernel matrix G G^T alone.
+
+    The K columns of Phi are independent draws of N(0, G G^T / K), so the sketched kernel matrix has a Wishart law that
+    depends on the gradients through their Gram matrix only: no gradient and no sign is needed. A Rademacher sketch has
+    the same mean, and its variance is smaller by 2 sum_i g_i^2 g'_i^2 / K, nothing where gradients have many entries.
+
+    Raises:
+      ValueError: the matrix has an eigenvalue below -1e-3 of the largest; smaller ones are rounding and count as 0.
+    """
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    if values[0] < -1e-3 * abs(values[-1]):
+        raise ValueError(f"not a kernel matrix: its eigenvalues run from {values[0]:.3g} to {values[-1]:.3g}")
+    kept = values > 0
+    phi = (vectors[:, kept] * np.sqrt(values[kept])) @ rng.normal(size=(int(kept.sum()), size)) / np.sqrt(size)
+    return phi @ phi.T
