@@ -28,6 +28,8 @@ from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, directions
 from ntkjax.rng import numpy_rng
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
+BINS = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossTerms:
@@ -37,6 +39,7 @@ class CrossTerms:
       signed, absolute: mean of cos and of |cos| between grad f_k(x) and grad f_l(x), for each example [n].
       signed_between, absolute_between: the same between grad f_k(x_i) and grad f_l(x_i+1) [n - 1]: what enters a
         kernel of two different examples.
+      histogram, histogram_between: how many of all those cosines fall into each of `BINS` equal bins of [-1, 1].
       outputs: how many of the V outputs were compared, all pairs of them: V, or a uniform sample.
       vocab: V.
       undefined: outputs, summed over examples, whose gradient is 0 and has no direction; they are left out.
@@ -46,6 +49,8 @@ class CrossTerms:
     absolute: np.ndarray
     signed_between: np.ndarray
     absolute_between: np.ndarray
+    histogram: np.ndarray
+    histogram_between: np.ndarray
     outputs: int
     vocab: int
     undefined: int
@@ -120,8 +125,7 @@ def cross_output_cosines(
         output = FoldedOutput(as_pytree_fn(functions.hidden_fn), jnp.asarray(weight[chosen].T))
     kernel = Kernel(output)
     found = _chain(kernel, params, list(batches), rows, count, progress)
-    columns = [np.asarray(column) for column in found[:4]]
-    return CrossTerms(*columns, outputs=len(chosen), vocab=vocab, undefined=found[4])
+    return CrossTerms(**found, outputs=len(chosen), vocab=vocab)
 
 
 def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
@@ -154,43 +158,60 @@ def _jacobians(kernel: Kernel, params: Params, batches: list, count: int) -> Ite
 
 def _chain(
     kernel: Kernel, params: Params, batches: list, rows: np.ndarray | None, count: int, progress: bool | str
-) -> tuple[list, list, list, list, int]:
-    """Statistics within each example and between each and the next; ``rows`` maps hidden units to outputs."""
+) -> dict[str, Any]:
+    """The fields of `CrossTerms` that are measured; ``rows`` maps hidden units to outputs."""
     examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in batches)
     title = progress if isinstance(progress, str) else "cross terms"
-    signed, absolute, signed_between, absolute_between, undefined = [], [], [], [], 0
+    within, between, undefined = _Cosines(), _Cosines(), 0
     previous: tuple[Any, np.ndarray] | None = None
     every = _jacobians(kernel, params, batches, count)
     for jacobian in tqdm(every, total=examples, desc=title, disable=progress is False, unit="example"):
         products = _of_outputs(_products(jacobian, jacobian), rows)
         norms = np.sqrt(np.maximum(np.diag(products), 0))
         undefined += int(np.sum(norms == 0))
-        for values, total in zip(_mean_cosines(products, norms, norms), (signed, absolute)):
-            total.append(values)
+        within.add(products, norms, norms)
         if previous is not None:
-            products = _of_outputs(_products(previous[0], jacobian), rows)
-            for values, total in zip(_mean_cosines(products, previous[1], norms), (signed_between, absolute_between)):
-                total.append(values)
+            between.add(_of_outputs(_products(previous[0], jacobian), rows), previous[1], norms)
         previous = jacobian, norms
-    return signed, absolute, signed_between, absolute_between, undefined
+    return {
+        "signed": np.asarray(within.signed),
+        "absolute": np.asarray(within.absolute),
+        "signed_between": np.asarray(between.signed),
+        "absolute_between": np.asarray(between.absolute),
+        "histogram": within.histogram,
+        "histogram_between": between.histogram,
+        "undefined": undefined,
+    }
+
+
+@dataclasses.dataclass
+class _Cosines:
+    """Means over the pairs k != l of outputs whose gradients are not 0, one for each matrix added; NaN without any."""
+
+    signed: list[float] = dataclasses.field(default_factory=list)
+    absolute: list[float] = dataclasses.field(default_factory=list)
+    histogram: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, products: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+        """The products [c, c] of one pair of examples, and the norms [c] of either's gradients."""
+        kept = (left > 0) & (right > 0)
+        count = int(kept.sum())
+        if count < 2:
+            self.signed.append(math.nan)
+            self.absolute.append(math.nan)
+            return
+        cosines = products[np.ix_(kept, kept)] / (left[kept, None] * right[None, kept])
+        apart = cosines[~np.eye(count, dtype=bool)]
+        self.signed.append(float(apart.mean()))
+        self.absolute.append(float(np.abs(apart).mean()))
+        # cosines of parallel gradients may pass 1 by rounding
+        self.histogram += np.histogram(np.clip(apart, -1, 1), bins=BINS, range=(-1, 1))[0]
 
 
 def _of_outputs(products: Array, rows: np.ndarray | None) -> np.ndarray:
     """W A W^T, float64."""
     found = np.asarray(products, np.float64)
     return found if rows is None else rows @ found @ rows.T
-
-
-def _mean_cosines(products: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """(mean of cos, mean of |cos|) over pairs k != l of outputs whose gradients are not 0; NaN without any."""
-    kept = (left > 0) & (right > 0)
-    count = int(kept.sum())
-    if count < 2:
-        return math.nan, math.nan
-    cosines = products[np.ix_(kept, kept)] / (left[kept, None] * right[None, kept])
-    np.fill_diagonal(cosines, 0.0)
-    pairs = count * (count - 1)
-    return float(cosines.sum() / pairs), float(np.abs(cosines).sum() / pairs)
 
 
 def cross_ratio(

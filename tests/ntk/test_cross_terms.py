@@ -88,6 +88,10 @@ def test_parallel_rows_and_a_row_of_zeros(toy):
     np.testing.assert_allclose(found.signed, expected, atol=1e-5)
     np.testing.assert_allclose(found.absolute, 1, atol=1e-5)
     assert found.undefined == ROWS
+    signs = left - 1, 1  # of the outputs with a direction: same, opposite
+    assert found.histogram[-1] == ROWS * sum(c * (c - 1) for c in signs) and found.histogram[0] == ROWS * 2 * (left - 1)
+    assert found.histogram.sum() == ROWS * left * (left - 1)
+    assert found.histogram_between.sum() == (ROWS - 1) * left * (left - 1)
     summary = found.summary()
     assert summary["signed"] == pytest.approx(expected, abs=1e-5) and summary["undefined"] == ROWS
     assert summary["signed_low"] <= summary["signed"] <= summary["signed_high"]
