@@ -83,3 +83,18 @@ def toy_tokenizer():
 def toy_chat_tokenizer():
     """The same tokenizer with a chat template."""
     return make_toy_tokenizer(chat=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The agreement of the exact kernels, backend by backend, as the tests recorded it (from every worker)."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome)]
+    found = [value for r in reports for name, value in getattr(r, "user_properties", ()) if name == "agreement"]
+    if not found:
+        return
+    columns = list(dict.fromkeys(backend for _, backend, _ in found))
+    table = {(row, backend): value for row, backend, value in found}
+    terminalreporter.section("exact kernels: largest deviation from jax.jacobian, relative to the largest entry")
+    terminalreporter.line(" " * 36 + "".join(f"{name.replace('neural-tangents', 'nt'):>20}" for name in columns))
+    for row in dict.fromkeys(row for row, _, _ in found):
+        cells = [f"{table[row, c]:20.1e}" if (row, c) in table else " " * 19 + "-" for c in columns]
+        terminalreporter.line(f"{row:36}" + "".join(cells))
