@@ -93,6 +93,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
+        if self.qk_norm != (self.family == "qwen3"):
+            raise CheckpointError(
+                f"qk_norm = {self.qk_norm} with family {self.family!r}: Qwen3 has norms on queries and keys and no "
+                "other family does, so no checkpoint could hold this model; set qk_norm accordingly"
+            )
         if not self.architecture:
             names = {family: name for name, family in reversed(ARCHITECTURES.items())}
             object.__setattr__(self, "architecture", names[self.family])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import dataclasses
+
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ntkjax.models.layers import (
-    Attention,
-    Context,
+    Block,
     Embedding,
     Head,
     KVCache,
@@ -16,7 +16,7 @@ from ntkjax.models.layers import (
     ModelSpec,
     RMSNorm,
     activation,
-    attention_mask,
+    place,
     rope_angles,
     scan_layers,
 )
@@ -36,22 +36,6 @@ class GatedMLP(nnx.Module):
         return self.down(activation(self.activation)(self.gate(x)) * self.up(x))
 
 
-class DecoderBlock(nnx.Module):
-    """x + attention(norm_1(x)), then x + mlp(norm_2(x))."""
-
-    def __init__(self, spec: ModelSpec):
-        c = spec.config
-        self.attention = Attention(spec)
-        self.mlp = GatedMLP(spec)
-        self.norm_1 = RMSNorm((c.num_layers, c.hidden_size), c.norm_eps, spec.dtype)
-        self.norm_2 = RMSNorm((c.num_layers, c.hidden_size), c.norm_eps, spec.dtype)
-
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None):
-        y, cached = self.attention(self.norm_1(x).astype(x.dtype), context, cached)
-        x = x + y
-        return x + self.mlp(self.norm_2(x).astype(x.dtype)), cached
-
-
 class Decoder(nnx.Module):
     """Tokens to hidden states after the last norm. The head is held, not applied."""
 
@@ -59,7 +43,7 @@ class Decoder(nnx.Module):
         c = spec.config
         self.spec = spec
         self.embed = Embedding(c.vocab_size, c.hidden_size, spec.dtype)
-        self.layers = DecoderBlock(spec)
+        self.layers = Block(spec, GatedMLP, RMSNorm)
         self.norm = RMSNorm((c.hidden_size,), c.norm_eps, spec.dtype)
         if not c.tied:
             self.head = Head(c.vocab_size, c.hidden_size, spec.dtype)
@@ -77,22 +61,9 @@ class Decoder(nnx.Module):
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
         ``segments`` as in Batch; not together with a cache.
         """
-        if cache is not None and segments is not None:
-            raise ValueError("segments and cache together are not supported")
-        c, (rows, length) = self.spec.config, tokens.shape
-        if positions is None:
-            positions = default_positions(rows, length, cache)
+        c = self.spec.config
+        positions, context = place(tokens, positions, cache, segments)
         x = self.embed(tokens)
-        context = Context(
-            rope_angles(c.rope, c.head_dim, positions, x.dtype),
-            attention_mask(rows, length, segments, cache),
-            None if cache is None else cache.lengths,
-        )
+        context = dataclasses.replace(context, rope=rope_angles(c.rope, c.head_dim, positions, x.dtype))
         x, cache = scan_layers(self.layers, x, context, cache, self.spec.remat)
         return self.norm(x), cache
-
-
-def default_positions(rows: int, length: int, cache: KVCache | None) -> Int[Array, "B T"]:
-    """0, 1, ..., T - 1 in every row, after what the cache already holds."""
-    steps = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
-    return steps if cache is None else steps + cache.lengths[:, None]

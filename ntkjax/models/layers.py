@@ -313,6 +313,43 @@ class Attention(nnx.Module):
         return self.o(y.reshape(*y.shape[:2], -1)), cached
 
 
+class Block(nnx.Module):
+    """x + attention(norm_1(x)), then x + mlp(norm_2(x)); ``mlp(spec)`` and ``norm(shape, eps, dtype)`` make parts."""
+
+    def __init__(self, spec: ModelSpec, mlp: Callable[..., Any], norm: Callable[..., Any]):
+        c = spec.config
+        self.attention = Attention(spec)
+        self.mlp = mlp(spec)
+        self.norm_1 = norm((c.num_layers, c.hidden_size), c.norm_eps, spec.dtype)
+        self.norm_2 = norm((c.num_layers, c.hidden_size), c.norm_eps, spec.dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None):
+        y, cached = self.attention(self.norm_1(x).astype(x.dtype), context, cached)
+        x = x + y
+        return x + self.mlp(self.norm_2(x).astype(x.dtype)), cached
+
+
+def place(
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None,
+    cache: KVCache | None,
+    segments: Int[Array, "B T"] | None,
+) -> tuple[Int[Array, "B T"], Context]:
+    """Where each token stands, and what every layer shares but the rotary angles.
+
+    ``positions`` None means 0, 1, ..., T - 1 in every row, after what the cache already holds. ``segments`` as in
+    Batch; ValueError together with a cache.
+    """
+    if cache is not None and segments is not None:
+        raise ValueError("segments and cache together are not supported")
+    rows, length = tokens.shape
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
+        positions = positions if cache is None else positions + cache.lengths[:, None]
+    mask = attention_mask(rows, length, segments, cache)
+    return positions, Context(None, mask, None if cache is None else cache.lengths)
+
+
 def scan_layers(
     block: nnx.Module, x: Float[Array, "B T D"], context: Context, cache: KVCache | None, remat: bool
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:

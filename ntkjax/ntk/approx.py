@@ -185,7 +185,7 @@ def head_is_trained(head: Any, params: Params) -> bool:
     """
     if not callable(head):
         return False
-    weight, pull = jax.vjp(lambda p: at_least_float32(head(p)), params)
+    weight, pull = jax.vjp(lambda p: _weight(head, p), params)
     cotangent = jnp.asarray(np.random.default_rng(0).normal(size=weight.shape), weight.dtype)
     reached = [np.asarray(leaf) for leaf in jax.tree.leaves(pull(cotangent)[0])]
     reached = [leaf for leaf in reached if np.any(leaf)]
@@ -201,13 +201,14 @@ def head_is_trained(head: Any, params: Params) -> bool:
 
 
 def _weight(head: Any, params: Params) -> Float[Array, "V D"]:
-    return at_least_float32(head(params) if callable(head) else head)
+    weight: Any = head(params) if callable(head) else head
+    return at_least_float32(weight)
 
 
 def _rotated(hidden_fn: Callable, head: Any, params: Params, probes: np.ndarray) -> Callable:
     """F(x) = probes^T W h(x) [B, m], with the head's own gradient where it is trained and folded where it is not."""
     weight = _weight(head, params)
-    probes = jnp.asarray(probes, weight.dtype)
+    rotation = jnp.asarray(probes, weight.dtype)
     if head_is_trained(head, params):
-        return TrainedHeadOutput(as_pytree_fn(hidden_fn), as_pytree_fn(head), probes)
-    return FoldedOutput(as_pytree_fn(hidden_fn), fold_head(weight, probes))
+        return TrainedHeadOutput(as_pytree_fn(hidden_fn), as_pytree_fn(head), rotation)
+    return FoldedOutput(as_pytree_fn(hidden_fn), fold_head(weight, rotation))

@@ -174,3 +174,10 @@ def test_a_config_is_hashable_and_compares_by_value():
     config = ModelConfig.from_hf(LLAMA)
     assert hash(config) == hash(ModelConfig.from_hf(dict(LLAMA)))
     assert dataclasses.replace(config, num_layers=3) != config
+
+
+def test_norms_on_queries_and_keys_belong_to_qwen3_alone():
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
+    for family, qk_norm in (("qwen3", False), ("llama", True)):
+        with pytest.raises(CheckpointError, match="no checkpoint could hold"):
+            ModelConfig(family=family, intermediate_size=8, qk_norm=qk_norm, **shape)
