@@ -1,7 +1,8 @@
 """ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
 
-Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``replay`` and ``demo`` are the
-commands as functions; ``load_lm`` gives a model whose functions feed ``ntkjax.ntk`` and ``ntkjax.selection``.
+Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``stability``, ``replay`` and
+``demo`` are the commands as functions; ``load_lm`` gives a model whose functions feed ``ntkjax.ntk`` and
+``ntkjax.selection``.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
         FinetuneConfig,
         ReplayConfig,
         SelectConfig,
+        StabilityConfig,
         adapt,
         demo,
         evaluate,
         finetune,
         replay,
         select,
+        stability,
     )
     from ntkjax.training import TrainConfig, fit
 
@@ -36,7 +39,8 @@ _PUBLIC = {
     "ntkjax.training": ("TrainConfig", "fit"),
     "ntkjax.stages": (
         *("AdaptConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig", "ReplayConfig", "SelectConfig"),
-        *("adapt", "demo", "evaluate", "finetune", "replay", "select"),
+        "StabilityConfig",
+        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "stability"),
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -16,6 +16,8 @@ from ntkjax.stages.evaluating import EvaluateConfig
 from ntkjax.stages.evaluating import evaluate as _evaluate
 from ntkjax.stages.finetuning import FinetuneConfig
 from ntkjax.stages.finetuning import finetune as _finetune
+from ntkjax.stages.kernel_stability import Stability, StabilityConfig
+from ntkjax.stages.kernel_stability import stability as _stability
 from ntkjax.stages.replaying import ReplayConfig
 from ntkjax.stages.replaying import replay as _replay
 from ntkjax.stages.selecting import SelectConfig
@@ -26,6 +28,7 @@ finetune = takes_keywords(FinetuneConfig)(_finetune)
 evaluate = takes_keywords(EvaluateConfig)(_evaluate)
 adapt = takes_keywords(AdaptConfig)(_adapt)
 demo = takes_keywords(DemoConfig)(_demo)
+stability = takes_keywords(StabilityConfig)(_stability)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ _STAGES = {
     "evaluate": Command(EvaluateConfig, evaluate, printing.evaluation),
     "adapt": Command(AdaptConfig, adapt, printing.adaptation),
     "demo": Command(DemoConfig, demo, printing.demonstration),
+    "stability": Command(StabilityConfig, stability, printing.stability),
 }
 
 
@@ -69,10 +73,13 @@ __all__ = [
     "FinetuneConfig",
     "ReplayConfig",
     "SelectConfig",
+    "Stability",
+    "StabilityConfig",
     "adapt",
     "demo",
     "evaluate",
     "finetune",
     "replay",
     "select",
+    "stability",
 ]

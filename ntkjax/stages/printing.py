@@ -72,6 +72,14 @@ def demonstration(config: Any, result: Any) -> str:
     )
 
 
+def stability(config: Any, result: Any) -> str:
+    """The kernels, the linearised model and the accuracies after the last epoch, and the report's path."""
+    from ntkjax.stages.stability_report import accuracy_rows, kernel_rows, linear_rows
+
+    tables = [rows(result.results) for rows in (kernel_rows, linear_rows, accuracy_rows)]
+    return "\n".join(map(to_markdown, filter(None, tables))) + f"\nreport: {Path(config.out) / 'report.html'}"
+
+
 def replayed(config: Any, result: Any) -> str:
     """Where the repetition went."""
     return f"replayed {config.run} into {config.out or str(Path(config.run)) + '-replay'}"
