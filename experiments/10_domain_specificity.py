@@ -35,7 +35,6 @@ from ntkjax.rng import numpy_rng
 from ntkjax.training import TrainConfig, fit
 
 RESULTS = Path(__file__).parent / "results" / "10_domain_specificity"
-KERNELS = ("sum_logits", "loss", "spectral:4", "centred_spectral:4")
 WITH_NORMS = ("sum_logits", "loss")  # cosine costs m per-example gradients: one output only
 STATES = ("fresh", "warmed up")
 
@@ -48,6 +47,7 @@ class Experiment:
     """Folder with pool/, finance/, legal/ and medical/."""
     model: str = str(tiny_lm_path())
     out: Path = Path("runs/10_domain_specificity")
+    kernels: tuple[str, ...] = ("sum_logits", "loss", "spectral:4", "centred_spectral:4")
     seeds: int = 3
     pool_size: int = 500
     domain_size: int = 100
@@ -102,7 +102,7 @@ def all_scores(e: Experiment, case: Case, model: LanguageModel) -> Iterator[dict
     for seed, state, (name, domain) in itertools.product(range(e.seeds), STATES, case.domains.items()):
         folder = e.out / case.name / f"seed-{seed}"
         params = model.fresh_lora(seed)
-        finished = {k: folder / f"{state}-{name}-{k}.npz".replace(" ", "-").replace(":", "-") for k in KERNELS}
+        finished = {k: folder / f"{state}-{name}-{k}.npz".replace(" ", "-").replace(":", "-") for k in e.kernels}
         if state == "warmed up" and not all(path.exists() for path in finished.values()):
             params = fit(model.nll_fn, params, domain, warmup, seed=seed, out_dir=folder / "warmup" / name).params
         for kernel, path in finished.items():
@@ -184,9 +184,9 @@ def spread(values: list[float]) -> str:
 def between_kernels(case: Case, records: list[dict]) -> list[dict]:
     """Spearman and top-N overlap of the raw scores of two kernels, same seed, state and domain."""
     raw = {(r["seed"], r["state"], r["domain"], r["kernel"]): r["scores"] for r in records if r["direction"] == "raw"}
-    places = dict.fromkeys(key[:3] for key in raw)
+    places, names = dict.fromkeys(key[:3] for key in raw), list(dict.fromkeys(key[3] for key in raw))
     rows = []
-    for (a, b), state in itertools.product(itertools.combinations(KERNELS, 2), STATES):
+    for (a, b), state in itertools.product(itertools.combinations(names, 2), STATES):
         pairs = [(raw[*place, a], raw[*place, b]) for place in places if place[1] == state]
         overlap = [top_n_overlap(x, y, case.top) for x, y in pairs]
         rows.append(
