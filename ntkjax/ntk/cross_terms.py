@@ -219,25 +219,32 @@ def cross_ratio(
 ) -> dict[str, float]:
     """How large the cross terms are beside the trace, from the kernel matrices of ``sum_logits`` and ``trace``.
 
+    Args:
+      summed, trace: [n, n], or draws [S, n, n] of the same examples, over which ratios are averaged.
+      vocab: V.
+
     Returns:
       ``ratio`` = sum_i S_ii / sum_i T_ii - 1, the cross terms over the trace within an example, and ``ratio_between``
       the same over the pairs i != j; 0 is what the approximation needs and V - 1 what parallel gradients give.
       ``shift_share`` = sum_i S_ii / (V sum_i T_ii): the part of the trace along the all-ones direction, the one that
       softmax does not see (1 / V if no direction is preferred); and ``shift_share_between``. Each with ``_low`` and
-      ``_high``: percentile bootstrap over examples, pairs of one example drawn twice left out.
+      ``_high``: percentile bootstrap over examples, pairs of one example drawn twice left out, and ``_sd`` over draws.
     """
-    summed, trace = square(summed), square(trace)
-    n = len(summed)
+    above, below = (np.stack([square(k) for k in (m if np.ndim(m) == 3 else [m])]) for m in (summed, trace))
+    n = above.shape[1]
     weights = np.concatenate([np.ones((1, n)), resample(numpy_rng(seed, "cross ratio"), n, samples)])
-    within = lambda k: weights @ np.diag(k)
-    between = lambda k: np.einsum("bi,ij,bj->b", weights, k - np.diag(np.diag(k)), weights, optimize=True)
+    apart = 1 - np.eye(n)
+    within = lambda k: np.einsum("bi,sii->sb", weights, k)
+    between = lambda k: np.einsum("bi,sij,bj->sb", weights, k * apart, weights, optimize=True)
     found: dict[str, float] = {}
     for suffix, part in (("", within), ("_between", between)):
         with np.errstate(divide="ignore", invalid="ignore"):
-            share = part(summed) / part(trace)
-        for name, values in (("ratio", share - 1), ("shift_share", share / vocab)):
-            finite = values[1:][np.isfinite(values[1:])]
+            share = part(above) / part(below)  # [draws, 1 + samples]
+        for name, values in ((f"ratio{suffix}", share - 1), (f"shift_share{suffix}", share / vocab)):
+            means = values.mean(axis=0)
+            finite = means[1:][np.isfinite(means[1:])]
             low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (math.nan, math.nan)
-            found[f"{name}{suffix}"] = float(values[0])
-            found |= {f"{name}{suffix}_low": float(low), f"{name}{suffix}_high": float(high)}
+            spread = float(values[:, 0].std(ddof=1)) if len(values) > 1 else math.nan
+            found |= {name: float(means[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+            found[f"{name}_sd"] = spread
     return found

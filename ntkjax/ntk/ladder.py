@@ -27,9 +27,14 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.kernel import MAX_OUTPUTS, MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
+from ntkjax.ntk.approx import KernelFunctions
+from ntkjax.ntk.exact import logits
+from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
+from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, directions
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import Params
+
+BLOCK = 8  # outputs at a time, also where fewer are left: one program for all kernels, and more gain little speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,28 @@ class OutputGrams:
         return total if self.hidden is None else total + (self.own + count - m) * self.hidden
 
 
+def common_form(
+    kernel: Kernel, functions: KernelFunctions, params: Params
+) -> tuple[Kernel, Float[np.ndarray, "M m"] | None]:
+    """(base, S) where the M outputs of ``kernel`` are S F, F those of the base: the same for all kernels of the logits.
+
+    With the head held fixed F = h [B, D] and S = (W^T v)^T; with the head trained F = W h [B, V] and S = v^T. A kernel
+    that is no linear map of the logits (``loss``) is its own base, with S None. The base is without the remainder.
+    """
+    output, hidden = kernel.output_fn, functions.hidden_fn
+    rows = lambda array: np.asarray(array).reshape(len(array), -1).T
+    if isinstance(output, FoldedOutput):
+        selectors = rows(output.weight)
+        return Kernel(directions(hidden, np.eye(selectors.shape[1], dtype=selectors.dtype)), name="hidden"), selectors
+    if isinstance(output, TrainedHeadOutput):
+        base = Kernel(logits(hidden, functions.head), name="logits")
+        if output.probe is not None:
+            return base, rows(output.probe)
+        vocab = jax.eval_shape(output.head_fn, params).shape[0]
+        return base, np.ones((1, vocab), np.float32)
+    return kernel, None
+
+
 @jax.jit
 def _grams(a: Params, b: Params) -> Float[Array, "c n1 n2"]:
     """<a_ic, b_jc> over all leaves [n, c, ...], output by output."""
@@ -81,6 +108,7 @@ def output_grams(
     *,
     rows: int,
     store: Any = None,
+    selectors: Float[np.ndarray, "M m"] | None = None,
     memory_budget: int = 1 << 30,
     progress: bool | str = False,
 ) -> Float[np.ndarray, "M rows rows"]:
@@ -88,6 +116,8 @@ def output_grams(
 
     Args:
       kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, M]``. Its remainder ``own`` is not part of this.
+      selectors: take the M outputs S F in the place of F's own: S [M, m]. Kernels that differ in S alone, as those of
+        `common_form` do, then run one compiled program.
       params: theta.
       batches: batches with ``index`` [B] that hold each of the ``rows`` examples once; -1 is a filler. They may differ
         in length, so that short examples are not padded to the longest.
@@ -100,9 +130,11 @@ def output_grams(
       NonFiniteError: naming the examples whose gradient is NaN or infinite.
     """
     kernel, plan = as_kernel(kernel), list(batches)
-    count = count_outputs(kernel, params, plan[0])
+    if selectors is None:
+        selectors = np.eye(count_outputs(kernel, params, plan[0]), dtype=np.float32)
+    count = len(selectors)
     one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
-    outputs = max(1, min(count, MAX_OUTPUTS, memory_budget // max(1, one * rows)))
+    outputs = max(1, min(BLOCK, memory_budget // max(1, one * rows)))
     whole = one * rows <= memory_budget
     pieces = plan if whole else list(_pieces(plan, max(1, memory_budget // max(1, 2 * one))))
     if sorted(i for p in pieces for i in np.asarray(p.index) if i >= 0) != list(range(rows)):
@@ -112,9 +144,9 @@ def output_grams(
     bar = tqdm(total=count, initial=int(done.sum()), desc=_title(progress), disable=progress is False, unit="output")
     for start in range(0, len(todo), outputs):
         chosen = todo[start : start + outputs]
-        selectors = np.zeros((outputs, count), np.float32)
-        selectors[np.arange(len(chosen)), chosen] = 1
-        block = _block(kernel, params, pieces, selectors, rows, keep=whole)[: len(chosen)]
+        block = np.zeros((outputs, selectors.shape[1]), selectors.dtype)
+        block[: len(chosen)] = selectors[chosen]
+        block = _block(kernel, params, pieces, block, rows, keep=whole)[: len(chosen)]
         if not np.isfinite(block).all():
             bad = ~np.isfinite(np.einsum("cii->ci", block)).all(axis=0)
             raise NonFiniteError("gradient", np.flatnonzero(bad).tolist())

@@ -7,7 +7,8 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk import KernelFunctions, NonFiniteError, build, kernel_matrix
-from ntkjax.ntk.ladder import OutputGrams, gaussian_sketch, hidden_gram, output_grams
+from ntkjax.ntk.kernel import gradients
+from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams
 from ntkjax.store import RowStore
 
 ROWS = 6
@@ -38,7 +39,8 @@ def examples(toy):
 
 def sweep(name, functions, params, batches, **options):
     kernel = build(name, functions, params, seed=3)
-    grams = output_grams(kernel, params, batches, rows=ROWS, **options)
+    base, selectors = common_form(kernel, functions, params)
+    grams = output_grams(base, params, batches, rows=ROWS, selectors=selectors, **options)
     hidden = None if kernel.hidden_fn is None else hidden_gram(functions.hidden_fn, params, batches, rows=ROWS)
     return OutputGrams(grams, kernel.own, hidden)
 
@@ -52,6 +54,7 @@ def test_prefixes_of_a_sweep_are_the_kernels_with_fewer_outputs(toy, x64, subset
     assert relative(raw.matrix(4), one_by_one("spectral:4")) < 1e-10
     # the identity at the top of ladder.py
     assert relative(raw.matrix() - one_by_one("sum_logits") / toy.vocab, one_by_one("centred_trace")) < 1e-10
+    assert relative(sweep("sum_logits", functions, params, parts).matrix(), one_by_one("sum_logits")) < 1e-10
     some = sweep("centred_spectral:4", functions, params, parts)
     assert relative(some.matrix(2), one_by_one("centred_spectral:2")) < 1e-10
     if subset == "all":  # nothing of these depends on whether the head is trained
@@ -60,6 +63,17 @@ def test_prefixes_of_a_sweep_are_the_kernels_with_fewer_outputs(toy, x64, subset
         assert relative(probes.matrix(2, rescale=True), one_by_one("hutchinson:2")) < 1e-10
         with pytest.raises(ConfigError, match="of 1 to 5"):
             probes.matrix(6)
+
+
+def test_kernels_of_one_model_run_one_program(toy):
+    functions, params = case(toy, "tied", jnp.float32)
+    parts = examples(toy)[1]
+    compiled = gradients._cache_size()
+    for name in ("trace", "sum_logits", "hutchinson:3", "centred_spectral:2"):
+        sweep(name, functions, params, parts)
+    assert gradients._cache_size() == compiled + len(parts)
+    loss = build("loss", KernelFunctions(functions.hidden_fn, functions.head, functions.hidden_fn), params, seed=0)
+    assert common_form(loss, functions, params) == (loss, None)
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
@@ -81,14 +95,16 @@ def test_a_stopped_sweep_goes_on_with_the_outputs_that_are_missing(toy, tmp_path
     with open_store() as store:
         store.write(np.array([1, 4]), full[[1, 4]].reshape(2, -1))
     swept, real = [], ladder._block
-    monkeypatch.setattr(ladder, "_block", lambda *a, **k: swept.append(np.argwhere(a[3])[:, 1]) or real(*a, **k))
+    base, selectors = common_form(kernel, functions, params)
+    which = lambda block: [int(np.flatnonzero((selectors == row).all(axis=1))[0]) for row in block if row.any()]
+    monkeypatch.setattr(ladder, "_block", lambda *a, **k: swept.append(which(a[3])) or real(*a, **k))
     budget = 2 * ROWS * sum(4 * leaf.size for leaf in params.values())  # two outputs at a time
     with open_store() as store:
-        found = output_grams(kernel, params, parts, rows=ROWS, store=store, memory_budget=budget)
+        found = output_grams(base, params, parts, rows=ROWS, selectors=selectors, store=store, memory_budget=budget)
     np.testing.assert_allclose(found, full, rtol=1e-5, atol=1e-7)
-    assert [block.tolist() for block in swept] == [[0, 2], [3, 5]]
+    assert swept == [[0, 2], [3, 5]]
     with open_store() as store:
-        output_grams(kernel, params, parts, rows=ROWS, store=store)
+        output_grams(base, params, parts, rows=ROWS, selectors=selectors, store=store)
     assert len(swept) == 2
 
 
