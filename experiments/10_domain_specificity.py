@@ -48,8 +48,12 @@ class Experiment:
     model: str = str(tiny_lm_path())
     out: Path = Path("runs/10_domain_specificity")
     kernels: tuple[str, ...] = ("sum_logits", "loss", "spectral:4", "centred_spectral:4")
+    cosine: bool = True
+    """Also the cosine direction of the kernels of one output: it needs every pool row's own gradient."""
     seeds: int = 3
     pool_size: int = 500
+    pool_sample: int = 200
+    """Pool rows whose mean gradient is the reference."""
     domain_size: int = 100
     warmup_epochs: float = 4
     max_length: int = 256
@@ -98,7 +102,7 @@ def real_case(e: Experiment, model: LanguageModel) -> Case:
 
 def all_scores(e: Experiment, case: Case, model: LanguageModel) -> Iterator[dict]:
     """One record for each seed, state, domain, kernel and direction: its scores [N] and those of the pool's mean."""
-    warmup = TrainConfig(epochs=e.warmup_epochs, learning_rate=2e-3, max_buckets=2)
+    warmup = TrainConfig(epochs=e.warmup_epochs, learning_rate=2e-3, max_buckets=1)
     for seed, state, (name, domain) in itertools.product(range(e.seeds), STATES, case.domains.items()):
         folder = e.out / case.name / f"seed-{seed}"
         params = model.fresh_lora(seed)
@@ -118,8 +122,9 @@ def score(e, case, model, params, domain, name: str, seed: int) -> dict[str, np.
     """scores [N, 2] (domain, pool mean), their Gram matrix, and |g_j|^2 [N] where the kernel has one output."""
     functions = KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn)
     kernel, budget, rows = build(name, functions, params, seed=seed), e.token_budget, len(case.pool)
-    drawn = numpy_rng(seed, "experiment 10", "pool sample").choice(rows, size=min(200, rows), replace=False)
-    batches = lambda data, indices=None: data.batches(token_budget=budget, indices=indices)
+    drawn = numpy_rng(seed, "experiment 10", "pool sample").choice(rows, size=min(e.pool_sample, rows), replace=False)
+    # Few padded lengths: with so few examples the compiler takes longer than the padding.
+    batches = lambda data, indices=None: data.batches(token_budget=budget, indices=indices, max_buckets=2)
     found = kernel_scores(
         kernel,
         params,
@@ -130,7 +135,7 @@ def score(e, case, model, params, domain, name: str, seed: int) -> dict[str, np.
         progress=f"{case.name} {name}",
     )
     kept = {"scores": found.scores, "gram": found.gram}
-    if name in WITH_NORMS:
+    if e.cosine and name in WITH_NORMS:
         kept["squares"] = squared_norms(kernel, params, batches(case.pool), rows=rows, progress=True)
     return kept
 
