@@ -170,15 +170,8 @@ class Study:
 
     def probe_length(self) -> int:
         """The padded length of the probe examples, one for all seeds so that they share compiled programs."""
-        return self._padded(self.config.probe)
-
-    def train_length(self) -> int:
-        """The padded length of the training examples, one for all seeds."""
-        return self._padded(self.config.n)
-
-    def _padded(self, count: int) -> int:
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
-        rows = np.concatenate([self.training_rows(seed)[:count] for seed in seeds])
+        rows = np.concatenate([self.training_rows(seed)[: self.config.probe] for seed in seeds])
         return round_up(int(self.data.tokens.lengths[rows].max()), 8)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -70,6 +71,12 @@ class _Followed:
     def choices(self) -> ChoiceOutputs:
         """The outputs of a question."""
         return ChoiceOutputs(self.model.states_fn, self.model.head_fn, self.study.config.outputs)
+
+    @functools.cached_property
+    def f0_of_test(self) -> np.ndarray:
+        """f_0 of the test questions [n, C]."""
+        assert self.study.test is not None
+        return _choices_of(self, self.study.test)(self.choices, self.start)
 
 
 def follow(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str, Any]:
@@ -202,14 +209,16 @@ def _probe(followed: _Followed) -> Batch:
 
 
 def _train_batches(followed: _Followed) -> list[Batch]:
-    """The training examples in batches of one shape, the same for every seed."""
-    study, tokens = followed.study, followed.train.tokens
-    length = study.train_length()
-    rows = min(len(tokens), max(1, study.config.reading.token_budget // length))
-    return [
-        tokens.collate(np.arange(start, min(start + rows, len(tokens))), rows=rows, length=length)
-        for start in range(0, len(tokens), rows)
-    ]
+    """The training examples in batches whose shapes are the same for every seed, so that seeds share programs."""
+    tokens, buckets = followed.train.tokens, followed.config.buckets
+    assert buckets is not None
+    rows = min(len(tokens), max(1, followed.study.config.reading.token_budget // buckets[-1]), 16)
+    found, which = [], np.searchsorted(buckets, tokens.lengths)
+    for place, length in enumerate(buckets):
+        members = np.flatnonzero(which == place)
+        parts = [members[start : start + rows] for start in range(0, len(members), rows)]
+        found += [tokens.collate(part, rows=rows, length=length) for part in parts]
+    return found
 
 
 def _linear(followed: _Followed, params: Params, epoch: int, step: int) -> dict[str, np.ndarray]:
@@ -224,7 +233,7 @@ def _linear(followed: _Followed, params: Params, epoch: int, step: int) -> dict[
     test = followed.study.test
     if test is not None:
         of = _choices_of(followed, test)
-        f0, f = of(followed.choices, start), of(followed.choices, params)
+        f0, f = followed.f0_of_test, of(followed.choices, params)
         linear = of(linearise(followed.choices, start), params)
         _add_error(row, "choices", f0, linear, f)
         targets = centred_targets(test.gold, test.valid)
@@ -295,8 +304,7 @@ def regress(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str
         )
         for where, x1, x2 in (("training", train.rows, None), ("test", test.rows, train.rows))
     }
-    of = lambda asked: _choices_of(followed, asked)(followed.choices, followed.start)
-    f0, f0_test = of(train), of(test)
+    f0, f0_test = (_choices_of(followed, asked)(followed.choices, followed.start) for asked in (train, test))
     found = {}
     for formula in study.config.formulas:
         kernel, cross = (as_matrix(kernels[where][formula]) for where in ("training", "test"))

@@ -1,0 +1,84 @@
+"""Question: does the tangent kernel stay where it was along fine-tuning, and does the linear model then tell the tale?
+
+Commands: python experiments/01_kernel_stability.py
+          python experiments/01_kernel_stability.py --data ../shared/data --model ../shared/models/cot-lm-7m
+Hardware: 4 CPU cores, no accelerator.
+Runtime:  embedded model RUNTIME_TINY; the 7 M model RUNTIME_REAL on one core. Both go on where they were stopped.
+Expect:   experiments/README.md, "Does the kernel stay put?". The paper (Fig. 2a) reports a stable kernel along LoRA.
+
+64 examples, 20 epochs, kernels of 32 of them at 5 epochs, scores of 96 pool examples against all 64; LoRA at two ranks
+and two learning rates, and full fine-tuning, 3 seeds each. A learning rate of 2e-3 is what experiment 00 trains with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import ntkjax
+from ntkjax.assets import tiny_lm_path, write_planted_task
+
+RESULTS = Path(__file__).parent / "results" / "01_kernel_stability"
+KEPT = ("results.md", "stability.csv", "config.yaml", "plots", "tables/stability.csv", "tables/linearised.csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Run `ntkjax stability` and keep its tables and plots under experiments/results."""
+
+    data: Path | None = None
+    """Folder with finance/ and pool/; without it the embedded model and its generated task."""
+    model: str | None = None
+    domain: str = "finance"
+    out: Path = Path("runs/01_kernel_stability")
+    seeds: int = 3
+
+
+def files(experiment: Experiment) -> tuple[str, dict[str, Any]]:
+    """(name of the study, what differs between the embedded model and a real one)."""
+    if experiment.data is None:
+        paths = write_planted_task(
+            experiment.out / "task", 7, pool_size=400, domain_size=128, dev_size=90, test_size=300
+        )
+        found = {"data": str(paths["train"]), "test": str(paths["test"]), "pool": str(paths["pool"])}
+        kernels = ("sum_logits", "centred_spectral:4", "trace", "centred_trace")
+        return "tiny", found | {"model": str(tiny_lm_path()), "kernels": kernels, "max_length": 64}
+    folder = experiment.data / experiment.domain
+    found = {"data": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    found |= {"pool": str(experiment.data / "pool" / "cot-01.jsonl"), "model": experiment.model}
+    return experiment.domain, found | {"kernels": ("sum_logits", "centred_spectral:4"), "max_length": 256}
+
+
+def main(experiment: Experiment) -> None:
+    """One study."""
+    name, given = files(experiment)
+    out = experiment.out / name
+    ntkjax.stability(
+        **given,
+        out=out,
+        n=64,
+        probe=32,
+        pool_n=96,
+        top=24,
+        test_n=100,
+        ranks=(4, 16),
+        learning_rates=(2e-4, 2e-3),
+        full_learning_rates=(3e-4,),
+        at=(1, 5, 10, 20),
+        formulas=(),
+        seeds=experiment.seeds,
+        train={"epochs": 20, "max_buckets": 2},
+    )
+    kept = RESULTS / name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        for source in [out / file] if (out / file).is_file() else sorted((out / file).iterdir()):
+            shutil.copy(source, kept / source.name)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Experiment))
