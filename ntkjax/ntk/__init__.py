@@ -3,6 +3,7 @@
 from ntkjax.ntk.approx import KernelFunctions, KernelSpec, build, parse
 from ntkjax.ntk.features import gradient_features, mean_features, per_example_gradients, squared_norms
 from ntkjax.ntk.kernel import Kernel, kernel_diagonal, kernel_matrix
+from ntkjax.ntk.linearise import linearisation_error, linearise
 from ntkjax.ntk.metrics import (
     bootstrap_interval,
     cka,
@@ -16,6 +17,7 @@ from ntkjax.ntk.metrics import (
     top_n_overlap,
 )
 from ntkjax.ntk.outputs import directions, probe, sum_logits
+from ntkjax.ntk.regression import choose_ridge, fit_kernel_regression, output_kernels, ridge_grid
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.ntk.scores import (
     Direction,
@@ -28,6 +30,7 @@ from ntkjax.ntk.scores import (
     scores_along,
 )
 from ntkjax.ntk.sketch import IdentitySketch, RademacherSketch, Sketch
+from ntkjax.ntk.stability import collinearity, kernel_stability
 
 __all__ = [
     "Direction",
@@ -41,26 +44,34 @@ __all__ = [
     "Sketch",
     "bootstrap_interval",
     "build",
+    "choose_ridge",
     "cka",
+    "collinearity",
     "cos_frobenius",
     "directional_derivatives",
     "directional_scores",
     "directions",
+    "fit_kernel_regression",
     "frobenius_error",
     "gradient_features",
     "kendall",
     "kernel_diagonal",
     "kernel_matrix",
     "kernel_scores",
+    "kernel_stability",
+    "linearisation_error",
+    "linearise",
     "matrix_scores",
     "mean_direction",
     "mean_features",
     "mean_gradient",
+    "output_kernels",
     "parse",
     "participation_ratio",
     "pearson",
     "per_example_gradients",
     "probe",
+    "ridge_grid",
     "scores_along",
     "spearman",
     "squared_norms",

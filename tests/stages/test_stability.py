@@ -22,7 +22,7 @@ from ntkjax.stages.stability_report import spread
 from ntkjax.training import TrainConfig, fit
 
 KERNEL = "centred_spectral:2"
-FLAGS = ["--n", "6", "--probe", "4", "--test-n", "8", "--pool-n", "9", "--top", "3", "--ranks", "2",
+FLAGS = ["--n", "6", "--probe", "4", "--test-n", "6", "--pool-n", "9", "--top", "3", "--ranks", "2",
          "--learning-rates", "0.02", "--full-learning-rates", "0.001", "--kernels", KERNEL, "--at", "1",
          "--seeds", "2", "--train.epochs", "2", "--train.batch-size", "3", "--train.max-buckets", "1",
          "--max-length", "128"]  # fmt: skip
@@ -139,7 +139,7 @@ def test_regression_and_accuracies_against_an_independent_run(made, again, files
     ask = lambda records: questions(
         model, records, kind="likelihood", max_length=128, answer_template="So the answer is {}."
     )
-    train, test = ask(train_records), ask(read_records([files.test]).subset(np.arange(8)))
+    train, test = ask(train_records), ask(read_records([files.test]).subset(np.arange(6)))
     fn = ChoiceOutputs(model.states_fn, model.head_fn)
     of = lambda fn, params, asked: choice_outputs(fn, params, asked.rows, token_budget=8192)
     y, f0, f0_test = centred_targets(train.gold, train.valid), of(fn, start, train), of(fn, start, test)
@@ -147,16 +147,16 @@ def test_regression_and_accuracies_against_an_independent_run(made, again, files
     within, across = output_kernels(fn, start, train.rows), output_kernels(fn, start, test.rows, train.rows)
     found = json.loads((made / "regression" / "lora-r2" / "seed-1.json").read_text())["formulas"]
     for formula, entry in found.items():
-        k, k_test = within[formula].reshape(12, 12), across[formula].reshape(16, 12)
+        k, k_test = within[formula].reshape(12, 12), across[formula].reshape(12, 12)
         residual = (y - entry["f0_weight"] * f0).ravel()
         alpha = np.linalg.solve(k + 6 * entry["ridge"] * np.eye(12), residual)
-        predicted = entry["f0_weight"] * f0_test + (k_test @ alpha).reshape(8, 2)
-        assert np.mean(entry["right"]) == pytest.approx(accuracy(predicted, targets), abs=0.13)  # a near-tie of eight
+        predicted = entry["f0_weight"] * f0_test + (k_test @ alpha).reshape(6, 2)
+        assert np.mean(entry["right"]) == pytest.approx(accuracy(predicted, targets), abs=0.17)  # a near-tie of six
         assert entry["relative_ridge"] == pytest.approx(6 * entry["ridge"] / np.mean(np.diag(k)), rel=1e-2)
     right = json.loads((made / "lora-r2-lr0.02" / "seed-1" / "run.json").read_text())["right"]
     linear = of(linearise(fn, start), end, test)
     for name, outputs in (("base", f0_test), ("fine-tuned", of(fn, end, test)), ("linearised", linear)):
-        assert np.mean(right[name]) == pytest.approx(accuracy(outputs, targets), abs=0.13), name
+        assert np.mean(right[name]) == pytest.approx(accuracy(outputs, targets), abs=0.17), name
 
 
 def results(out):
