@@ -1,7 +1,7 @@
 """ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
 
-Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``stability``, ``replay`` and
-``demo`` are the commands as functions; ``load_lm`` gives a model whose functions feed ``ntkjax.ntk`` and
+Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``verify``, ``stability``,
+``replay`` and ``demo`` are the commands as functions; ``load_lm`` gives a model whose functions feed ``ntkjax.ntk`` and
 ``ntkjax.selection``.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ReplayConfig,
         SelectConfig,
         StabilityConfig,
+        VerifyConfig,
         adapt,
         demo,
         evaluate,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         replay,
         select,
         stability,
+        verify,
     )
     from ntkjax.training import TrainConfig, fit
 
@@ -39,8 +41,8 @@ _PUBLIC = {
     "ntkjax.training": ("TrainConfig", "fit"),
     "ntkjax.stages": (
         *("AdaptConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig", "ReplayConfig", "SelectConfig"),
-        "StabilityConfig",
-        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "stability"),
+        *("StabilityConfig", "VerifyConfig"),
+        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "stability", "verify"),
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -149,7 +149,7 @@ def statistics(
         }
     of_a, of_e = weighted_scores(a, weights, roles), weighted_scores(e, weights, roles)
     counts = weights[:, roles.scored]
-    found["score_spearman"] = np.array([_spearman(x, y, w) for x, y, w in zip(of_a, of_e, counts)])
+    found["score_spearman"] = weighted_pearson(ranks_by_row(of_a, counts), ranks_by_row(of_e, counts), counts)
     shared = np.minimum(taken(of_a, counts, roles.top), taken(of_e, counts, roles.top))
     found["top_n_overlap"] = shared.sum(axis=1) / roles.top
     return found
@@ -184,6 +184,18 @@ def mean_ranks(values: Float[np.ndarray, " P"], weights: Float[np.ndarray, "B P"
     return (before + (sizes + 1) / 2)[:, group]
 
 
+def ranks_by_row(values: Float[np.ndarray, "B p"], weights: Float[np.ndarray, "B p"]) -> Float[np.ndarray, "B p"]:
+    """`mean_ranks` where every row has values of its own: sum_k w_k [v_k < v_j] + (1 + sum_k w_k [v_k = v_j]) / 2."""
+    size = max(1, CHUNK // values.shape[1] ** 2)
+    found = []
+    for start in range(0, len(values), size):
+        v, w = values[start : start + size], weights[start : start + size]
+        below, equal = v[:, None, :] < v[:, :, None], v[:, None, :] == v[:, :, None]
+        found.append(np.einsum("bjk,bk->bj", below, w) + (1 + np.einsum("bjk,bk->bj", equal, w)) / 2)
+    ranks = np.concatenate(found)
+    return np.where(np.isfinite(values).all(axis=1, keepdims=True), ranks, np.nan)
+
+
 def weighted_pearson(
     a: Float[np.ndarray, "B P"], b: Float[np.ndarray, "B P"], weights: Float[np.ndarray, "B P"]
 ) -> Float[np.ndarray, " B"]:
@@ -205,13 +217,15 @@ def weighted_kendall(
     """tau-b = sum_pq w_p w_q s_pq t_pq / sqrt(sum w w s^2 sum w w t^2), s = sign(a_p - a_q), t = sign(b_p - b_q)."""
     total, size = np.zeros(len(weights)), len(a)
     rows = max(1, CHUNK // size)
+    of_a, of_b = _groups(a, weights), _groups(b, weights)
+    s, t = (group.astype(np.float32) for group, _ in (of_a, of_b))  # their order is that of the values
     small = weights.astype(np.float32)  # whole numbers: sums below 2^24 are exact
     for start in range(0, size, rows):
         block = slice(start, start + rows)
-        signs = np.sign(a[block, None] - a[None]) * np.sign(b[block, None] - b[None])
-        total += np.einsum("bp,bp->b", weights[:, block], (small @ signs.T.astype(np.float32)).astype(np.float64))
+        signs = np.sign((s[block, None] - s[None]) * (t[block, None] - t[None]))
+        total += np.einsum("bp,bp->b", weights[:, block], (small @ signs.T).astype(np.float64))
     pairs = weights.sum(axis=1) ** 2
-    untied = [pairs - np.sum(_groups(x, weights)[1] ** 2, axis=1) for x in (a, b)]
+    untied = [pairs - np.sum(sizes**2, axis=1) for _, sizes in (of_a, of_b)]
     with np.errstate(divide="ignore", invalid="ignore"):
         return total / np.sqrt(untied[0] * untied[1])
 
@@ -225,13 +239,6 @@ def _groups(
     group = np.empty(len(values), np.int64)
     group[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
     return group, np.add.reduceat(weights[:, order], starts, axis=1)
-
-
-def _spearman(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> float:
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("nan")
-    w = counts[None]
-    return float(weighted_pearson(mean_ranks(a, w), mean_ranks(b, w), w)[0])
 
 
 def _cka(a: np.ndarray, e: np.ndarray, weights: np.ndarray) -> np.ndarray:

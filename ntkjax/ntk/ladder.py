@@ -217,12 +217,8 @@ def _hidden(hidden_fn: Callable, params: Params, batch: Any) -> Float[Array, "B 
     return hidden_fn(params, batch)
 
 
-def gaussian_sketch(matrix: np.ndarray, size: int, rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
-    """One draw of Phi Phi^T, Phi = G Pi^T [n, K] with Gaussian Pi_ki ~ N(0, 1 / K), from the kernel matrix G G^T alone.
-
-    The K columns of Phi are independent draws of N(0, G G^T / K), so the sketched kernel matrix has a Wishart law that
-    depends on the gradients through their Gram matrix only: no gradient and no sign is needed. A Rademacher sketch has
-    the same mean, and its variance is smaller by 2 sum_i g_i^2 g'_i^2 / K, nothing where gradients have many entries.
+def square_root(matrix: np.ndarray) -> Float[np.ndarray, "n r"]:
+    """B with B B^T = the kernel matrix, r its rank.
 
     Raises:
       ValueError: the matrix has an eigenvalue below -1e-3 of the largest; smaller ones are rounding and count as 0.
@@ -231,5 +227,23 @@ def gaussian_sketch(matrix: np.ndarray, size: int, rng: np.random.Generator) -> 
     if values[0] < -1e-3 * abs(values[-1]):
         raise ValueError(f"not a kernel matrix: its eigenvalues run from {values[0]:.3g} to {values[-1]:.3g}")
     kept = values > 0
-    phi = (vectors[:, kept] * np.sqrt(values[kept])) @ rng.normal(size=(int(kept.sum()), size)) / np.sqrt(size)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def gaussian_sketch(root: Float[np.ndarray, "n r"], size: int, rng: np.random.Generator) -> Float[np.ndarray, "n n"]:
+    """One draw of Phi Phi^T, Phi = G Pi^T [n, K] with Gaussian Pi_ki ~ N(0, 1 / K), from ``root`` of G G^T alone.
+
+    The K columns of Phi are independent draws of N(0, G G^T / K), so the sketched kernel matrix is B S B^T / K with S
+    of the Wishart law of K degrees of freedom: it depends on the gradients through their Gram matrix only, and no
+    gradient and no sign is needed. S = L L^T, L lower triangular with L_ii^2 ~ chi^2 of K - i degrees (i from 0) and
+    L_ij ~ N(0, 1) below the diagonal [Bartlett 1933]. A Rademacher sketch has the same mean, and its variance is
+    smaller by 2 sum_i g_i^2 g'_i^2 / K, nothing where gradients have many entries.
+    """
+    rank = root.shape[1]
+    if size < rank:
+        factor = rng.normal(size=(rank, size))
+    else:
+        factor = np.tril(rng.normal(size=(rank, rank)), -1)
+        factor[np.diag_indices(rank)] = np.sqrt(rng.chisquare(size - np.arange(rank)))
+    phi = root @ factor / np.sqrt(size)
     return phi @ phi.T

@@ -22,12 +22,15 @@ from ntkjax.stages.replaying import ReplayConfig
 from ntkjax.stages.replaying import replay as _replay
 from ntkjax.stages.selecting import SelectConfig
 from ntkjax.stages.selecting import select as _select
+from ntkjax.stages.verifying import Verification, VerifyConfig
+from ntkjax.stages.verifying import verify as _verify
 
 select = takes_keywords(SelectConfig)(_select)
 finetune = takes_keywords(FinetuneConfig)(_finetune)
 evaluate = takes_keywords(EvaluateConfig)(_evaluate)
 adapt = takes_keywords(AdaptConfig)(_adapt)
 demo = takes_keywords(DemoConfig)(_demo)
+verify = takes_keywords(VerifyConfig)(_verify)
 stability = takes_keywords(StabilityConfig)(_stability)
 
 
@@ -50,6 +53,7 @@ _STAGES = {
     "evaluate": Command(EvaluateConfig, evaluate, printing.evaluation),
     "adapt": Command(AdaptConfig, adapt, printing.adaptation),
     "demo": Command(DemoConfig, demo, printing.demonstration),
+    "verify": Command(VerifyConfig, verify, printing.verification),
     "stability": Command(StabilityConfig, stability, printing.stability),
 }
 
@@ -75,6 +79,8 @@ __all__ = [
     "SelectConfig",
     "Stability",
     "StabilityConfig",
+    "Verification",
+    "VerifyConfig",
     "adapt",
     "demo",
     "evaluate",
@@ -82,4 +88,5 @@ __all__ = [
     "replay",
     "select",
     "stability",
+    "verify",
 ]

@@ -80,6 +80,20 @@ def stability(config: Any, result: Any) -> str:
     return "\n".join(map(to_markdown, filter(None, tables))) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
+def verification(config: Any, result: Any) -> str:
+    """The ladder against the top of each column, the cross terms, and the report's path."""
+    from ntkjax.stages.verify_report import cross_table, table
+
+    shown = ("rung", "passes", "CKA", "Spearman, scores", "expected flips")
+    parts = []
+    for column in result.results["columns"]:
+        rows = [row for row in table(result.results, "top", column) if "sketched" not in row["rung"]]
+        title = "All parameters" if column == "all" else "LoRA"
+        parts.append(f"{title}, against the exact trace\n\n{to_markdown(rows, shown)}")
+    parts.append(to_markdown(cross_table(result.results)))
+    return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
+
+
 def replayed(config: Any, result: Any) -> str:
     """Where the repetition went."""
     return f"replayed {config.run} into {config.out or str(Path(config.run)) + '-replay'}"

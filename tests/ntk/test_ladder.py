@@ -8,7 +8,7 @@ import pytest
 from ntkjax.errors import ConfigError
 from ntkjax.ntk import KernelFunctions, NonFiniteError, build, kernel_matrix
 from ntkjax.ntk.kernel import gradients
-from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams
+from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams, square_root
 from ntkjax.store import RowStore
 
 ROWS = 6
@@ -123,13 +123,17 @@ def test_an_example_that_overflows_is_named_and_missing_rows_are_refused(toy):
     assert caught.value.rows == [2]
 
 
-def test_a_gaussian_sketch_has_the_mean_and_variance_of_its_law():
+@pytest.mark.parametrize("size", [2, 16])
+def test_a_gaussian_sketch_has_the_mean_and_variance_of_its_law(size):
+    """Below and above the rank of 3, where it is drawn in two ways."""
     rng = np.random.default_rng(0)
     g = rng.normal(size=(4, 3))
-    k, size = g @ g.T, 16
-    draws = np.array([gaussian_sketch(k, size, rng) for _ in range(4000)])
+    k = g @ g.T
+    root = square_root(k)
+    np.testing.assert_allclose(root @ root.T, k, atol=1e-12)
+    draws = np.array([gaussian_sketch(root, size, rng) for _ in range(8000)])
     variance = (np.outer(np.diag(k), np.diag(k)) + k * k) / size
-    assert (np.abs(draws.mean(axis=0) - k) < 5 * np.sqrt(variance / 4000)).all()
+    assert (np.abs(draws.mean(axis=0) - k) < 5 * np.sqrt(variance / 8000)).all()
     np.testing.assert_allclose(draws.var(axis=0), variance, rtol=0.15)
     with pytest.raises(ValueError, match="eigenvalues"):
-        gaussian_sketch(-k, size, rng)
+        square_root(-k)
