@@ -1,6 +1,7 @@
 """Tangent kernels of any JAX function ``F(params, batch) -> [B]``: scores, features, sketches, agreement."""
 
 from ntkjax.ntk.approx import KernelFunctions, KernelSpec, build, parse
+from ntkjax.ntk.exact import centred_trace_ntk, empirical_ntk, logits, mean_trace_ntk, trace_ntk
 from ntkjax.ntk.features import gradient_features, mean_features, per_example_gradients, squared_norms
 from ntkjax.ntk.kernel import Kernel, kernel_diagonal, kernel_matrix
 from ntkjax.ntk.linearise import linearisation_error, linearise
@@ -44,6 +45,7 @@ __all__ = [
     "Sketch",
     "bootstrap_interval",
     "build",
+    "centred_trace_ntk",
     "choose_ridge",
     "cka",
     "collinearity",
@@ -51,6 +53,7 @@ __all__ = [
     "directional_derivatives",
     "directional_scores",
     "directions",
+    "empirical_ntk",
     "fit_kernel_regression",
     "frobenius_error",
     "gradient_features",
@@ -61,10 +64,12 @@ __all__ = [
     "kernel_stability",
     "linearisation_error",
     "linearise",
+    "logits",
     "matrix_scores",
     "mean_direction",
     "mean_features",
     "mean_gradient",
+    "mean_trace_ntk",
     "output_kernels",
     "parse",
     "participation_ratio",
@@ -77,4 +82,5 @@ __all__ = [
     "squared_norms",
     "sum_logits",
     "top_n_overlap",
+    "trace_ntk",
 ]

@@ -184,7 +184,8 @@ def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: 
             'head), or use backend="jacobian"'
         )
     constructor = approx.centred_trace if centred else approx.trace
-    kernel = constructor(apply_fn.hidden_fn, apply_fn.head, params)
+    # One name, so that the trace and the centred trace are one program to the compiler.
+    kernel = dataclasses.replace(constructor(apply_fn.hidden_fn, apply_fn.head, params), name="exact")
     return kernel_matrix(kernel, params, x1, x2, memory_budget=memory_budget)
 
 

@@ -191,7 +191,7 @@ def gradient_bytes(params) -> int:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("gradients_in_budget", [0, 20, 1000])
+@pytest.mark.parametrize("gradients_in_budget", [0, 20])
 def test_blocks_of_any_size_give_the_same_numbers(small, backend, gradients_in_budget):
     """From one gradient at a time to all at once, with rows and outputs that no block size divides."""
     if backend.startswith("neural-tangents") and not neural_tangents.is_installed():
