@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,12 +49,14 @@ class Method:
         ``a`` and ``b`` are prepared, and the same object on the diagonal of a symmetric kernel.
       full_left: the left unit has all outputs at once, because they cost no memory there.
       keeps: what ``prepare`` returns has the size of the unit's gradients.
+      rows_at_once: so many rows of c outputs may be in work that activations stay those of `MAX_PASSES` passes.
     """
 
     prepare: Callable
     combine: Callable
     full_left: bool = False
     keeps: bool = False
+    rows_at_once: Callable[[int], int] = lambda c: max(1, MAX_PASSES // c)
 
 
 @jax.jit
@@ -77,7 +80,7 @@ def _jacobian() -> Method:
         assert not traced  # that is ntkjax.ntk.kernel.kernel_matrix
         return _contract(a, b)
 
-    return Method(prepare, combine, keeps=True)
+    return Method(prepare, combine, keeps=True, rows_at_once=lambda c: sys.maxsize)  # it sees to that itself
 
 
 def _single(fn: Kernel, x: Any) -> tuple[list[Array], Callable]:
@@ -148,7 +151,10 @@ def _neural_tangents(implementation: str) -> Method:
         pair = (a.data, a.selectors), None if a is b else (b.data, b.selectors)
         return _neural_tangents_block(fn, params, *pair, traced=traced, implementation=implementation)
 
-    return Method(lambda fn, params, unit: unit, combine)
+    if implementation == "jacobian_contraction":
+        return Method(lambda fn, params, unit: unit, combine)
+    every_pair = lambda c: max(1, math.isqrt(MAX_PASSES // c))  # R1 R2 c forward passes
+    return Method(lambda fn, params, unit: unit, combine, rows_at_once=every_pair)
 
 
 def method(backend: str) -> Method:
@@ -194,6 +200,7 @@ def blockwise(
     fn, same = as_kernel(apply_fn), x2 is None
     n1, n2, m = count_rows(x1), count_rows(x1 if same else x2), count_outputs(fn, params, x1)
     size, width = block_sizes(params, max(n1, n2), m, memory_budget // 2)  # half is for copies within a program
+    size = min(size, how.rows_at_once(width))
     left = _row_blocks(x1, size)
     right = left if same else _row_blocks(x2, size)
     outputs = _output_blocks(m, width)

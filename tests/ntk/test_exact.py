@@ -392,3 +392,23 @@ def test_a_second_call_compiles_nothing(small):
         trace_ntk(fn, jax.tree.map(lambda p: p + 1, params), x + 1, backend=backend)
     assert (gradients._cache_size(), blocks.push_pulled._cache_size()) == before
     assert exact.BACKENDS == BACKENDS
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:4])
+def test_activations_of_many_rows_are_never_in_work_together(small, backend, monkeypatch):
+    """However large the budget: rows times outputs (times rows, where pairs are computed at once) stay bounded."""
+    if backend.startswith("neural-tangents") and not neural_tangents.is_installed():
+        pytest.skip("neural-tangents not installed")
+    fn, params, x = small
+    monkeypatch.setattr(blocks, "MAX_PASSES", 2 * VOCAB)
+    seen, combine = [], blocks.method(backend).combine
+
+    def watched(fn, params, a, b, traced):
+        pairs = len(b.data) if backend.endswith("vector-products") else 1
+        seen.append(len(a.data) * pairs * len(b.selectors))
+        return combine(fn, params, a, b, traced)
+
+    how = blocks.dataclasses.replace(blocks.method(backend), combine=watched)
+    found = blocks.blockwise(how, fn, params, x, None, traced=True, memory_budget=1 << 30)
+    assert deviation(found, expected("mlp", "all, head untied")["trace"]) < 1e-12
+    assert len(seen) > 1 and max(seen) <= 2 * VOCAB
