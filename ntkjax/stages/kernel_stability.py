@@ -30,6 +30,8 @@ from ntkjax.stages.options import DataOptions, ModelOptions
 from ntkjax.stages.rundir import RunDir
 from ntkjax.training import TrainConfig
 
+USUAL_EPOCHS = (1, 2, 4, 8, 12, 16, 20)
+
 
 @dataclasses.dataclass(frozen=True)
 class StabilityConfig:
@@ -44,7 +46,7 @@ class StabilityConfig:
     test: tuple[str, ...] = ()
     """Held-out files with choices: accuracy of the fine-tuned and the linearised model and of kernel regression."""
     pool: tuple[str, ...] = ()
-    """Files whose examples are scored at every checkpoint. None: the probe examples score each other."""
+    """Files whose examples are scored at every checkpoint. Without them the probe examples score each other."""
     n: int = 64
     """Training examples."""
     probe: int = 32
@@ -67,8 +69,8 @@ class StabilityConfig:
     kernels: tuple[str, ...] = ("sum_logits", "centred_spectral:16")
     """Kernels to follow: sum_logits, loss, trace, centred_trace, spectral:m, centred_spectral:m, hutchinson:m; may be
     empty."""
-    at: tuple[int, ...] = (0, 1, 2, 4, 8, 12, 16, 20)
-    """Epochs at which to look; 0 and the last are added."""
+    at: tuple[int, ...] | None = None
+    """Epochs at which to look; 0 and the last are added. None: 1, 2, 4, 8, 12, 16, 20, as far as training goes."""
     formulas: tuple[str, ...] = FORMULAS
     """Kernels of the regression over the choices: sgd, asymmetric_signgd, signgd; none: no regression."""
     outputs: Literal["likelihood", "logits"] = "likelihood"
@@ -110,8 +112,8 @@ class StabilityConfig:
             raise ConfigError("memory_gib and lora_scale must be above 0")
         if self.train.steps is not None or self.train.epochs != int(self.train.epochs):
             raise ConfigError("stability counts in whole epochs: leave train.steps out and give a whole train.epochs")
-        if any(not 0 <= epoch <= self.epochs for epoch in self.at):
-            raise ConfigError(f"at: expected epochs from 0 to train.epochs = {self.epochs}, got {list(self.at)}")
+        if any(not 0 <= epoch <= self.epochs for epoch in self.at or ()):
+            raise ConfigError(f"at: expected epochs from 0 to train.epochs = {self.epochs}, got {list(self.at or ())}")
 
     @property
     def epochs(self) -> int:
@@ -121,7 +123,8 @@ class StabilityConfig:
     @property
     def epochs_looked_at(self) -> list[int]:
         """0, those of ``at``, and the last, in order."""
-        return sorted({0, *self.at, self.epochs})
+        chosen = [epoch for epoch in USUAL_EPOCHS if epoch < self.epochs] if self.at is None else self.at
+        return sorted({0, *chosen, self.epochs})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ntkjax.ntk.linearise import linearise
 from ntkjax.ntk.metrics import spearman, top_n_overlap
 from ntkjax.ntk.regression import accuracy, centred_targets, output_kernels
 from ntkjax.stages.choice_outputs import ChoiceOutputs, choice_outputs, questions
+from ntkjax.stages.kernel_stability import StabilityConfig
 from ntkjax.stages.stability_report import spread
 from ntkjax.training import TrainConfig, fit
 
@@ -229,6 +230,14 @@ def test_mistakes_are_named_without_a_traceback(files, tmp_path, capsys, case):
 def test_other_settings_in_the_same_directory_are_refused(made, files, capsys):
     assert run(files, made, "--probe", "5") == 2
     assert "probe" in capsys.readouterr().err
+
+
+def test_where_it_looks_unless_told():
+    looked = lambda epochs, **at: (
+        StabilityConfig("m", ("d",), "o", train=TrainConfig(epochs=epochs), **at).epochs_looked_at
+    )
+    assert looked(20) == [0, 1, 2, 4, 8, 12, 16, 20] and looked(3) == [0, 1, 2, 3] and looked(25)[-2:] == [20, 25]
+    assert looked(5, at=()) == [0, 5] and looked(5, at=(3, 2)) == [0, 2, 3, 5]
 
 
 def test_spread_by_hand():
