@@ -39,6 +39,9 @@ class CrossTerms:
       signed, absolute: mean of cos and of |cos| between grad f_k(x) and grad f_l(x), for each example [n].
       signed_between, absolute_between: the same between grad f_k(x_i) and grad f_l(x_i+1) [n - 1]: what enters a
         kernel of two different examples.
+      cross, own: sum over pairs k != l of <grad f_k(x), grad f_l(x)>, and sum_k |grad f_k(x)|^2, over all V outputs
+        (scaled up from those compared), for each example [n]: the cross terms and the trace.
+      cross_between, own_between: the same for x_i and x_i+1 [n - 1].
       histogram, histogram_between: how many of all those cosines fall into each of `BINS` equal bins of [-1, 1].
       outputs: how many of the V outputs were compared, all pairs of them: V, or a uniform sample.
       vocab: V.
@@ -49,6 +52,10 @@ class CrossTerms:
     absolute: np.ndarray
     signed_between: np.ndarray
     absolute_between: np.ndarray
+    cross: np.ndarray
+    own: np.ndarray
+    cross_between: np.ndarray
+    own_between: np.ndarray
     histogram: np.ndarray
     histogram_between: np.ndarray
     outputs: int
@@ -56,7 +63,8 @@ class CrossTerms:
     undefined: int
 
     def summary(self, *, seed: int = 0, samples: int = 1000) -> dict[str, float]:
-        """Means over examples, each with ``_low`` and ``_high`` (percentile bootstrap over examples)."""
+        """Means over examples of the four cosines, and ``ratio`` = sum cross / sum own (``ratio_between``), each with
+        ``_low`` and ``_high`` (percentile bootstrap over examples)."""
         found: dict[str, float] = {}
         for name in ("signed", "absolute", "signed_between", "absolute_between"):
             values = getattr(self, name)
@@ -66,6 +74,13 @@ class CrossTerms:
             if len(values) > 1:
                 low, high = bootstrap_interval(lambda v: float(v.mean()), values, seed=seed, samples=samples)
             found |= {f"{name}_low": low, f"{name}_high": high}
+        for suffix in ("", "_between"):
+            cross, own = getattr(self, f"cross{suffix}"), getattr(self, f"own{suffix}")
+            share = lambda c, o: float(c.sum() / o.sum()) if o.sum() != 0 else math.nan
+            name, low, high = f"ratio{suffix}", math.nan, math.nan
+            if len(cross) > 1:
+                low, high = bootstrap_interval(share, cross, own, seed=seed, samples=samples)
+            found |= {name: share(cross, own), f"{name}_low": low, f"{name}_high": high}
         return found | {"outputs": self.outputs, "vocab": self.vocab, "undefined": self.undefined}
 
 
@@ -125,7 +140,11 @@ def cross_output_cosines(
         output = FoldedOutput(as_pytree_fn(functions.hidden_fn), jnp.asarray(weight[chosen].T))
     kernel = Kernel(output)
     found = _chain(kernel, params, list(batches), rows, count, progress)
-    return CrossTerms(**found, outputs=len(chosen), vocab=vocab)
+    count = len(chosen)
+    scales = {"cross": vocab * (vocab - 1) / (count * (count - 1)), "own": vocab / count}
+    for name in ("cross", "own", "cross_between", "own_between"):
+        found[name] = found[name] * scales[name.removesuffix("_between")]
+    return CrossTerms(**found, outputs=count, vocab=vocab)
 
 
 def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
@@ -178,6 +197,10 @@ def _chain(
         "absolute": np.asarray(within.absolute),
         "signed_between": np.asarray(between.signed),
         "absolute_between": np.asarray(between.absolute),
+        "cross": np.asarray(within.cross),
+        "own": np.asarray(within.own),
+        "cross_between": np.asarray(between.cross),
+        "own_between": np.asarray(between.own),
         "histogram": within.histogram,
         "histogram_between": between.histogram,
         "undefined": undefined,
@@ -190,10 +213,14 @@ class _Cosines:
 
     signed: list[float] = dataclasses.field(default_factory=list)
     absolute: list[float] = dataclasses.field(default_factory=list)
+    cross: list[float] = dataclasses.field(default_factory=list)
+    own: list[float] = dataclasses.field(default_factory=list)
     histogram: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def add(self, products: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         """The products [c, c] of one pair of examples, and the norms [c] of either's gradients."""
+        self.own.append(float(np.trace(products)))
+        self.cross.append(float(products.sum()) - self.own[-1])
         kept = (left > 0) & (right > 0)
         count = int(kept.sum())
         if count < 2:

@@ -275,7 +275,7 @@ class Lab:
         count = min(config.cross_examples, len(tokens))
         chosen = tokens.subset(np.linspace(0, len(tokens) - 1, count).astype(int))
         manifest = self._manifest(column, point, chosen, outputs=config.cross_outputs, seed=seed,
-                                  memory=config.memory_budget)  # fmt: skip
+                                  memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip
         file = self.run.path / "rows" / column.name / point.key / f"cross-{seed}.json"
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))

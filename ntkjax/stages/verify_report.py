@@ -42,8 +42,12 @@ NOTES = (
 
 
 def write_report(run: RunDir, results: Mapping[str, Any], kernels: Mapping[str, np.ndarray]) -> None:
-    """Write ladder.csv, ladder.md, ladder.tex, plots/*.png and report.html into the run directory."""
-    run.write_text("ladder.csv", to_csv(results["ladder"]))
+    """Write ladder.csv, .md and .tex, the tables behind the plots, plots/*.png and report.html into the run
+    directory."""
+    for name in ("ladder", "curves", "noise"):
+        run.write_text(f"{name}.csv", to_csv(results[name]))
+    plain = [{k: v for k, v in row.items() if "histogram" not in k} for row in results["cross_terms"]]
+    run.write_text("cross_terms.csv", to_csv(plain))
     run.write_text("ladder.md", markdown(results))
     run.write_text("ladder.tex", latex(results))
     plots = draw(results, kernels)

@@ -141,16 +141,17 @@ def _like(draws: np.ndarray) -> np.ndarray:
 def cross_row(config: VerifyConfig, column: Column) -> dict[str, Any]:
     """Cosines between outputs and the cross terms over the trace of a column, over its seeds."""
     row: dict[str, Any] = {"column": column.name}
-    row |= cross_ratio(column.kernels["sum_logits"], column.kernels[TOP], column.vocab, seed=config.seed)
     if column.cross:
         row |= cross_summary(column.cross, seed=config.seed)
-    return row
+    # On all examples, so that it takes the place of the ratio on the few that have cosines.
+    return row | cross_ratio(column.kernels["sum_logits"], column.kernels[TOP], column.vocab, seed=config.seed)
 
 
 def cross_summary(seeds: list[CrossTerms], *, seed: int) -> dict[str, Any]:
     """`CrossTerms.summary` of the mean over seeds (same examples), with ``_sd`` over seeds and the histograms."""
     names = ("signed", "absolute", "signed_between", "absolute_between")
-    means = {name: np.mean([getattr(c, name) for c in seeds], axis=0) for name in names}
+    sums = ("cross", "own", "cross_between", "own_between")
+    means = {name: np.mean([getattr(c, name) for c in seeds], axis=0) for name in (*names, *sums)}
     counts = {name: np.sum([getattr(c, name) for c in seeds], axis=0) for name in ("histogram", "histogram_between")}
     row = dataclasses.replace(seeds[0], **means, **counts).summary(seed=seed)
     for name in names:

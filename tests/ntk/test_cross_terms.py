@@ -53,6 +53,13 @@ def test_all_pairs_of_outputs(toy, x64, subset):
     signed, absolute = cosines(j, [(i, i) for i in range(ROWS)])
     np.testing.assert_allclose(found.signed, signed, atol=1e-10)
     np.testing.assert_allclose(found.absolute, absolute, atol=1e-10)
+    total = np.einsum("ikp,ilp->ikl", j, j)
+    np.testing.assert_allclose(found.own, np.einsum("ikk->i", total), rtol=1e-10)
+    np.testing.assert_allclose(found.cross, total.sum(axis=(1, 2)) - found.own, rtol=1e-8)
+    assert found.summary()["ratio"] == pytest.approx(found.cross.sum() / found.own.sum())
+    total = np.einsum("ikp,ilp->ikl", j[:-1], j[1:])
+    np.testing.assert_allclose(found.own_between, np.einsum("ikk->i", total), rtol=1e-10)
+    np.testing.assert_allclose(found.cross_between, total.sum(axis=(1, 2)) - found.own_between, rtol=1e-8)
     signed, absolute = cosines(j, [(i, i + 1) for i in range(ROWS - 1)])
     np.testing.assert_allclose(found.signed_between, signed, atol=1e-10)
     np.testing.assert_allclose(found.absolute_between, absolute, atol=1e-10)
@@ -69,6 +76,9 @@ def test_a_sample_of_outputs_is_unbiased_and_both_paths_agree(toy, x64):
     np.testing.assert_allclose(draws[0].signed, direct.signed, atol=1e-10)
     signed = np.array([d.signed for d in draws])
     assert (np.abs(signed.mean(axis=0) - whole.signed) < 4 * signed.std(axis=0) / np.sqrt(60)).all()
+    for name in ("cross", "own"):  # scaled up to all outputs
+        each = np.array([getattr(d, name) for d in draws])
+        assert (np.abs(each.mean(axis=0) - getattr(whole, name)) < 4 * each.std(axis=0) / np.sqrt(60)).all()
     assert signed.std() > 0 and draws[0].outputs == 5
     through_hidden = cross_output_cosines(functions, params, [batch], outputs=8)  # D = 6 passes for 8 outputs
     assert through_hidden.outputs == 8
