@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,11 +24,12 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import KernelFunctions, head_is_trained
 from ntkjax.ntk.kernel import MAX_PASSES, Kernel, gradients, rows_of
 from ntkjax.ntk.metrics import bootstrap_interval, resample, square
-from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, directions
+from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.rng import numpy_rng
-from ntkjax.types import Params, as_pytree_fn, at_least_float32
+from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
 BINS = 100
+Products = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,23 +129,59 @@ def cross_output_cosines(
             f"cross terms need the gradients of 2 outputs of 2 examples, {4 * one:,} bytes of the memory budget of "
             f"{memory_budget:,}; raise it, or ask for at least 2 outputs (got {outputs})"
         )
-    rows, count = None, len(chosen)
     if by_width:
-        output: Any = directions(functions.hidden_fn, np.eye(width, dtype=weight.dtype))
-        rows, count = weight[chosen].astype(np.float64), width
-    elif trained:
-        probes = np.zeros((vocab, count), weight.dtype)
-        probes[chosen, np.arange(count)] = 1
-        output = TrainedHeadOutput(as_pytree_fn(functions.hidden_fn), as_pytree_fn(head), jnp.asarray(probes))
+        products = hidden_products(functions.hidden_fn, params, batches, width=width, progress=progress)
+        return cross_terms(products, weight[chosen], vocab=vocab)
+    if trained:
+        probes = np.zeros((vocab, len(chosen)), weight.dtype)
+        probes[chosen, np.arange(len(chosen))] = 1
+        output: Any = TrainedHeadOutput(as_pytree_fn(functions.hidden_fn), as_pytree_fn(head), jnp.asarray(probes))
     else:
         output = FoldedOutput(as_pytree_fn(functions.hidden_fn), jnp.asarray(weight[chosen].T))
-    kernel = Kernel(output)
-    found = _chain(kernel, params, list(batches), rows, count, progress)
-    count = len(chosen)
-    scales = {"cross": vocab * (vocab - 1) / (count * (count - 1)), "own": vocab / count}
-    for name in ("cross", "own", "cross_between", "own_between"):
-        found[name] = found[name] * scales[name.removesuffix("_between")]
-    return CrossTerms(**found, outputs=count, vocab=vocab)
+    return cross_terms(_products_of(Kernel(output), params, batches, len(chosen), progress), None, vocab=vocab)
+
+
+def hidden_products(
+    hidden_fn: Callable, params: Params, batches: Iterable, *, width: int, progress: bool | str = False
+) -> Iterator[Products]:
+    """A_de = <grad h_d(x), grad h_e(x)> of the D = ``width`` hidden units, float64 [D, D], for one example after the
+    other, each with the same between the example before and it (None for the first).
+
+    Kept, they give `cross_terms` for any choice of outputs without another pass. The gradients of two examples are in
+    memory at a time.
+    """
+    return _products_of(Kernel(as_pytree_fn(hidden_fn)), params, batches, width, progress)
+
+
+def cross_terms(
+    products: Iterable[Products], weight: Float[ArrayLike, "S c"] | None, *, vocab: int | None = None
+) -> CrossTerms:
+    """`CrossTerms` of the outputs with the rows of ``weight`` as their head (None: the products are the outputs').
+
+    Args:
+      products: those of `hidden_products`.
+      weight: W_S, S rows of the head [S, D].
+      vocab: V, where these are a uniform sample of V outputs; None: they are all that is asked about.
+    """
+    rows = None if weight is None else np.asarray(weight, np.float64)
+    within, between, undefined, size = _Cosines(), _Cosines(), 0, 0
+    previous: np.ndarray | None = None
+    for own, other in products:
+        values = _of_outputs(own, rows)
+        size, norms = len(values), np.sqrt(np.maximum(np.diag(values), 0))
+        undefined += int(np.sum(norms == 0))
+        within.add(values, norms, norms)
+        if other is not None and previous is not None:
+            between.add(_of_outputs(other, rows), previous, norms)
+        previous = norms
+    vocab = size if vocab is None else vocab
+    up = {"cross": vocab * (vocab - 1) / max(1, size * (size - 1)), "own": vocab / max(1, size)}
+    found = {}
+    for suffix, part in (("", within), ("_between", between)):
+        for name in ("signed", "absolute", "cross", "own"):
+            found[name + suffix] = np.asarray(getattr(part, name)) * up.get(name, 1.0)
+        found[f"histogram{suffix}"] = part.histogram
+    return CrossTerms(**found, outputs=size, vocab=vocab, undefined=undefined)
 
 
 def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
@@ -175,36 +212,19 @@ def _jacobians(kernel: Kernel, params: Params, batches: list, count: int) -> Ite
             yield parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts)
 
 
-def _chain(
-    kernel: Kernel, params: Params, batches: list, rows: np.ndarray | None, count: int, progress: bool | str
-) -> dict[str, Any]:
-    """The fields of `CrossTerms` that are measured; ``rows`` maps hidden units to outputs."""
-    examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in batches)
+def _products_of(
+    kernel: Kernel, params: Params, batches: Iterable, count: int, progress: bool | str
+) -> Iterator[Products]:
+    """<grad F_k(x), grad F_l(x)> [count, count] of each example, and between the one before and it."""
+    plan = list(batches)
+    examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in plan)
     title = progress if isinstance(progress, str) else "cross terms"
-    within, between, undefined = _Cosines(), _Cosines(), 0
-    previous: tuple[Any, np.ndarray] | None = None
-    every = _jacobians(kernel, params, batches, count)
+    previous: Any = None
+    every = _jacobians(kernel, params, plan, count)
     for jacobian in tqdm(every, total=examples, desc=title, disable=progress is False, unit="example"):
-        products = _of_outputs(_products(jacobian, jacobian), rows)
-        norms = np.sqrt(np.maximum(np.diag(products), 0))
-        undefined += int(np.sum(norms == 0))
-        within.add(products, norms, norms)
-        if previous is not None:
-            between.add(_of_outputs(_products(previous[0], jacobian), rows), previous[1], norms)
-        previous = jacobian, norms
-    return {
-        "signed": np.asarray(within.signed),
-        "absolute": np.asarray(within.absolute),
-        "signed_between": np.asarray(between.signed),
-        "absolute_between": np.asarray(between.absolute),
-        "cross": np.asarray(within.cross),
-        "own": np.asarray(within.own),
-        "cross_between": np.asarray(between.cross),
-        "own_between": np.asarray(between.own),
-        "histogram": within.histogram,
-        "histogram_between": between.histogram,
-        "undefined": undefined,
-    }
+        other = None if previous is None else np.asarray(_products(previous, jacobian), np.float64)
+        yield np.asarray(_products(jacobian, jacobian), np.float64), other
+        previous = jacobian
 
 
 @dataclasses.dataclass
@@ -235,10 +255,9 @@ class _Cosines:
         self.histogram += np.histogram(np.clip(apart, -1, 1), bins=BINS, range=(-1, 1))[0]
 
 
-def _of_outputs(products: Array, rows: np.ndarray | None) -> np.ndarray:
-    """W A W^T, float64."""
-    found = np.asarray(products, np.float64)
-    return found if rows is None else rows @ found @ rows.T
+def _of_outputs(products: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """W A W^T."""
+    return products if rows is None else rows @ products @ rows.T
 
 
 def cross_ratio(

@@ -30,9 +30,9 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import KernelFunctions
 from ntkjax.ntk.exact import logits
 from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
-from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, directions
+from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.ntk.rows import NonFiniteError
-from ntkjax.types import Params
+from ntkjax.types import Params, as_pytree_fn
 
 BLOCK = 8  # outputs at a time, also where fewer are left: one program for all kernels, and more gain little speed
 
@@ -79,8 +79,7 @@ def common_form(
     output, hidden = kernel.output_fn, functions.hidden_fn
     rows = lambda array: np.asarray(array).reshape(len(array), -1).T
     if isinstance(output, FoldedOutput):
-        selectors = rows(output.weight)
-        return Kernel(directions(hidden, np.eye(selectors.shape[1], dtype=selectors.dtype)), name="hidden"), selectors
+        return Kernel(as_pytree_fn(hidden), name="hidden"), rows(output.weight)
     if isinstance(output, TrainedHeadOutput):
         base = Kernel(logits(hidden, functions.head), name="logits")
         if output.probe is not None:

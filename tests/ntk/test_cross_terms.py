@@ -7,7 +7,7 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk import KernelFunctions, build, kernel_matrix
-from ntkjax.ntk.cross_terms import cross_output_cosines, cross_ratio
+from ntkjax.ntk.cross_terms import cross_output_cosines, cross_ratio, cross_terms, hidden_products
 
 ROWS = 4
 
@@ -83,6 +83,19 @@ def test_a_sample_of_outputs_is_unbiased_and_both_paths_agree(toy, x64):
     through_hidden = cross_output_cosines(functions, params, [batch], outputs=8)  # D = 6 passes for 8 outputs
     assert through_hidden.outputs == 8
     assert np.abs(through_hidden.signed - cosines(j, [(0, 0), (1, 1)])[0]).max() > 1e-6
+
+
+def test_products_that_are_kept_serve_any_choice_of_outputs(toy, x64):
+    functions, params = case(toy, "lora")
+    batch = toy.collate(toy.sequences(3, 1), range(3))
+    products = list(hidden_products(functions.hidden_fn, params, [batch], width=toy.width))
+    assert len(products) == 3 and products[0][1] is None
+    weight, j = np.asarray(functions.head(params)), jacobian(functions, params, batch)
+    some = cross_terms(products, weight[[1, 4, 7]])
+    assert some.outputs == some.vocab == 3
+    np.testing.assert_allclose(some.signed, cosines(j[:, [1, 4, 7]], [(i, i) for i in range(3)])[0], atol=1e-10)
+    centred = cross_terms(products, weight - weight.mean(axis=0))
+    np.testing.assert_allclose(centred.cross, -centred.own, rtol=1e-8)  # the outputs sum to 0
 
 
 def test_parallel_rows_and_a_row_of_zeros(toy):
