@@ -204,7 +204,7 @@ def blockwise(
     left = _row_blocks(x1, size)
     right = left if same else _row_blocks(x2, size)
     outputs = _output_blocks(m, width)
-    if how.keeps and not traced and _bytes(params) * n2 * m <= memory_budget // 4:
+    if how.keeps and not traced and _bytes(params) * m * (n1 if same else n1 + n2) <= memory_budget // 4:
         how = dataclasses.replace(how, prepare=_remembered(how.prepare))
     total = np.zeros((n1, n2) if traced else (n1, n2, m, m))
     for block in [[o] for o in outputs] if traced else [outputs]:  # the trace needs no pairs of different outputs

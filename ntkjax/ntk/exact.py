@@ -33,6 +33,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk import approx
 from ntkjax.ntk.blocks import blockwise, method
 from ntkjax.ntk.kernel import as_kernel, count_outputs, kernel_matrix
+from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
 BACKENDS = ("jacobian", "vector_products", "neural-tangents", "neural-tangents-vector-products", "spectral")
@@ -106,6 +107,7 @@ def empirical_ntk(
 
     Raises:
       ConfigError: an unknown backend; ``spectral``; no parameters; leaves of x with different numbers of rows.
+      NonFiniteError: some row gives NaN or infinity; it is named.
       UserError: neural-tangents is not installed.
     """
     _check(apply_fn, params, x1, backend)
@@ -114,7 +116,7 @@ def empirical_ntk(
             'empirical_ntk: backend "spectral" sums over the outputs, so it gives trace_ntk, mean_trace_ntk and '
             'centred_trace_ntk alone; use backend="jacobian" for the O x O kernel'
         )
-    return blockwise(method(backend), apply_fn, params, x1, x2, traced=False, memory_budget=memory_budget)
+    return _finite(blockwise(method(backend), apply_fn, params, x1, x2, traced=False, memory_budget=memory_budget))
 
 
 def trace_ntk(
@@ -173,8 +175,8 @@ def centred_trace_ntk(
 
 def _traced(apply_fn: Callable, params: Params, x1: Any, x2: Any, backend: str, memory_budget: int) -> np.ndarray:
     if backend == "jacobian":
-        return kernel_matrix(as_pytree_fn(apply_fn), params, x1, x2, memory_budget=memory_budget)
-    return blockwise(method(backend), apply_fn, params, x1, x2, traced=True, memory_budget=memory_budget)
+        return _finite(kernel_matrix(as_pytree_fn(apply_fn), params, x1, x2, memory_budget=memory_budget))
+    return _finite(blockwise(method(backend), apply_fn, params, x1, x2, traced=True, memory_budget=memory_budget))
 
 
 def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: bool, memory_budget: int) -> np.ndarray:
@@ -186,7 +188,17 @@ def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: 
     constructor = approx.centred_trace if centred else approx.trace
     # One name, so that the trace and the centred trace are one program to the compiler.
     kernel = dataclasses.replace(constructor(apply_fn.hidden_fn, apply_fn.head, params), name="exact")
-    return kernel_matrix(kernel, params, x1, x2, memory_budget=memory_budget)
+    return _finite(kernel_matrix(kernel, params, x1, x2, memory_budget=memory_budget))
+
+
+def _finite(kernel: np.ndarray) -> np.ndarray:
+    """``kernel``, if it is finite; else the error names the rows of x1 that spoil it, or those of x2."""
+    bad = ~np.isfinite(kernel.reshape(*kernel.shape[:2], -1)).all(axis=2)
+    if bad.any():
+        named = {"x1": bad.all(axis=1), "x2": bad.all(axis=0), "x1 (with some of x2)": bad.any(axis=1)}
+        side, rows = next((side, rows) for side, rows in named.items() if rows.any())
+        raise NonFiniteError(f"exact kernel: rows of {side}", np.flatnonzero(rows).tolist())
+    return kernel
 
 
 def _check(apply_fn: Callable, params: Params, x1: Any, backend: str) -> None:

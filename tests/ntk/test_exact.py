@@ -16,6 +16,7 @@ from ntkjax.models.lm import paths
 from ntkjax.ntk import approx, blocks, exact, neural_tangents
 from ntkjax.ntk.exact import BACKENDS, centred_trace_ntk, empirical_ntk, logits, mean_trace_ntk, trace_ntk
 from ntkjax.ntk.kernel import gradients
+from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import Batch
 
 FAMILIES = ("mlp", "gpt2", "llama", "qwen3")
@@ -310,6 +311,19 @@ def test_what_cannot_be_computed_is_refused(small):
             kernel(plain, params, x, backend="spectral")
     with pytest.raises(ConfigError, match="one row per example"):
         empirical_ntk(lambda p, pair: fn(p, pair[0]), params, (x, x[:2]))
+
+
+@pytest.mark.parametrize("backend", ["jacobian", "vector_products", "spectral"])
+def test_rows_that_are_not_finite_are_named(small, backend):
+    fn, params, x = small
+    bad = x.copy()
+    bad[1] = np.nan
+    with pytest.raises(NonFiniteError, match=r"rows of x1 not finite for 1 row\(s\): 1\."):
+        trace_ntk(fn, params, bad, backend=backend)
+    with pytest.raises(NonFiniteError, match=r"rows of x2 not finite for 1 row\(s\): 1\."):
+        trace_ntk(fn, params, x, bad, backend=backend)
+    with pytest.raises(NonFiniteError, match=r"rows of x1 not finite for 1 row\(s\): 1\."):
+        empirical_ntk(fn, params, bad)
 
 
 def compiled_bytes(kernel, params, x) -> tuple[int, int]:
