@@ -193,7 +193,7 @@ def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: 
 
 def _finite(kernel: np.ndarray) -> np.ndarray:
     """``kernel``, if it is finite; else the error names the rows of x1 that spoil it, or those of x2."""
-    bad = ~np.isfinite(kernel.reshape(*kernel.shape[:2], -1)).all(axis=2)
+    bad = np.any(~np.isfinite(kernel.reshape(*kernel.shape[:2], -1)), axis=2)
     if bad.any():
         named = {"x1": bad.all(axis=1), "x2": bad.all(axis=0), "x1 (with some of x2)": bad.any(axis=1)}
         side, rows = next((side, rows) for side, rows in named.items() if rows.any())
