@@ -105,18 +105,18 @@ def jacobian(fn, params, x):
 
 
 @functools.cache
-def full_jacobian(family: str, tied: bool) -> dict[str, np.ndarray]:
-    """J of all parameters in double precision: path -> [B, O, size of the leaf]. The oracle."""
-    with jax.enable_x64(True):
-        found = problem(family, tied, "float64")
+def full_jacobian(family: str, tied: bool, dtype: str) -> dict[str, np.ndarray]:
+    """J of all parameters: path -> [B, O, size of the leaf], float64 numbers. The oracle."""
+    with jax.enable_x64(dtype == "float64"):
+        found = problem(family, tied, dtype)
         tree = jacobian(found.fn, found.params, found.x)
-    return {path: np.asarray(leaf).reshape(*leaf.shape[:2], -1) for path, leaf in paths(tree).items()}
+    return {path: np.asarray(leaf, np.float64).reshape(*leaf.shape[:2], -1) for path, leaf in paths(tree).items()}
 
 
-def expected(family: str, subset: str) -> dict[str, np.ndarray]:
-    """The kernels by contraction of explicit Jacobians."""
-    _, params = case(family, subset, "float64")
-    leaves = full_jacobian(family, subset != "all, head untied")
+def expected(family: str, subset: str, dtype: str = "float64") -> dict[str, np.ndarray]:
+    """The kernels by contraction of explicit Jacobians, in double precision."""
+    _, params = case(family, subset, dtype)
+    leaves = full_jacobian(family, subset != "all, head untied", dtype)
     j = np.concatenate([leaves[path] for path in paths(params)], axis=2)
     full, centred = np.einsum("ikp,jlp->ijkl", j, j), j - j.mean(axis=1, keepdims=True)
     trace = np.einsum("ijkk->ij", full)
@@ -135,7 +135,7 @@ def deviation(found, wanted) -> float:
 
 def agreement(record_property, family: str, subset: str, dtype: str, kinds: dict[str, tuple[str, ...]]) -> None:
     """Compare backends with the oracle; the table at the end of the log is made of what is recorded here."""
-    wanted, worst = expected(family, subset), {}
+    wanted, worst = expected(family, subset, dtype), {}
     with jax.enable_x64(dtype == "float64"):
         found, params = case(family, subset, dtype)
         for backend, names in kinds.items():
