@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import KernelFunctions, head_is_trained
-from ntkjax.ntk.kernel import MAX_PASSES, Kernel, gradients, rows_of
+from ntkjax.ntk.kernel import Kernel, gradients, rows_of
 from ntkjax.ntk.metrics import bootstrap_interval, resample, square
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.rng import numpy_rng
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
 BINS = 100
+BLOCK = 64  # gradients of one example made at a time
 Products = tuple[np.ndarray, np.ndarray | None]
 
 
@@ -189,7 +190,7 @@ def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
 
 
 @jax.jit
-def _products(a: Params, b: Params) -> Float[Array, "c c"]:
+def _block(a: Params, b: Params) -> Float[Array, "c1 c2"]:
     """<a_k, b_l> over all leaves [1, c, ...]."""
 
     def product(x: Array, y: Array) -> Array:
@@ -199,17 +200,19 @@ def _products(a: Params, b: Params) -> Float[Array, "c c"]:
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
 
 
-def _jacobians(kernel: Kernel, params: Params, batches: list, count: int) -> Iterator[Params]:
-    """All ``count`` gradients of one example after the other, leaves [1, c, ...]."""
+def _products(a: list[Params], b: list[Params]) -> np.ndarray:
+    """<a_k, b_l> for gradients in blocks of outputs: float64 [c, c]."""
+    return np.block([[np.asarray(_block(x, y), np.float64) for y in b] for x in a])
+
+
+def _jacobians(kernel: Kernel, params: Params, batches: list, count: int) -> Iterator[list[Params]]:
+    """All ``count`` gradients of one example after the other, in blocks of leaves [1, c, ...]."""
     selectors = np.eye(count, dtype=np.float32)
     for batch in batches:
         for row in np.flatnonzero(np.asarray(batch.index) >= 0):
             single = rows_of(batch, slice(int(row), int(row) + 1))
-            parts = [
-                gradients(kernel, params, single, selectors[start : start + MAX_PASSES])
-                for start in range(0, count, MAX_PASSES)
-            ]
-            yield parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts)
+            starts = range(0, count, BLOCK)
+            yield [gradients(kernel, params, single, selectors[start : start + BLOCK]) for start in starts]
 
 
 def _products_of(
@@ -219,11 +222,11 @@ def _products_of(
     plan = list(batches)
     examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in plan)
     title = progress if isinstance(progress, str) else "cross terms"
-    previous: Any = None
+    previous: list[Params] | None = None
     every = _jacobians(kernel, params, plan, count)
     for jacobian in tqdm(every, total=examples, desc=title, disable=progress is False, unit="example"):
-        other = None if previous is None else np.asarray(_products(previous, jacobian), np.float64)
-        yield np.asarray(_products(jacobian, jacobian), np.float64), other
+        other = None if previous is None else _products(previous, jacobian)
+        yield _products(jacobian, jacobian), other
         previous = jacobian
 
 
