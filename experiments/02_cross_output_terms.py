@@ -90,7 +90,9 @@ def expected(vocab: int, width: int, rho: float) -> dict[str, float]:
         signed / (sd * math.sqrt(2))
     )
     isotropic = math.exp(math.lgamma(width / 2) - math.lgamma((width + 1) / 2)) / math.sqrt(math.pi)
-    return {"signed": signed, "absolute": isotropic if rho == 0 else folded, "ratio": (vocab - 1) * rho}
+    if rho == 0:
+        return {"signed": 0.0, "absolute": isotropic, "ratio": 0.0}
+    return {"signed": signed, "absolute": folded, "ratio": (vocab - 1) * rho}
 
 
 def linear_hidden(params: dict, batch: Any) -> jax.Array:
@@ -121,21 +123,23 @@ def synthetic_cosines(seeds: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def mlp_hidden(params: dict, batch: Any) -> jax.Array:
-    """Two layers of tanh: D hidden units whose gradients are no multiples of each other."""
-    return jnp.tanh(batch.tokens @ params["first"]) @ params["second"]
+def mlp_hidden(second: jax.Array, params: dict, batch: Any) -> jax.Array:
+    """D hidden units made of a few tanh units whose weights are trained: gradients of hidden units are no multiples of
+    each other, and what a pair of examples has in common depends on the direction that is asked for."""
+    return jnp.tanh(batch.tokens @ params["first"]) @ second
 
 
 def synthetic_ranks(seeds: int) -> Iterator[dict[str, Any]]:
     """How well each kernel of a random MLP ranks, by head."""
-    vocab, width = 1024, 64
+    vocab, width, units = 1024, 64, 8
     for rho in (0.0, 0.02, 0.1, 0.4):
         draws: dict[str, list[np.ndarray]] = {}
         for seed in range(seeds):
             rng = numpy_rng(seed, "experiment 2 ranks", str(rho))
-            functions = KernelFunctions(jax.tree_util.Partial(mlp_hidden), head(vocab, width, rho, rng))
             shape = lambda a, b, rng=rng: jnp.asarray(rng.normal(size=(a, b)) / math.sqrt(a), jnp.float32)
-            params, batch = {"first": shape(12, 48), "second": shape(48, width)}, points(64, 12, rng)
+            hidden = jax.tree_util.Partial(mlp_hidden, shape(units, width))
+            functions = KernelFunctions(hidden, head(vocab, width, rho, rng))
+            params, batch = {"first": 3 * shape(12, units)}, points(64, 12, rng)
             for name in ("trace", "centred_trace", "sum_logits", "hutchinson:1", "spectral:1"):
                 kernel = build(name, functions, params, seed=seed)
                 draws.setdefault(name, []).append(kernel_matrix(kernel, params, batch))
@@ -224,7 +228,7 @@ def model_rows(task: Task, seeds: int) -> Iterator[tuple[str, str, list[CrossTer
     functions = KernelFunctions(model.hidden_fn, model.head_fn)
     found = [
         cross_output_cosines(functions, model.select_params(NOT_LORA), batches(task.examples), seed=seed,
-                             memory_budget=2 << 30, progress="all parameters")
+                             progress="all parameters")
         for seed in range(seeds)
     ]  # fmt: skip
     yield "all parameters", "all outputs" if found[0].outputs == found[0].vocab else "a sample of outputs", found

@@ -63,7 +63,7 @@ def checkpoint(model: str, data: Path) -> dict[str, Any]:
         "n_full": 16,
         "m": (1, 4, 16),
         "max_length": 256,
-        "memory_gib": 2.0,
+        "memory_gib": 1.0,
         "cross_examples": 8,
         "cross_outputs": 4096,
         "warmup": warmup,

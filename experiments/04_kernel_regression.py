@@ -74,7 +74,7 @@ def main(experiment: Experiment) -> None:
                 n=n,
                 probe=3,
                 kernels=(),
-                test_n=100,
+                test_n=150,
                 ranks=(16,),
                 learning_rates=(2e-3,),
                 full_learning_rates=(3e-4,),

@@ -53,7 +53,7 @@ def pick(table, **wanted):
     return float(rows[0]["value"])
 
 
-def test_the_files_are_there(made):
+def check_files(made):
     assert {p.name for p in made.iterdir()} >= {
         "stability.csv", "results.json", "results.md", "report.html", "config.yaml", "versions.json", "plots", "tables",
     }  # fmt: skip
@@ -64,7 +64,8 @@ def test_the_files_are_there(made):
     assert "<img" in page and "http://" not in page and "https://" not in page and "<script" not in page
 
 
-def test_every_arm_seed_epoch_and_kernel_is_in_the_long_table(table):
+def test_files_and_the_long_table(made, table):
+    check_files(made)
     keys = {(r["arm"], r["seed"], r["epoch"], r["kernel"]) for r in table if r["metric"] == "cos_F"}
     arms = ("LoRA r=2, lr 0.02", "full, lr 0.001")
     assert keys == {(a, s, e, KERNEL) for a in arms for s in "01" for e in "012"}
@@ -76,8 +77,7 @@ def test_every_arm_seed_epoch_and_kernel_is_in_the_long_table(table):
     assert not any(row["value"] in ("", "nan") for row in table)
 
 
-@pytest.fixture(scope="module")
-def again(made, files):
+def train_again(made, files):
     """Seed 1 of the LoRA arm, trained and measured without the stage."""
     model = ntkjax.load_lm(files.model, lora=ntkjax.LoraConfig(rank=2, alpha=4.0))
     start = model.fresh_lora(1)
@@ -91,7 +91,7 @@ def again(made, files):
     return model, start, end, tokens, records.subset(drawn)
 
 
-def test_kernels_against_an_independent_run(made, table, again):
+def check_kernels_against_an_independent_run(made, table, again):
     model, start, end, tokens, _ = again
     functions = KernelFunctions(model.hidden_fn, model.head_fn, model.nll_fn)
     probe = tokens.collate(np.arange(4))
@@ -107,7 +107,7 @@ def test_kernels_against_an_independent_run(made, table, again):
     assert pick(table, **where, metric="growth") == pytest.approx(growth, rel=1e-3)
 
 
-def test_scores_of_the_pool_against_an_independent_run(made, table, again, files):
+def check_scores_of_the_pool_against_an_independent_run(made, table, again, files):
     """Spearman and overlap of mean kernel values between the six training examples and nine of the pool."""
     model, start, end, tokens, _ = again
     functions = KernelFunctions(model.hidden_fn, model.head_fn, model.nll_fn)
@@ -122,7 +122,7 @@ def test_scores_of_the_pool_against_an_independent_run(made, table, again, files
     assert pick(table, **where, metric="score_overlap") == pytest.approx(top_n_overlap(first, last, 3))
 
 
-def test_the_linearised_model_against_jvp(table, again):
+def check_the_linearised_model_against_jvp(table, again):
     model, start, end, tokens, _ = again
     probe = tokens.collate(np.arange(4))
     centre = lambda values: np.asarray(values) - np.asarray(values).mean(axis=1, keepdims=True)
@@ -134,7 +134,7 @@ def test_the_linearised_model_against_jvp(table, again):
     assert pick(table, **where, metric="logits relative") == pytest.approx(error, rel=2e-2)
 
 
-def test_regression_and_accuracies_against_an_independent_run(made, again, files):
+def check_regression_and_accuracies_against_an_independent_run(made, again, files):
     """Solved here with the ridge and the weight of f_0 that it chose."""
     model, start, end, _, train_records = again
     ask = lambda records: questions(
@@ -158,6 +158,15 @@ def test_regression_and_accuracies_against_an_independent_run(made, again, files
     linear = of(linearise(fn, start), end, test)
     for name, outputs in (("base", f0_test), ("fine-tuned", of(fn, end, test)), ("linearised", linear)):
         assert np.mean(right[name]) == pytest.approx(accuracy(outputs, targets), abs=0.17), name
+
+
+def test_against_an_independent_run(made, table, files):
+    """One test, so that parallel test workers do not each make the run."""
+    again = train_again(made, files)
+    check_kernels_against_an_independent_run(made, table, again)
+    check_scores_of_the_pool_against_an_independent_run(made, table, again, files)
+    check_the_linearised_model_against_jvp(table, again)
+    check_regression_and_accuracies_against_an_independent_run(made, again, files)
 
 
 def results(out):
@@ -184,7 +193,9 @@ def test_a_replay_that_is_interrupted_goes_on_and_gives_the_same_numbers(made, t
     assert results(out) == results(made)
 
 
-def test_checkpoints_are_kept_only_where_asked(made, files):
+def test_the_same_directory_again(made, files, capsys):
+    assert run(files, made, "--probe", "5") == 2
+    assert "probe" in capsys.readouterr().err
     checkpoints = made / "all-lr0.001" / "seed-0" / "training" / "checkpoints"
     assert {step.name for step in checkpoints.iterdir()} == {"2", "4"}
     shutil.rmtree(checkpoints.parent)
@@ -225,11 +236,6 @@ def test_mistakes_are_named_without_a_traceback(files, tmp_path, capsys, case):
     assert run(files, tmp_path / "run", *flags) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
-
-
-def test_other_settings_in_the_same_directory_are_refused(made, files, capsys):
-    assert run(files, made, "--probe", "5") == 2
-    assert "probe" in capsys.readouterr().err
 
 
 def test_where_it_looks_unless_told():
