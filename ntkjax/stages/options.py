@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from ntkjax.errors import ConfigError
+from ntkjax.ntk.approx import parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,9 @@ class SelectorOptions:
     """M_pre / N: how many candidates stage 1 keeps for each example wanted."""
     pool_sample: int = 512
     """Pool examples whose mean gradient is the second tangent of the report."""
+
+    def __post_init__(self):
+        parse(self.kernel)  # an unknown kernel is refused before anything is written
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,8 +64,7 @@ def check_files(made):
     assert "<img" in page and "http://" not in page and "https://" not in page and "<script" not in page
 
 
-def test_files_and_the_long_table(made, table):
-    check_files(made)
+def check_the_long_table(table):
     keys = {(r["arm"], r["seed"], r["epoch"], r["kernel"]) for r in table if r["metric"] == "cos_F"}
     arms = ("LoRA r=2, lr 0.02", "full, lr 0.001")
     assert keys == {(a, s, e, KERNEL) for a in arms for s in "01" for e in "012"}
@@ -160,8 +159,10 @@ def check_regression_and_accuracies_against_an_independent_run(made, again, file
         assert np.mean(right[name]) == pytest.approx(accuracy(outputs, targets), abs=0.17), name
 
 
-def test_against_an_independent_run(made, table, files):
+def test_what_it_writes_is_what_an_independent_run_gives(made, table, files):
     """One test, so that parallel test workers do not each make the run."""
+    check_files(made)
+    check_the_long_table(table)
     again = train_again(made, files)
     check_kernels_against_an_independent_run(made, table, again)
     check_scores_of_the_pool_against_an_independent_run(made, table, again, files)
@@ -174,7 +175,7 @@ def results(out):
     return {key: value for key, value in content.items() if key != "wall_seconds"}
 
 
-def test_a_replay_that_is_interrupted_goes_on_and_gives_the_same_numbers(made, tmp_path, monkeypatch):
+def check_a_replay_that_is_interrupted(made, tmp_path, monkeypatch):
     import ntkjax.stages.stability_run as stability_run
 
     out, calls, real = tmp_path / "again", [], stability_run._kernels
@@ -193,13 +194,19 @@ def test_a_replay_that_is_interrupted_goes_on_and_gives_the_same_numbers(made, t
     assert results(out) == results(made)
 
 
-def test_the_same_directory_again(made, files, capsys):
+def check_the_same_directory_again(made, files, capsys):
     assert run(files, made, "--probe", "5") == 2
     assert "probe" in capsys.readouterr().err
     checkpoints = made / "all-lr0.001" / "seed-0" / "training" / "checkpoints"
     assert {step.name for step in checkpoints.iterdir()} == {"2", "4"}
     shutil.rmtree(checkpoints.parent)
     assert run(files, made, "--memory-gib", "0.5") == 0  # neither is needed for a run that has finished
+
+
+def test_it_can_be_repeated_interrupted_and_gone_on_with(made, files, tmp_path, monkeypatch, capsys):
+    check_a_replay_that_is_interrupted(made, tmp_path, monkeypatch)
+    capsys.readouterr()
+    check_the_same_directory_again(made, files, capsys)
 
 
 def test_kernels_alone_and_from_python(files, tmp_path):
