@@ -5,10 +5,12 @@ A store is a directory::
     manifest.json   what the rows mean: shape, dtype and whatever the caller says they depend on
     values/         zarr3 array [rows, width], uncompressed, readable by any zarr library
     done.bits       one bit per row (little end first): set only after that row's values are on disk
+    done.P.bits     the same for the rows that process P >= 1 of a job of several wrote
 
 Scoring a pool of a million examples takes hours; after a kill the same command goes on with the rows that
-are missing, and the finished array is bit for bit the one an uninterrupted run writes. One process writes at
-a time.
+are missing, and the finished array is bit for bit the one an uninterrupted run writes. One job writes at
+a time. Its processes own every so many chunks each (``mine``), so that no two ever write to one file; the marks
+of all of them are merged on reading, whatever the number of processes was when they were made.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ import numpy as np
 import tensorstore as ts
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.parallel import barrier, process
 
 FORMAT = 1
 # Rows arrive by length, not in order, so a flush touches many chunks: small ones keep rewriting cheap.
 _CHUNK_BYTES = 256 * 1024
 _BUFFER_BYTES = 64 * 1024 * 1024
 _FLUSH_SECONDS = 30.0  # what a kill can cost at most
+_CHUNKS_PER_PROCESS = 16  # at least, where several share a store: rows differ in length, and many parts even that out
 _ANEW = "Use a new output directory, or --overwrite to compute the rows again."
 
 
@@ -88,11 +92,16 @@ class RowStore:
             scores = store.read()
     """
 
-    def __init__(self, path: Path, array: ts.TensorStore, done: np.ndarray, dtype: np.dtype):
+    def __init__(self, path: Path, array: ts.TensorStore, dtype: np.dtype, part: tuple[int, int] = (0, 1)):
         self.path = path
+        self.part = part
         self._array = array
-        self._done = done
+        self._marks = _done_file(path, part[0])
+        self._own = _read_marks(self._marks, array.shape[0])
+        self._done = self._own | _read_done(path, array.shape[0])
         self._dtype = dtype
+        chunk = array.chunk_layout.write_chunk.shape[0]
+        self._mine = None if part[1] == 1 else np.arange(array.shape[0]) // chunk % part[1] == part[0]
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._pending_bytes = 0
         self._flushed_at = time.monotonic()
@@ -110,6 +119,8 @@ class RowStore:
     ) -> RowStore:
         """Create the store, or reopen it where ``manifest`` and shape are those it was made with.
 
+        In a job of several processes all of them open it, in the same order of stores.
+
         Args:
           manifest: JSON-like dict (str keys): everything the values depend on (model, data, seed, method).
           overwrite: drop an existing store at ``path`` first.
@@ -124,15 +135,21 @@ class RowStore:
             raise ValueError(f"a row store needs rows >= 0 and width >= 1, got [{rows}, {width}]")
         shape = {"rows": int(rows), "width": int(width), "dtype": dtype.name}
         wanted = json.loads(json.dumps({"format": FORMAT, "shape": shape, "manifest": manifest}))
+        index, count = process()
         try:
-            if overwrite:
-                _remove_store(path)
-            _prepare(path, wanted)
-            array = _open_array(path, rows, width, dtype)
-            done = _read_done(path, rows)
+            if index > 0:  # process 0 makes what all of them open
+                barrier(f"open {path.name}")
+            try:
+                if overwrite and index == 0:
+                    _remove_store(path)
+                _prepare(path, wanted)
+                array = _open_array(path, rows, width, dtype, count)
+            finally:  # where it cannot, the others find out for themselves
+                if index == 0:
+                    barrier(f"open {path.name}")
+            return cls(path, array, dtype, (index, count))
         except OSError as error:
             raise UserError(f"{path}: cannot open the row store ({error.strerror or error})") from error
-        return cls(path, array, done, dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,8 +157,20 @@ class RowStore:
         return tuple(self._array.shape)  # pyright: ignore[reportReturnType]
 
     def done(self) -> np.ndarray:
-        """bool [rows]: rows whose values are durable. Rows that are only buffered count as not done."""
+        """bool [rows]: rows whose values are durable. Rows that are only buffered count as not done, and those that
+        other processes are writing only after ``gather``."""
         return self._done.copy()
+
+    def mine(self) -> np.ndarray | None:
+        """bool [rows]: rows that this process writes; None for one process, which writes all."""
+        return self._mine
+
+    def gather(self) -> None:
+        """Flush, wait until every process of the job has, and see the rows of all."""
+        self.flush()
+        if self.part[1] > 1:
+            barrier(f"gather {self.path.name}")
+            self._done |= _read_done(self.path, self.shape[0])
 
     def write(self, index: Any, values: Any) -> None:
         """Buffer rows; they reach the disk when the buffer is full, after 30 s, at ``flush`` and on leaving.
@@ -168,6 +197,10 @@ class RowStore:
         if len(index) and (index.min() < -1 or index.max() >= rows):
             raise ValueError(f"index {int(index.min())}..{int(index.max())} is outside -1..{rows - 1}")
         real = index >= 0
+        if self._mine is not None and not self._mine[index[real]].all():
+            raise ValueError(
+                f"process {self.part[0]} of {self.part[1]} may not write rows of another: see RowStore.mine"
+            )
         self._pending.append((index[real].astype(np.int64), values[real].astype(self._dtype)))
         self._pending_bytes += int(real.sum()) * width * self._dtype.itemsize
         if self._pending_bytes >= _BUFFER_BYTES or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
@@ -181,19 +214,19 @@ class RowStore:
         """
         if self._pending:
             index, values = self._merged_buffer()
-            marked = self._done.copy()
+            marked = self._own.copy()
             marked[index] = True
             try:
                 # The future resolves once every chunk is on disk (TensorStore fsyncs its files).
                 self._array[index].write(values).result()
-                atomic_write(self.path / "done.bits", np.packbits(marked, bitorder="little").tobytes())
+                atomic_write(self._marks, np.packbits(marked, bitorder="little").tobytes())
             except (OSError, ValueError, RuntimeError) as error:
                 kept = f"{int(self._done.sum())} of {len(self._done)} rows"
                 raise UserError(
                     f"{self.path}: cannot write to the row store ({_reason(error)}). Kept: {kept}. Free some "
                     "space or mend the directory, then run the same command again: it goes on from there."
                 ) from error
-            self._done = marked
+            self._own, self._done = marked, self._done | marked
         self._pending, self._pending_bytes = [], 0
         self._flushed_at = time.monotonic()
 
@@ -288,7 +321,7 @@ def _read_manifest(file: Path) -> dict:
     return content
 
 
-def _open_array(path: Path, rows: int, width: int, dtype: np.dtype) -> ts.TensorStore:
+def _open_array(path: Path, rows: int, width: int, dtype: np.dtype, processes: int = 1) -> ts.TensorStore:
     spec: dict = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path.resolve() / 'values'}/"},
@@ -299,7 +332,8 @@ def _open_array(path: Path, rows: int, width: int, dtype: np.dtype) -> ts.Tensor
     if not exists:
         if (path / "done.bits").exists():
             raise UserError(f"{path}: damaged: done.bits is there, values/zarr.json is not. {_ANEW}")
-        chunk = min(max(1, _CHUNK_BYTES // (width * dtype.itemsize)), max(1, rows))
+        most = rows if processes == 1 else -(-rows // (processes * _CHUNKS_PER_PROCESS))
+        chunk = min(max(1, _CHUNK_BYTES // (width * dtype.itemsize)), max(1, most))
         grid = {"name": "regular", "configuration": {"chunk_shape": [chunk, width]}}
         spec["metadata"] = {"shape": [rows, width], "data_type": dtype.name, "chunk_grid": grid}
     try:
@@ -314,8 +348,19 @@ def _open_array(path: Path, rows: int, width: int, dtype: np.dtype) -> ts.Tensor
     return array
 
 
+def _done_file(path: Path, index: int) -> Path:
+    return path / (f"done.{index}.bits" if index else "done.bits")
+
+
 def _read_done(path: Path, rows: int) -> np.ndarray:
-    file = path / "done.bits"
+    """The marks of every process that ever wrote here, merged."""
+    done = np.zeros(rows, dtype=bool)
+    for file in path.glob("done*.bits"):
+        done |= _read_marks(file, rows)
+    return done
+
+
+def _read_marks(file: Path, rows: int) -> np.ndarray:
     if not file.exists():
         return np.zeros(rows, dtype=bool)
     packed = np.frombuffer(file.read_bytes(), dtype=np.uint8)

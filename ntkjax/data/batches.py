@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -10,12 +11,14 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from ntkjax.data.buckets import bucket_lengths, round_up
 from ntkjax.data.cache import digest
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.records import Records, concat_records
 from ntkjax.errors import ConfigError
+from ntkjax.parallel import data_parallel, shard_batch
 from ntkjax.types import Batch
 
 
@@ -33,6 +36,7 @@ class TokenisedDataset:
       records: where the examples come from, in the same order; None for ``from_sequences``.
       labels: (ids, sources) where there are no records.
       recipe: digest of the tokenizer and the maximal length, None for ``from_sequences``.
+      mesh: the devices that ``batches`` are spread over; None: they stay on the host.
     """
 
     stores: tuple[np.ndarray, ...]
@@ -45,6 +49,7 @@ class TokenisedDataset:
     records: Records | None = None
     labels: tuple[Sequence[str], Sequence[str]] | None = None
     recipe: str | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def from_sequences(
@@ -177,11 +182,17 @@ class TokenisedDataset:
         row_multiple: int = 1,
     ) -> BatchPlan:
         """Every example (of ``indices``) once, in padded batches of at most ``token_budget`` tokens: see
-        ``BatchPlan``.
+        ``BatchPlan``. On a mesh (see ``on``) that is the budget of each of the devices that rows are split over, and
+        the rows of every batch divide by their number.
         """
         chosen = np.arange(len(self)) if indices is None else as_indices(indices, len(self))
-        planned = plan_batches(self.lengths, chosen, token_budget, max_buckets, row_multiple)
-        return BatchPlan(self, tuple(planned))
+        parts = data_parallel(self.mesh)
+        multiple = math.lcm(row_multiple, parts)
+        return BatchPlan(self, tuple(plan_batches(self.lengths, chosen, token_budget * parts, max_buckets, multiple)))
+
+    def on(self, mesh: Mesh | None) -> TokenisedDataset:
+        """The same examples, whose ``batches`` lie on ``mesh``, rows split over "data"; None: left on the host."""
+        return dataclasses.replace(self, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +249,7 @@ class BatchPlan:
 
     def __getitem__(self, k: int) -> Batch:
         batch = self.planned[k]
-        return self.dataset.collate(batch.indices, rows=batch.rows, length=batch.length)
+        return shard_batch(self.dataset.collate(batch.indices, rows=batch.rows, length=batch.length), self.dataset.mesh)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.planned:
@@ -249,6 +260,20 @@ class BatchPlan:
                 ready, ahead = ahead.result(), pool.submit(self.__getitem__, k)
                 yield ready
             yield ahead.result()
+
+    def only(self, rows: np.ndarray) -> BatchPlan:
+        """The examples among ``rows`` (bool [N]) alone, in batches of the same shapes: for one process of several."""
+        kept = []
+        for length, size in dict.fromkeys((batch.length, batch.rows) for batch in self.planned):
+            members = [b.indices for b in self.planned if (b.length, b.rows) == (length, size)]
+            members = np.concatenate(members)
+            members = members[rows[members]]
+            kept += [PlannedBatch(length, size, members[k : k + size]) for k in range(0, len(members), size)]
+        return dataclasses.replace(self, planned=tuple(kept))
+
+    def without(self, done: np.ndarray) -> BatchPlan:
+        """The batches that hold an example that is not ``done`` (bool [N]), as they are."""
+        return dataclasses.replace(self, planned=tuple(b for b in self.planned if not done[b.indices].all()))
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:

@@ -125,11 +125,10 @@ def gradient_features(
     Raises:
       NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
-    done = None if store is None else np.asarray(store.done())
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "gradient features", done),
+        iterate(batches, progress, "gradient features", store),
         sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,
@@ -185,11 +184,10 @@ def feature_products(
 
     The other arguments are those of `gradient_features`; the store has width R.
     """
-    done = None if store is None else np.asarray(store.done())
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "sketched scores", done),
+        iterate(batches, progress, "sketched scores", store),
         sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,
@@ -214,11 +212,10 @@ def squared_norms(
 
     The other arguments are those of `gradient_features`; the store has width 1.
     """
-    done = None if store is None else np.asarray(store.done())
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "gradient norms", done),
+        iterate(batches, progress, "gradient norms", store),
         _Squares() if sketch is None else sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,

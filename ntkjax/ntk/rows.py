@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from ntkjax.errors import UserError
+from ntkjax.errors import ConfigError, UserError
 
 MAX_BAD_ROWS = 64
 
@@ -34,8 +34,27 @@ def real_rows(batch: Any) -> np.ndarray:
     return np.asarray(batch.index)
 
 
-def iterate(batches: Iterable, progress: bool | str, default: str, done: np.ndarray | None = None) -> Iterator:
-    """The batches under a progress bar, without those whose real rows are all ``done`` already."""
+def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = None) -> Iterator:
+    """The batches under a progress bar; with a ``store``, those that are left for this process to do.
+
+    Batches whose real rows the store holds are skipped (a plan of batches that has ``without`` does not even make
+    them). Where several processes share the store, each takes the rows that the store says are its own, in batches
+    of the same shapes: a plan with ``only`` is needed for that.
+
+    Raises:
+      ConfigError: several processes, and batches that cannot be divided.
+    """
+    done = None if store is None else np.asarray(store.done())
+    mine = None if store is None else store.mine()
+    if mine is not None:
+        if not hasattr(batches, "only"):
+            raise ConfigError(
+                f"{default}: a job of several processes divides batches that come from TokenisedDataset.batches; got "
+                f"{type(batches).__name__}. Run one process, or pass such a plan"
+            )
+        batches = batches.only(mine)  # type: ignore[attr-defined]
+    if done is not None and hasattr(batches, "without"):
+        batches = batches.without(done)  # type: ignore[attr-defined]
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     description = progress if isinstance(progress, str) else default
     for batch in tqdm(batches, total=total, desc=description, disable=progress is False, unit="batch"):
@@ -74,7 +93,6 @@ class _RowSink:
             raise NonFiniteError(self.what, self.bad)
 
     def result(self) -> np.ndarray:
-        self.check()
         if self.store is None:
             if self.values is None:
                 raise ValueError(f"no batches to compute the {self.what} of")
@@ -122,7 +140,7 @@ def collect_rows(
         raise
     if store is not None:
         store.flush()
-    if not read:
-        sink.check()
-        return np.empty((0, 0), np.float32)
-    return sink.result()
+    sink.check()
+    if store is not None:
+        store.gather()
+    return sink.result() if read else np.empty((0, 0), np.float32)

@@ -200,10 +200,9 @@ def directional_scores(
       NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
     output_fn, stacked = as_pytree_fn(output_fn), stack_tangents(params, tangents)
-    done = None if store is None else np.asarray(store.done())
     found = (
         (real_rows(batch), directional_derivatives(output_fn, params, stacked, batch))
-        for batch in iterate(batches, progress, "scores", done)
+        for batch in iterate(batches, progress, "scores", store)
     )
     return collect_rows(found, rows=rows, store=store, what="score")
 
@@ -222,11 +221,11 @@ def scores_along(
 
     The R m tangents share their primal pass; see `directional_scores` for the other arguments and the errors.
     """
-    kernel, done = as_kernel(kernel), None if store is None else np.asarray(store.done())
+    kernel = as_kernel(kernel)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
 
     def results() -> Iterator[tuple[np.ndarray, Array]]:
-        for batch in iterate(batches, progress, "scores", done):
+        for batch in iterate(batches, progress, "scores", store):
             yield real_rows(batch), score_batch(kernel, params, stacked, batch)
 
     return collect_rows(results(), rows=rows, store=store, what="score")

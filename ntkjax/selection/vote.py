@@ -68,10 +68,9 @@ def embed(
       NonFiniteError: rows whose embedding is NaN or infinite.
     """
     embed_fn = as_pytree_fn(embed_fn)
-    done = None if store is None else np.asarray(store.done())
 
     def results() -> Iterator[tuple[np.ndarray, Array]]:
-        for batch in iterate(batches, progress, "embeddings", done):
+        for batch in iterate(batches, progress, "embeddings", store):
             yield np.asarray(batch.index), embed_batch(embed_fn, params, batch)
 
     if store is None:
