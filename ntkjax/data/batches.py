@@ -325,4 +325,5 @@ def concat(first: TokenisedDataset, second: TokenisedDataset) -> TokenisedDatase
         records=records,
         labels=labels,
         recipe=first.recipe if first.recipe == second.recipe else None,
+        mesh=first.mesh,
     )

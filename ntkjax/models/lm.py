@@ -224,9 +224,13 @@ def init_lm(
     mesh: jax.sharding.Mesh | None = None,
     remat: bool = False,
     attention: str = "xla",
+    weights: str = "tensor",
 ) -> LanguageModel:
-    """A model of any shape with random weights; the same seed gives the same weights whatever the adapter."""
+    """A model of any shape with random weights; the same seed gives the same weights whatever the adapter.
+
+    ``weights``: how they lie on a mesh, see ``parallel.weight_sharding``.
+    """
     spec = ModelSpec(config, lora, check_dtype(dtype), remat, attention)
     flat = paths(param_shapes(spec))
-    leaves = {path: put(init_leaf(spec, path, shape, seed), path, mesh) for path, shape in flat.items()}
+    leaves = {path: put(init_leaf(spec, path, shape, seed), path, mesh, weights) for path, shape in flat.items()}
     return LanguageModel(spec, unflatten(leaves), tokenizer, mesh)

@@ -41,6 +41,7 @@ def load_lm(
     remat: bool = False,
     seed: int = 0,
     attention: str = "xla",
+    weights: str = "tensor",
 ) -> LanguageModel:
     """Load a causal language model from a directory in Hugging Face format, or from the hub by id.
 
@@ -52,6 +53,7 @@ def load_lm(
       dtype: "float32", "bfloat16", "float16", "float64" (with x64 on), or "auto": the one config.json names,
         else the file's most common. Norm scales and adapters are kept in float32 or better.
       attention: "xla" or "cudnn", see ModelSpec.
+      weights: "tensor" or "fully-sharded", how they are spread over ``mesh``: see ``parallel.weight_sharding``.
 
     Raises CheckpointError naming the file, key or tensor that is missing, unused, misshapen or unsupported,
     UserError where a hub id cannot be fetched, ConfigError for an unknown dtype or LoRA target.
@@ -63,7 +65,7 @@ def load_lm(
     spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, attention)
     if lora is not None:
         lora.matches(spec.linears())
-    params, report = _load_params(spec, tensors, str(directory), mesh, seed)
+    params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)
     tokenizer = load_tokenizer(directory, config)
     return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
 
@@ -145,7 +147,7 @@ def _resolve_dtype(dtype: str, hf_config: dict[str, Any], tensors: dict[str, Ten
 
 
 def _load_params(
-    spec: ModelSpec, tensors: dict[str, TensorInfo], where: str, mesh: Mesh | None, seed: int
+    spec: ModelSpec, tensors: dict[str, TensorInfo], where: str, seed: int, mesh: Mesh | None, rule: str
 ) -> tuple[dict, LoadReport]:
     flat, table = paths(param_shapes(spec)), sources(spec)
     table = _without_prefix(table, tensors)
@@ -153,9 +155,9 @@ def _load_params(
     leaves = {}
     for path, shape in flat.items():
         if path in table:
-            leaves[path] = _load_leaf(path, shape, table[path], tensors, mesh)
+            leaves[path] = _load_leaf(path, shape, table[path], tensors, mesh, rule)
         else:
-            leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh)
+            leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, rule)
     counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(info.name))
     parameters = sum(int(np.prod(flat[path].shape)) for path in table)
     return unflatten(leaves), LoadReport(where, counts.total(), parameters, dict(counts))
@@ -204,14 +206,19 @@ def _listed(noun: str, names: list[str]) -> str:
 
 
 def _load_leaf(
-    path: str, shape: jax.ShapeDtypeStruct, source: Source, tensors: dict[str, TensorInfo], mesh: Mesh | None
+    path: str,
+    shape: jax.ShapeDtypeStruct,
+    source: Source,
+    tensors: dict[str, TensorInfo],
+    mesh: Mesh | None,
+    rule: str,
 ) -> Array:
     """One parameter, its layers written one by one into a stack that already lies on the device."""
-    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh)
+    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, rule)
     if not path.startswith("layers/"):
         info = tensors[source.name]
         _check_shape(info, source, shape.shape)
-        array = put(_host_tensor(info, source), path, mesh)
+        array = put(_host_tensor(info, source), path, mesh, rule)
         return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
     stack = _zeros(shape.shape, str(shape.dtype), sharding)
     for layer in range(shape.shape[0]):

@@ -11,6 +11,7 @@ import numpy as np
 from ntkjax.data import Records, TokenisedDataset, read_records, tokenise
 from ntkjax.errors import ConfigError
 from ntkjax.models import LanguageModel, LoraConfig, adapter_lora_config, load_adapter, load_lm
+from ntkjax.parallel import mesh_of
 from ntkjax.stages.options import DataOptions, ModelOptions
 from ntkjax.types import Params
 
@@ -49,7 +50,15 @@ def load_model(options: ModelOptions, *, seed: int) -> LanguageModel:
         lora = adapter_lora_config(options.adapter)
     elif options.parameters == "lora":
         lora = LoraConfig(rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets)
-    model = load_lm(options.model, lora=lora, dtype=options.dtype, remat=options.remat, seed=seed)
+    model = load_lm(
+        options.model,
+        lora=lora,
+        dtype=options.dtype,
+        mesh=mesh_of(options.mesh),
+        weights=options.weights,
+        remat=options.remat,
+        seed=seed,
+    )
     if model.tokenizer is None:
         raise ConfigError(
             f"{options.model}: no tokenizer files (tokenizer.json) beside the weights; add them to the directory"
@@ -87,7 +96,7 @@ def load_data(
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     records = read_records(paths, on_bad_record=options.on_bad_record, limit=limit)
     tokens = tokenise(records, model.tokenizer, max_length=longest(model, options))
-    return Loaded(records, tokens)
+    return Loaded(records, tokens.on(model.mesh))
 
 
 def longest(model: LanguageModel, options: DataOptions) -> int:

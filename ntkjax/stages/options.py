@@ -7,6 +7,7 @@ from typing import Literal
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import parse
+from ntkjax.parallel import WeightRule, parse_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,16 @@ class ModelOptions:
     """Dtype of the frozen weights. LoRA factors, norms and softmax stay in float32."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
+    mesh: str | None = None
+    """Devices of this process: data=4,model=2 splits the rows of a batch over 4 and the weights over 2 (also 4,2);
+    auto: all on data. Default: one device."""
+    weights: WeightRule = "tensor"
+    """How weights lie on the mesh. tensor: split over model; fully-sharded: over data as well, a layer gathered when
+    it is needed."""
 
     def __post_init__(self):
+        if self.mesh is not None:
+            parse_mesh(self.mesh)  # a mistake is told before anything is read
         if self.lora_rank < 1:
             raise ConfigError(f"lora_rank must be at least 1, got {self.lora_rank}")
 
@@ -42,7 +51,7 @@ class DataOptions:
     max_length: int = 2048
     """Longest sequence in tokens. Longer prompts lose tokens on the left; every truncation is counted."""
     token_budget: int = 8192
-    """Tokens per device batch (rows x length) in passes that do not train."""
+    """Tokens (rows x length) in a batch of one device, in passes that do not train."""
 
     def __post_init__(self):
         if self.max_length < 2:

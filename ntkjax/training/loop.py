@@ -55,6 +55,7 @@ def fit(
         over.
       extra_metrics: ``params -> {name: number}``, logged with every evaluation.
       mesh: devices to spread every batch's rows over (its "data" axis); the model must live on the same mesh.
+        Default: the mesh of ``train``, if it has one.
 
     Raises:
       ConfigError: options that do not fit each other or the data.
@@ -70,6 +71,7 @@ def fit(
         manifest = make_manifest(nll_fn, params, train, config, seed=seed, dev=dev, domain=rows)
         _prepare_folder(folder, manifest, resume)
     plan = EpochPlan(np.asarray(train.lengths), config.batch_size, seed, rows, config.domain_share)
+    mesh = getattr(train, "mesh", None) if mesh is None else mesh
     run = Run(nll_fn, params, train, dev, config, plan, folder, extra_metrics, mesh)
     try:
         run.restore_or_start()

@@ -32,6 +32,7 @@ from ntkjax.training.step import (
     eval_step,
     init_state,
     leaf_dtypes,
+    on_mesh,
     train_step,
 )
 from ntkjax.types import Batch, Params
@@ -60,7 +61,7 @@ class Run:
         row_multiple = 1 if mesh is None else mesh.shape[DATA]
         self.dtypes = leaf_dtypes(params)
         self.optimiser = AdamW.of(config)
-        self.state = init_state(params, self.optimiser)
+        self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
         self.padding = Padding.of(plan.lengths, config, row_multiple)
@@ -123,6 +124,7 @@ class Run:
         step = self.progress.step
         rate = float(self.rates[step])
         options = {"optimiser": self.optimiser, "accumulation": accumulation, "dtypes": self.dtypes}
+        options |= {"shardings": self.shardings}
         self.state, metrics = train_step(self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options)
         # The next batch is built while the device works; reading the loss then waits for the device.
         upcoming = next(stream, None)

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ntkjax.parallel import keep_shardings
 from ntkjax.training.objective import response_counts, token_mean_weights
 from ntkjax.training.optimiser import AdamW
 from ntkjax.types import Batch, Params, at_least_float32
@@ -45,6 +47,20 @@ def init_state(params: Params, optimiser: AdamW) -> TrainState:
     return TrainState(master, optimiser.init(master))
 
 
+def on_mesh(state: TrainState, mesh: jax.sharding.Mesh | None) -> tuple[TrainState, tuple | None]:
+    """(state, shardings of its leaves): what does not lie on ``mesh`` yet is copied to all of its devices.
+
+    Left to itself the compiler would give the new state another layout than the old one had, and every second step of
+    a run would be another program.
+    """
+    if mesh is None:
+        return state, None
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    place = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)
+    state = jax.tree.map(place, state)
+    return state, tuple(leaf.sharding for leaf in jax.tree.leaves(state))
+
+
 def master_dtype(params: Params) -> jnp.dtype:
     """The widest dtype of the master copy: float32, or float64 where double precision is on."""
     return max((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
@@ -61,7 +77,10 @@ def leaf_dtypes(params: Params) -> tuple[str, ...]:
     return tuple(jnp.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params))
 
 
-@functools.partial(jax.jit, static_argnames=("optimiser", "accumulation", "dtypes"), donate_argnames=("state",))
+_STATIC = ("optimiser", "accumulation", "dtypes", "shardings")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
 def train_step(
     nll_fn: Callable,
     state: TrainState,
@@ -71,11 +90,13 @@ def train_step(
     optimiser: AdamW,
     accumulation: int,
     dtypes: tuple[str, ...],
+    shardings: tuple | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """theta <- AdamW(theta, grad sum_i w_i nll_i(theta)), w_i = |S_i| / sum_j |S_j| over the whole batch.
 
     ``batch`` holds ``accumulation * b`` rows; micro-batch i is rows i, i + accumulation, ..., so that a batch
     sharded over devices needs no exchange of rows. Gradients are summed in the dtype of the master copy.
+    ``shardings``: of the state's leaves, in tree order; the new state keeps them (see `on_mesh`).
     """
     weights = token_mean_weights(response_counts(batch), master_dtype(state.params))
 
@@ -86,7 +107,8 @@ def train_step(
 
     (loss, nll), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation)
     metrics = StepMetrics(loss, optax.global_norm(grads), nll, response_counts(batch))
-    return TrainState(*optimiser.step(state.params, grads, state.opt_state, learning_rate)), metrics
+    new = TrainState(*optimiser.step(state.params, grads, state.opt_state, learning_rate))
+    return keep_shardings(new, shardings), metrics
 
 
 def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int) -> tuple:
