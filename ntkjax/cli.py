@@ -10,6 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+DIVIDED = ("select",)
+"""Commands whose work several processes divide (jax.distributed); the others run in one."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the stage; returns the exit code."""
@@ -17,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
-    from ntkjax.errors import UserError
+    from ntkjax.errors import ConfigError, UserError
+    from ntkjax.parallel import barrier, is_primary, start
     from ntkjax.stages import COMMANDS
 
     configs = {name: command.config for name, command in COMMANDS.items()}
@@ -28,8 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="ntkjax",
             description="Tangent-kernel data selection for language models.",
         )
-        command = next(c for c in COMMANDS.values() if type(config) is c.config)
-        print(command.run(config))
+        name, command = next((n, c) for n, c in COMMANDS.items() if type(config) is c.config)
+        _, count = start()
+        if count > 1 and name not in DIVIDED:
+            raise ConfigError(f"{name} runs in one process, and this job has {count}; start one")
+        text = command.run(config)
+        barrier("end")  # whoever leaves first would end the others
+        if is_primary():
+            print(text)
     except UserError as error:
         return _fail(str(error))
     except MemoryError:

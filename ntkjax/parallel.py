@@ -211,7 +211,7 @@ def start(env: Mapping[str, str] | None = None) -> tuple[int, int]:
         options |= {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "cluster_detection_method": "deactivate"}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(**options, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(**options, shutdown_timeout_seconds=15)
     except (RuntimeError, ValueError, ImportError) as error:
         raise UserError(
             f"cannot join the other processes of this job ({found}): {str(error).splitlines()[0]}. Set "

@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from ntkjax.data import TokenisedDataset
 from ntkjax.errors import ConfigError
 from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm
 from ntkjax.models.lm import paths
-from ntkjax.parallel import make_mesh, put, shard_batch, weight_sharding
+from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.scores import kernel_scores
+from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.parallel import cluster, make_mesh, mesh_of, parse_mesh, process, put, shard_batch, start, weight_sharding
+from ntkjax.selection.vote import embed
+from ntkjax.training import TrainConfig, fit
+from ntkjax.training.step import train_step
 from ntkjax.types import Batch
 
 CONFIG = ModelConfig(
@@ -98,3 +106,59 @@ def test_a_checkpoint_is_spread_as_it_is_read(tmp_path):
     for path, value in paths(loaded.params).items():
         assert value.sharding == put(np.asarray(value), path, mesh).sharding, path
         np.testing.assert_array_equal(value, flat[path], err_msg=path)
+
+
+# -- every pass, on every mesh --
+
+SHAPES = [(d, n // d) for n in (2, 4, 8) for d in (1, 2, 4, 8) if n % d == 0]
+SIZES = [9, 14, 12, 16, 9, 11, 15, 10, 13, 12, 16]  # 11 examples: a number that no mesh divides
+
+
+def dataset(seed: int) -> TokenisedDataset:
+    rng = np.random.default_rng(seed)
+    return TokenisedDataset.from_sequences([rng.integers(1, 64, size).tolist() for size in SIZES], [3] * len(SIZES))
+
+
+def passes(mesh, weights: str = "tensor") -> dict[str, np.ndarray]:
+    """Embeddings, scores, gradient features and fine-tuned parameters, all on ``mesh`` (None: one device)."""
+    model = init_lm(CONFIG, seed=1, lora=LoraConfig(rank=2), mesh=mesh, weights=weights)
+    domain, pool = dataset(2).on(mesh), dataset(3).on(mesh)
+    noise = np.random.default_rng(4)
+    params = jax.tree.map(  # a B that is not zero
+        lambda x: jax.device_put(noise.normal(size=x.shape).astype("f4") / 20, x.sharding), model.lora
+    )
+    batches = pool.batches(token_budget=64)
+    kernel = sum_logits(model.hidden_fn, model.head_fn({}))
+    scores = kernel_scores(
+        kernel, params, domain.batches(token_budget=64), batches, rows=len(pool), references=[batches]
+    ).scores
+    sketched = gradient_features(kernel, params, batches, RademacherSketch(16, 0), rows=len(pool))
+    embedded = embed(model.embed_fn, params, batches, rows=len(pool))(np.arange(len(pool)))
+    config = TrainConfig(steps=3, batch_size=6, learning_rate=1e-3, max_buckets=1)
+    tuned = fit(model.nll_fn, params, pool, config, seed=0, progress=False)
+    found = {"scores": scores, "features": sketched, "embeddings": embedded}
+    found |= {path: np.asarray(leaf) for path, leaf in paths(tuned.params).items()}
+    return found | {"loss": np.array([line["loss"] for line in tuned.history])}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, np.ndarray]:
+    return passes(None)
+
+
+def check_same(alone: dict[str, np.ndarray], data: int, model: int, weights: str) -> None:
+    spread = passes(make_mesh(data=data, model=model, devices=need(data * model)), weights)
+    for name, value in alone.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(spread[name] / scale, value / scale, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_no_pass_depends_on_the_mesh(alone):
+    check_same(alone, 2, 2, "fully-sharded")  # rows over data, weights over both axes; all the other shapes are slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["tensor", "fully-sharded"])
+@pytest.mark.parametrize(("data", "model"), SHAPES)
+def test_no_pass_depends_on_any_mesh(alone, data, model, weights):
+    check_same(alone, data, model, weights)

@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.parallel import is_primary
 from ntkjax.stages.config import config_to_dict
 from ntkjax.store import atomic_write, differences, flatten
 
@@ -34,7 +35,8 @@ _LIBRARIES = (
 
 
 class RunDir:
-    """The directory of one run. Make it with ``RunDir.create``; ``run.path / "name"`` names a file in it."""
+    """The directory of one run. Make it with ``RunDir.create``; ``run.path / "name"`` names a file in it. In a job of
+    several processes only the first one writes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -67,6 +69,8 @@ class RunDir:
         wanted = {"command": command, "config": config_to_dict(config)}
         cls.check(path, command, config, resume=resume, ignore=ignore)
         run = cls(path)
+        if not is_primary():
+            return run
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / "config.yaml").exists():
@@ -97,6 +101,8 @@ class RunDir:
 
         Raises ``UserError`` where it cannot be written (disk full).
         """
+        if not is_primary():
+            return
         file = self.path / "metrics.jsonl"
         line = json.dumps(plain(fields), ensure_ascii=False) + "\n"
         with _writing(file):
@@ -121,6 +127,8 @@ class RunDir:
         Raises ``UserError`` where it cannot be written (disk full, no permission).
         """
         file = self.path / name
+        if not is_primary():
+            return file
         with _writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, text.encode("utf-8"))
@@ -227,6 +235,11 @@ def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -
 def _seeds(config: dict) -> dict:
     is_seed = lambda key: key.rsplit(".", 1)[-1] in ("seed", "seeds") or key.endswith("_seed")
     return {key: value for key, value in flatten(config).items() if is_seed(key)}
+
+
+def package_version() -> str | None:
+    """The version of ntkjax; None where it is run from its sources without being installed."""
+    return _version("ntkjax")
 
 
 def _version(name: str) -> str | None:

@@ -16,13 +16,15 @@ from tyro.conf import arg
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel, save_adapter
+from ntkjax.models.lm import paths
+from ntkjax.parallel import broadcast, describe_mesh, is_primary
 from ntkjax.selection import METHODS, Selection, SelectionProblem
 from ntkjax.selection.base import check_size
 from ntkjax.selection.diagnostics import examples
 from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, disk_bytes, forecast_passes, tree_bytes
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
 from ntkjax.stages.options import DataOptions, ModelOptions, SelectorOptions
-from ntkjax.stages.rundir import RunDir
+from ntkjax.stages.rundir import RunDir, package_version
 from ntkjax.store import atomic_write
 from ntkjax.training import TrainConfig, fit
 from ntkjax.types import Params
@@ -144,16 +146,27 @@ def choose(
     check_size(n, len(pool))  # before the warm-up, which takes time
     out.mkdir(parents=True, exist_ok=True)
     if warmup is not None:
-        params = fit(
-            model.nll_fn, params, domain.tokens, warmup, seed=seed, out_dir=out / "warmup", progress=progress
-        ).params
-        if model.lora_config is not None:
-            save_adapter(out / "adapter", model, params)
+        params = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress)
     result = selector(
         problem_of(model, params, domain, pool, n=n, data=data, seed=seed, work_dir=out / "rows", progress=progress)
     )
-    write_selection(out, result, pool)
+    if is_primary():
+        write_selection(out, result, pool)
     return result
+
+
+def warm_up(
+    model: LanguageModel, params: Params, domain: Loaded, config: TrainConfig, *, seed: int, out: Path, progress: bool
+) -> Params:
+    """theta fine-tuned on the domain, OUT/warmup and OUT/adapter written; in a job of several processes the first one
+    trains and the others receive."""
+    if is_primary():
+        params = fit(
+            model.nll_fn, params, domain.tokens, config, seed=seed, out_dir=out / "warmup", progress=progress
+        ).params
+        if model.lora_config is not None:
+            save_adapter(out / "adapter", model, params)
+    return broadcast(params)
 
 
 def check_method(name: str) -> str:
@@ -200,13 +213,26 @@ def problem_of(
         seed=seed,
         work_dir=work_dir,
         manifest={
-            "weights": weights_fingerprint(model.params, params),
+            **fingerprints(model, params),
             "domain": domain.tokens.fingerprint,
             "pool": pool.tokens.fingerprint,
             "token_budget": data.token_budget,
+            "mesh": describe_mesh(model.mesh),
         },
-        progress=progress,
+        progress=progress and is_primary(),
     )
+
+
+def fingerprints(model: LanguageModel, params: Params) -> dict[str, str | None]:
+    """What scores depend on besides data and options: the package, the frozen weights, the adapter (None: all the
+    weights are trained, and are the model)."""
+    own, lora = model.with_params(params), model.lora_config is not None
+    frozen = {path: leaf for path, leaf in paths(own.params).items() if not (lora and path in paths(own.lora))}
+    return {
+        "ntkjax": package_version(),
+        "model": weights_fingerprint(frozen),
+        "adapter": weights_fingerprint(own.lora) if lora else None,
+    }
 
 
 def write_selection(out: Path, result: Selection, pool: Loaded) -> None:

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from ntkjax.errors import CheckpointError
+from ntkjax.parallel import process
 
 
 class Checkpoints:
@@ -28,7 +30,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        index, count = process()
+        # In a job of several processes each run belongs to one of them (see stages.selecting.warm_up).
+        alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index))
+        self._alone = count > 1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            create=not self._alone,
+            multiprocessing_options=alone if self._alone else MultiprocessingOptions(),
+        )
+        if self._alone:  # orbax would wait for the others while making it
+            folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def latest(self) -> int | None:
@@ -50,6 +63,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise OSError(errno.ENOSPC, f"no space: a checkpoint takes {size:,} bytes, {free:,} are free")
+        if self._alone:  # orbax takes a process's own arrays for parts of larger ones
+            arrays = jax.tree.map(np.asarray, arrays)
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress))
         try:
             self._manager.save(step, args=args)
@@ -67,6 +82,8 @@ class Checkpoints:
           CheckpointError: a file of the checkpoint is missing or damaged.
         """
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        if self._alone:
+            wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         args = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=args)
@@ -75,15 +92,14 @@ class Checkpoints:
                 f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to"
                 " resume from the one before it, or start over with resume off"
             ) from error
-        return jax.tree.map(_as_free, found["arrays"], like), found["progress"]
+        return jax.tree.map(_placed, found["arrays"], like), found["progress"]
 
     def close(self) -> None:
         self._manager.close()
 
 
-def _as_free(restored: jax.Array, like: jax.Array) -> jax.Array:
-    """``restored``, committed to its device only if ``like`` is: a restored step counter pinned to one
-    device could not meet parameters that live on several, and the compiled step would not be found
-    again.
+def _placed(restored: jax.Array | np.ndarray, like: jax.Array) -> jax.Array:
+    """``restored`` where ``like`` is, committed to its device only if ``like`` is: a restored step counter pinned to
+    one device could not meet parameters that live on several, and the compiled step would not be found again.
     """
-    return restored if like.committed else jnp.asarray(np.asarray(restored))
+    return jax.device_put(restored, like.sharding) if like.committed else jnp.asarray(np.asarray(restored))
