@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -59,6 +61,16 @@ def files(tmp_path_factory, toy_chat_tokenizer) -> Files:
         write(root / "test.jsonl", rows("disc", 10)),
         write(root / "dev.jsonl", rows("ring", 6)),
     )
+
+
+@pytest.fixture(scope="session")
+def jobs() -> ModuleType:
+    """jobs.py beside this file: `select` in processes of its own."""
+    spec = importlib.util.spec_from_file_location("jobs", Path(__file__).with_name("jobs.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 QUICK = ["--lora-rank", "2", "--token-budget", "1024", "--train.epochs", "1", "--train.batch-size", "4"]
