@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ntkjax.models.attention import attend
 from ntkjax.models.config import ModelConfig, RopeConfig
-from ntkjax.models.lora import LoraConfig, lora_delta
+from ntkjax.models.lora import LoraConfig, adapted, lora_delta
 from ntkjax.types import at_least_float32, float32_or_better
 
 
@@ -113,12 +114,21 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         # Rows of one matrix: the gradient of a product over [B, T, I] takes almost twice as long on a CPU.
         rows = x.reshape(-1, x.shape[-1])
-        y = matmul(rows, self.kernel[...])
+        y = self.product(rows)
         if self.has_bias:
             y = y + self.bias[...].astype(y.dtype)[None]
-        if self.scale is not None:
-            y = y + lora_delta(rows, self.lora_a[...], self.lora_b[...], self.scale)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def product(self, rows: Float[Array, "N I"]) -> Float[Array, "N O"]:
+        """rows W + scale (rows A) B in float32 or better."""
+        w = self.kernel[...]
+        if self.scale is None:
+            return matmul(rows, w)
+        a, b = self.lora_a[...], self.lora_b[...]
+        if rows.dtype == w.dtype == a.dtype == b.dtype and w.dtype.itemsize >= 4:
+            return adapted(rows, w, a, b, self.scale)
+        # W + scale A B rounded to 16 bits would lose a small adapter.
+        return matmul(rows, w) + lora_delta(rows, a, b, self.scale)
 
 
 class RMSNorm(nnx.Module):
@@ -225,36 +235,6 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "b T S"] | None,
-    implementation: str,
-) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v with N / K query heads per key/value head; ``mask`` None means causal.
-
-    cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is
-    written out: jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
-    """
-    if implementation == "cudnn" and mask is None and q.dtype.itemsize == 2:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    b, t, n, h = q.shape
-    s, groups = k.shape[1], k.shape[2]
-    accumulate = float32_or_better(q.dtype)
-    if mask is None:
-        mask = (jnp.arange(s)[None, :] <= jnp.arange(t)[:, None])[None]
-    # One plain matrix product for each key/value head: einsum over five axes takes more than twice as long on a CPU.
-    q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
-    scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=accumulate) * (1.0 / math.sqrt(h))
-    scores = scores.reshape(b, groups, n // groups, t, s)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(accumulate).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, groups, -1, s)
-    out = jnp.matmul(weights, v.transpose(0, 2, 1, 3), preferred_element_type=accumulate)
-    out = out.reshape(b, groups, n // groups, t, h).transpose(0, 3, 1, 2, 4)
-    return out.reshape(b, t, n, h).astype(v.dtype)
-
-
 def attention_mask(
     rows: int, length: int, segments: Int[Array, "B T"] | None, cache: KVCache | None
 ) -> Bool[Array, "b T S"] | None:
@@ -309,9 +289,7 @@ class Attention(nnx.Module):
             assert context.lengths is not None
             k, v = _append(cached[0], k, context.lengths), _append(cached[1], v, context.lengths)
             cached = (k, v)
-        # The [T, S] weights are made again in the backward pass: keeping those of every layer takes twice the memory,
-        # and on a CPU twice the time, at 512 tokens.
-        y = jax.checkpoint(attend, static_argnums=4, prevent_cse=False)(q, k, v, context.mask, self.implementation)
+        y = attend(q, k, v, context.mask, self.implementation)
         return self.o(y.reshape(*y.shape[:2], -1)), cached
 
 

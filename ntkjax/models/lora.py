@@ -5,10 +5,12 @@ or better.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -94,6 +96,39 @@ def lora_delta(
     """scale (x A) B in float32 or better: [..., out]."""
     x = at_least_float32(x)
     return scale * jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def adapted(
+    x: Float[Array, "N I"], w: Float[Array, "I O"], a: Float[Array, "I R"], b: Float[Array, "R O"], scale: float
+) -> Float[Array, "N O"]:
+    """x W + scale (x A) B with all four in one dtype of 32 bits or more: [N, out].
+
+    Differentiated, it is x W' with W' = W + scale A B, and its tangent
+
+        dx W' + x dW + scale ((x dA) B + (x A) dB):
+
+    W' takes the place of four thin products (x A, (x A) B, dx A, (dx A) B), which run far below the speed of a square
+    one. Reverse mode transposes the same rule.
+    """
+    return jnp.matmul(x, w) + lora_delta(x, a, b, scale)
+
+
+@functools.partial(adapted.defjvp, symbolic_zeros=True)
+def _adapted_jvp(scale: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, w, a, b = primals
+    merged = w + scale * jnp.matmul(a, b)
+    # A symbolic zero (weights held fixed, the first layer's input) costs nothing.
+    terms = {
+        0: lambda dx: jnp.matmul(dx, merged),
+        1: lambda dw: jnp.matmul(x, dw),
+        2: lambda da: scale * jnp.matmul(jnp.matmul(x, da), b),
+        3: lambda db: scale * jnp.matmul(jnp.matmul(x, a), db),
+    }
+    zero = jax.custom_derivatives.SymbolicZero
+    moved = [terms[i](tangent) for i, tangent in enumerate(tangents) if not isinstance(tangent, zero)]
+    value = jnp.matmul(x, merged)
+    return value, functools.reduce(jnp.add, moved) if moved else jnp.zeros_like(value)
 
 
 def init_lora_a(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Float[np.ndarray, "..."]:

@@ -10,11 +10,11 @@ from flax import nnx
 
 from ntkjax.errors import UserError
 from ntkjax.models import KVCache, LoraConfig, ModelConfig, RopeConfig, init_lm
+from ntkjax.models.attention import attend
 from ntkjax.models.functions import forward, structure
 from ntkjax.models.layers import (
     Context,
     RMSNorm,
-    attend,
     attention_mask,
     rope_angles,
     rope_frequencies,
@@ -85,6 +85,22 @@ def test_attention_is_the_formula_and_agrees_with_jax():
                 expected = weights / weights.sum() @ v[b, : t + 1, n // 2]
                 np.testing.assert_allclose(got[b, t, n], expected, atol=1e-5)
     np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [31, 33, 70, 140])
+def test_causal_blocks_equal_one_block_under_a_causal_mask_with_both_derivatives(x64, length):
+    rng = np.random.default_rng(length)
+    values = [jnp.asarray(rng.normal(size=(2, length, n, 4))) for n in (4, 2, 2)]
+    moved = [jnp.asarray(rng.normal(size=v.shape)) for v in values]
+    mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    weigh = jnp.asarray(rng.normal(size=values[0].shape))
+
+    def both(mask):
+        run = lambda q, k, v: attend(q, k, v, mask, "xla")
+        value, tangent = jax.jvp(run, tuple(values), tuple(moved))
+        return value, tangent, jax.grad(lambda *x: jnp.vdot(run(*x), weigh), argnums=(0, 1, 2))(*values)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), both(None), both(mask))
 
 
 def test_segments_hide_other_choices_but_not_the_prompt():

@@ -1,11 +1,12 @@
 """LoRA: which layers, which numbers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError
-from ntkjax.models.lora import LoraConfig, init_lora_a, lora_delta, lora_subset, merge_lora
+from ntkjax.models.lora import LoraConfig, adapted, init_lora_a, lora_delta, lora_subset, merge_lora
 
 LINEARS = tuple(f"attention/{n}" for n in "qkvo") + ("mlp/gate", "mlp/up", "mlp/down")
 
@@ -15,6 +16,25 @@ def test_delta_is_the_formula():
     x, a, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 8), (8, 4), (4, 5)))
     got = lora_delta(jnp.asarray(x), jnp.asarray(a), jnp.asarray(b), LoraConfig(rank=4, alpha=6.0).scale)
     np.testing.assert_allclose(got, 6.0 / 4 * (x.astype(np.float64) @ a @ b), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapted_product_and_its_derivatives_are_those_of_the_formula(x64):
+    rng = np.random.default_rng(1)
+    shapes = ((6, 8), (8, 5), (8, 3), (3, 5))
+    values = tuple(jnp.asarray(rng.normal(size=s)) for s in shapes)
+    moved = tuple(jnp.asarray(rng.normal(size=s)) for s in shapes)
+    plain = lambda x, w, a, b: x @ w + 1.5 * (x @ a) @ b
+    ours = lambda *v: adapted(*v, 1.5)
+    close = lambda got, expected: np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+    jax.tree.map(close, jax.jvp(ours, values, moved), jax.jvp(plain, values, moved))
+    for some in ((0,), (1,), (2, 3), (3,), (0, 1, 2, 3)):  # what is held fixed has a symbolic zero
+        of = lambda f, some=some: jax.grad(lambda *v: jnp.sum(jnp.sin(f(*v))), argnums=some)(*values)
+        jax.tree.map(close, of(ours), of(plain))
+    # Per row, as per-example gradients are taken: the weights are not batched.
+    rows = lambda f: jax.vmap(
+        lambda x: jax.grad(lambda a: jnp.sum(f(x[None], values[1], a, values[3]) ** 2))(values[2])
+    )
+    close(rows(ours)(values[0]), rows(plain)(values[0]))
 
 
 def test_scale_with_and_without_rank_stabilisation():
