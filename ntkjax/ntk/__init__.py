@@ -4,6 +4,7 @@ from ntkjax.ntk.approx import KernelFunctions, KernelSpec, build, parse
 from ntkjax.ntk.exact import centred_trace_ntk, empirical_ntk, logits, mean_trace_ntk, trace_ntk
 from ntkjax.ntk.features import gradient_features, mean_features, per_example_gradients, squared_norms
 from ntkjax.ntk.kernel import Kernel, kernel_diagonal, kernel_matrix
+from ntkjax.ntk.kronecker import KroneckerSketch, ProbedOutput
 from ntkjax.ntk.linearise import linearisation_error, linearise
 from ntkjax.ntk.metrics import (
     bootstrap_interval,
@@ -31,6 +32,7 @@ from ntkjax.ntk.scores import (
     scores_along,
 )
 from ntkjax.ntk.sketch import IdentitySketch, RademacherSketch, Sketch
+from ntkjax.ntk.sparse import SparseSketch
 from ntkjax.ntk.stability import collinearity, kernel_stability
 
 __all__ = [
@@ -40,9 +42,12 @@ __all__ = [
     "KernelFunctions",
     "KernelScores",
     "KernelSpec",
+    "KroneckerSketch",
     "NonFiniteError",
+    "ProbedOutput",
     "RademacherSketch",
     "Sketch",
+    "SparseSketch",
     "bootstrap_interval",
     "build",
     "centred_trace_ntk",

@@ -47,6 +47,11 @@ def _apply_sketch(sketch: Sketch, gradients: Params, rows: int) -> Float[Array, 
     return sketch(jax.tree.map(lambda g: g[:rows], gradients))
 
 
+@functools.partial(jax.jit, static_argnames="microbatch")
+def _sketched(kernel: Kernel, params: Params, sketch: Sketch, x: Any, *, microbatch: int | None) -> Float[Array, "B K"]:
+    return sketch(feature_vector(kernel, params, x, microbatch=microbatch))
+
+
 def group_rows(gradients: Params, memory_budget: int) -> int:
     """Rows of gradients shaped like ``gradients`` (leaves [B, ...]) that fit in ``memory_budget`` bytes, from 1 to
     `MAX_GROUP`."""
@@ -63,14 +68,37 @@ def _feature_groups(
     memory_budget: int,
     microbatch: int | None,
 ) -> Iterator[tuple[np.ndarray, Array]]:
-    """(index [G], features [G, K]) per group: the gradients of many batches meet one generation of signs."""
+    """(index [G], features [G, K]) per group of rows whose gradients fit in ``memory_budget``.
+
+    Where the sketch shares work between rows the gradients of many batches are gathered for one application of it;
+    any other sketch is part of the program that makes the gradients, batch by batch.
+    """
+    if sketch.grouped:
+        yield from _gathered(kernel, params, batches, sketch, memory_budget=memory_budget, microbatch=microbatch)
+        return
+    for batch in batches:
+        group = group_rows(jax.eval_shape(feature_vector, kernel, params, batch), memory_budget)
+        for piece in pieces(batch, group):
+            yield real_rows(piece), _sketched(kernel, params, sketch, piece, microbatch=microbatch)
+
+
+def _gathered(
+    kernel: Kernel,
+    params: Params,
+    batches: Iterable,
+    sketch: Sketch,
+    *,
+    memory_budget: int,
+    microbatch: int | None,
+) -> Iterator[tuple[np.ndarray, Array]]:
+    """`_feature_groups` where the gradients of many batches meet one generation of signs."""
     buffer, index, used, group = None, np.empty(0, int), 0, 0
     for batch in batches:
         if buffer is None:
             shapes = jax.eval_shape(feature_vector, kernel, params, batch)
             group = group_rows(shapes, memory_budget)
             buffer, index = _empty_buffer(shapes, group), np.full(group, -1)
-        for piece in _pieces(batch, group):
+        for piece in pieces(batch, group):
             rows = real_rows(piece)
             if used + len(rows) > group:
                 yield index, _apply_sketch(sketch, buffer, group)
@@ -84,7 +112,7 @@ def _feature_groups(
         yield index[:rows], _apply_sketch(sketch, buffer, rows)
 
 
-def _pieces(batch: Any, rows: int) -> Iterator[Any]:
+def pieces(batch: Any, rows: int) -> Iterator[Any]:
     """The batch in pieces of at most ``rows`` rows."""
     count = len(batch.index)
     if count <= rows:
@@ -119,7 +147,7 @@ def gradient_features(
       rows: size of the dataset that ``index`` counts in.
       store: a `RowStore` of width K, or None. Batches whose rows it already holds are skipped.
       microbatch: rows differentiated at a time (None: a whole batch).
-      memory_budget: bytes of gradients gathered before one application of the sketch.
+      memory_budget: bytes of gradients held at a time (a dense sketch is applied to as many rows as fit).
       progress: show a progress bar; a string is its description.
 
     Raises:
@@ -228,6 +256,8 @@ def squared_norms(
 @dataclasses.dataclass(frozen=True)
 class _Squares:
     """|g|^2 [B, 1] in the place of a sketch: exact norms without a vector of all entries."""
+
+    grouped = False
 
     def __call__(self, gradients: Params) -> Float[Array, "B 1"]:
         sums = [jnp.sum(leaf * leaf, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients)]

@@ -8,7 +8,9 @@ import pytest
 from ntkjax.errors import UserError
 from ntkjax.ntk import (
     IdentitySketch,
+    KroneckerSketch,
     RademacherSketch,
+    SparseSketch,
     gradient_features,
     kernel_scores,
     mean_features,
@@ -16,6 +18,7 @@ from ntkjax.ntk import (
 )
 from ntkjax.ntk.features import group_rows
 from ntkjax.ntk.rows import NonFiniteError
+from ntkjax.store import RowStore
 
 
 @pytest.fixture
@@ -39,10 +42,17 @@ def test_per_example_gradients_are_those_of_single_rows(toy, case, microbatch):
             np.testing.assert_allclose(np.asarray(a)[i], b[0], atol=1e-6 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("budget_rows", [1, 6, 100])
-def test_features_do_not_depend_on_grouping_or_batches(toy, case, budget_rows):
+SKETCHES = {
+    "rademacher": RademacherSketch(96, seed=1, block=32),
+    "sparse": SparseSketch(96, seed=1),
+    "kronecker": KroneckerSketch(96, seed=1),
+}
+
+
+@pytest.mark.parametrize("name, budget_rows", [("rademacher", 1), ("rademacher", 6), ("sparse", 3), ("kronecker", 100)])
+def test_features_do_not_depend_on_grouping_or_batches(toy, case, name, budget_rows):
     output_fn, params, rows = case
-    sketch, size = RademacherSketch(96, seed=1, block=32), 4 * IdentitySketch().width(params)
+    sketch, size = SKETCHES[name], 4 * IdentitySketch().width(params)
     whole = gradient_features(output_fn, params, [toy.collate(rows, range(19))], sketch, rows=19)
     split = gradient_features(
         output_fn, params, toy.batches(rows, 4), sketch, rows=19, memory_budget=budget_rows * size + 3
@@ -51,6 +61,26 @@ def test_features_do_not_depend_on_grouping_or_batches(toy, case, budget_rows):
     assert group_rows(stacked, budget_rows * size + 3) == budget_rows
     assert whole.shape == (19, 96) and np.isfinite(whole).all()
     assert relative(split, whole) < 2e-6
+
+
+@pytest.mark.parametrize("sketch", SKETCHES.values(), ids=SKETCHES.keys())
+def test_a_stopped_run_goes_on_and_ends_with_the_same_features(toy, case, sketch, tmp_path):
+    output_fn, params, rows = case
+    plan = toy.batches(rows, 4)
+
+    def run(batches, name):
+        with RowStore.open(tmp_path / name, rows=19, width=96, dtype="float32", manifest=sketch.describe()) as store:
+            return gradient_features(output_fn, params, batches, sketch, rows=19, store=store, memory_budget=1 << 12)
+
+    def killed():
+        yield from plan[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(killed(), "stopped")
+    with RowStore.open(tmp_path / "stopped", rows=19, width=96, dtype="float32", manifest=sketch.describe()) as store:
+        assert 0 < store.done().sum() < 19
+    np.testing.assert_array_equal(run(plan, "stopped"), run(plan, "whole"))
 
 
 def test_mean_features_are_the_mean_of_the_features(toy, case):
