@@ -31,7 +31,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
 	|| $(PYTHON) -m venv --clear $(1)
 
-.PHONY: setup demo test test-slow test-torch lint bench notebooks lock clean
+.PHONY: setup demo test test-slow test-torch lint bench peers notebooks lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -73,6 +73,21 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python experiments/bench.py
+
+# What experiments/08_throughput.py compares us with, each in an environment of its own under build/peers: never needed by
+# the package or its tests. bergson goes without its dependencies, all of which are in its file but torchvision and
+# torchaudio: it never imports them, and of another build than torch they break its import. One failure stops no other.
+PEERS := torch trak dattri bergson
+
+peers: $(PEERS:%=build/peers/%/.installed-$(VERSION))
+
+build/peers/%/.installed-$(VERSION): experiments/peers/%.txt
+	@echo "Installing $< into build/peers/$*"
+	@mkdir -p build/peers
+	@$(call fresh_venv,build/peers/$*)
+	-@{ grep -v '^bergson==' $< | build/peers/$*/bin/python $(PIP) -r /dev/stdin \
+		&& grep '^bergson==' $< | build/peers/$*/bin/python $(PIP) --no-deps -r /dev/stdin; \
+		} > build/peers/$*.log 2>&1 && touch $@ || { echo "build/peers/$*: not installed:"; tail -n 5 build/peers/$*.log; false; }
 
 # Run the scripts under notebooks/ and keep what they print and draw beside them.
 notebooks: $(STAMP)
