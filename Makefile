@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12 make test    another interpreter, in an environment of its own (.venv-3.12)
 #   VENV=some/dir make test        an environment somewhere else
-#   make test ARGS="-k store -x"   arguments for pytest
+#   make test ARGS="-k store -x"   arguments for pytest, or for the benchmark (make bench ARGS="--rounds 5")
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -72,7 +72,7 @@ lint: $(STAMP)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 bench: $(STAMP)
-	$(VENV)/bin/python experiments/bench.py
+	$(VENV)/bin/python experiments/bench.py $(ARGS)
 
 # What experiments/08_throughput.py compares us with, each in an environment of its own under build/peers: never needed by
 # the package or its tests. bergson goes without its dependencies, all of which are in its file but torchvision and

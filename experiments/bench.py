@@ -25,7 +25,6 @@ from ntkjax import load_lm
 from ntkjax.assets import tiny_lm_path
 from ntkjax.ntk.features import per_example_gradients
 from ntkjax.ntk.outputs import sum_logits
-from ntkjax.ntk.scores import directional_derivatives, stack_tangents
 from ntkjax.types import Batch
 
 
@@ -34,6 +33,8 @@ class Bench:
     """Time a model's passes against one plain forward pass that embeds the same batch."""
 
     model: str = str(tiny_lm_path())
+    pool: Path | None = None
+    """Pool that bench_score takes its examples from, where the model is not the embedded one."""
     rows: int = 32
     length: int = 64
     rounds: int = 9
@@ -54,13 +55,8 @@ def variants(bench: Bench) -> dict[str, Callable]:
     output = sum_logits(model.hidden_fn, model.head_fn({}))
     forward = jax.jit(lambda fn, p, b: fn(p, b))
     gradient = jax.jit(lambda fn, p, b: jax.grad(lambda q: fn(q, b).sum())(p))
-    tangents = {m: stack_tangents(params, [params] * m) for m in (1, 2, 8)}
     return {
         "forward": lambda: forward(model.hidden_fn, params, batch),
-        **{
-            f"score_{m}_over_forward": lambda m=m: directional_derivatives(output, params, tangents[m], batch)
-            for m in tangents
-        },
         "batch_gradient_over_forward": lambda: gradient(output, params, batch),
         "per_example_gradients_over_forward": lambda: per_example_gradients(output, params, batch),
     }
@@ -85,11 +81,14 @@ def main(bench: Bench) -> None:
     for name, ratio in found.items():
         print(f"{name:36s} {ratio['median']:6.2f}   [{ratio['low']:.2f}, {ratio['high']:.2f}]")
     bench.out.parent.mkdir(parents=True, exist_ok=True)
-    bench.out.write_text(json.dumps(found, indent=2) + "\n")
+    before = json.loads(bench.out.read_text()) if bench.out.exists() else {}
+    bench.out.write_text(json.dumps(before | found, indent=2) + "\n")
     print(f"written: {bench.out}", flush=True)
-    # In a process of its own, for its memory; one BLAS thread for a small eigenvalue problem, see there.
-    command = [sys.executable, str(Path(__file__).with_name("bench_exact.py")), "--out", str(bench.out)]
-    subprocess.run(command, check=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    # Each in a process of its own, for its memory; one BLAS thread for a small eigenvalue problem, see bench_exact.
+    pool = [] if bench.pool is None else ["--pool", str(bench.pool)]
+    for name, options in (("bench_score", ["--model", bench.model, *pool]), ("bench_exact", [])):
+        command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *options, "--out", str(bench.out)]
+        subprocess.run(command, check=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":
