@@ -31,7 +31,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
 	|| $(PYTHON) -m venv --clear $(1)
 
-.PHONY: setup demo test test-slow test-torch lint bench peers notebooks lock clean
+.PHONY: setup demo test test-slow test-torch lint bench bench-gpu peers notebooks lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -88,6 +88,11 @@ build/peers/%/.installed-$(VERSION): experiments/peers/%.txt
 	-@{ grep -v '^bergson==' $< | build/peers/$*/bin/python $(PIP) -r /dev/stdin \
 		&& grep '^bergson==' $< | build/peers/$*/bin/python $(PIP) --no-deps -r /dev/stdin; \
 		} > build/peers/$*.log 2>&1 && touch $@ || { echo "build/peers/$*: not installed:"; tail -n 5 build/peers/$*.log; false; }
+
+# On a machine with a GPU or TPU and its own jax nothing need be installed: make bench-gpu BENCH_PYTHON=python3
+BENCH_PYTHON ?= $(VENV)/bin/python
+bench-gpu: $(if $(filter $(VENV)/bin/python,$(BENCH_PYTHON)),$(STAMP))
+	$(BENCH_PYTHON) experiments/bench_gpu.py $(ARGS)
 
 # Run the scripts under notebooks/ and keep what they print and draw beside them.
 notebooks: $(STAMP)

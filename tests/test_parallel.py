@@ -162,3 +162,72 @@ def test_no_pass_depends_on_the_mesh(alone):
 @pytest.mark.parametrize(("data", "model"), SHAPES)
 def test_no_pass_depends_on_any_mesh(alone, data, model, weights):
     check_same(alone, data, model, weights)
+
+
+# -- meshes by name, processes by environment --
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [("data=4,model=2", (4, 2)), ("4,2", (4, 2)), ("4x2", (4, 2)), ("data=8", (8, 1)), ("8", (8, 1)),
+     ("model=2", (None, 2)), ("auto", (None, 1)), ("data=4, model=2", (4, 2))],
+)  # fmt: skip
+def test_a_mesh_by_name(text, shape):
+    assert parse_mesh(text) == shape
+    data, model = shape
+    if len(jax.local_devices()) == 8:
+        assert mesh_of(text).shape == {"data": data or 8 // model, "model": model}
+
+
+@pytest.mark.parametrize("text", ["", "four", "data=0", "2,0", "model=2,data=4", "2x2x2", "-1"])
+def test_what_names_no_mesh(text):
+    with pytest.raises(ConfigError, match="expected data=D,model=M"):
+        parse_mesh(text)
+
+
+def test_fully_sharded_weights_are_split_over_both_axes():
+    mesh = make_mesh(data=2, model=2, devices=need(4))
+    where = lambda path, shape: weight_sharding(path, shape, mesh, "fully-sharded").spec
+    assert where("layers/attention/q/kernel", (2, 32, 64)) == PartitionSpec(None, "data", "model")
+    assert where("layers/mlp/down/kernel", (2, 48, 32)) == PartitionSpec(None, "model", "data")
+    assert where("embed/weight", (64, 32)) == PartitionSpec("model", "data")
+    assert where("layers/attention/q/lora_a", (2, 32, 4)) == where("norm/scale", (32,)) == PartitionSpec()
+    with pytest.raises(ConfigError, match=r"mlp/up/kernel.*axis 1.*data=2.*data=1 would"):
+        where("layers/mlp/up/kernel", (2, 33, 48))
+    with pytest.raises(ConfigError, match="expected tensor or fully-sharded"):
+        weight_sharding("norm/scale", (32,), mesh, "zero")
+
+
+def test_training_keeps_its_layout_and_its_program():
+    mesh = make_mesh(data=2, model=2, devices=need(4))
+    model = init_lm(CONFIG, seed=1, lora=LoraConfig(rank=2), mesh=mesh)
+    config = TrainConfig(steps=4, batch_size=6, max_buckets=1)
+    before = train_step._cache_size()
+    tuned = fit(model.nll_fn, model.lora, dataset(3).on(mesh), config, seed=0, progress=False)
+    assert train_step._cache_size() == before + 1
+    for leaf in jax.tree.leaves(tuned.params):
+        assert leaf.sharding.spec == PartitionSpec() and len(leaf.sharding.device_set) == 4
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # sbatch without srun: this process stands alone
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "slurm"),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "kubernetes"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "2"}, "environment"),
+    ],
+)
+def test_who_started_this_process(env, found):
+    assert cluster(env) == found
+
+
+def test_a_process_alone_starts_nothing_and_half_an_address_is_refused():
+    assert start({}) == process() == (0, 1)
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"):
+        start({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_PROCESS_ID": "first"})

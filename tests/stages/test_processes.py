@@ -54,26 +54,27 @@ def test_two_processes_write_one_store_and_choose_what_one_chooses(files, jobs, 
 def test_a_job_killed_and_started_again_does_nothing_twice(files, jobs, one):
     out = one.parent / "killed"
     flags = [*files.flags("model", "domain", "pool"), *FLAGS, "--out", str(out)]
-    done: list[int] = []
-    for _ in range(2):  # process 1 dies at its first batch of scores, and its job goes with it
+    done: dict[str, list[int]] = {"embeddings": [], "scores": []}
+    for store in done:  # process 1 dies at its first batch of this store, and its job goes with it
         job = jobs.start_job(one.parent, 2, *flags)
         said = []
         for line in job[1].stdout:
             said.append(line)
-            if line.startswith("rows scores"):
+            if line.startswith(f"rows {store}"):
                 break
         for process in reversed(job):
             process.kill()
-        lines = [said + job[1].stdout.readlines(), job[0].stdout.readlines()]
+        said += job[1].stdout.readlines() + job[0].stdout.readlines()
         for process in job:
             process.wait()
-        now = jobs.written(lines[0], "scores") + jobs.written(lines[1], "scores")
-        assert not set(now) & set(done)
-        done += now
-    assert done and len(done) < 20
-    job = jobs.start_job(one.parent, 2, *flags)
-    rest = [row for process in job for row in jobs.written(jobs.finish(process), "scores")]
-    assert len(rest) == 20 - len(done) and not set(rest) & set(done)
+        for name in done:
+            done[name] += jobs.written(said, name)
+        if store == "embeddings":
+            assert 0 < len(done[store]) < 40
+    said = [line for process in jobs.start_job(one.parent, 2, *flags) for line in jobs.finish(process)]
+    for store, count in (("embeddings", 40), ("scores", 20)):
+        assert sorted(done[store] + jobs.written(said, store)) == sorted({*done[store], *jobs.written(said, store)})
+        assert len(done[store] + jobs.written(said, store)) == count
     check_same(out, one)
     out = one.parent / "alone"  # a job of two begun, one process ends it
     job = jobs.start_job(one.parent, 2, *flags[:-1], str(out))
