@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import spearmanr
 
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.functions import param_shapes
@@ -35,6 +34,7 @@ from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import LanguageModel, paths, unflatten
 from ntkjax.models.lora import LoraConfig
 from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.scores import directional_derivatives, mean_gradient, stack_tangents
 from ntkjax.ntk.sketch import RademacherSketch
@@ -193,7 +193,7 @@ def order_kept(config: ModelConfig, examples: int, length: int) -> dict:
             tangents = stack_tangents(model.lora, [mean_gradient(output, model.lora, [make_batch(small, 8, length)])])
             found = [np.asarray(directional_derivatives(output, model.lora, tangents, batch)[:, 0]) for batch in pool]
             scores.append(np.concatenate(found))
-    value = float(spearmanr(*scores).statistic)
+    value = spearman(*scores)
     return {"spearman": value, "layers": small.num_layers, "examples": len(scores[0]), "length": length}
 
 
@@ -261,9 +261,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=None, help="tokens in a batch (default: 16384)")
     parser.add_argument("--sketch", type=int, default=8192, help="K")
     parser.add_argument("--passes", nargs="*", choices=PASSES, default=list(PASSES))
-    parser.add_argument(
-        "--order", type=int, default=None, help="examples scored in both dtypes (default: 256; 0: none)"
-    )
+    parser.add_argument("--order", type=int, default=None, help="examples scored in both dtypes (default: 256)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=1_800_000, help="of the pool that is planned for")
     parser.add_argument("--tokens-per-example", type=int, default=512, help="of that pool, padding included")
