@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -37,6 +37,8 @@ class Experiment:
     domain: str = "finance"
     small: bool = True
     """Of the real study: no pool, no test questions, one learning rate of LoRA; the probe examples score each other."""
+    arms: Literal["both", "lora", "full"] = "both"
+    """Which parameters are trained: one kind alone goes to a folder of its own."""
     out: Path = Path("runs/01_kernel_stability")
     seeds: int = 3
 
@@ -63,15 +65,17 @@ def files(experiment: Experiment) -> tuple[str, dict[str, Any]]:
 def main(experiment: Experiment) -> None:
     """One study."""
     name, given = files(experiment)
+    name += "" if experiment.arms == "both" else f"-{experiment.arms}"
+    rates = (2e-3,) if experiment.data is not None and experiment.small else (2e-4, 2e-3)
     out = experiment.out / name
     ntkjax.stability(
         **given,
         out=out,
         n=64,
         probe=32,
-        ranks=(4, 16),
-        learning_rates=(2e-3,) if experiment.data is not None and experiment.small else (2e-4, 2e-3),
-        full_learning_rates=(3e-4,),
+        ranks=(4, 16) if experiment.arms != "full" else (),
+        learning_rates=rates if experiment.arms != "full" else (),
+        full_learning_rates=(3e-4,) if experiment.arms != "lora" else (),
         formulas=(),
         seeds=experiment.seeds,
         train={"epochs": 20, "max_buckets": 2},
