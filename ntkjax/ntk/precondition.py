@@ -59,7 +59,7 @@ class AdamPreconditioner:
     """
 
     second: Any
-    eps: float = ADAM_EPS
+    eps: Any = ADAM_EPS
 
     def __call__(self, direction: Params) -> Params:
         """P^-1 u for a tree of leaves [c, ...], c directions at a time."""

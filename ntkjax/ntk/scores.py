@@ -262,6 +262,7 @@ def kernel_scores(
     method: str = "forward",
     references: Sequence[Iterable] = (),
     sketch: Sketch | None = None,
+    precondition: Callable[[Params], Params] | None = None,
     store: Any = None,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
@@ -279,21 +280,27 @@ def kernel_scores(
         gradients and a random projection; unbiased, with the projection's variance.
       references: further example sets; each adds a column of scores on the same pass.
       sketch: for ``sketch``; default ``RademacherSketch()`` (K = 8192, seed 0).
+      precondition: for ``forward``: P^-1, symmetric, as a function of trees of leaves [c, ...] (see
+        `ntkjax.ntk.precondition`). All inner products are then a^T P^-1 b, the Gram matrix's too.
       store: a `RowStore` of width ``1 + len(references)``, or None; a second run skips what it holds.
       microbatch, memory_budget: see `ntkjax.ntk.features.gradient_features`; the forward path has no use for them.
       progress: show progress bars; a string is the description of the pass over the pool.
 
     Raises:
-      ConfigError: unknown method.
+      ConfigError: unknown method; ``precondition`` with another method than ``forward``, or with a trained head whose
+        gradient the kernel does not hold.
       NonFiniteError: naming the rows whose score is NaN or infinite.
     """
     kernel, sets, bars = as_kernel(kernel), [domain_batches, *references], progress is not False
     if method == "forward":
         means = [mean_direction(kernel, params, s, progress=bars) for s in sets]
-        scores = scores_along(kernel, params, means, pool_batches, rows=rows, store=store, progress=progress)
-        return KernelScores(scores, np.array([[tree_dot(a, b) for b in means] for a in means]))
+        along = [_preconditioned(precondition, mean) for mean in means]
+        scores = scores_along(kernel, params, along, pool_batches, rows=rows, store=store, progress=progress)
+        return KernelScores(scores, np.array([[tree_dot(a, b) for b in means] for a in along]))
     if method != "sketch":
         raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    if precondition is not None:
+        raise ConfigError("scores: a preconditioned direction needs scores forward, got scores sketch")
     sketch = RademacherSketch() if sketch is None else sketch
     options = {"microbatch": microbatch, "memory_budget": memory_budget}
     means = np.stack([mean_features(kernel, params, s, sketch, progress=bars, **options) for s in sets])
@@ -301,6 +308,23 @@ def kernel_scores(
         kernel, params, pool_batches, sketch, means, rows=rows, store=store, progress=progress, **options
     )
     return KernelScores(scores, means @ means.T)
+
+
+def _preconditioned(precondition: Callable[[Params], Params] | None, direction: Direction) -> Direction:
+    """P^-1 u."""
+    if precondition is None:
+        return direction
+    if direction.head is not None:
+        raise ConfigError(
+            "a trained head is part of this kernel in closed form, not as a gradient, so it cannot be preconditioned; "
+            "hold the head fixed (lora), or use kernel sum_logits or loss"
+        )
+    return Direction(_apply(as_pytree_fn(precondition), direction.outputs))
+
+
+@jax.jit
+def _apply(fn: Callable[[Params], Params], tree: Params) -> Params:
+    return fn(tree)
 
 
 @jax.jit

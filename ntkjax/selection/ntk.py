@@ -2,14 +2,14 @@
 
 s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j>; the n highest are chosen. ``k`` is the paper's ``sum_logits`` kernel or any
 other that ``ntkjax.ntk.approx`` builds; the scores are exact (forward-mode pass) or the paper's (per-example gradients,
-Rademacher sketch to K); the direction is g_bar, or what is left of it without what all gradients share.
+sketched to K); the direction is g_bar, or what is left of it without what all gradients share, preconditioned or not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,8 +17,11 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import KernelFunctions, build, parse
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
+from ntkjax.ntk.kronecker import KroneckerSketch
+from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_preconditioner
 from ntkjax.ntk.scores import KernelScores, kernel_scores
-from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.ntk.sketch import RademacherSketch, Sketch
+from ntkjax.ntk.sparse import SparseSketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.diagnostics import describe
@@ -28,7 +31,24 @@ from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
 DirectionName = Literal["raw", "contrast", "cosine"]
+SketchName = Literal["rademacher", "sparse", "kronecker"]
 Switch = Literal["on", "off"]
+SKETCHES = {"rademacher": RademacherSketch, "sparse": SparseSketch, "kronecker": KroneckerSketch}
+
+
+def check_precondition(name: str, scores: str, direction: str, damping: float) -> None:
+    """Raise ConfigError where a preconditioner cannot serve the other options."""
+    if not damping > 0:
+        raise ConfigError(f"damping must be above 0, got {damping}")
+    if name == "none":
+        return
+    if scores != "forward":
+        raise ConfigError(f"precondition {name} needs scores forward, got {scores}")
+    if direction == "cosine":
+        raise ConfigError(
+            f"precondition {name} with direction cosine: the norm of every example's preconditioned gradient would be "
+            "needed, which forward mode does not give; use direction raw or contrast"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +61,10 @@ class NtkSelector:
         the pool sample. ``cosine``: <g_bar, g_j> / (|g_bar| |g_j|), which needs every candidate's gradient norm and so
         costs per-example gradients.
       scores: ``forward`` (exact) or ``sketch`` (the paper's path, K = ``sketch_size``).
+      sketch: the map of ``scores`` sketch: ``rademacher`` [paper], ``sparse`` or ``kronecker``.
+      precondition: ``none``; ``adam`` or ``kfac``: <P^-1 g_bar, g_j> with P from the domain's loss (see
+        `ntkjax.ntk.precondition`), the pool's mean gradient treated alike.
+      damping: of ``kfac``, over the mean curvature.
       stage1: ``on``: only the M_pre = ``prefilter_factor`` * n rows with the most votes are scored, each domain point
         voting for M_pre / 4; ``off``: every row is scored.
       pool_sample: rows of the whole pool, drawn from the seed, whose mean gradient is the second tangent.
@@ -49,16 +73,21 @@ class NtkSelector:
     kernel: str = "sum_logits"
     direction: DirectionName = "raw"
     scores: ScoreMethod = "forward"
+    sketch: SketchName = "rademacher"
     sketch_size: int = 8192
+    precondition: PreconditionerName = "none"
+    damping: float = DAMPING
     stage1: Switch = "on"
     prefilter_factor: int = 4
     pool_sample: int = 512
 
     def __post_init__(self) -> None:
         parse(self.kernel)
-        for name, kind in (("direction", DirectionName), ("scores", ScoreMethod), ("stage1", Switch)):
+        kinds = {"direction": DirectionName, "scores": ScoreMethod, "sketch": SketchName, "stage1": Switch}
+        for name, kind in (kinds | {"precondition": PreconditionerName}).items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
+        check_precondition(self.precondition, self.scores, self.direction, self.damping)
         for name in ("sketch_size", "prefilter_factor", "pool_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -70,7 +99,7 @@ class NtkSelector:
         scores, reference = self.score(problem, candidates)
         counted = None if votes is None else votes.votes
         chosen = select_top("ntk", scores, problem.n, votes=counted)
-        options = {"kernel": self.kernel, "direction": self.direction, "scores": self.scores}
+        options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition")}
         report = describe(chosen, problem.pool, reference) | options
         if votes is not None:
             report |= {
@@ -101,7 +130,8 @@ class NtkSelector:
             rows=rows,
             method=self.scores,
             references=[problem.pool.batches(token_budget=budget, indices=np.sort(drawn))],
-            sketch=self.sketch(problem),
+            sketch=self.make_sketch(problem),
+            precondition=self.preconditioner(problem),
             store=self.store(problem, "scores", width=2),
             progress=problem.progress and "score pool",
         )
@@ -121,7 +151,7 @@ class NtkSelector:
             problem.params,
             problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
             rows=len(problem.pool),
-            sketch=self.sketch(problem),
+            sketch=self.make_sketch(problem),
             store=self.store(problem, "norms", width=1),
             progress=problem.progress and "gradient norms",
         )
@@ -133,9 +163,20 @@ class NtkSelector:
             )
         return raw / np.sqrt(np.asarray(squares, np.float64) * found.gram[0, 0])
 
-    def sketch(self, problem: SelectionProblem) -> RademacherSketch | None:
-        """The paper's projection, or None on the exact path."""
-        return RademacherSketch(self.sketch_size, problem.seed) if self.scores == "sketch" else None
+    def make_sketch(self, problem: SelectionProblem) -> Sketch | None:
+        """The projection of the paper's path, or None on the exact path."""
+        return SKETCHES[self.sketch](self.sketch_size, problem.seed) if self.scores == "sketch" else None
+
+    def preconditioner(self, problem: SelectionProblem) -> Any:
+        """P^-1 at theta from the domain's loss, or None."""
+        return build_preconditioner(
+            self.precondition,
+            problem.nll_fn,
+            problem.params,
+            problem.domain.batches(token_budget=problem.token_budget),
+            damping=self.damping,
+            progress=problem.progress and "curvature of the domain loss",
+        )
 
     def store(self, problem: SelectionProblem, name: str, *, width: int) -> RowStore | None:
         """Where rows called ``name`` are kept so that a killed run goes on; None without a work directory."""

@@ -8,6 +8,7 @@ from typing import Literal
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import parse
 from ntkjax.parallel import WeightRule, parse_mesh
+from ntkjax.selection.ntk import check_precondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,17 @@ class SelectorOptions:
     """raw: the paper's mean kernel value; contrast: without what the pool's mean gradient shares with the domain's;
     cosine: divided by gradient norms (costs per-example gradients)."""
     scores: Literal["forward", "sketch"] = "forward"
-    """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients and Rademacher sketch."""
+    """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
+    sketch: Literal["rademacher", "sparse", "kronecker"] = "rademacher"
+    """The projection (scores=sketch). rademacher: the paper's, dense; sparse: as good, at next to no cost; kronecker:
+    of both sides of each matrix."""
     sketch_size: int = 8192
-    """K, the rows of the Rademacher sketch (scores=sketch)."""
+    """K, the numbers that a gradient is projected to (scores=sketch)."""
+    precondition: Literal["none", "adam", "kfac"] = "none"
+    """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
+    of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
+    damping: float = 0.1
+    """lambda over the mean curvature (precondition=kfac)."""
     stage1: Literal["on", "off"] = "on"
     """on: embedding vote first; off: score the whole pool."""
     prefilter_factor: int = 4
@@ -85,6 +94,7 @@ class SelectorOptions:
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written
+        check_precondition(self.precondition, self.scores, self.direction, self.damping)
 
 
 @dataclasses.dataclass(frozen=True)
