@@ -5,9 +5,9 @@ Hardware: any; on 4 CPU cores about three minutes, 2 GiB.
 Expect:   time that is linear in the pool, and memory that does not depend on it.
 
 The vote runs on random embeddings for a few chunks of the pool, with the real numbers of domain points, votes (k = N =
-9,000) and width; the time of a further chunk is the slope between two lengths, and the whole pool is that slope times its
-chunks. Reading the embeddings (1.8 M x 4,096 float32 = 29.5 GB) and making them (one forward pass over the pool) come on
-top. A plan from measured pieces, not a measurement of the whole.
+9,000) and width; the time of a further chunk is the slope between two lengths, and the whole pool is that slope times
+its chunks. Reading the embeddings (1.8 M x 4,096 float32 = 29.5 GB) and making them (one forward pass over the pool)
+come on top. A plan from measured pieces, not a measurement of the whole.
 """
 
 from __future__ import annotations
