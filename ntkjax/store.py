@@ -100,8 +100,8 @@ class RowStore:
         self._own = _read_marks(self._marks, array.shape[0])
         self._done = self._own | _read_done(path, array.shape[0])
         self._dtype = dtype
-        chunk = array.chunk_layout.write_chunk.shape[0]
-        self._mine = None if part[1] == 1 else np.arange(array.shape[0]) // chunk % part[1] == part[0]
+        grid: Any = array.chunk_layout.write_chunk.shape
+        self._mine = None if part[1] == 1 else np.arange(array.shape[0]) // grid[0] % part[1] == part[0]
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._pending_bytes = 0
         self._flushed_at = time.monotonic()

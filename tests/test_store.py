@@ -195,6 +195,32 @@ def test_work_done_before_an_error_is_kept(tmp_path):
     assert np.flatnonzero(open_store(tmp_path / "s").done()).tolist() == [3]
 
 
+def test_two_processes_write_files_of_their_own_and_see_the_whole(tmp_path, monkeypatch):
+    """Both sides of a job in one process: what each owns, what each may write, what both and a third reader see."""
+    import ntkjax.store as module
+
+    values, options = np.arange(210, dtype=np.float32).reshape(70, 3), {"rows": 70}
+    monkeypatch.setattr(module, "barrier", lambda name: None)
+    parts = []
+    for index in (0, 1):
+        monkeypatch.setattr(module, "process", lambda index=index: (index, 2))
+        parts.append(open_store(tmp_path / "s", **options))
+    own = [np.flatnonzero(part.mine()) for part in parts]
+    assert sorted([*own[0], *own[1]]) == list(range(70)) and min(map(len, own)) > 30
+    with pytest.raises(ValueError, match="may not write rows of another"):
+        parts[1].write(own[0][:1], values[:1])
+    for part, rows in zip(parts, own):
+        part.write(rows, values[rows])
+        part.flush()
+    assert {file.name for file in (tmp_path / "s").glob("done*")} == {"done.bits", "done.1.bits"}
+    assert not parts[0].done()[own[1]].any()
+    parts[0].gather()
+    assert parts[0].done().all() and (parts[0].read() == values).all()
+    monkeypatch.setattr(module, "process", lambda: (0, 1))  # later, another number of processes
+    with open_store(tmp_path / "s", **options) as alone:
+        assert alone.mine() is None and alone.done().all() and alone.read().tobytes() == values.tobytes()
+
+
 def test_an_empty_store(tmp_path):
     with open_store(tmp_path / "s", rows=0) as store:
         assert store.read().shape == (0, 3) and store.done().shape == (0,)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import threading
 
+import jax
 import numpy as np
 import pytest
 
 from ntkjax.data import TokenisedDataset, concat, read_records, tokenise
 from ntkjax.errors import ConfigError
+from ntkjax.parallel import make_mesh
 from ntkjax.types import predict_mask
 
 
@@ -174,3 +176,31 @@ def test_views_take_masks_and_refuse_what_is_no_position():
     for bad in ([5], [-6], np.asarray([0.5]), mask[:2]):
         with pytest.raises(IndexError):
             data.subset(bad)
+
+
+def test_a_share_of_a_plan_keeps_its_shapes_and_loses_no_example():
+    data = TokenisedDataset.from_sequences([list(range(1, 3 + i % 30)) for i in range(100)], [1] * 100)
+    plan = data.batches(token_budget=128, max_buckets=3)
+    even = np.arange(100) % 2 == 0
+    parts = [plan.only(even), plan.only(~even)]
+    for part, rows in zip(parts, (even, ~even)):
+        assert set(part.shapes) <= set(plan.shapes)
+        assert sorted(int(i) for b in part for i in b.index if i >= 0) == np.flatnonzero(rows).tolist()
+    done = np.zeros(100, bool)
+    done[plan[0].index[plan[0].index >= 0]] = True
+    left = plan.without(done)
+    assert len(left) == len(plan) - 1 and (left[0].index == plan[1].index).all()
+    done[plan[1].index[0]] = True  # a batch that is done in part is done again
+    assert len(plan.without(done)) == len(left)
+
+
+def test_batches_on_a_mesh_divide_over_its_devices_and_grow_with_them():
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    mesh = make_mesh(data=4, devices=jax.devices()[:4])
+    data = TokenisedDataset.from_sequences([[1] * 8] * 9, [1] * 9)
+    alone, spread = data.batches(token_budget=16), data.on(mesh).batches(token_budget=16)
+    assert alone.shapes == ((2, 8),) and spread.shapes == ((8, 8),)  # 16 tokens a device
+    for batch in spread:
+        assert {s.data.shape for s in batch.tokens.addressable_shards} == {(2, 8)}
+    assert sorted(int(i) for b in spread for i in np.asarray(b.index) if i >= 0) == list(range(9))
