@@ -86,7 +86,9 @@ def main(bench: Bench) -> None:
     print(f"written: {bench.out}", flush=True)
     # Each in a process of its own, for its memory; one BLAS thread for a small eigenvalue problem, see bench_exact.
     pool = [] if bench.pool is None else ["--pool", str(bench.pool)]
-    for name, options in (("bench_score", ["--model", bench.model, *pool]), ("bench_exact", [])):
+    data = [] if bench.pool is None else ["--data", str(bench.pool)]
+    model = ["--model", bench.model]
+    for name, options in (("bench_score", model + pool), ("bench_sketch", model + data), ("bench_exact", [])):
         command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *options, "--out", str(bench.out)]
         subprocess.run(command, check=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
 

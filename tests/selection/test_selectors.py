@@ -141,7 +141,7 @@ def test_a_preconditioner_changes_the_direction_and_nothing_else(precondition):
 
 @pytest.mark.parametrize("options", [{"scores": "sketch"}, {"direction": "cosine"}, {"damping": 0.0}])
 def test_options_that_do_not_fit_together_are_refused(options):
-    with pytest.raises(ConfigError, match="precondition kfac|damping must be above 0"):
+    with pytest.raises(ConfigError, match=r"precondition kfac|damping must be above 0"):
         METHODS["ntk"](precondition="kfac", **options)
 
 
