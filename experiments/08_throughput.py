@@ -72,10 +72,10 @@ class Throughput:
     """Pool examples in one pass of ntkjax's sketched features."""
     gradient_rows: int = 128
     """Pool examples in one pass of ntkjax's gradients."""
-    peer_rows: int = 64
+    peer_rows: int = 32
     """Pool examples in one pass of a peer."""
-    peer_batch: int = 64
-    """Examples in a batch of a peer."""
+    peer_batch: int = 32
+    """Examples in a batch of a peer: for 32 plain torch needed 3.5 GiB and TRAK 4.4."""
     token_budget: int = 8192
     """Tokens in a batch of ntkjax (the default of `select`)."""
     microbatch: int = 16
@@ -190,6 +190,7 @@ class Field:
         self.workers: dict[str, Worker] = {}
         self.facts: dict[str, dict[str, Any]] = {}  # note, versions, rows, peak
         self.seconds: dict[str, list[float]] = {}
+        self.cpu: dict[str, list[float]] = {}
         self.failed: dict[str, str] = {}
 
     def start(self, chosen: dict[str, list[str]], env: dict[str, str], logs: Path) -> None:
@@ -201,7 +202,7 @@ class Field:
                 self.fail(name, f"{error}\nnot installed? `make peers` says why")
         for name, worker in list(self.workers.items()):
             try:
-                self.facts[name], self.seconds[name] = worker.ready(timeout=600), []
+                self.facts[name], self.seconds[name], self.cpu[name] = worker.ready(timeout=600), [], []
             except WorkerError as error:
                 self.workers.pop(name).close()
                 self.fail(name, str(error))
@@ -260,6 +261,8 @@ def rounds(field: Field, config: Throughput, began: float) -> int:
             if answer:
                 field.seconds[name].append(answer["seconds"])
                 field.facts[name]["rows"] = answer["rows"]
+                field.cpu[name].append(answer["cpu"])
+                print(f"{name:28s} {answer['rows'] / answer['seconds']:9.3f} examples/s", flush=True)
         longest = max(longest, time.monotonic() - started)
         print(f"round {number + 1}: {time.monotonic() - started:.0f} s", flush=True)
     return config.rounds
@@ -287,13 +290,14 @@ def main(config: Throughput) -> None:
     task = prepare(config, folder)
     field, agreed, done = measure(config, task, folder)
     rates = {n: [field.facts[n]["rows"] / s for s in seconds] for n, seconds in field.seconds.items() if seconds}
+    busy = {n: [field.facts[n]["rows"] / s for s in field.cpu[n]] for n in rates}
     gradients = tuple(f"{peer} gradients" for peer in PEERS)
     ratios = report.ratios(rates, dense=DENSE, gradients=gradients)
     for name, ratio in ratios.items():
         print(f"{name:44s} {ratio['median']:7.2f}   [{ratio['low']:.2f}, {ratio['high']:.2f}]  {ratio['against']}")
     kept = config.results / config.name
     argv = ["python", "experiments/08_throughput.py", *sys.argv[1:]]
-    report.write(kept, report.Run(argv, task, done, rates, field.facts, agreed, field.failed, ratios, DENSE))
+    report.write(kept, report.Run(argv, task, done, rates, busy, field.facts, agreed, field.failed, ratios, DENSE))
     bench = config.bench or (kept / "bench.json" if config.model is None else Path("build/bench.json"))
     report.merge_bench(bench, ratios)
     print(f"written: {kept}, {bench}")

@@ -27,7 +27,8 @@ class Run:
 
     Attributes:
       command: as typed. task: what the workers were told. rounds: finished ones.
-      rates: see `Rates`. facts: variant -> note, versions, rows, peak (bytes). agreement: variant -> `compare_kernels`.
+      rates: see `Rates`. busy: the same by CPU seconds of all threads.
+      facts: variant -> note, versions, rows, peak (bytes). agreement: variant -> `compare_kernels`.
       failed: variant -> why it gives no result. ratios: see `ratios`. dense: the peers at the paper's dense sketch.
     """
 
@@ -35,6 +36,7 @@ class Run:
     task: Mapping[str, Any]
     rounds: int
     rates: Rates
+    busy: Rates
     facts: Mapping[str, Mapping[str, Any]]
     agreement: Mapping[str, Mapping[str, float]]
     failed: Mapping[str, str]
@@ -118,6 +120,7 @@ def table(run: Run) -> list[dict[str, Any]]:
         if best is not None:
             over = ratio(run.rates, name, best)
             row |= {"relative": over["median"], "relative_low": over["low"], "relative_high": over["high"]}
+            row["relative_cpu"] = ratio(run.busy, name, best)["median"]
         took = run.rates[name]
         row |= {"rate": statistics.median(took), "rate_low": min(took), "rate_high": max(took)}
         row["peak_gib"] = fact["peak"] / 2**30 if "peak" in fact else None
@@ -133,7 +136,8 @@ def markdown(run: Run) -> str:
         {
             "variant": row["variant"], "how": row["note"], "examples a pass": row["rows"],
             "times the fastest dense peer": spread(row, "relative") if "relative" in row else None,
-            "examples/s": spread(row, "rate"), "peak memory (GiB)": row["peak_gib"],
+            "by CPU seconds": row.get("relative_cpu"), "examples/s": spread(row, "rate"),
+            "peak memory (GiB)": row["peak_gib"],
             "kernel against ours": None if row["kernel"] is None else f"{row['kernel']:.0e}",
             "sketch error (expected)": None
             if row["sketched"] is None
@@ -153,7 +157,10 @@ def markdown(run: Run) -> str:
         f"{Path(task['model']).name}: LoRA r = 16 on all linear layers, {task['parameters']:,} trained parameters; "
         f"{task['length']} tokens an example, {100 * task['padding']:.0f}% of them padding; K = {task['size']:,}.",
         "## Ratios of examples per second\n\n" + to_markdown(named),
-        "## Variants\n\n" + to_markdown(shown),
+        "## Variants\n\n"
+        + to_markdown(shown)
+        + "\nBy CPU seconds: the same ratio with the processor time of all threads "
+        "in the place of wall time; the two differ where a tool leaves cores idle, or others use them.",
     ]
     if run.failed:
         listed = "\n\n".join(f"### {name}\n\n```\n{why}\n```" for name, why in run.failed.items())

@@ -80,7 +80,7 @@ def test_a_worker_answers_and_what_libraries_print_is_no_answer(start, tmp_path)
     assert ready["note"] == "a note" and ready["versions"]["numpy"] == np.__version__
     for _ in range(2):
         answer = worker.ask("run")
-        assert answer["rows"] == 7 and 0 <= answer["seconds"] < 60
+        assert answer["rows"] == 7 and 0 <= answer["seconds"] < 60 and 0 <= answer["cpu"] < 60
     worker.ask("check", out=str(tmp_path / "evidence"))
     assert (tmp_path / "evidence").read_text() == "seen"
     assert 1e6 < worker.ask("memory")["peak"] < 1e12  # bytes
@@ -205,7 +205,7 @@ def test_the_page_shows_what_was_measured_and_what_was_not(report, tmp_path):
     agreed = {"torch scores": {"kernel": 1e-7, "sketched": 0.1, "expected": 0.2}}
     ratios = report.ratios(RATES, dense=dense, gradients=("torch gradients",))
     run = report.Run(
-        ["python", "x y"], task, 3, RATES, facts, agreed, {"bergson dense": "no torchvision"}, ratios, dense
+        ["python", "x y"], task, 3, RATES, RATES, facts, agreed, {"bergson dense": "no torchvision"}, ratios, dense
     )
     report.write(tmp_path, run)
     page = (tmp_path / "results.md").read_text()
