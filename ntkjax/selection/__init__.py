@@ -2,13 +2,17 @@
 
 from ntkjax.selection.base import Dataset, Selection, SelectionProblem, Selector, rank, select_top
 from ntkjax.selection.embedding import EmbeddingSelector
+from ntkjax.selection.length import LengthSelector
 from ntkjax.selection.ntk import NtkSelector
 from ntkjax.selection.random import RandomSelector
+from ntkjax.selection.random_from_stage_1 import RandomFromStage1Selector
 
 METHODS = {
     "ntk": NtkSelector,
     "embedding": EmbeddingSelector,
     "random": RandomSelector,
+    "random-from-stage-1": RandomFromStage1Selector,
+    "length": LengthSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
@@ -16,7 +20,9 @@ __all__ = [
     "METHODS",
     "Dataset",
     "EmbeddingSelector",
+    "LengthSelector",
     "NtkSelector",
+    "RandomFromStage1Selector",
     "RandomSelector",
     "Selection",
     "SelectionProblem",

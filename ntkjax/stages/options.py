@@ -63,7 +63,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SelectorOptions:
-    """NTK-Selector (arXiv 2511.07380) and the choices that it leaves open."""
+    """NTK-Selector (arXiv 2511.07380) and the choices that it leaves open; other methods take those they have."""
 
     method: str = "ntk"
     """Selection method, a name from ntkjax.selection.METHODS."""
@@ -91,6 +91,8 @@ class SelectorOptions:
     """M_pre / N: how many candidates stage 1 keeps for each example wanted."""
     pool_sample: int = 512
     """Pool examples whose mean gradient is the second tangent of the report."""
+    order: Literal["longest", "shortest"] = "longest"
+    """Which responses come first (method=length)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written

@@ -113,3 +113,12 @@ def test_as_a_function(files, tmp_path):
         ntkjax.select(model=files.model, domain=files.domain, pool=files.pool, n=3, out="x", colour="red")
     with pytest.raises(ntkjax.ConfigError, match="missing option n"):
         ntkjax.select(model=files.model, domain=files.domain, pool=files.pool, out="x")
+
+
+@pytest.mark.parametrize("method", ["length", "random-from-stage-1"])
+def test_every_method_writes_a_selection(method, files, tmp_path):
+    out = tmp_path / "run"
+    assert select(files, out, "--skip-warmup", "--method", method) == 0
+    found = read_selection(out)
+    assert found.method == method and len(set(found.selected.tolist())) == 5
+    assert len((out / "selected.jsonl").read_text().splitlines()) == 5

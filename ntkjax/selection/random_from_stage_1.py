@@ -1,0 +1,44 @@
+"""A control for stage 2: n rows drawn at random from those that the embedding vote keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ntkjax.errors import ConfigError
+from ntkjax.rng import numpy_rng
+from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.embedding import stage1_votes
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFromStage1Selector:
+    """score_j ~ U(0, 1) for the M_pre = ``prefilter_factor`` * n rows with the most votes, none for the others; top n.
+
+    Source: a control of ours; the candidates are those of ``NtkSelector`` with the same
+    ``prefilter_factor`` (arXiv 2511.07380: every domain point votes for its M_pre / 4 nearest pool rows). What the
+    kernel adds to the vote is the difference between this control and ``ntk``. The number of a row does not depend on
+    which other rows are candidates.
+
+    Raises:
+      ConfigError: ``prefilter_factor`` below 1.
+    """
+
+    prefilter_factor: int = 4
+
+    def __post_init__(self) -> None:
+        if self.prefilter_factor < 1:
+            raise ConfigError(f"prefilter_factor must be at least 1, got {self.prefilter_factor}")
+
+    def __call__(self, problem: SelectionProblem) -> Selection:
+        rows = len(problem.pool)
+        kept = min(self.prefilter_factor * problem.n, rows)
+        votes = stage1_votes(problem, max(1, self.prefilter_factor * problem.n // 4))
+        candidates = votes.top(kept)
+        scores = np.full(rows, np.nan)
+        scores[candidates] = numpy_rng(problem.seed, "selection", "random from stage 1").random(rows)[candidates]
+        chosen = select_top("random-from-stage-1", scores, problem.n, votes=votes.votes)
+        report = describe(chosen, problem.pool, None) | {"stage1_candidates": kept}
+        return dataclasses.replace(chosen, diagnostics=report)
