@@ -3,8 +3,8 @@
 Command:  python experiments/03_approximation_ladder.py
           python experiments/03_approximation_ladder.py --model ../shared/models/cot-lm-7m --data ../shared/data
 Hardware: 4 CPU cores, no accelerator.
-Runtime:  the embedded model 5 minutes; the real one (7 M parameters, V = 4,096, D = 256) two hours, on a machine that
-          did other work too. A stopped run goes on where it was.
+Runtime:  the embedded model 20 minutes, the real one (7 M parameters, V = 4,096, D = 256) an hour, each on two busy
+          cores. A stopped run goes on where it was.
 Expect:   experiments/README.md, "The approximation ladder".
 
 `ntkjax verify` with the embedded model on its generated task, or with the real one on finance as the domain and
@@ -59,8 +59,8 @@ def checkpoint(model: str, data: Path) -> dict[str, Any]:
         "model": model,
         "domain": domain,
         "data": pool,
-        "n": 40,
-        "n_full": 16,
+        "n": 24,
+        "n_full": 12,
         "m": (1, 4, 16),
         "max_length": 256,
         "memory_gib": 1.0,
