@@ -17,6 +17,7 @@ PEERS = ROOT / "experiments" / "peers"
 FAKE = """
 import sys
 sys.path.insert(0, {peers!r})
+import numpy as np
 from worker_protocol import Job, serve
 
 def make(task, variant):
@@ -31,7 +32,9 @@ def make(task, variant):
         if variant == "sleeps":
             import time; time.sleep(60)
         print("and this")
-    return Job(run, task["rows"], lambda path: open(path, "w").write("seen"), "a note")
+    kernel = np.eye(2) * (1.1 if variant == "differs" else 1.0)
+    check = lambda path: np.savez(path, kind="sum_logits", exact=kernel, loss=np.eye(2))
+    return Job(run, task["rows"], check, "a note")
 
 serve(make, ["numpy"])
 """
@@ -81,8 +84,9 @@ def test_a_worker_answers_and_what_libraries_print_is_no_answer(start, tmp_path)
     for _ in range(2):
         answer = worker.ask("run")
         assert answer["rows"] == 7 and 0 <= answer["seconds"] < 60 and 0 <= answer["cpu"] < 60
-    worker.ask("check", out=str(tmp_path / "evidence"))
-    assert (tmp_path / "evidence").read_text() == "seen"
+    worker.ask("check", out=str(tmp_path / "evidence.npz"))
+    with np.load(tmp_path / "evidence.npz") as evidence:
+        np.testing.assert_array_equal(evidence["exact"], np.eye(2))
     assert 1e6 < worker.ask("memory")["peak"] < 1e12  # bytes
     worker.close()
     assert worker._process.returncode == 0
@@ -128,6 +132,27 @@ def test_a_field_goes_on_without_what_fails(script, start, tmp_path):
         assert len(field.seconds["works"]) >= 1 and "fails" not in field.seconds
     finally:
         field.close()
+
+
+def test_the_whole_script_with_fake_workers(script, start, tmp_path, monkeypatch, capsys):
+    """From the task to results, where one peer computes something else and one cannot start."""
+    start("works").close()
+    task = {"threads": 1, "model": "some/model", "parameters": 1, "length": 8, "padding": 0.0, "size": 2, "rows": 7}
+    variants = {
+        "ntkjax scores": "works",
+        "torch scores": "works",
+        "trak features": "differs",
+        "bergson dense": "broken",
+    }
+    fake = [sys.executable, str(tmp_path / "fake.py"), str(tmp_path / "task.json")]
+    monkeypatch.setattr(script, "prepare", lambda config, folder: folder.mkdir(parents=True) or task)
+    monkeypatch.setattr(script, "commands", lambda *_: {name: [*fake, kind] for name, kind in variants.items()})
+    script.main(script.Throughput(rounds=2, run=tmp_path / "run", results=tmp_path / "results"))
+    found = json.loads((tmp_path / "results" / "embedded" / "bench.json").read_text())
+    assert set(found) == {"scores_over_best_peer"} and found["scores_over_best_peer"]["against"] == "torch scores"
+    page = (tmp_path / "results" / "embedded" / "results.md").read_text()
+    assert "differ from ours by 1.00e-01" in page and "no such variant here" in page
+    assert "2 interleaved rounds" in page and capsys.readouterr().out.count("examples/s") == 4
 
 
 RATES = {
@@ -215,6 +240,7 @@ def test_the_page_shows_what_was_measured_and_what_was_not(report, tmp_path):
     assert (tmp_path / "throughput.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_our_worker_agrees_with_explicit_kernels(script, report, tmp_path, monkeypatch):
     """Task, worker and comparison on the embedded model, in this process."""
     monkeypatch.syspath_prepend(str(PEERS))
