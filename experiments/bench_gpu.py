@@ -204,14 +204,14 @@ def plan(rows: list[dict], examples: int, tokens: int, devices: int) -> list[dic
         for length in sorted({row["length"] for row in rows if row["model"] == name}):
             same = [r for r in rows if (r["model"], r["length"]) == (name, length) and "tokens_per_second" in r]
             rates = lambda what, same=same: [r["tokens_per_second"] for r in same if r["pass"] == what]
-            best = {what: max(rates(what), default=None) for what in PASSES}
+            best = {what: max(rates(what)) for what in PASSES if rates(what)}
             ways = {
                 "score every example, exact": [("score", examples)],
                 "stage 1, then score 4 N": [("forward", examples), ("score", CANDIDATES)],
                 "stage 1, then sketched gradients of 4 N [paper]": [("forward", examples), ("features", CANDIDATES)],
             }
             for way, passes in ways.items():
-                if any(best[what] is None for what, _ in passes):
+                if any(what not in best for what, _ in passes):
                     continue
                 hours = sum(count * tokens / best[what] for what, count in passes) / 3600
                 row = {"model": name, "length": length, "way": way, "hours": hours}
