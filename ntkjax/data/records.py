@@ -156,6 +156,13 @@ class Records:
         """Source of every record, read when asked for."""
         return self._column("source")
 
+    @property
+    def texts(self) -> TextColumn:
+        """Prompt, newline, response of every record, read when asked for."""
+        prompts, responses = self._column("prompt"), self._column("response")
+        gather = lambda indices: [f"{p}\n{r}" for p, r in zip(prompts[indices], responses[indices])]
+        return TextColumn(len(self), gather)
+
     def location(self, i: int) -> str:
         """``FILE:LINE`` that record ``i`` was read from."""
         table = self.tables[self.part[i]]

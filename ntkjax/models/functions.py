@@ -20,7 +20,7 @@ from ntkjax.models.gpt2 import GPT2
 from ntkjax.models.layers import KVCache, ModelSpec, matmul
 from ntkjax.types import Batch, Params, at_least_float32, predict_mask, valid_mask
 
-OUTPUTS = ("apply", "hidden", "nll", "embed", "states", "head")
+OUTPUTS = ("apply", "hidden", "nll", "embed", "weighted_embed", "states", "head")
 POSITIONS = ("response", "all", "last")
 
 # Logits of more than this many numbers are made and dropped a slice of T at a time (float32: 256 MiB).
@@ -106,6 +106,14 @@ def pool(values: Float[Array, "B T *rest"], mask: Bool[Array, "B T"]) -> Float[A
     return jnp.sum(kept, axis=1) / counts.reshape(counts.shape + extra)
 
 
+def position_weighted(values: Float[Array, "B T *rest"], mask: Bool[Array, "B T"]) -> Float[Array, "B *rest"]:
+    """sum_i i x_i / sum_i i over the masked positions, i = 1, 2, ... their number; exactly 0 where there are none."""
+    places = jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1), 0)
+    weights = (places / jnp.maximum(jnp.sum(places, axis=1, keepdims=True), 1)).astype(values.dtype)
+    kept = jnp.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, jnp.zeros((), values.dtype))
+    return jnp.einsum("bt,bt...->b...", weights, kept, precision=jax.lax.Precision.HIGHEST)
+
+
 def token_nll(
     spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
@@ -162,8 +170,8 @@ class ModelFn:
         states, _ = forward(self.spec, weights, tokens, optional(batch.positions), segments=optional(batch.segments))
         if self.kind == "states":
             return states
-        if self.kind == "embed":
-            return pool(states, valid_mask(batch))
+        if self.kind in ("embed", "weighted_embed"):
+            return (pool if self.kind == "embed" else position_weighted)(states, valid_mask(batch))
         mask = position_mask(batch, self.positions)
         if self.kind == "nll":
             return pool(token_nll(self.spec, weights, states, tokens), mask)

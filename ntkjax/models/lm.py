@@ -104,7 +104,9 @@ class LanguageModel:
         return chosen
 
     def output(self, kind: str, positions: str = "response") -> ModelFn:
-        """The function ``kind`` ("apply", "hidden", "nll", "embed", "states", "head") over ``positions``."""
+        """The function ``kind`` ("apply", "hidden", "nll", "embed", "weighted_embed", "states", "head") over
+        ``positions``.
+        """
         return model_fn(self.params, self.spec, kind, positions)
 
     @property

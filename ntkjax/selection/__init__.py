@@ -1,11 +1,13 @@
 """Selection methods. A new one is a file here and a line in ``METHODS``."""
 
 from ntkjax.selection.base import Dataset, Selection, SelectionProblem, Selector, rank, select_top
+from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
 from ntkjax.selection.length import LengthSelector
 from ntkjax.selection.ntk import NtkSelector
 from ntkjax.selection.random import RandomSelector
 from ntkjax.selection.random_from_stage_1 import RandomFromStage1Selector
+from ntkjax.selection.rds import RdsSelector
 
 METHODS = {
     "ntk": NtkSelector,
@@ -13,17 +15,21 @@ METHODS = {
     "random": RandomSelector,
     "random-from-stage-1": RandomFromStage1Selector,
     "length": LengthSelector,
+    "dsir": DsirSelector,
+    "rds": RdsSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
 __all__ = [
     "METHODS",
     "Dataset",
+    "DsirSelector",
     "EmbeddingSelector",
     "LengthSelector",
     "NtkSelector",
     "RandomFromStage1Selector",
     "RandomSelector",
+    "RdsSelector",
     "Selection",
     "SelectionProblem",
     "Selector",

@@ -65,6 +65,10 @@ class SelectionProblem:
       work_dir: where finished rows are kept so that a killed run goes on; None keeps all in memory.
       manifest: what the rows in ``work_dir`` depend on besides the method's own options (model, weights, data).
       progress: show progress bars.
+      domain_texts, pool_texts: text (prompt and response) of every example, read when asked for; None where there are
+        only tokens. Methods that read text raise ConfigError then.
+      weighted_embed_fn: ``(params, batch) -> [B, D]`` final hidden state averaged over all real tokens with weight i
+        for the i-th; None where the model offers no such function.
     """
 
     hidden_fn: Callable
@@ -80,6 +84,9 @@ class SelectionProblem:
     work_dir: Path | None = None
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     progress: bool = False
+    domain_texts: Sequence[str] | None = None
+    pool_texts: Sequence[str] | None = None
+    weighted_embed_fn: Callable | None = None
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))

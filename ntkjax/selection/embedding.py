@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float
 
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.diagnostics import describe
@@ -28,18 +30,27 @@ class EmbeddingSelector:
 
 def stage1_votes(problem: SelectionProblem, k: int) -> Votes:
     """Embed domain and pool, and let every domain point vote for its ``k`` nearest pool rows."""
+    domain, read_pool = embed_both(problem, problem.embed_fn, "embeddings")
+    return vote(domain, read_pool, rows=len(problem.pool), k=k)
+
+
+def embed_both(
+    problem: SelectionProblem, embed_fn: Callable, name: str
+) -> tuple[Float[np.ndarray, "M D"], Callable[[np.ndarray], Float[np.ndarray, "b D"]]]:
+    """``embed_fn`` of every domain example, and a function from pool rows [b] to theirs; the pool's lie in
+    ``work_dir``/``name``, so that methods which embed alike compute them once."""
     batches = lambda data: data.batches(token_budget=problem.token_budget)
-    run = lambda data, store, name: embed(
-        problem.embed_fn, problem.params, batches(data), rows=len(data), store=store, progress=problem.progress and name
+    run = lambda data, store, what: embed(
+        embed_fn, problem.params, batches(data), rows=len(data), store=store, progress=problem.progress and what
     )
     domain = run(problem.domain, None, "embed domain")(np.arange(len(problem.domain)))
     store = None
     if problem.work_dir is not None:
         store = RowStore.open(
-            problem.work_dir / "embeddings",
+            problem.work_dir / name,
             rows=len(problem.pool),
             width=domain.shape[1],
             dtype=domain.dtype,
-            manifest={**problem.manifest, "rows": "embeddings"},
+            manifest={**problem.manifest, "rows": name},
         )
-    return vote(domain, run(problem.pool, store, "embed pool"), rows=len(problem.pool), k=k)
+    return domain, run(problem.pool, store, "embed pool")

@@ -87,21 +87,83 @@ def _compare(
     chunk: Float[Array, "C D"],
     first: Int[Array, ""],
     real: Bool[Array, " C"],
-) -> tuple[tuple[Float[Array, "M k"], Int[Array, "M k"]], Float[Array, " C"]]:
-    """Merge a chunk of pool rows (numbered from ``first``) into each domain point's k nearest; also their mean
-    similarity. Chunks come in row order, so that top_k, which prefers earlier entries, breaks ties by lower row."""
+) -> tuple[tuple[Float[Array, "M k"], Int[Array, "M k"]], Float[Array, " C"], Float[Array, " C"]]:
+    """Merge a chunk of pool rows (numbered from ``first``) into each domain point's k nearest; also their mean and
+    highest similarity. Chunks come in row order, so that top_k, which prefers earlier entries, breaks ties by lower
+    row."""
     similarity = jnp.matmul(domain, chunk.T, precision=jax.lax.Precision.HIGHEST)
-    mean = jnp.mean(similarity, axis=0)
+    mean, highest = jnp.mean(similarity, axis=0), jnp.max(similarity, axis=0)
     masked = jnp.where(real[None, :], similarity, -jnp.inf)
     rows = jnp.broadcast_to(first + jnp.arange(chunk.shape[0], dtype=first.dtype)[None, :], masked.shape)
     values, place = jax.lax.top_k(jnp.concatenate([best[0], masked], axis=1), best[0].shape[1])
     rows = jnp.take_along_axis(jnp.concatenate([best[1], rows], axis=1), place, axis=1)
-    return (values, rows), mean
+    return (values, rows), mean, highest
 
 
-def _unit(vectors: np.ndarray) -> tuple[np.ndarray, int]:
+def unit_rows(vectors: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarray, "n D"], int]:
+    """Every row divided by its length, and how many rows are zero (they stay zero)."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms == 0, 1, norms).astype(vectors.dtype), int(np.sum(norms == 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """The nearest pool rows of every domain point, and how near every pool row is to the domain.
+
+    Attributes:
+      rows: int32 [M, k], each domain point's nearest pool rows, nearest first, ties by lower row.
+      mean: float32 [N], mean cosine similarity of the pool row to the domain.
+      highest: float32 [N], cosine similarity of the pool row to the nearest domain point.
+      zero_norm: pool rows whose embedding is zero (their similarity is 0 by convention).
+    """
+
+    rows: Int[np.ndarray, "M k"]
+    mean: Float[np.ndarray, " N"]
+    highest: Float[np.ndarray, " N"]
+    zero_norm: int
+
+
+def nearest(
+    domain: Float[np.ndarray, "M D"],
+    read_pool: Callable[[np.ndarray], Float[np.ndarray, "b D"]],
+    *,
+    rows: int,
+    k: int,
+    chunk: int = CHUNK,
+) -> Neighbours:
+    """The k nearest pool rows of each domain point by cosine similarity: exact, streamed.
+
+    Memory: [M, k] best similarities and rows, and one chunk of the pool; nothing grows with the pool but the two
+    numbers a row of the result. One compilation: every chunk has the same shape.
+
+    Args:
+      domain: embeddings of the M domain examples.
+      read_pool: row numbers [b] -> embeddings [b, D].
+      rows: N. k: at most N (more is N).
+
+    Raises:
+      UserError: a domain example whose embedding is zero (it has no direction to compare with).
+    """
+    domain, zero = unit_rows(domain)
+    if zero:
+        raise UserError(
+            f"{zero} domain examples have an embedding of zero and cannot vote; check the model and the data"
+        )
+    k = min(k, rows)
+    chunk = min(max(chunk, k), rows)
+    best = (jnp.full((len(domain), k), -jnp.inf, domain.dtype), jnp.full((len(domain), k), -1, jnp.int32))
+    means, highest, zeros = np.zeros(rows, np.float32), np.zeros(rows, np.float32), 0
+    for start in range(0, rows, chunk):
+        index = np.arange(start, min(start + chunk, rows))
+        unit, zero = unit_rows(np.asarray(read_pool(index)))
+        zeros += zero
+        padded = np.zeros((chunk, unit.shape[1]), unit.dtype)
+        padded[: len(index)] = unit
+        real = jnp.arange(chunk) < len(index)
+        first = jnp.asarray(start, jnp.int32)
+        best, mean, top = _compare(best, jnp.asarray(domain), jnp.asarray(padded), first, real)
+        means[index], highest[index] = np.asarray(mean)[: len(index)], np.asarray(top)[: len(index)]
+    return Neighbours(np.asarray(best[1]), means, highest, zeros)
 
 
 def vote(
@@ -112,36 +174,7 @@ def vote(
     k: int,
     chunk: int = CHUNK,
 ) -> Votes:
-    """Each domain point votes for its k nearest pool rows by cosine similarity: exact, streamed.
-
-    Memory: [M, k] best similarities and rows, and one chunk of the pool; nothing grows with the pool but the two
-    numbers a row of the result. One compilation: every chunk has the same shape.
-
-    Args:
-      domain: embeddings of the M domain examples.
-      read_pool: row numbers [b] -> embeddings [b, D].
-      rows: N. k: votes of each domain point, at most N.
-
-    Raises:
-      UserError: a domain example whose embedding is zero (it has no direction to vote with).
-    """
-    domain, zero = _unit(domain)
-    if zero:
-        raise UserError(
-            f"{zero} domain examples have an embedding of zero and cannot vote; check the model and the data"
-        )
-    k = min(k, rows)
-    chunk = min(max(chunk, k), rows)
-    best = (jnp.full((len(domain), k), -jnp.inf, domain.dtype), jnp.full((len(domain), k), -1, jnp.int32))
-    similarity, zeros = np.zeros(rows, np.float32), 0
-    for start in range(0, rows, chunk):
-        index = np.arange(start, min(start + chunk, rows))
-        unit, zero = _unit(np.asarray(read_pool(index)))
-        zeros += zero
-        padded = np.zeros((chunk, unit.shape[1]), unit.dtype)
-        padded[: len(index)] = unit
-        real = jnp.arange(chunk) < len(index)
-        best, mean = _compare(best, jnp.asarray(domain), jnp.asarray(padded), jnp.asarray(start, jnp.int32), real)
-        similarity[index] = np.asarray(mean)[: len(index)]
-    votes = np.bincount(np.asarray(best[1]).ravel(), minlength=rows).astype(np.int64)
-    return Votes(votes, similarity, zeros)
+    """Each domain point votes for its k nearest pool rows; arguments, memory and errors as for ``nearest``."""
+    found = nearest(domain, read_pool, rows=rows, k=k, chunk=chunk)
+    votes = np.bincount(found.rows.ravel(), minlength=rows).astype(np.int64)
+    return Votes(votes, found.mean, found.zero_norm)

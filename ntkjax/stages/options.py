@@ -93,6 +93,10 @@ class SelectorOptions:
     """Pool examples whose mean gradient is the second tangent of the report."""
     order: Literal["longest", "shortest"] = "longest"
     """Which responses come first (method=length)."""
+    buckets: int = 10_000
+    """Hash buckets of words and pairs of words (method=dsir)."""
+    gumbel: bool = True
+    """Sample in proportion to the importance weights; without: the highest weights (method=dsir)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written

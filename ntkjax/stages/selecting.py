@@ -220,6 +220,9 @@ def problem_of(
             "mesh": describe_mesh(model.mesh),
         },
         progress=progress and is_primary(),
+        domain_texts=domain.records.texts,
+        pool_texts=pool.records.texts,
+        weighted_embed_fn=model.output("weighted_embed"),
     )
 
 

@@ -315,3 +315,11 @@ def test_reading_takes_no_memory_that_grows_with_the_data(tmp_path):
     count, kilobytes = map(int, done.stdout.split())
     assert count == 150_000
     assert kilobytes < 40_000
+
+
+def test_texts_are_prompt_and_response_of_any_view(tmp_path):
+    first = read_records(write(tmp_path / "a.jsonl", *({"prompt": f"p{i}", "response": f"r{i}"} for i in range(4))))
+    second = read_records(write(tmp_path / "b.jsonl", {"instruction": "do", "output": "done"}))
+    view = concat_records(first, second).subset([4, 2, 0])
+    assert list(view.texts) == ["do\ndone", "p2\nr2", "p0\nr0"]
+    assert view.texts[1] == "p2\nr2" and len(first.texts) == 4

@@ -51,7 +51,7 @@ def log_probabilities(model, batch):
 def test_outputs_are_the_formulas():
     model, batch = model_with_b(), make_batch()
     logits, logp = np.asarray(model.logits(batch.tokens)), log_probabilities(model, batch)
-    fns = {kind: model.output(kind) for kind in ("apply", "hidden", "nll", "embed", "states")}
+    fns = {kind: model.output(kind) for kind in ("apply", "hidden", "nll", "embed", "weighted_embed", "states")}
     fns |= {"all": model.output("nll", "all"), "last": model.output("hidden", "last")}
     got = jax.jit(lambda fns, batch: {kind: fn({}, batch) for kind, fn in fns.items()})(fns, batch)
     states, head = np.asarray(got["states"]), np.asarray(model.head_fn({}))
@@ -61,6 +61,8 @@ def test_outputs_are_the_formulas():
         np.testing.assert_allclose(got["hidden"][i], states[i, at].mean(0), atol=1e-5)
         np.testing.assert_allclose(got["apply"][i], logits[i, at].mean(0), atol=1e-5)
         np.testing.assert_allclose(got["embed"][i], states[i, :n].mean(0), atol=1e-5)
+        weights = np.arange(1, n + 1) / (n * (n + 1) / 2)
+        np.testing.assert_allclose(got["weighted_embed"][i], weights @ states[i, :n], atol=1e-5)
         np.testing.assert_allclose(got["nll"][i], -logp[i, at, batch.tokens[i, at + 1]].mean(), atol=1e-5)
         every = np.arange(n - 1)
         np.testing.assert_allclose(got["all"][i], -logp[i, every, batch.tokens[i, every + 1]].mean(), atol=1e-5)
@@ -81,7 +83,7 @@ def test_large_logits_in_slices_change_neither_value_nor_derivatives(monkeypatch
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["apply", "hidden", "nll", "embed"])
+@pytest.mark.parametrize("kind", ["apply", "hidden", "nll", "embed", "weighted_embed"])
 def test_padding_order_and_company_do_not_matter(kind):
     fn = model_with_b().output(kind)
     together = np.asarray(run(fn, {}, make_batch()))

@@ -55,6 +55,11 @@ def dataset(rows, seed):
     )
 
 
+def texts(rows, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(["red", "blue", "green", "ball"], 5)) for _ in range(rows)]
+
+
 def make(n=5, rows=24, **changes):
     rng = np.random.default_rng(7)
     shapes = {"embed": (VOCAB, WIDTH), "mix": (WIDTH, WIDTH), "head": (VOCAB, WIDTH)}
@@ -62,6 +67,7 @@ def make(n=5, rows=24, **changes):
     fields = {
         "hidden_fn": hidden_fn, "head": head_fn, "nll_fn": nll_fn, "embed_fn": embed_fn, "params": params, "n": n,
         "token_budget": 64, "domain": dataset(6, 1), "pool": dataset(rows, 2),
+        "domain_texts": texts(6, 1), "pool_texts": texts(rows, 2), "weighted_embed_fn": embed_fn,
     }  # fmt: skip
     return SelectionProblem(**{**fields, **changes})
 
