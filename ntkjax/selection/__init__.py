@@ -1,6 +1,7 @@
 """Selection methods. A new one is a file here and a line in ``METHODS``."""
 
 from ntkjax.selection.base import Dataset, Selection, SelectionProblem, Selector, rank, select_top
+from ntkjax.selection.betr import BetrSelector
 from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
 from ntkjax.selection.length import LengthSelector
@@ -17,11 +18,13 @@ METHODS = {
     "length": LengthSelector,
     "dsir": DsirSelector,
     "rds": RdsSelector,
+    "betr": BetrSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
 __all__ = [
     "METHODS",
+    "BetrSelector",
     "Dataset",
     "DsirSelector",
     "EmbeddingSelector",

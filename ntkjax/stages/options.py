@@ -97,6 +97,10 @@ class SelectorOptions:
     """Hash buckets of words and pairs of words (method=dsir)."""
     gumbel: bool = True
     """Sample in proportion to the importance weights; without: the highest weights (method=dsir)."""
+    classifier_sample: int = 20_000
+    """Pool examples, or all, that are ranked by closeness to the domain to teach a classifier (method=betr)."""
+    classifier_share: float = 0.1
+    """The share of them that is the classifier's first class (method=betr)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written
