@@ -12,6 +12,7 @@ import numpy as np
 
 from ntkjax.assets import tiny_lm_path, write_planted_task
 from ntkjax.assets.settings import DEMO, DemoSettings
+from ntkjax.selection import Selection
 from ntkjax.selection.random import random_rows
 from ntkjax.stages.adapt_report import write_report
 from ntkjax.stages.adapting import NTK, RANDOM, Adaptation, AdaptConfig, adapt
@@ -93,8 +94,9 @@ def _paper_selections(
 ) -> dict[int, np.ndarray]:
     """What the paper's own setting (sum_logits, stage 1 on) chooses for each seed; nothing is trained on it."""
     base = adapt_config(config, settings, paths)
-    return {
-        seed: select(
+    found = {}
+    for seed in range(config.seeds):
+        chosen = select(
             SelectConfig(
                 model=base.model,
                 domain=base.domain,
@@ -106,9 +108,10 @@ def _paper_selections(
                 warmup=base.warmup,
             ),
             progress=progress,
-        ).selected
-        for seed in range(config.seeds)
-    }
+        )
+        assert isinstance(chosen, Selection)  # not a forecast: no dry run was asked for
+        found[seed] = chosen.selected
+    return found
 
 
 def _precision(
