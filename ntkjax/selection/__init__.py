@@ -9,6 +9,7 @@ from ntkjax.selection.ntk import NtkSelector
 from ntkjax.selection.random import RandomSelector
 from ntkjax.selection.random_from_stage_1 import RandomFromStage1Selector
 from ntkjax.selection.rds import RdsSelector
+from ntkjax.selection.tsds import TsdsSelector
 
 METHODS = {
     "ntk": NtkSelector,
@@ -19,6 +20,7 @@ METHODS = {
     "dsir": DsirSelector,
     "rds": RdsSelector,
     "betr": BetrSelector,
+    "tsds": TsdsSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
@@ -36,6 +38,7 @@ __all__ = [
     "Selection",
     "SelectionProblem",
     "Selector",
+    "TsdsSelector",
     "rank",
     "select_top",
 ]

@@ -112,12 +112,14 @@ class Neighbours:
 
     Attributes:
       rows: int32 [M, k], each domain point's nearest pool rows, nearest first, ties by lower row.
+      similarity: float32 [M, k], their cosine similarity to it.
       mean: float32 [N], mean cosine similarity of the pool row to the domain.
       highest: float32 [N], cosine similarity of the pool row to the nearest domain point.
       zero_norm: pool rows whose embedding is zero (their similarity is 0 by convention).
     """
 
     rows: Int[np.ndarray, "M k"]
+    similarity: Float[np.ndarray, "M k"]
     mean: Float[np.ndarray, " N"]
     highest: Float[np.ndarray, " N"]
     zero_norm: int
@@ -163,7 +165,7 @@ def nearest(
         first = jnp.asarray(start, jnp.int32)
         best, mean, top = _compare(best, jnp.asarray(domain), jnp.asarray(padded), first, real)
         means[index], highest[index] = np.asarray(mean)[: len(index)], np.asarray(top)[: len(index)]
-    return Neighbours(np.asarray(best[1]), means, highest, zeros)
+    return Neighbours(np.asarray(best[1]), np.asarray(best[0]), means, highest, zeros)
 
 
 def vote(

@@ -101,6 +101,14 @@ class SelectorOptions:
     """Pool examples, or all, that are ranked by closeness to the domain to teach a classifier (method=betr)."""
     classifier_share: float = 0.1
     """The share of them that is the classifier's first class (method=betr)."""
+    transport_alpha: float = 0.5
+    """Up to 1: closeness to the domain; towards 0: mass spread over more examples (method=tsds)."""
+    transport_scale: float = 5.0
+    """C, what a distance between embeddings of length 1 is divided by (method=tsds)."""
+    transport_sigma: float = 0.75
+    """Distance within which examples count as near-duplicates; 0: none do (method=tsds)."""
+    neighbours: int = 5000
+    """Nearest pool examples that may serve a domain example (method=tsds)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written
