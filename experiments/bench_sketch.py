@@ -10,10 +10,10 @@ Expect:   experiments/README.md, "Sketches".
 
 Every round times, one after the other on the same batch of real text: the gradients alone (reduced to one number a
 leaf and example), and the same program with each sketch; a ratio is taken within a round. The dense sketch is timed as
-`gradient_features` uses it, once for the gradients of a whole group of rows: its time a row is added to that of the
-gradients. `sketch_apart_over_gradients_*` is a fast sketch of gradients that lie in memory, over the time to make them: on a
-busy machine, where two runs of one program differ by more than a fast sketch takes, it says more than the ratio.
-`rademacher_signs_share` is the part of it that makes signs: the time for one row over that for all.
+`gradient_features` uses it, once for the gradients of all examples: its time a row is added to that of the gradients.
+`sketch_apart_over_gradients_*` is a fast sketch of gradients that lie in memory, over the time to make them: on a busy
+machine, where two runs of one program differ by more than a fast sketch takes, it says more than the ratio.
+`rademacher_signs_share` is the part of the dense sketch that makes signs: the time for one row over that for all.
 Correlations: off-diagonal entries of the exact `sum_logits` kernel against those of each sketch, over seeds; the
 adapter's B factors are drawn, so that it is not at its start, where the gradients of all A factors are 0.
 """
@@ -198,7 +198,7 @@ def main(bench: SketchBench) -> None:
     )
     found, dense = times(bench, fn, params, batch, gradients)
     found |= agreement(bench, gradients, dense)
-    fastest = min(FAST, key=lambda name: found[f"sketch_over_gradients_{name}"]["median"])
+    fastest = min(FAST, key=lambda name: found[f"sketch_apart_over_gradients_{name}"]["median"])
     found["sketch_over_gradients"] = found[f"sketch_over_gradients_{fastest}"]
     for name, ratio in found.items():
         print(f"{name:42s} {ratio['median']:7.4f}   [{ratio['low']:.4f}, {ratio['high']:.4f}]")

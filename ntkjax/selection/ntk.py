@@ -61,7 +61,8 @@ class NtkSelector:
         the pool sample. ``cosine``: <g_bar, g_j> / (|g_bar| |g_j|), which needs every candidate's gradient norm and so
         costs per-example gradients.
       scores: ``forward`` (exact) or ``sketch`` (the paper's path, K = ``sketch_size``).
-      sketch: the map of ``scores`` sketch: ``rademacher`` [paper], ``sparse`` or ``kronecker``.
+      sketch: the map of ``scores`` sketch: ``rademacher`` [paper], ``sparse`` or ``kronecker``. The default ranks like
+        the paper's and costs next to nothing (experiments/bench_sketch.py).
       precondition: ``none``; ``adam`` or ``kfac``: <P^-1 g_bar, g_j> with P from the domain's loss (see
         `ntkjax.ntk.precondition`), the pool's mean gradient treated alike.
       damping: of ``kfac``, over the mean curvature.
@@ -73,7 +74,7 @@ class NtkSelector:
     kernel: str = "sum_logits"
     direction: DirectionName = "raw"
     scores: ScoreMethod = "forward"
-    sketch: SketchName = "rademacher"
+    sketch: SketchName = "sparse"
     sketch_size: int = 8192
     precondition: PreconditionerName = "none"
     damping: float = DAMPING

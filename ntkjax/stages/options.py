@@ -75,9 +75,9 @@ class SelectorOptions:
     cosine: divided by gradient norms (costs per-example gradients)."""
     scores: Literal["forward", "sketch"] = "forward"
     """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
-    sketch: Literal["rademacher", "sparse", "kronecker"] = "rademacher"
-    """The projection (scores=sketch). rademacher: the paper's, dense; sparse: as good, at next to no cost; kronecker:
-    of both sides of each matrix."""
+    sketch: Literal["rademacher", "sparse", "kronecker"] = "sparse"
+    """The projection (scores=sketch). rademacher: the paper's, dense; sparse: ranks like it, at next to no cost;
+    kronecker: of both sides of each matrix."""
     sketch_size: int = 8192
     """K, the numbers that a gradient is projected to (scores=sketch)."""
     precondition: Literal["none", "adam", "kfac"] = "none"
