@@ -123,6 +123,7 @@ def test_scores_are_the_products_with_the_explicit_preconditioned_direction(toy,
         assert abs(found.gram[0, column] - means[0] @ inverse @ mean) < 1e-8 * abs(means[0] @ inverse @ means[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "kfac"])
 def test_single_precision_scores_are_those_of_double_precision(toy, case, name):
     """An inverse with damping 0.1 amplifies single precision's rounding: 1e-4, where plain scores hold 1e-5."""
