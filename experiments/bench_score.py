@@ -6,7 +6,8 @@ Command:  python experiments/bench_score.py --model ../shared/models/cot-lm-7m -
 Hardware: any; the ratios depend on it: small matrices keep a CPU busy with what is not a matrix product.
 Models:   the checkpoint, and a Qwen3 shape of 25 M random parameters (D = 512, 9 layers) on the same tokens; LoRA of
           r = 16, all its numbers drawn, so that it is not at its start.
-Expect:   the aim is 2.0 for one direction (score_over_forward), 1 + m for m, 2.2 from file to store, padding below 10%.
+Expect:   the aim is 2.0 for one direction (score_over_forward), 1 + m for m, 2.2 from file to store, padding below 10%
+          (on a whole pool: a sample of it has too few examples for as many lengths); README, "What was measured".
 
 The batches are those of the first ``rows`` examples, as `select` makes them. Every round passes over all of them with
 each variant in turn; a ratio is taken within a round. Both passes are jitted and compiled before.

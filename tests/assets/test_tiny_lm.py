@@ -80,6 +80,7 @@ def test_demo_fits_the_lengths_of_the_task(model, task):
     assert len(task.pool) == DEMO.pool_size and len(task.train) == DEMO.domain_size
 
 
+@pytest.mark.slow
 def test_recipe_runs_and_gives_the_same_model_twice(tmp_path):
     recipe = Recipe(rows=200, steps=3, warmup_steps=1, batch_size=8, length=64, hidden_size=32, num_layers=2)
     for name in ("a", "b"):

@@ -106,6 +106,7 @@ def test_finetune_then_evaluate_against_the_base(files, tmp_path, capsys):
     np.testing.assert_allclose(merged.logits(tokens), tuned.logits(tokens), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_parameters_train_too(files, tmp_path):
     result = ntkjax.finetune(
         model=files.model, parameters="all", domain=files.domain, out=tmp_path / "run", token_budget=1024,

@@ -37,6 +37,7 @@ def one(files, jobs, tmp_path_factory) -> Path:
     return root / "one"
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_store_and_choose_what_one_chooses(files, jobs, one):
     out = one.parent / "two"
     job = jobs.start_job(one.parent, 2, *files.flags("model", "domain", "pool"), *FLAGS, "--out", str(out))

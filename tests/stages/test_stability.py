@@ -203,6 +203,7 @@ def check_the_same_directory_again(made, files, capsys):
     assert run(files, made, "--memory-gib", "0.5") == 0  # neither is needed for a run that has finished
 
 
+@pytest.mark.slow
 def test_it_can_be_repeated_interrupted_and_gone_on_with(made, files, tmp_path, monkeypatch, capsys):
     check_a_replay_that_is_interrupted(made, tmp_path, monkeypatch)
     capsys.readouterr()

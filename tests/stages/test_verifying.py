@@ -134,6 +134,7 @@ def test_a_replay_that_was_stopped_goes_on_and_computes_nothing_twice(fresh, fil
     assert verify(files, out, "--skip-warmup", "--bootstrap", "20") == 2
 
 
+@pytest.mark.slow
 def test_as_a_function_with_warm_up_and_all_parameters(files, tmp_path):
     options = {"model": files.model, "data": files.pool, "n": 8, "m": 1, "seeds": 2, "bootstrap": 10,
                "max_signs": 0.0, "cross_examples": 0, "max_length": 40, "progress": False}  # fmt: skip
