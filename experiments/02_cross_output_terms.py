@@ -4,7 +4,7 @@ Command:  python experiments/02_cross_output_terms.py
           python experiments/02_cross_output_terms.py --model ../shared/models/cot-lm-7m --data ../shared/data
 Hardware: 4 CPU cores, no accelerator.
 Runtime:  the synthetic heads and the embedded model 8 minutes on two busy cores; the real one (V = 4,096, D = 256, 7 M
-          parameters) 6 minutes on 4 cores with --examples 2, three minutes more for each further example.
+          parameters) 6 minutes on 4 cores with --examples 2, longer with more.
 Expect:   experiments/README.md, "Cross-output terms".
 
 The Jacobian-free kernel sum_logits is the trace plus sum over k != l of <grad f_k, grad f_l'>. The paper (Fig. 2b)
