@@ -8,17 +8,15 @@ it would say more about the machine than about the code.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+import ratios
 import tyro
 
 from ntkjax import load_lm
@@ -62,28 +60,9 @@ def variants(bench: Bench) -> dict[str, Callable]:
     }
 
 
-def measure(passes: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
-    """Ratios to ``forward`` within each round, after one round that compiles."""
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(rounds + 1):
-        for name, run in passes.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - began)
-    base = times.pop("forward")[1:]
-    ratios = {name: [t / b for t, b in zip(found[1:], base)] for name, found in times.items()}
-    return {n: {"median": statistics.median(r), "low": min(r), "high": max(r)} for n, r in ratios.items()}
-
-
 def main(bench: Bench) -> None:
     """Measure, print and write."""
-    found = measure(variants(bench), bench.rounds)
-    for name, ratio in found.items():
-        print(f"{name:36s} {ratio['median']:6.2f}   [{ratio['low']:.2f}, {ratio['high']:.2f}]")
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(bench.out.read_text()) if bench.out.exists() else {}
-    bench.out.write_text(json.dumps(before | found, indent=2) + "\n")
-    print(f"written: {bench.out}", flush=True)
+    ratios.record(ratios.over("forward", variants(bench), bench.rounds), bench.out)
     # Each in a process of its own, for its memory; one BLAS thread for a small eigenvalue problem, see bench_exact.
     pool = [] if bench.pool is None else ["--pool", str(bench.pool)]
     data = [] if bench.pool is None else ["--data", str(bench.pool)]

@@ -17,9 +17,6 @@ the other runs once. Cutting its work into blocks that fit the caches does not m
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ratios
 import tyro
 
 from ntkjax.models import LoraConfig, ModelConfig, init_lm
@@ -83,13 +81,6 @@ def compiled(implementation: str, arguments: tuple) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(program(*arguments))
 
 
-def seconds(run: Callable[[], np.ndarray]) -> float:
-    """Wall time of one call, whose result is ready when it returns."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def measure(bench: ExactBench) -> dict[str, float]:
     """Median, lowest and highest ratio over the rounds."""
     arguments = problem(bench, bench.vocab)
@@ -97,12 +88,11 @@ def measure(bench: ExactBench) -> dict[str, float]:
     theirs = {name: compiled(name, arguments) for name in neural_tangents.IMPLEMENTATIONS}
     for run in theirs.values():
         np.testing.assert_allclose(run(), spectral(), rtol=1e-3)
-    first = {name: seconds(run) for name, run in theirs.items()}
+    first = {name: ratios.seconds(run) for name, run in theirs.items()}
     best = min(first, key=first.__getitem__)
     for name, took in first.items():
         print(f"  neural-tangents, {name}: {took / first[best]:.2f} x the faster one", flush=True)
-    ratios = [seconds(theirs[best]) / seconds(spectral) for _ in range(bench.rounds)]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return ratios.spread([ratios.seconds(theirs[best]) / ratios.seconds(spectral) for _ in range(bench.rounds)])
 
 
 def spectral_memory(bench: ExactBench, vocab: int) -> int:
@@ -118,7 +108,7 @@ def spectral_memory(bench: ExactBench, vocab: int) -> int:
 def comparisons(bench: ExactBench) -> dict[str, dict[str, float]]:
     """Name -> {median, low, high}, for build/bench.json; without neural-tangents the memory alone."""
     memory = spectral_memory(bench, 8 * bench.vocab) / spectral_memory(bench, bench.vocab)
-    found = {MEMORY: {"median": memory, "low": memory, "high": memory}}
+    found = {MEMORY: ratios.spread([memory])}
     if neural_tangents.is_installed():
         return {NAME: measure(bench)} | found
     print(f"{NAME} not measured: neural-tangents is not installed ({neural_tangents.INSTALL})")
@@ -127,13 +117,7 @@ def comparisons(bench: ExactBench) -> dict[str, dict[str, float]]:
 
 def main(bench: ExactBench) -> None:
     """Measure, print and add to what is written."""
-    found = comparisons(bench)
-    for name, ratio in found.items():
-        print(f"{name:42s} {ratio['median']:6.2f}   [{ratio['low']:.2f}, {ratio['high']:.2f}]")
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(bench.out.read_text()) if bench.out.exists() else {}
-    bench.out.write_text(json.dumps(before | found, indent=2) + "\n")
-    print(f"written: {bench.out}")
+    ratios.record(comparisons(bench), bench.out)
 
 
 if __name__ == "__main__":

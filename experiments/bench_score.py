@@ -16,16 +16,14 @@ each variant in turn; a ratio is taken within a round. Both passes are jitted an
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import ratios
 import tyro
 
 import ntkjax
@@ -114,19 +112,6 @@ def read(bench: ScoreBench, model: LanguageModel, pool: Path, cache: str) -> Tok
     return tokenise(records, model.tokenizer, max_length=bench.max_length, cache_dir=cache)
 
 
-def ratios(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median, lowest and highest ratio to ``forward`` within a round, after one round that compiles."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - began)
-    base = times.pop("forward")[1:]
-    each = {name: [t / b for t, b in zip(found[1:], base)] for name, found in times.items()}
-    return {n: {"median": statistics.median(r), "low": min(r), "high": max(r)} for n, r in each.items()}
-
-
 def main(bench: ScoreBench) -> None:
     """Measure, print, and add to build/bench.json."""
     model = ntkjax.load_lm(bench.model, lora=LoraConfig(rank=16))
@@ -139,21 +124,17 @@ def main(bench: ScoreBench) -> None:
         plan = tokens.batches(token_budget=bench.token_budget)
         batches = list(plan)
         waste = plan.padding_waste
-    runs = passes(model, batches, bench.directions)
+    runs = passes(model, batches, bench.directions) | {"file_to_scores": file_to_scores(bench, model, pool)}
     found = {
         "score_over_forward" if name == "score_1" else f"{name}_over_forward": ratio
-        for name, ratio in ratios(runs | {"file_to_scores": file_to_scores(bench, model, pool)}, bench.rounds).items()
+        for name, ratio in ratios.over("forward", runs, bench.rounds).items()
     }
     if bench.big:
         big = random_shape(model.config.vocab_size)
         runs = passes(big, batches, (1,))
-        found["score_over_forward_25m"] = ratios(runs, max(3, bench.rounds // 2))["score_1"]
-    found["padding_waste"] = dict.fromkeys(("median", "low", "high"), waste)
-    for name, ratio in found.items():
-        print(f"{name:36s} {ratio['median']:6.2f}   [{ratio['low']:.2f}, {ratio['high']:.2f}]", flush=True)
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(bench.out.read_text()) if bench.out.exists() else {}
-    bench.out.write_text(json.dumps(before | found, indent=2) + "\n")
+        found["score_over_forward_25m"] = ratios.over("forward", runs, max(3, bench.rounds // 2))["score_1"]
+    found["padding_waste"] = ratios.spread([waste])
+    ratios.record(found, bench.out)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from ratios import record, seconds, spread
 
 from ntkjax import load_lm
 from ntkjax.assets import tiny_lm_path
@@ -103,18 +102,6 @@ def together(sketch: Any, fn: Any, params: Any, batch: Any) -> jax.Array:
 def apply(sketch: Any, gradients: Any) -> jax.Array:
     """Sketch given gradients."""
     return sketch(gradients)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call, whose result is ready when it returns."""
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """As build/bench.json holds it."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def times(bench: SketchBench, fn: Any, params: Any, batch: Any, gradients: Any) -> tuple[dict, list[jax.Array]]:
@@ -200,13 +187,8 @@ def main(bench: SketchBench) -> None:
     found |= agreement(bench, gradients, dense)
     fastest = min(FAST, key=lambda name: found[f"sketch_apart_over_gradients_{name}"]["median"])
     found["sketch_over_gradients"] = found[f"sketch_over_gradients_{fastest}"]
-    for name, ratio in found.items():
-        print(f"{name:42s} {ratio['median']:7.4f}   [{ratio['low']:.4f}, {ratio['high']:.4f}]")
     print(f"fastest: {fastest}; pass the gate: {', '.join(passed(found)) or 'none'}")
-    bench.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(bench.out.read_text()) if bench.out.exists() else {}
-    bench.out.write_text(json.dumps(before | found, indent=2) + "\n")
-    print(f"written: {bench.out}")
+    record(found, bench.out)
 
 
 if __name__ == "__main__":

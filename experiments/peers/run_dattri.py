@@ -36,7 +36,7 @@ def make(task: dict, variant: str) -> Job:
     def run() -> None:
         for start in range(0, task["peer_rows"], batch):
             rows = slice(start, start + batch)
-            gradients = torch.nan_to_num(differentiate(params.detach(), (pool.tokens[rows], pool.predicts[rows])))
+            gradients = differentiate(params.detach(), (pool.tokens[rows], pool.predicts[rows]))
             if variant != "gradients":
                 project(gradients)
 

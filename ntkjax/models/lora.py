@@ -108,8 +108,8 @@ def adapted(
 
         dx W' + x dW + scale ((x dA) B + (x A) dB):
 
-    W' takes the place of four thin products (x A, (x A) B, dx A, (dx A) B), which run far below the speed of a square
-    one. Reverse mode transposes the same rule.
+    W' takes the place of the thin products (x A) B, dx A and (dx A) B, which run far below the speed of a square one.
+    Reverse mode transposes the same rule, and makes W' anew.
     """
     return jnp.matmul(x, w) + lora_delta(x, a, b, scale)
 
@@ -117,17 +117,18 @@ def adapted(
 @functools.partial(adapted.defjvp, symbolic_zeros=True)
 def _adapted_jvp(scale: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, w, a, b = primals
-    merged = w + scale * jnp.matmul(a, b)
+    # Made anew in the backward pass: kept, W' of every layer would be a second copy of the weights.
+    through = jax.checkpoint(lambda x, w, a, b: jnp.matmul(x, w + scale * jnp.matmul(a, b)), prevent_cse=False)
     # A symbolic zero (weights held fixed, the first layer's input) costs nothing.
     terms = {
-        0: lambda dx: jnp.matmul(dx, merged),
+        0: lambda dx: through(dx, w, a, b),
         1: lambda dw: jnp.matmul(x, dw),
         2: lambda da: scale * jnp.matmul(jnp.matmul(x, da), b),
         3: lambda db: scale * jnp.matmul(jnp.matmul(x, a), db),
     }
     zero = jax.custom_derivatives.SymbolicZero
     moved = [terms[i](tangent) for i, tangent in enumerate(tangents) if not isinstance(tangent, zero)]
-    value = jnp.matmul(x, merged)
+    value = through(x, w, a, b)
     return value, functools.reduce(jnp.add, moved) if moved else jnp.zeros_like(value)
 
 

@@ -74,7 +74,7 @@ def _feature_groups(
     any other sketch is part of the program that makes the gradients, batch by batch.
     """
     if sketch.grouped:
-        yield from _gathered(kernel, params, batches, sketch, memory_budget=memory_budget, microbatch=microbatch)
+        yield from _gathered(kernel, params, batches, sketch, memory_budget, microbatch)
         return
     for batch in batches:
         group = group_rows(jax.eval_shape(feature_vector, kernel, params, batch), memory_budget)
@@ -83,13 +83,7 @@ def _feature_groups(
 
 
 def _gathered(
-    kernel: Kernel,
-    params: Params,
-    batches: Iterable,
-    sketch: Sketch,
-    *,
-    memory_budget: int,
-    microbatch: int | None,
+    kernel: Kernel, params: Params, batches: Iterable, sketch: Sketch, memory_budget: int, microbatch: int | None
 ) -> Iterator[tuple[np.ndarray, Array]]:
     """`_feature_groups` where the gradients of many batches meet one generation of signs."""
     buffer, index, used, group = None, np.empty(0, int), 0, 0

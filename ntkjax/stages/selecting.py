@@ -90,7 +90,15 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
 
 
 def forecast(config: SelectConfig) -> Forecast:
-    """What ``config`` would take, from the first records of each data set; makes no run directory."""
+    """What ``config`` would take, from the first records of each data set; makes no run directory.
+
+    Raises:
+      ConfigError: another method than ``ntk``, whose passes are those that are timed.
+    """
+    if check_method(config.select.method) != "ntk":
+        raise ConfigError(
+            f"--dry-run forecasts the passes of --method ntk, not of {config.select.method}; leave one of the two out"
+        )
     model = load_model(config.model, seed=config.seed)
     params = trained_parameters(model, config.model)
     domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)

@@ -76,10 +76,7 @@ def rope(theta: float) -> dict:
 
 
 def llama_cases() -> dict[str, Case]:
-    long = {"rows": 2, "length": 90, "stride": 6}
     tiny, gqa = {**TINY, "max_position_embeddings": 64}, {**GQA, "max_position_embeddings": 64}
-    wide = {**GQA, "max_position_embeddings": 128, "head_dim": 12, "num_attention_heads": 4}
-    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     return {
         "llama2": Case(
             LlamaConfig(**tiny, rope_parameters=rope(1e4), rms_norm_eps=1e-5),
@@ -87,24 +84,7 @@ def llama_cases() -> dict[str, Case]:
             edit="inv_freq",
         ),
         "llama3": Case(LlamaConfig(**gqa, rope_parameters=rope(5e5), rms_norm_eps=1e-5), "grouped queries"),
-        "llama31": Case(LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE), "llama3 rope scaling, untied", **long),
-        "llama32-tied": Case(
-            LlamaConfig(**wide, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
-            "llama3 rope scaling, tied",
-            **long,
-        ),
-        "llama31-v4": Case(
-            LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE),
-            "configuration as v4 wrote it",
-            edit="v4",
-            **long,
-        ),
-        "llama-linear": Case(LlamaConfig(**tiny, rope_parameters=linear), "linear rope scaling"),
-        "llama-linear-v4": Case(
-            LlamaConfig(**tiny, rope_parameters=linear),
-            "configuration as early v4 wrote it: rope_scaling has `type`",
-            edit="v4-type",
-        ),
+        **scaled_rope_cases(),  # here: a case's place decides its seed
         "llama-biases": Case(
             LlamaConfig(**tiny, rope_parameters=rope(1e4), attention_bias=True, mlp_bias=True),
             "biases on every linear layer",
@@ -125,6 +105,34 @@ def llama_cases() -> dict[str, Case]:
             LlamaConfig(**gqa, rope_parameters=rope(5e5)),
             "PEFT adapter, all linear layers",
             lora={"r": 4, "lora_alpha": 12, "target_modules": "all-linear"},
+        ),
+    }
+
+
+def scaled_rope_cases() -> dict[str, Case]:
+    """Positions past the original context."""
+    long = {"rows": 2, "length": 90, "stride": 6}
+    tiny = {**TINY, "max_position_embeddings": 64}
+    wide = {**GQA, "max_position_embeddings": 128, "head_dim": 12, "num_attention_heads": 4}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    return {
+        "llama31": Case(LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE), "llama3 rope scaling, untied", **long),
+        "llama32-tied": Case(
+            LlamaConfig(**wide, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
+            "llama3 rope scaling, tied",
+            **long,
+        ),
+        "llama31-v4": Case(
+            LlamaConfig(**wide, rope_parameters=LLAMA3_ROPE),
+            "configuration as v4 wrote it",
+            edit="v4",
+            **long,
+        ),
+        "llama-linear": Case(LlamaConfig(**tiny, rope_parameters=linear), "linear rope scaling"),
+        "llama-linear-v4": Case(
+            LlamaConfig(**tiny, rope_parameters=linear),
+            "configuration as early v4 wrote it: rope_scaling has `type`",
+            edit="v4-type",
         ),
     }
 

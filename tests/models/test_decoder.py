@@ -87,7 +87,7 @@ def test_attention_is_the_formula_and_agrees_with_jax():
     np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [31, 33, pytest.param(140, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [31, 33, 70, pytest.param(140, marks=pytest.mark.slow)])
 def test_causal_blocks_equal_one_block_under_a_causal_mask_with_both_derivatives(x64, length):
     rng = np.random.default_rng(length)
     values = [jnp.asarray(rng.normal(size=(2, length, n, 4))) for n in (4, 2, 2)]

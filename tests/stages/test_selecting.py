@@ -103,6 +103,11 @@ def test_dry_run_forecasts_and_does_nothing_else(files, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_dry_run_of_a_method_that_it_does_not_time_is_refused(files, tmp_path, capsys):
+    assert select(files, tmp_path / "run", "--dry-run", "--method", "random") == 2
+    assert "not of random" in capsys.readouterr().err
+
+
 def test_as_a_function(files, tmp_path):
     result = ntkjax.select(
         model=files.model, domain=files.domain, pool=[files.pool], n=3, out=tmp_path / "run", stage1="off",
