@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ntkjax.errors import ConfigError
+from ntkjax.training.loss_reweighting import Reweighting
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -62,16 +63,30 @@ class TrainConfig:
     """Optimiser steps between checkpoints. None: once per epoch. The last step is always saved."""
     keep_checkpoints: int | None = 2
     """Newest checkpoints kept on disk. None: all of them (to look at training over time)."""
+    loss_reweighting: Reweighting = "none"
+    """Weigh the examples of a batch by their loss (arXiv 2502.06733): linupper, quadratic or extremes."""
+    reweighting_temperature: float = 0.4
+    """r of loss_reweighting: the larger, the closer to equal weights."""
+    lift_rank: int | None = None
+    """LIFT (arXiv 2506.00772): train only the entries of each linear layer that are largest after its reduction to
+    this rank, as many as LoRA of this rank would train. Needs all parameters to be trained. None: off."""
+    lift_interval: int = 200
+    """Optimiser steps between two choices of those entries."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_ranges(self)
 
 
-_OPTIONAL_COUNTS = ("steps", "micro_batch_tokens", "eval_every", "patience", "save_every", "keep_checkpoints")
-_COUNTS = ("batch_size", "accumulation", "max_buckets", *_OPTIONAL_COUNTS)
+_OPTIONAL_COUNTS = (
+    *("steps", "micro_batch_tokens", "eval_every", "patience", "save_every", "keep_checkpoints", "lift_rank"),
+)
+_COUNTS = ("batch_size", "accumulation", "max_buckets", "lift_interval", *_OPTIONAL_COUNTS)
 _OPTIONAL_REALS = ("clip_norm", "domain_share")
-_REALS = ("epochs", "learning_rate", "warmup_ratio", "weight_decay", "b1", "b2", "eps", *_OPTIONAL_REALS)
+_REALS = (
+    *("epochs", "learning_rate", "warmup_ratio", "weight_decay", "b1", "b2", "eps", "reweighting_temperature"),
+    *_OPTIONAL_REALS,
+)
 _OPTIONAL = (*_OPTIONAL_COUNTS, *_OPTIONAL_REALS)
 
 
@@ -109,7 +124,7 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise _fail(name, value, "at least 1")
-    for name in ("epochs", "learning_rate", "eps"):
+    for name in ("epochs", "learning_rate", "eps", "reweighting_temperature"):
         if getattr(config, name) <= 0:
             raise _fail(name, getattr(config, name), "a number above 0")
     if config.weight_decay < 0:
@@ -123,5 +138,7 @@ def _check_ranges(config: TrainConfig) -> None:
         raise _fail("domain_share", config.domain_share, "a number strictly between 0 and 1, or none")
     if config.schedule not in SCHEDULES:
         raise _fail("schedule", config.schedule, "one of " + ", ".join(SCHEDULES))
+    if config.loss_reweighting not in get_args(Reweighting):
+        raise _fail("loss_reweighting", config.loss_reweighting, "one of " + ", ".join(get_args(Reweighting)))
     if config.accumulation > config.batch_size:
         raise _fail("accumulation", config.accumulation, f"at most batch_size = {config.batch_size}")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ntkjax.data.buckets import round_up
 from ntkjax.training.config import TrainConfig
+from ntkjax.training.lift import Lift
 from ntkjax.types import Params
 
 
@@ -27,16 +28,19 @@ class AdamW:
     eps: float
     weight_decay: float
     clip_norm: float | None
+    lift: Lift | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> AdamW:
-        return cls(config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm)
+        lift = None if config.lift_rank is None else Lift(config.lift_rank, config.lift_interval)
+        return cls(config.b1, config.b2, config.eps, config.weight_decay, config.clip_norm, lift)
 
     def _transform(self, learning_rate: float | Array) -> optax.GradientTransformation:
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         decay = optax.add_decayed_weights(self.weight_decay, mask=decay_mask)
-        return optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate))
+        chain = optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate))
+        return chain if self.lift is None else self.lift.wrap(chain)
 
     def init(self, params: Params) -> Any:
         """The optimiser's state before the first step: zero moments shaped like ``params``."""

@@ -19,6 +19,7 @@ from ntkjax.errors import UserError
 from ntkjax.parallel import DATA, shard_batch
 from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
+from ntkjax.training.loss_reweighting import LossReweighting
 from ntkjax.training.manifest import TrainingData
 from ntkjax.training.metrics_log import MetricsLog
 from ntkjax.training.mixture import EpochPlan
@@ -61,6 +62,11 @@ class Run:
         row_multiple = 1 if mesh is None else mesh.shape[DATA]
         self.dtypes = leaf_dtypes(params)
         self.optimiser = AdamW.of(config)
+        self.reweighting = (
+            None
+            if config.loss_reweighting == "none"
+            else LossReweighting(config.loss_reweighting, config.reweighting_temperature)
+        )
         self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
@@ -124,7 +130,7 @@ class Run:
         step = self.progress.step
         rate = float(self.rates[step])
         options = {"optimiser": self.optimiser, "accumulation": accumulation, "dtypes": self.dtypes}
-        options |= {"shardings": self.shardings}
+        options |= {"shardings": self.shardings, "reweighting": self.reweighting}
         self.state, metrics = train_step(self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options)
         # The next batch is built while the device works; reading the loss then waits for the device.
         upcoming = next(stream, None)
@@ -138,6 +144,8 @@ class Run:
         entry = {"kind": "train", "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": loss}
         entry |= {"lr": rate, "grad_norm": norm, "clipped": clipped, "tokens": tokens}
         entry |= {"response_tokens": int(np.sum(metrics.counts)), "tokens_per_second": tokens / seconds}
+        if self.reweighting is not None:  # 1 / sum v^2: as many examples of equal weight would weigh as much
+            entry["effective_examples"] = 1 / float(np.sum(np.square(np.asarray(metrics.weights, np.float64))))
         self._append(entry)
         return upcoming, loss
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ntkjax.parallel import keep_shardings
+from ntkjax.training.loss_reweighting import LossReweighting
 from ntkjax.training.objective import response_counts, token_mean_weights
 from ntkjax.training.optimiser import AdamW
 from ntkjax.types import Batch, Params, at_least_float32
@@ -31,13 +32,14 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Of one step: loss (nats per response token), gradient norm before clipping, NLL [B], response tokens
-    [B]."""
+    """Of one step: loss (nats per response token, whatever the examples weigh), gradient norm before clipping, NLL
+    [B], response tokens [B], and the weights of the examples [B], which sum to 1."""
 
     loss: Array
     grad_norm: Array
     nll: Array
     counts: Array
+    weights: Array
 
 
 def init_state(params: Params, optimiser: AdamW) -> TrainState:
@@ -77,7 +79,7 @@ def leaf_dtypes(params: Params) -> tuple[str, ...]:
     return tuple(jnp.asarray(leaf).dtype.name for leaf in jax.tree.leaves(params))
 
 
-_STATIC = ("optimiser", "accumulation", "dtypes", "shardings")
+_STATIC = ("optimiser", "accumulation", "dtypes", "shardings", "reweighting")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
@@ -91,28 +93,42 @@ def train_step(
     accumulation: int,
     dtypes: tuple[str, ...],
     shardings: tuple | None = None,
+    reweighting: LossReweighting | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """theta <- AdamW(theta, grad sum_i w_i nll_i(theta)), w_i = |S_i| / sum_j |S_j| over the whole batch.
+    """theta <- AdamW(theta, grad sum_i w_i nll_i(theta)), w_i = |S_i| / sum_j |S_j| over the whole batch, or the
+    weights of ``reweighting``.
 
     ``batch`` holds ``accumulation * b`` rows; micro-batch i is rows i, i + accumulation, ..., so that a batch
     sharded over devices needs no exchange of rows. Gradients are summed in the dtype of the master copy.
     ``shardings``: of the state's leaves, in tree order; the new state keeps them (see `on_mesh`).
     """
-    weights = token_mean_weights(response_counts(batch), master_dtype(state.params))
+    counts, dtype = response_counts(batch), master_dtype(state.params)
+    token_mean = token_mean_weights(counts, dtype)
 
-    def loss_fn(master: Params, rows: tuple[Batch, Array]) -> tuple[Array, Array]:
+    def nll_of(master: Params, micro: Batch) -> Array:
+        return nll_fn(cast_like(master, dtypes), micro).astype(dtype)
+
+    def loss_fn(master: Params, rows: tuple[Batch, Array]) -> tuple[Array, tuple[Array, Array]]:
         micro, w = rows
-        nll = nll_fn(cast_like(master, dtypes), micro).astype(w.dtype)
-        return jnp.sum(w * nll), nll
+        nll = nll_of(master, micro)
+        if (
+            reweighting is not None and accumulation == 1
+        ):  # the whole batch is here: its losses need no pass of their own
+            w = reweighting.weights(nll, counts)
+        return jnp.sum(w * nll), (nll, w)
 
-    (loss, nll), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation)
-    metrics = StepMetrics(loss, optax.global_norm(grads), nll, response_counts(batch))
+    weights = token_mean
+    if reweighting is not None and accumulation > 1:
+        weights = reweighting.weights(_in_pieces(nll_of, state.params, batch, accumulation), counts)
+    (_, (nll, weights)), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation)
+    metrics = StepMetrics(jnp.sum(token_mean * nll), optax.global_norm(grads), nll, counts, weights)
     new = TrainState(*optimiser.step(state.params, grads, state.opt_state, learning_rate))
     return keep_shardings(new, shardings), metrics
 
 
 def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int) -> tuple:
-    """((sum of losses, NLL [B]), sum of gradients) over the micro-batches, the rows back in their order."""
+    """((sum of losses, what ``loss_fn`` gives for each row), sum of gradients) over the micro-batches, the rows back in
+    their order."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulation == 1:
         return value_and_grad(params, rows)
@@ -121,17 +137,30 @@ def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int)
 
     def add(carry: tuple, micro: list[Array]) -> tuple:
         loss, grads = carry
-        (loss_i, nll_i), grads_i = value_and_grad(params, treedef.unflatten(micro))
-        return (loss + loss_i, jax.tree.map(jnp.add, grads, grads_i)), nll_i
+        (loss_i, by_row), grads_i = value_and_grad(params, treedef.unflatten(micro))
+        return (loss + loss_i, jax.tree.map(jnp.add, grads, grads_i)), by_row
 
     start = (jnp.zeros((), master_dtype(params)), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), nll = jax.lax.scan(add, start, [_split(leaf, accumulation) for leaf in leaves])
-    return (loss, jnp.swapaxes(nll, 0, 1).reshape(-1)), grads
+    (loss, grads), by_row = jax.lax.scan(add, start, [_split(leaf, accumulation) for leaf in leaves])
+    return (loss, jax.tree.map(_join, by_row)), grads
+
+
+def _in_pieces(row_fn: Callable, params: Params, batch: Batch, count: int) -> Array:
+    """``row_fn(params, batch) -> [B]`` computed ``count`` micro-batches after one another."""
+    leaves, treedef = jax.tree.flatten(batch)
+    return _join(
+        jax.lax.map(lambda micro: row_fn(params, treedef.unflatten(micro)), [_split(x, count) for x in leaves])
+    )
 
 
 def _split(x: Array, accumulation: int) -> Array:
     """[A b, ...] -> [A, b, ...], micro-batch i being rows i, i + A, ..."""
     return jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1)
+
+
+def _join(x: Array) -> Array:
+    """[A, b] -> [A b]: the inverse of :func:`_split`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnames=("dtypes",))
