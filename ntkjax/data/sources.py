@@ -76,11 +76,11 @@ def source_name(source: str) -> str:
     return source.split("/")[1].split(":")[0] if is_hub_id(source) else Path(source).stem
 
 
-def iter_source(source: str, split: str) -> Iterator[Item]:
-    """The records of one file or hub id in order."""
+def iter_source(source: str, split: str, revision: str | None = None) -> Iterator[Item]:
+    """The records of one file or hub id (of that split and revision) in order."""
     suffix = Path(source).suffix.lower()
     if is_hub_id(source):
-        return _iter_hub(source, split)
+        return _iter_hub(source, split, revision)
     if suffix == ".parquet":
         return _iter_parquet(source)
     return _iter_json(source) if suffix == ".json" else _iter_jsonl(source)
@@ -237,8 +237,8 @@ def _iter_parquet(source: str) -> Iterator[Item]:
         ) from error
 
 
-def _iter_hub(source: str, split: str) -> Iterator[Item]:
-    yield from enumerate(_load_hub(source, split), 1)
+def _iter_hub(source: str, split: str, revision: str | None = None) -> Iterator[Item]:
+    yield from enumerate(_load_hub(source, split, revision), 1)
 
 
 def hub_signature(source: str, split: str) -> list[Any]:
@@ -246,12 +246,13 @@ def hub_signature(source: str, split: str) -> list[Any]:
     return [split, *(file["filename"] for file in _load_hub(source, split).cache_files)]
 
 
-def _load_hub(source: str, split: str) -> Any:
+def _load_hub(source: str, split: str, revision: str | None = None) -> Any:
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        return datasets.load_dataset(name, config or None, split=split)
+        options = {} if revision is None else {"revision": revision}
+        return datasets.load_dataset(name, config or None, split=split, **options)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
