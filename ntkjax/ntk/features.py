@@ -127,6 +127,7 @@ def gradient_features(
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
     progress: bool | str = False,
+    read: bool = True,
 ) -> Float[np.ndarray, "rows K"]:
     """phi_j = Pi g(x_j) for every row of ``batches``: [rows, K]; rows that no batch holds are NaN.
 
@@ -143,6 +144,7 @@ def gradient_features(
       microbatch: rows differentiated at a time (None: a whole batch).
       memory_budget: bytes of gradients held at a time (a dense sketch is applied to as many rows as fit).
       progress: show a progress bar; a string is its description.
+      read: False leaves the features in the store, whose rows may be more than memory holds; the result is empty.
 
     Raises:
       NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
@@ -155,7 +157,7 @@ def gradient_features(
         memory_budget=memory_budget,
         microbatch=microbatch,
     )
-    return collect_rows(groups, rows=rows, store=store, what="gradient feature")
+    return collect_rows(groups, rows=rows, store=store, what="gradient feature", read=read)
 
 
 def mean_features(

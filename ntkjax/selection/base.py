@@ -49,6 +49,25 @@ def check_size(n: int, pool: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class WarmupCheckpoint:
+    """The warm-up at the end of one of its epochs.
+
+    Attributes:
+      params: theta_t, like the problem's ``params``.
+      first, second: Adam's moments m_t, v_t after that step, pytrees like ``params``, at least float32, not
+        bias-corrected.
+      learning_rate: mean learning rate over the epoch's steps.
+      step: optimiser steps taken so far.
+    """
+
+    params: Params
+    first: Params
+    second: Params
+    learning_rate: float
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectionProblem:
     """Choose ``n`` rows of ``pool`` for ``domain``, seen through a model's functions.
 
@@ -69,6 +88,11 @@ class SelectionProblem:
         only tokens. Methods that read text raise ConfigError then.
       weighted_embed_fn: ``(params, batch) -> [B, D]`` final hidden state averaged over all real tokens with weight i
         for the i-th; None where the model offers no such function.
+      shared_dir: where rows that do not depend on the method (embeddings, gradient features) are kept, in folders named
+        from what they depend on, so that many methods over one problem, and many problems, compute them once; None:
+        in ``work_dir``.
+      checkpoints: the warm-up at the end of each of its epochs, oldest first; empty where there was none or it was not
+        kept. Methods that need them raise ConfigError then.
     """
 
     hidden_fn: Callable
@@ -87,6 +111,8 @@ class SelectionProblem:
     domain_texts: Sequence[str] | None = None
     pool_texts: Sequence[str] | None = None
     weighted_embed_fn: Callable | None = None
+    shared_dir: Path | None = None
+    checkpoints: tuple[WarmupCheckpoint, ...] = ()
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))
@@ -134,6 +160,16 @@ def ranked_rows(scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " S"]:
     """Rows with a score, best first, ties by lower row: the same on every machine and for every batch split."""
     scored = np.flatnonzero(~np.isnan(scores))
     return scored[np.argsort(-scores[scored], kind="stable")]
+
+
+def ranks_after(taken: Int[np.ndarray, " n"], scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Ranks 1 to n for ``taken`` in order, then every other row with a score by score, ties by lower row; 0 for rows
+    without one."""
+    order = ranked_rows(scores)
+    order = np.concatenate([taken, order[~np.isin(order, taken)]])
+    ranks = np.zeros(len(scores), np.int64)
+    ranks[order] = np.arange(1, len(order) + 1)
+    return ranks
 
 
 def select_top(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.shared import open_shared, tree_digest
 from ntkjax.selection.vote import Votes, embed, vote
 from ntkjax.store import RowStore
 
@@ -38,19 +39,23 @@ def embed_both(
     problem: SelectionProblem, embed_fn: Callable, name: str
 ) -> tuple[Float[np.ndarray, "M D"], Callable[[np.ndarray], Float[np.ndarray, "b D"]]]:
     """``embed_fn`` of every domain example, and a function from pool rows [b] to theirs; the pool's lie in
-    ``work_dir``/``name``, so that methods which embed alike compute them once."""
+    ``work_dir``/``name``, or under ``shared_dir`` (see `open_shared`), so that methods which embed alike compute them
+    once."""
     batches = lambda data: data.batches(token_budget=problem.token_budget)
     run = lambda data, store, what: embed(
         embed_fn, problem.params, batches(data), rows=len(data), store=store, progress=problem.progress and what
     )
     domain = run(problem.domain, None, "embed domain")(np.arange(len(problem.domain)))
-    store = None
-    if problem.work_dir is not None:
+    store, width, dtype = None, domain.shape[1], domain.dtype
+    if problem.shared_dir is not None:
+        depends = {"data": problem.pool.fingerprint, "theta": tree_digest(problem.params)}
+        store = open_shared(problem, name, depends, rows=len(problem.pool), width=width, dtype=dtype)
+    elif problem.work_dir is not None:
         store = RowStore.open(
             problem.work_dir / name,
             rows=len(problem.pool),
-            width=domain.shape[1],
-            dtype=domain.dtype,
+            width=width,
+            dtype=dtype,
             manifest={**problem.manifest, "rows": name},
         )
     return domain, run(problem.pool, store, "embed pool")

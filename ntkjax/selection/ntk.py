@@ -17,23 +17,17 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import KernelFunctions, build, parse
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
-from ntkjax.ntk.kronecker import KroneckerSketch
 from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_preconditioner
 from ntkjax.ntk.scores import KernelScores, kernel_scores
-from ntkjax.ntk.sketch import RademacherSketch, Sketch
-from ntkjax.ntk.sparse import SparseSketch
+from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.embedding import stage1_votes
-from ntkjax.selection.vote import Votes
+from ntkjax.selection.gradients import SKETCHES, SketchName, Switch, find_candidates
 from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
 DirectionName = Literal["raw", "contrast", "cosine"]
-SketchName = Literal["rademacher", "sparse", "kronecker"]
-Switch = Literal["on", "off"]
-SKETCHES = {"rademacher": RademacherSketch, "sparse": SparseSketch, "kronecker": KroneckerSketch}
 
 
 def check_precondition(name: str, scores: str, direction: str, damping: float) -> None:
@@ -94,27 +88,12 @@ class NtkSelector:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __call__(self, problem: SelectionProblem) -> Selection:
-        votes = self.prefilter(problem)
-        kept = min(self.prefilter_factor * problem.n, len(problem.pool))
-        candidates = np.arange(len(problem.pool)) if votes is None else votes.top(kept)
-        scores, reference = self.score(problem, candidates)
-        counted = None if votes is None else votes.votes
-        chosen = select_top("ntk", scores, problem.n, votes=counted)
+        candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
+        scores, reference = self.score(problem, candidates.rows)
+        chosen = select_top("ntk", scores, problem.n, votes=candidates.counts)
         options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition")}
-        report = describe(chosen, problem.pool, reference) | options
-        if votes is not None:
-            report |= {
-                "stage1_candidates": len(candidates),
-                "stage1_without_a_vote": int(np.sum(votes.votes[candidates] == 0)),
-                "stage1_zero_embeddings": votes.zero_norm,
-            }
+        report = describe(chosen, problem.pool, reference) | options | candidates.report()
         return dataclasses.replace(chosen, diagnostics=report)
-
-    def prefilter(self, problem: SelectionProblem) -> Votes | None:
-        """Stage 1: the domain's votes, or None where it is off."""
-        if self.stage1 == "off":
-            return None
-        return stage1_votes(problem, max(1, self.prefilter_factor * problem.n // 4))
 
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(s_j along ``direction``, s_j with the pool's own mean gradient), float64 [N], NaN outside ``candidates``."""

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ntkjax.errors import ConfigError
-from ntkjax.selection.base import Selection, SelectionProblem
+from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
 from ntkjax.selection.vote import nearest
@@ -55,12 +55,3 @@ def take_turns(preferred: Int[np.ndarray, "M k"], n: int) -> Int[np.ndarray, " n
                 place[taker] += 1
             taken[int(rows[place[taker]])] = None
     return np.fromiter(taken, np.int64, n)
-
-
-def ranks_after(taken: Int[np.ndarray, " n"], scores: np.ndarray) -> Int[np.ndarray, " N"]:
-    """Ranks 1 to n for ``taken`` in order, then every other row by score, ties by lower row."""
-    order = np.argsort(-scores, kind="stable")
-    order = np.concatenate([taken, order[~np.isin(order, taken)]])
-    ranks = np.zeros(len(scores), np.int64)
-    ranks[order] = np.arange(1, len(order) + 1)
-    return ranks

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,3 +43,25 @@ def planted():
         })  # fmt: skip
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small() -> ModuleType:
+    """small_model.py beside this file."""
+    spec = importlib.util.spec_from_file_location("small_model", Path(__file__).with_name("small_model.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make(small):
+    """``make(n=5, rows=24, **fields)``: a problem on a small model that has every function."""
+    return small.make
+
+
+@pytest.fixture(scope="session")
+def given(small):
+    """``given(domain, pool, n, sources=None, **fields)``: a problem whose per-example gradients are given."""
+    return small.given_gradients

@@ -5,6 +5,7 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
+from ntkjax.selection.gradients import find_candidates
 
 
 def gaussian(rows, seed, width=4):
@@ -33,7 +34,7 @@ def test_random_from_stage_1_draws_from_the_candidates_and_no_others(planted):
     drawn = []
     for seed in range(12):
         chosen = METHODS["random-from-stage-1"](prefilter_factor=4)(planted(domain, pool, 5, seed=seed))
-        kernel_candidates = METHODS["ntk"](prefilter_factor=4).prefilter(planted(domain, pool, 5)).top(20)
+        kernel_candidates = find_candidates(planted(domain, pool, 5), stage1="on", prefilter_factor=4).rows
         assert np.flatnonzero(chosen.scored).tolist() == kernel_candidates.tolist() == list(range(20))
         drawn += chosen.selected.tolist()
     # 60 draws from 20 rows: uniform draws leave a row out with probability (3/4)^12 = 0.03

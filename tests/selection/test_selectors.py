@@ -3,108 +3,28 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntkjax.data import TokenisedDataset
 from ntkjax.errors import ConfigError
-from ntkjax.selection import METHODS, SelectionProblem, rank, select_top
+from ntkjax.selection import METHODS, rank, select_top
 from ntkjax.selection.diagnostics import examples
-from ntkjax.types import predict_mask, valid_mask
-
-VOCAB, WIDTH = 11, 4
 
 
-def states(params, batch):
-    x = params["embed"][batch.tokens]
-    return x + jnp.tanh(jnp.cumsum(x, axis=1) @ params["mix"])
-
-
-def pooled(x, mask):
-    mask = mask.astype(x.dtype)
-    return jnp.einsum("bt,btd->bd", mask, x) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
-
-
-def hidden_fn(params, batch):
-    return pooled(states(params, batch), predict_mask(batch))
-
-
-def embed_fn(params, batch):
-    return pooled(states(params, batch), valid_mask(batch))
-
-
-def head_fn(params):
-    return params["head"]
-
-
-def nll_fn(params, batch):
-    """Mean over S(x) of -log p(next token)."""
-    logits = jax.nn.log_softmax(states(params, batch) @ params["head"].T, axis=-1)[:, :-1]
-    targets = jax.nn.one_hot(batch.tokens[:, 1:], VOCAB, dtype=logits.dtype)
-    mask = predict_mask(batch)[:, :-1].astype(logits.dtype)
-    return -jnp.einsum("btv,btv,bt->b", logits, targets, mask) / jnp.maximum(mask.sum(axis=1), 1)
-
-
-def dataset(rows, seed):
-    rng = np.random.default_rng(seed)
-    tokens = [rng.integers(0, VOCAB, rng.integers(4, 9)).tolist() for _ in range(rows)]
-    starts = [int(rng.integers(1, len(row))) for row in tokens]
-    return TokenisedDataset.from_sequences(
-        tokens, starts, sources=["even" if i % 2 == 0 else "odd" for i in range(rows)]
-    )
-
-
-def texts(rows, seed):
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(["red", "blue", "green", "ball"], 5)) for _ in range(rows)]
-
-
-def make(n=5, rows=24, **changes):
-    rng = np.random.default_rng(7)
-    shapes = {"embed": (VOCAB, WIDTH), "mix": (WIDTH, WIDTH), "head": (VOCAB, WIDTH)}
-    params = {k: jax.device_put(rng.normal(size=s).astype(np.float32)) for k, s in shapes.items()}
-    fields = {
-        "hidden_fn": hidden_fn, "head": head_fn, "nll_fn": nll_fn, "embed_fn": embed_fn, "params": params, "n": n,
-        "token_budget": 64, "domain": dataset(6, 1), "pool": dataset(rows, 2),
-        "domain_texts": texts(6, 1), "pool_texts": texts(rows, 2), "weighted_embed_fn": embed_fn,
-    }  # fmt: skip
-    return SelectionProblem(**{**fields, **changes})
-
-
-def explicit_scores(problem, output_fn):
-    """Row means of the explicit kernel, from Jacobians."""
-
-    def jacobian(data):
-        batches = list(data.batches(token_budget=64))
-        differentiate = jax.jit(lambda params, batch: jax.jacobian(lambda p: output_fn(p, batch))(params))
-        parts = [jax.tree.leaves(differentiate(problem.params, batch)) for batch in batches]
-        rows = np.zeros((len(data), sum(leaf[0].size for leaf in parts[0])))
-        for batch, leaves in zip(batches, parts):
-            flat = np.concatenate([np.asarray(leaf).reshape(len(batch.index), -1) for leaf in leaves], axis=1)
-            real = np.asarray(batch.index) >= 0
-            rows[np.asarray(batch.index)[real]] = flat[real]
-        return rows
-
-    return jacobian(problem.pool) @ jacobian(problem.domain).mean(axis=0)
-
-
-def sum_of_logits(params, batch):
-    return (hidden_fn(params, batch) @ params["head"].T).sum(axis=1)
-
-
-@pytest.mark.parametrize("kernel, output_fn", [("sum_logits", sum_of_logits), ("loss", nll_fn)])
-def test_whole_pool_scores_are_the_row_means_of_the_kernel(kernel, output_fn):
-    problem = make()
+@pytest.mark.parametrize("kernel", ["sum_logits", "loss"])
+def test_whole_pool_scores_are_the_row_means_of_the_kernel(kernel, small):
+    problem = small.make()
+    output_fn = small.nll_fn if kernel == "loss" else small.sum_of_logits
     chosen = METHODS["ntk"](kernel=kernel, stage1="off", pool_sample=8)(problem)
-    expected = explicit_scores(problem, output_fn)
+    gradients = lambda data: small.explicit_gradients(problem, data, output_fn)
+    expected = gradients(problem.pool) @ gradients(problem.domain).mean(axis=0)
     np.testing.assert_allclose(chosen.scores, expected, atol=1e-5 * np.abs(expected).max())
     assert set(chosen.selected.tolist()) == set(np.argsort(-expected)[:5].tolist())
     assert chosen.scored.all() and chosen.votes is None
     assert chosen.diagnostics["negative_share"] == np.mean(expected < 0)
 
 
-def test_stage_1_limits_what_is_scored():
+def test_stage_1_limits_what_is_scored(make):
     problem = make(n=2)
     whole = METHODS["ntk"](stage1="off", pool_sample=8)(problem)
     two = METHODS["ntk"](prefilter_factor=4, pool_sample=8)(problem)
@@ -117,7 +37,7 @@ def test_stage_1_limits_what_is_scored():
 
 
 @pytest.mark.parametrize("sketch", ["rademacher", "sparse", "kronecker"])
-def test_sketched_scores_follow_the_exact_ones(sketch):
+def test_sketched_scores_follow_the_exact_ones(sketch, make):
     problem = make()
     exact = METHODS["ntk"](stage1="off", pool_sample=8)(problem)
     options = {"sketch": sketch, "sketch_size": 256 if sketch != "rademacher" else 2048}
@@ -127,10 +47,11 @@ def test_sketched_scores_follow_the_exact_ones(sketch):
 
 
 @pytest.mark.parametrize("precondition", ["adam", "kfac"])
-def test_a_preconditioner_changes_the_direction_and_nothing_else(precondition):
+def test_a_preconditioner_changes_the_direction_and_nothing_else(precondition, make):
     from ntkjax.ntk.precondition import build_preconditioner
 
     problem = make()
+    nll_fn = problem.nll_fn
     chosen = METHODS["ntk"](kernel="loss", stage1="off", precondition=precondition, pool_sample=8)(problem)
     solve = build_preconditioner(precondition, nll_fn, problem.params, problem.domain.batches(token_budget=64))
     mean = jax.grad(
@@ -152,7 +73,7 @@ def test_options_that_do_not_fit_together_are_refused(options):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_selection_is_complete_repeatable_and_plain(method):
+def test_a_selection_is_complete_repeatable_and_plain(method, make):
     problem = make()
     one, two = METHODS[method]()(problem), METHODS[method]()(problem)
     assert len(set(one.selected.tolist())) == 5
@@ -165,20 +86,20 @@ def test_a_selection_is_complete_repeatable_and_plain(method):
     assert ("rank_correlation_with_pool_mean" in report) == (method == "ntk")
 
 
-def test_random_depends_on_the_seed_alone():
+def test_random_depends_on_the_seed_alone(make):
     draw = lambda **changes: METHODS["random"]()(make(**changes)).selected.tolist()
     assert draw(seed=1) == draw(seed=1, token_budget=32) != draw(seed=2)
     assert draw(n=3, seed=1) == draw(n=5, seed=1)[:3]
 
 
-def test_embedding_orders_by_votes_then_similarity():
+def test_embedding_orders_by_votes_then_similarity(make):
     chosen = METHODS["embedding"]()(make())
     order = np.argsort(chosen.ranks)
     assert (np.diff(chosen.votes[order]) <= 0).all()
     assert chosen.votes.sum() == 6 * 5
 
 
-def test_finished_rows_are_kept_and_used_again(tmp_path, monkeypatch):
+def test_finished_rows_are_kept_and_used_again(tmp_path, monkeypatch, make):
     first = METHODS["ntk"](pool_sample=8)(make(work_dir=tmp_path))
     import ntkjax.ntk.scores as scores
 
@@ -205,7 +126,7 @@ def test_examples_to_look_at():
     assert {k: v.tolist() for k, v in shown.items()} == {"chosen": [0, 1], "just_missed": [3, 4], "lowest": [6, 5]}
 
 
-def test_impossible_requests_are_refused():
+def test_impossible_requests_are_refused(make):
     with pytest.raises(ConfigError, match=r"n = 25 .*\(24 examples"):
         make(n=25)
     with pytest.raises(ConfigError, match="at least 1"):

@@ -1,0 +1,247 @@
+"""What the gradient methods share: gradient features of domain and pool, computed once, and stage 1 before them.
+
+phi_j = Pi g_j in R^K for the gradient g_j of a kernel's output at x_j, by default of its loss, under one sketch Pi for
+domain and pool, so that inner products estimate the kernel (see ``ntkjax.ntk.sketch``). With ``adam`` the pool's
+gradients are what an Adam step would make of them (LESS, arXiv 2402.04333): from the moments m, v of a checkpoint
+
+    g_j  ->  m' / sqrt(v' + 1e-8),    m' = 0.9 m + 0.1 g_j,    v' = 0.999 v + 0.001 g_j^2
+
+elementwise, without bias correction, before the sketch. The domain's stay plain: they are what shall become less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ntkjax import ntk
+from ntkjax.errors import ConfigError
+from ntkjax.ntk.approx import ONE_OUTPUT, KernelFunctions, build, parse
+from ntkjax.ntk.kernel import Kernel
+from ntkjax.ntk.kronecker import KroneckerSketch
+from ntkjax.ntk.sketch import RademacherSketch, Sketch
+from ntkjax.ntk.sparse import SparseSketch
+from ntkjax.selection.base import Dataset, SelectionProblem, WarmupCheckpoint
+from ntkjax.selection.embedding import stage1_votes
+from ntkjax.selection.shared import open_shared, parts_to_do, tree_digest
+from ntkjax.selection.vote import Votes
+from ntkjax.types import Params
+
+SketchName = Literal["rademacher", "sparse", "kronecker"]
+Switch = Literal["on", "off"]
+SKETCHES: dict[str, Callable[..., Sketch]] = {
+    "rademacher": RademacherSketch,
+    "sparse": SparseSketch,
+    "kronecker": KroneckerSketch,
+}
+BLOCK = 1024
+"""Rows of features read at a time."""
+ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
+ReadRows = Callable[[np.ndarray], Float[np.ndarray, "n K"]]
+
+
+def check_options(sketch: str, sketch_size: int, stage1: str, prefilter_factor: int) -> None:
+    """Raise ConfigError where one of the options that all gradient methods have cannot be used."""
+    for name, value, kind in (("sketch", sketch, SketchName), ("stage1", stage1, Switch)):
+        if value not in get_args(kind):
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
+    for name, value in (("sketch_size", sketch_size), ("prefilter_factor", prefilter_factor)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    SKETCHES[sketch](sketch_size)  # a size that the sketch cannot have is refused here
+
+
+# -- stage 1 --
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The pool rows that a method looks at.
+
+    Attributes:
+      rows: int64 [C], ascending.
+      votes: the domain's votes of stage 1; None where every row is a candidate.
+    """
+
+    rows: Int[np.ndarray, " C"]
+    votes: Votes | None = None
+
+    @property
+    def counts(self) -> Int[np.ndarray, " N"] | None:
+        """Votes of every pool row, for a `Selection`."""
+        return None if self.votes is None else self.votes.votes
+
+    def report(self) -> dict[str, Any]:
+        """What stage 1 did, for the diagnostics; empty without it."""
+        if self.votes is None:
+            return {}
+        return {
+            "stage1_candidates": len(self.rows),
+            "stage1_without_a_vote": int(np.sum(self.votes.votes[self.rows] == 0)),
+            "stage1_zero_embeddings": self.votes.zero_norm,
+        }
+
+
+def find_candidates(problem: SelectionProblem, *, stage1: str, prefilter_factor: int) -> Candidates:
+    """Stage 1 of NTK-Selector (arXiv 2511.07380), the same for every gradient method: with ``stage1`` on the M_pre =
+    ``prefilter_factor`` * n rows with the most votes, each domain point voting for its M_pre / 4 nearest; off: all."""
+    if stage1 == "off":
+        return Candidates(np.arange(len(problem.pool)))
+    wanted = prefilter_factor * problem.n
+    votes = stage1_votes(problem, max(1, wanted // 4))
+    return Candidates(votes.top(min(wanted, len(problem.pool))), votes)
+
+
+# -- features --
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdamSketch:
+    """Pi(m' / sqrt(v' + 1e-8)) of each row's gradient (see the module).
+
+    Attributes:
+      sketch: Pi.
+      first, second: m, v, pytrees like the parameters.
+    """
+
+    sketch: Any
+    first: Any
+    second: Any
+
+    @property
+    def grouped(self) -> bool:
+        return self.sketch.grouped
+
+    def __call__(self, gradients: Params) -> Float[Array, "B K"]:
+        """Of gradients {"outputs": leaves [B, 1, ...]} of a kernel of one output."""
+        moved = jax.tree.map(adam_update, gradients["outputs"], self.first, self.second)
+        return self.sketch({"outputs": moved})
+
+    def width(self, params: Params) -> int:
+        return self.sketch.width(params)
+
+    def describe(self) -> dict[str, Any]:
+        return self.sketch.describe() | {"adam": [tree_digest(self.first), tree_digest(self.second)]}
+
+
+def adam_update(g: Float[Array, "..."], m: Float[Array, "..."], v: Float[Array, "..."]) -> Float[Array, "..."]:
+    """m' / sqrt(v' + 1e-8) with the moments' axes the last of g's, in g's dtype."""
+    axes = (1,) * (g.ndim - jnp.ndim(m)) + jnp.shape(m)
+    first = ADAM_B1 * jnp.asarray(m).astype(g.dtype).reshape(axes) + (1 - ADAM_B1) * g
+    second = ADAM_B2 * jnp.asarray(v).astype(g.dtype).reshape(axes) + (1 - ADAM_B2) * g * g
+    return first / jnp.sqrt(second + ADAM_EPS)
+
+
+def gradient_features(
+    problem: SelectionProblem,
+    candidates: Int[np.ndarray, " C"],
+    *,
+    kernel: str = "loss",
+    sketch: str,
+    size: int,
+    checkpoint: WarmupCheckpoint | None = None,
+    adam: bool = False,
+) -> tuple[Float[np.ndarray, "M K"], ReadRows]:
+    """phi of every domain example [M, K], and a function from candidates (any of them, [n]) to theirs [n, K], float32.
+
+    Under ``shared_dir`` (``work_dir`` without one; neither: in memory) rows lie in a folder named from what they depend
+    on, which the candidates are not among: a method with more or other candidates computes the rows that are missing
+    and reads the others, and a killed run goes on (see `ntkjax.selection.shared.parts_to_do`).
+
+    Args:
+      candidates: rows of the pool.
+      kernel: a name of `ntkjax.ntk.approx.parse`; g the gradients of its outputs, sketched into one phi.
+      sketch: a name of `SKETCHES`, drawn from the problem's seed. size: K.
+      checkpoint: theta (and Adam's moments) to use; None: the problem's ``params``.
+      adam: Adam's step in the place of the pool's gradients, with the moments of ``checkpoint``.
+
+    Raises:
+      ConfigError: ``adam`` without a checkpoint, or with a kernel of several outputs.
+      NonFiniteError: rows whose gradient is NaN or infinite; the others are kept.
+    """
+    if adam and (checkpoint is None or parse(kernel).name not in ONE_OUTPUT):
+        raise ConfigError(
+            f"Adam's update of gradients needs a warm-up checkpoint and a kernel of one output "
+            f"({' or '.join(ONE_OUTPUT)}); got checkpoint {checkpoint and checkpoint.step} and kernel {kernel}"
+        )
+    params = problem.params if checkpoint is None else checkpoint.params
+    functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
+    built = build(kernel, functions, params, seed=problem.seed)
+    plain: Any = SKETCHES[sketch](size, problem.seed)
+    pool_sketch = plain
+    if adam and checkpoint is not None:
+        pool_sketch = AdamSketch(plain, checkpoint.first, checkpoint.second)
+    one = _Features(problem, problem.domain, "domain-gradients", built, params, plain)
+    other = _Features(problem, problem.pool, "gradients", built, params, pool_sketch)
+    return one.read(np.arange(len(problem.domain))), other.reader(candidates)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Features:
+    """The features of one data set under one kernel, theta and sketch."""
+
+    problem: SelectionProblem
+    data: Dataset
+    kind: str
+    kernel: Kernel
+    params: Params
+    sketch: Any
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        return self.reader(rows)(rows)
+
+    def reader(self, rows: Int[np.ndarray, " C"]) -> ReadRows:
+        """Compute what is missing of ``rows``; a function that reads any of them."""
+        depends = {
+            "data": self.data.fingerprint,
+            "theta": tree_digest(self.params),
+            "kernel": self.kernel.name,
+            "seed": self.problem.seed,
+            **self.sketch.describe(),
+        }
+        width = self.sketch.width(self.params)
+        store = open_shared(self.problem, self.kind, depends, rows=len(self.data), width=width)
+        if store is None:
+            found = np.asarray(self._compute(self._batches(rows), None), np.float32)
+            return lambda index: _all_there(found[index])
+        for part, missing in parts_to_do(store, rows):
+            batches: Any = self._batches(part)
+            if hasattr(batches, "without"):
+                batches = batches.without(~missing)
+            self._compute(batches, store)
+        store.gather()
+        return lambda index: np.asarray(store.read(index), np.float32)
+
+    def _batches(self, rows: np.ndarray) -> Any:
+        return self.data.batches(token_budget=self.problem.token_budget, indices=rows)
+
+    def _compute(self, batches: Any, store: Any) -> np.ndarray:
+        return ntk.gradient_features(
+            self.kernel,
+            self.params,
+            batches,
+            self.sketch,
+            rows=len(self.data),
+            store=store,
+            read=store is None,
+            progress=self.problem.progress and self.kind.replace("-", " "),
+        )
+
+
+def _all_there(values: np.ndarray) -> np.ndarray:
+    if np.isnan(values).any():
+        raise ValueError("gradient features of rows that are not among the candidates were asked for")
+    return values
+
+
+def in_blocks(rows: Int[np.ndarray, " C"], size: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
+    """(places among the candidates, their rows) for ``size`` candidates at a time."""
+    for start in range(0, len(rows), size):
+        yield slice(start, min(start + size, len(rows))), rows[start : start + size]
