@@ -157,9 +157,19 @@ class Records:
         return self._column("source")
 
     @property
+    def prompts(self) -> TextColumn:
+        """Prompt of every record, read when asked for."""
+        return self._column("prompt")
+
+    @property
+    def responses(self) -> TextColumn:
+        """Response of every record, read when asked for."""
+        return self._column("response")
+
+    @property
     def texts(self) -> TextColumn:
         """Prompt, newline, response of every record, read when asked for."""
-        prompts, responses = self._column("prompt"), self._column("response")
+        prompts, responses = self.prompts, self.responses
         gather = lambda indices: [f"{p}\n{r}" for p, r in zip(prompts[indices], responses[indices])]
         return TextColumn(len(self), gather)
 
