@@ -15,18 +15,20 @@ from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation.outcomes import weights_fingerprint
-from ntkjax.models import LanguageModel, save_adapter
+from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths
-from ntkjax.parallel import broadcast, describe_mesh, is_primary
+from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.selection import METHODS, Selection, SelectionProblem
 from ntkjax.selection.base import check_size
 from ntkjax.selection.diagnostics import examples
+from ntkjax.stages.deduplicating import deduplicate, read_held_out
 from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, disk_bytes, forecast_passes, tree_bytes
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
-from ntkjax.stages.options import DataOptions, ModelOptions, SelectorOptions
+from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir, package_version
+from ntkjax.stages.warming import WarmUp, needs_checkpoints, warm_up
 from ntkjax.store import atomic_write
-from ntkjax.training import TrainConfig, fit
+from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
 
@@ -42,7 +44,9 @@ class SelectConfig:
     n: int
     """N: examples to select (paper: 9,000)."""
     out: str
-    """Run directory: scores.parquet, selected.jsonl, selection.json, report.html. A stopped run goes on there."""
+    """Run directory: scores.parquet, selected.jsonl, selection.json, duplicates.json. A stopped run goes on there."""
+    test: tuple[str, ...] = ()
+    """Files of the test set: nothing is measured on them, but pool examples that repeat one are leakage."""
     seed: int = 0
     dry_run: bool = False
     """Time a few batches, print what the selection would take, and do nothing else."""
@@ -50,6 +54,7 @@ class SelectConfig:
     """Score with the parameters as they are, without warming up on the domain."""
     data: Annotated[DataOptions, arg(name="")] = DataOptions()
     select: Annotated[SelectorOptions, arg(name="")] = SelectorOptions()
+    dedup: DedupOptions = DedupOptions()
     warmup: TrainConfig = TrainConfig(epochs=1)
 
     def __post_init__(self):
@@ -69,9 +74,13 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
     pool = load_data(config.pool, model, config.data)
-    check_method(config.select.method)
+    check_warmup(check_method(config.select.method), given=not config.skip_warmup)
     check_size(config.n, len(pool))
-    run = RunDir.create(config.out, "select", config)
+    held_out = read_held_out(config.data, test=config.test)
+    found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
+    found.check_size(config.n)
+    pool, run = found.pool, RunDir.create(config.out, "select", config)
+    found.write(run)
     result = choose(
         model,
         trained_parameters(model, config.model),
@@ -139,6 +148,8 @@ def choose(
     seed: int,
     out: Path,
     progress: bool = True,
+    shared: Path | None = None,
+    warmed: WarmUp | None = None,
 ) -> Selection:
     """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
 
@@ -147,34 +158,39 @@ def choose(
     Args:
       params: theta before warm-up.
       warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); None for none.
+      shared: a folder in which many selections keep what does not depend on the method (embeddings, gradient features);
+        None: each in its own ``out``. Selections that run at the same time need folders of their own.
+      warmed: a warm-up made before (see `ntkjax.stages.warming.warm_up`, with ``checkpoints`` where the method
+        `needs_checkpoints`); then ``params`` and ``warmup`` are not used.
+
+    Raises:
+      ConfigError: a method that looks at the warm-up's epochs, and none to look at.
     """
     if (out / "selection.json").exists():
         return read_selection(out)
     selector = METHODS[check_method(options.method)](**method_options(options))
     check_size(n, len(pool))  # before the warm-up, which takes time
+    check_warmup(options.method, given=warmup is not None or warmed is not None)
     out.mkdir(parents=True, exist_ok=True)
-    if warmup is not None:
-        params = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress)
-    result = selector(
-        problem_of(model, params, domain, pool, n=n, data=data, seed=seed, work_dir=out / "rows", progress=progress)
-    )
+    if warmed is None and warmup is not None:
+        keep = needs_checkpoints(options.method)
+        warmed = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress, checkpoints=keep)
+    warmed = WarmUp(params) if warmed is None else warmed
+    settings = {"n": n, "data": data, "seed": seed, "work_dir": out / "rows", "progress": progress}
+    problem = problem_of(model, warmed.params, domain, pool, **settings)
+    result = selector(dataclasses.replace(problem, shared_dir=shared, checkpoints=warmed.checkpoints))
     if is_primary():
         write_selection(out, result, pool)
     return result
 
 
-def warm_up(
-    model: LanguageModel, params: Params, domain: Loaded, config: TrainConfig, *, seed: int, out: Path, progress: bool
-) -> Params:
-    """theta fine-tuned on the domain, OUT/warmup and OUT/adapter written; in a job of several processes the first one
-    trains and the others receive."""
-    if is_primary():
-        params = fit(
-            model.nll_fn, params, domain.tokens, config, seed=seed, out_dir=out / "warmup", progress=progress
-        ).params
-        if model.lora_config is not None:
-            save_adapter(out / "adapter", model, params)
-    return broadcast(params)
+def check_warmup(method: str, *, given: bool) -> None:
+    """Raise ConfigError where the method looks at the warm-up's epochs and there is no warm-up."""
+    if needs_checkpoints(method) and not given:
+        raise ConfigError(
+            f"--method {method} looks at the epochs of the warm-up, and --skip-warmup leaves none; leave out "
+            "--skip-warmup, or choose another method"
+        )
 
 
 def check_method(name: str) -> str:

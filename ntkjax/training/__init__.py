@@ -1,7 +1,7 @@
 """Fine-tuning: AdamW on the mean NLL per response token, resumable bit for bit."""
 
 from ntkjax.training.config import TrainConfig
-from ntkjax.training.loop import fit, saved_params
+from ntkjax.training.loop import fit, saved_params, saved_state
 from ntkjax.training.manifest import TrainingData
 from ntkjax.training.mixture import EpochPlan, mixture_indices
 from ntkjax.training.optimiser import adam_moments, learning_rates
@@ -17,4 +17,5 @@ __all__ = [
     "learning_rates",
     "mixture_indices",
     "saved_params",
+    "saved_state",
 ]

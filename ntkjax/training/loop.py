@@ -15,7 +15,7 @@ from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
 from ntkjax.training.manifest import TrainingData, check_manifest, make_manifest
 from ntkjax.training.mixture import EpochPlan
-from ntkjax.training.optimiser import AdamW
+from ntkjax.training.optimiser import AdamW, adam_moments
 from ntkjax.training.result import FitResult
 from ntkjax.training.run import CHECKPOINTS, METRICS, Run
 from ntkjax.training.step import cast_like, init_state, leaf_dtypes
@@ -82,7 +82,15 @@ def fit(
 
 
 def saved_params(out_dir: str | Path, step: int, params: Params, config: TrainConfig, *, dev: bool = False) -> Params:
-    """The parameters that a run of `fit` in ``out_dir`` had after ``step`` steps, structure and dtypes as given.
+    """The parameters that a run of `fit` in ``out_dir`` had after ``step`` steps; see `saved_state`."""
+    return saved_state(out_dir, step, params, config, dev=dev)[0]
+
+
+def saved_state(
+    out_dir: str | Path, step: int, params: Params, config: TrainConfig, *, dev: bool = False
+) -> tuple[Params, Params, Params]:
+    """(theta, m, v) of a run of `fit` in ``out_dir`` after ``step`` steps: the parameters, structure and dtypes as
+    given, and Adam's moments, without bias correction, in at least float32.
 
     Every step that is a multiple of ``save_every`` is there with ``keep_checkpoints=None``.
 
@@ -106,7 +114,8 @@ def saved_params(out_dir: str | Path, step: int, params: Params, config: TrainCo
         arrays, _ = checkpoints.restore(step, like)
     finally:
         checkpoints.close()
-    return cast_like(arrays["params"], leaf_dtypes(params))
+    first, second, _ = adam_moments(arrays["opt_state"])
+    return cast_like(arrays["params"], leaf_dtypes(params)), first, second
 
 
 def _check_inputs(params: Params, train: TrainingData, dev: TrainingData | None, config: TrainConfig) -> None:
