@@ -77,8 +77,9 @@ def evaluate_on(
     path: Path | None,
     seed: int = 0,
     progress: bool = True,
+    choices: bool | None = None,
 ) -> Evaluation:
-    """``evaluate_model`` with a stage's options."""
+    """``evaluate_model`` with a stage's options; ``choices`` as there."""
     return evaluate_model(
         model,
         params,
@@ -86,6 +87,7 @@ def evaluate_on(
         max_length=longest(model, data),
         token_budget=data.token_budget,
         answer_template=options.answer_template,
+        choices=choices,
         generation=options.generation,
         max_new_tokens=options.max_new_tokens,
         path=path,

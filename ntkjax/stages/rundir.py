@@ -144,17 +144,7 @@ def load_run(path: str | os.PathLike) -> tuple[str, dict]:
     """
     file = Path(path)
     file = file / "config.yaml" if file.is_dir() else file
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: not found. Name a run directory (one with config.yaml).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{file}{line}: not valid YAML: {problem}. Mend this line or run again.") from error
+    content = read_yaml(file, missing="Name a run directory (one with config.yaml).")
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected the keys command and config, got {content!r}")
     for key, kind in (("command", str), ("config", dict)):
@@ -162,6 +152,42 @@ def load_run(path: str | os.PathLike) -> tuple[str, dict]:
             wanted = "a string" if kind is str else "a mapping"
             raise ConfigError(f"{file}: key {key}: expected {wanted}, got {content.get(key)!r}")
     return content["command"], content["config"]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two equal ones PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path, *, missing: str) -> Any:
+    """The content of a YAML file.
+
+    Args:
+      missing: what to do where there is no such file.
+
+    Raises:
+      UserError: there is none, or it is not readable YAML (``FILE:LINE:``), or has a key twice.
+    """
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not found. {missing}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{file}{line}: not valid YAML: {problem}. Mend this line and run again.") from error
 
 
 def versions() -> dict:

@@ -8,6 +8,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation.significance import (
     bootstrap_mean,
     hierarchical_bootstrap,
+    hierarchical_p,
     holm,
     mcnemar,
     paired_bootstrap,
@@ -206,3 +207,31 @@ def test_hierarchical_one_seed_and_block_size(monkeypatch):
     assert (small.low, small.high) == pytest.approx((one.low, one.high), abs=0.1)
     with pytest.raises(UserError, match="seeds x examples"):
         hierarchical_bootstrap(values[0])
+
+
+def test_hierarchical_p_agrees_with_the_interval_and_with_a_normal_tail():
+    rng = np.random.default_rng(10)
+    differences = rng.normal(0.0, 1.0, (1, 900))
+    differences += 0.07 - differences.mean()
+    p = hierarchical_p(differences, resamples=8000)
+    z = differences.mean() / (differences.std() / 30)
+    assert p == pytest.approx(2 * stats.norm.sf(z), rel=0.25)
+    for level in (0.5, 0.9, 0.95, 0.99):  # the same replicates: 0 is outside the interval where p is below alpha
+        interval = hierarchical_bootstrap(differences, level=level, resamples=8000)
+        assert (interval.low > 0) == (p < 1 - level)
+    assert hierarchical_p(-differences, resamples=8000) == pytest.approx(p)
+
+
+def test_hierarchical_p_at_its_ends():
+    assert hierarchical_p(np.zeros((2, 5)), resamples=200) == 1.0
+    assert hierarchical_p(np.ones((2, 5)), resamples=200) == pytest.approx(2 / 201)
+    # Differences that cancel: every replicate of whole pairs is 0 but for rounding.
+    assert hierarchical_p(np.array([[0.1], [0.1]]) - 0.1, resamples=200) == 1.0
+    with pytest.raises(UserError, match="seeds x examples"):
+        hierarchical_p(np.zeros(3))
+
+
+def test_hierarchical_p_holds_its_level_under_the_null():
+    rng = np.random.default_rng(11)
+    p = [hierarchical_p(rng.normal(size=(1, 60)), resamples=400, seed=i) for i in range(300)]
+    assert 0.02 < np.mean(np.asarray(p) < 0.05) < 0.10
