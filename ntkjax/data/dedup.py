@@ -315,26 +315,21 @@ class _Matcher:
 
     def _best(self, row: int, candidates: set[int]) -> list[Pair]:
         """The best match of ``row`` in each set that has one."""
-        best: dict[int, tuple[float, bool, int]] = {}
+        best: dict[int, tuple[tuple[bool, float], int]] = {}
         for other in sorted(candidates):
-            same, similarity = self._compare(row, other)
-            place = int(np.searchsorted(self.starts, other, side="right")) - 1
-            if not same and similarity < self.settings.threshold:
-                continue
-            if place not in best or (same, similarity) > best[place][:2]:
-                best[place] = (same, similarity, other)
-        return [self._pair(row, place, *values) for place, values in sorted(best.items())]
+            found = self._compare(row, other)
+            place = self._place(other)
+            if (found[0] or found[1] >= self.settings.threshold) and (place not in best or found > best[place][0]):
+                best[place] = (found, other)
+        return [self._pair(row, other, *found) for _, (found, other) in sorted(best.items())]
 
-    def _pair(self, row: int, place: int, same: bool, similarity: float, other: int) -> Pair:
-        mine = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return Pair(
-            self.names[mine],
-            row - int(self.starts[mine]),
-            self.names[place],
-            other - int(self.starts[place]),
-            self.kinds[0] if same else self.kinds[1],
-            similarity,
-        )
+    def _place(self, row: int) -> int:
+        """Which set a row lies in."""
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def _pair(self, row: int, other: int, same: bool, similarity: float) -> Pair:
+        (mine, k), (theirs, j) = ((p := self._place(r), r - int(self.starts[p])) for r in (row, other))
+        return Pair(self.names[mine], k, self.names[theirs], j, self.kinds[0 if same else 1], similarity)
 
     def _compare(self, a: int, b: int) -> tuple[bool, float]:
         """(whether the normalised texts are equal, Jaccard similarity)."""
@@ -342,7 +337,7 @@ class _Matcher:
         return (True, 1.0) if text_a == text_b else (False, jaccard(words_a, words_b))
 
     def _read(self, row: int) -> tuple[str, np.ndarray]:
-        place = int(np.searchsorted(self.starts, row, side="right")) - 1
+        place = self._place(row)
         records, k = self.records[place], row - int(self.starts[place])
         text = normalise(records.prompts[k])
         if not self.prompts:

@@ -14,6 +14,7 @@ from ntkjax.report import plots
 from ntkjax.report.comparison import comparison_page
 from ntkjax.report.page import write_page
 from ntkjax.report.tables import format_estimate, format_spread, to_csv, to_latex, to_markdown
+from ntkjax.stages.deduplicating import summary
 from ntkjax.stages.rundir import RunDir
 
 HEADLINE = "accuracy"
@@ -166,6 +167,8 @@ def _caveats(results: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Intervals resample test examples and seeds together; with {runs} seeds the part of the seeds is understated."
     ]
+    if results.get("duplicates") is not None:
+        notes += [line[0].upper() + line[1:] + "." for line in summary(results["duplicates"]).splitlines()]
     if results.get("majority_accuracy") is not None:
         notes.append(f"Always giving the commonest answer would score {100 * results['majority_accuracy']:.1f}%.")
     return notes

@@ -28,10 +28,11 @@ from ntkjax.models import LanguageModel
 from ntkjax.selection.base import check_size
 from ntkjax.selection.random import random_rows
 from ntkjax.stages.comparison import compare_methods, summarise_method
+from ntkjax.stages.deduplicating import deduplicate, totals
 from ntkjax.stages.evaluating import evaluate_on
 from ntkjax.stages.finetuning import save_result, summary, train_on
 from ntkjax.stages.loading import Loaded, fresh_parameters, load_data, load_model
-from ntkjax.stages.options import DataOptions, EvaluationOptions, ModelOptions, SelectorOptions
+from ntkjax.stages.options import DataOptions, DedupOptions, EvaluationOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir
 from ntkjax.stages.selecting import check_method, choose
 from ntkjax.training import TrainConfig
@@ -64,6 +65,7 @@ class AdaptConfig:
     arms: tuple[str, ...] = ARMS
     data: Annotated[DataOptions, arg(name="")] = DataOptions()
     select: Annotated[SelectorOptions, arg(name="")] = SelectorOptions()
+    dedup: DedupOptions = DedupOptions()
     evaluation: Annotated[EvaluationOptions, arg(name="")] = EvaluationOptions()
     warmup: TrainConfig = TrainConfig(epochs=1)
     train: TrainConfig = TrainConfig()
@@ -83,7 +85,7 @@ class Adaptation:
     Attributes:
       results: config, per-method summaries, comparisons, selections.
       outcomes: method -> one list of per-example outcomes for each seed.
-      selected: seed -> rows of the pool that NTK-Selector chose, best first.
+      selected: seed -> rows that NTK-Selector chose, best first, of the pool without its duplicates.
     """
 
     results: dict[str, Any]
@@ -103,6 +105,7 @@ class _Study:
     test: Loaded
     dev: Loaded | None
     progress: bool
+    duplicates: dict[str, Any] | None
 
     def folder(self, seed: int, arm: str) -> Path:
         return self.run.path / f"seed-{seed}" / arm
@@ -157,8 +160,12 @@ def _load(config: AdaptConfig, progress: bool) -> _Study:
     check_size(config.n, len(pool))
     dev = read(config.dev) if config.dev else None
     domain, test = read(config.domain), read(config.test)
+    held_out = {"test": test.records} | ({} if dev is None else {"dev": dev.records})
+    found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
+    found.check_size(config.n)
     run = RunDir.create(config.out, "adapt", config)
-    return _Study(config, run, model, domain, pool, test, dev, progress)
+    found.write(run)
+    return _Study(config, run, model, domain, found.pool, test, dev, progress, totals(found.report))
 
 
 def _run_arm(study: _Study, seed: int, arm: str, selected: dict[int, np.ndarray]) -> tuple[dict, list[Outcome]]:
@@ -242,6 +249,7 @@ def _results(
         "runs": details,
         "selections": {str(s): _read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
         "majority_accuracy": _majority(next(iter(outcomes.values()))[0]),
+        "duplicates": study.duplicates,
         "data": {
             name: loaded.report()
             for name, loaded in (

@@ -16,7 +16,7 @@ from ntkjax.selection import Selection
 from ntkjax.selection.random import random_rows
 from ntkjax.stages.adapt_report import write_report
 from ntkjax.stages.adapting import NTK, RANDOM, Adaptation, AdaptConfig, adapt
-from ntkjax.stages.options import DataOptions, ModelOptions, SelectorOptions
+from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir
 from ntkjax.stages.selecting import SelectConfig, select
 from ntkjax.training import TrainConfig
@@ -84,6 +84,8 @@ def adapt_config(config: DemoConfig, settings: DemoSettings, paths: Mapping[str,
         seeds=config.seeds,
         data=DataOptions(max_length=settings.max_length),
         select=SelectorOptions(kernel=settings.kernel, stage1=settings.stage1),
+        # Reported, not removed: the truth is known by place in the generated pool, whose prompts are all different.
+        dedup=DedupOptions(mode="report"),
         warmup=dataclasses.replace(train, epochs=settings.warmup_epochs),
         train=train,
     )
@@ -105,6 +107,7 @@ def _paper_selections(
                 out=str(out / "paper" / f"seed-{seed}"),
                 seed=seed,
                 data=base.data,
+                dedup=base.dedup,
                 warmup=base.warmup,
             ),
             progress=progress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ntkjax.data.dedup import DedupSettings
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import parse
 from ntkjax.parallel import WeightRule, parse_mesh
@@ -62,6 +63,26 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class DedupOptions:
+    """Duplicates and leakage: pool examples that repeat one another, the domain, or a held-out set."""
+
+    mode: Literal["remove", "report", "off"] = "remove"
+    """remove: the pool loses them before anything is scored; report: they are only listed; off: not looked for."""
+    threshold: float = 0.8
+    """Jaccard similarity of two texts' sets of word shingles from which they are near-duplicates; 1: equal sets."""
+    shingle: int = 5
+    """Words of a shingle. Fewer find looser resemblance."""
+
+    def __post_init__(self):
+        self.settings  # noqa: B018  # checked when made
+
+    @property
+    def settings(self) -> DedupSettings:
+        """How texts are compared."""
+        return DedupSettings(threshold=self.threshold, shingle=self.shingle)
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectorOptions:
     """NTK-Selector (arXiv 2511.07380) and the choices that it leaves open; other methods take those they have."""
 
@@ -76,15 +97,17 @@ class SelectorOptions:
     scores: Literal["forward", "sketch"] = "forward"
     """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
     sketch: Literal["rademacher", "sparse", "kronecker"] = "sparse"
-    """The projection (scores=sketch). rademacher: the paper's, dense; sparse: ranks like it, at next to no cost;
+    """The projection of gradients (scores=sketch, and methods on gradient features). rademacher: the paper's, dense; sparse: ranks like it, at next to no cost;
     kronecker: of both sides of each matrix."""
     sketch_size: int = 8192
-    """K, the numbers that a gradient is projected to (scores=sketch)."""
+    """K, the numbers that a gradient is projected to."""
     precondition: Literal["none", "adam", "kfac"] = "none"
     """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
     of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
     damping: float = 0.1
-    """lambda over the mean curvature (precondition=kfac)."""
+    """lambda over the mean curvature (precondition=kfac, curvature=kfac)."""
+    curvature: Literal["kfac", "adam"] = "kfac"
+    """What the direction is preconditioned with, as in --precondition (method=influence)."""
     stage1: Literal["on", "off"] = "on"
     """on: embedding vote first; off: score the whole pool."""
     prefilter_factor: int = 4

@@ -7,6 +7,7 @@ from typing import Any
 
 from ntkjax.report.tables import to_markdown
 from ntkjax.stages.adapt_report import difference_rows, flat_diagnostics, method_rows
+from ntkjax.stages.deduplicating import read_summary, summary
 
 
 def selection(config: Any, result: Any) -> str:
@@ -14,7 +15,8 @@ def selection(config: Any, result: Any) -> str:
     if config.dry_run:
         return to_markdown(result.rows()) + "\n" + result.text()
     rows = [{"diagnostic": name, "value": value} for name, value in flat_diagnostics(result.diagnostics).items()]
-    return f"{to_markdown(rows)}\nselected {len(result.selected)} examples: {Path(config.out) / 'selected.jsonl'}"
+    chosen = f"selected {len(result.selected)} examples: {Path(config.out) / 'selected.jsonl'}"
+    return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{chosen}"
 
 
 def finetuning(config: Any, result: Any) -> str:
@@ -57,7 +59,7 @@ def adaptation(config: Any, result: Any) -> str:
     results = result.results
     differences = [row for row in difference_rows(results) if row["metric"] != "accuracy norm"]
     parts = [to_markdown(method_rows(results)), to_markdown(differences)]
-    return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
+    return "\n".join([*parts, summary(results["duplicates"])]) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
 def demonstration(config: Any, result: Any) -> str:
