@@ -4,6 +4,8 @@ from ntkjax.selection.base import Dataset, Selection, SelectionProblem, Selector
 from ntkjax.selection.betr import BetrSelector
 from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
+from ntkjax.selection.gradient_cosine import GradientCosineSelector
+from ntkjax.selection.influence import InfluenceSelector
 from ntkjax.selection.length import LengthSelector
 from ntkjax.selection.ntk import NtkSelector
 from ntkjax.selection.random import RandomSelector
@@ -13,6 +15,8 @@ from ntkjax.selection.tsds import TsdsSelector
 
 METHODS = {
     "ntk": NtkSelector,
+    "gradient-cosine": GradientCosineSelector,
+    "influence": InfluenceSelector,
     "embedding": EmbeddingSelector,
     "random": RandomSelector,
     "random-from-stage-1": RandomFromStage1Selector,
@@ -30,6 +34,8 @@ __all__ = [
     "Dataset",
     "DsirSelector",
     "EmbeddingSelector",
+    "GradientCosineSelector",
+    "InfluenceSelector",
     "LengthSelector",
     "NtkSelector",
     "RandomFromStage1Selector",

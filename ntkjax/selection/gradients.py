@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ntkjax import ntk
-from ntkjax.errors import ConfigError
+from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.approx import ONE_OUTPUT, KernelFunctions, build, parse
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kronecker import KroneckerSketch
@@ -30,7 +30,7 @@ from ntkjax.ntk.sparse import SparseSketch
 from ntkjax.selection.base import Dataset, SelectionProblem, WarmupCheckpoint
 from ntkjax.selection.embedding import stage1_votes
 from ntkjax.selection.shared import open_shared, parts_to_do, tree_digest
-from ntkjax.selection.vote import Votes
+from ntkjax.selection.vote import Votes, unit_rows
 from ntkjax.types import Params
 
 SketchName = Literal["rademacher", "sparse", "kronecker"]
@@ -245,3 +245,34 @@ def in_blocks(rows: Int[np.ndarray, " C"], size: int = BLOCK) -> Iterator[tuple[
     """(places among the candidates, their rows) for ``size`` candidates at a time."""
     for start in range(0, len(rows), size):
         yield slice(start, min(start + size, len(rows))), rows[start : start + size]
+
+
+def cosines(
+    read: ReadRows, rows: Int[np.ndarray, " C"], directions: Float[np.ndarray, "R K"]
+) -> tuple[Float[np.ndarray, "C R"], int]:
+    """(<phi_j / |phi_j|, u_r> [C, R] float64 for R directions u_r, how many phi_j are zero), ``BLOCK`` rows in memory.
+
+    A zero phi_j has no direction: its numbers are 0 by convention, and the callers report how many there are.
+    """
+    found, zeros = np.empty((len(rows), len(directions))), 0
+    along = np.asarray(directions, np.float64).T
+    for at, block in in_blocks(rows):
+        unit, zero = unit_rows(np.asarray(read(block), np.float64))
+        found[at], zeros = unit @ along, zeros + zero
+    return found, zeros
+
+
+def place(values: Float[np.ndarray, " C"], rows: Int[np.ndarray, " C"], total: int) -> Float[np.ndarray, " N"]:
+    """Scores of all pool rows, NaN where a row is no candidate."""
+    scores = np.full(total, np.nan)
+    scores[rows] = values
+    return scores
+
+
+def unit_direction(vector: Float[np.ndarray, " K"], what: str) -> Float[np.ndarray, " K"]:
+    """The vector at length 1, float64. UserError where it is zero."""
+    vector = np.asarray(vector, np.float64)
+    norm = np.linalg.norm(vector)
+    if norm == 0:
+        raise UserError(f"{what} is zero, so nothing can point its way; check the domain's responses and the model")
+    return vector / norm

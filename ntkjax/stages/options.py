@@ -97,8 +97,8 @@ class SelectorOptions:
     scores: Literal["forward", "sketch"] = "forward"
     """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
     sketch: Literal["rademacher", "sparse", "kronecker"] = "sparse"
-    """The projection of gradients (scores=sketch, and methods on gradient features). rademacher: the paper's, dense; sparse: ranks like it, at next to no cost;
-    kronecker: of both sides of each matrix."""
+    """The projection of gradients (scores=sketch, and methods that keep gradients). rademacher: the paper's, dense;
+    sparse: ranks like it, at next to no cost; kronecker: of both sides of each matrix."""
     sketch_size: int = 8192
     """K, the numbers that a gradient is projected to."""
     precondition: Literal["none", "adam", "kfac"] = "none"
