@@ -63,13 +63,13 @@ class Lift:
         return LiftState(jnp.zeros((), jnp.int32), mask, inner.init(params))
 
     def _update(
-        self, inner: optax.GradientTransformation, grads: Params, state: LiftState, params: Params | None = None
+        self, inner: optax.GradientTransformation, updates: Params, state: Any, params: Params | None = None
     ) -> tuple[Params, LiftState]:
         due = state.count % self.interval == 0
         mask = jax.lax.cond(due, lambda: principal_mask(params, self.rank), lambda: state.mask)
         # The moments have the parameters' own structure inside the optimiser's state: the mask is laid over each.
         inside = optax.tree.map_params(inner, _keep, state.inner, mask)
-        updates, inside = inner.update(jax.tree.map(_keep, grads, mask), inside, params)
+        updates, inside = inner.update(jax.tree.map(_keep, updates, mask), inside, params)
         return jax.tree.map(_keep, updates, mask), LiftState(state.count + 1, mask, inside)
 
 
