@@ -7,6 +7,7 @@ from ntkjax.selection.embedding import EmbeddingSelector
 from ntkjax.selection.gradient_cosine import GradientCosineSelector
 from ntkjax.selection.influence import InfluenceSelector
 from ntkjax.selection.length import LengthSelector
+from ntkjax.selection.less import LessSelector
 from ntkjax.selection.ntk import NtkSelector
 from ntkjax.selection.random import RandomSelector
 from ntkjax.selection.random_from_stage_1 import RandomFromStage1Selector
@@ -17,6 +18,7 @@ METHODS = {
     "ntk": NtkSelector,
     "gradient-cosine": GradientCosineSelector,
     "influence": InfluenceSelector,
+    "less": LessSelector,
     "embedding": EmbeddingSelector,
     "random": RandomSelector,
     "random-from-stage-1": RandomFromStage1Selector,
@@ -37,6 +39,7 @@ __all__ = [
     "GradientCosineSelector",
     "InfluenceSelector",
     "LengthSelector",
+    "LessSelector",
     "NtkSelector",
     "RandomFromStage1Selector",
     "RandomSelector",

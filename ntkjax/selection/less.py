@@ -1,0 +1,90 @@
+"""LESS (arXiv 2402.04333): what a step of Adam on a pool example does for each subtask, over the warm-up's epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ntkjax.errors import ConfigError
+from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.gradients import (
+    SketchName,
+    Switch,
+    check_options,
+    cosines,
+    find_candidates,
+    gradient_features,
+    place,
+)
+from ntkjax.selection.vote import unit_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class LessSelector:
+    """score_j = max_k sum_t eta_t / (sum_t' eta_t') mean_{i in D_k} cos(Pi Gamma_t(x_j), Pi g_t(x_i)); top n.
+
+    D_k: the domain examples of subtask k, here of one ``source``; t: the checkpoints at the end of the warm-up's
+    epochs, eta_t the mean learning rate of that epoch; g_t: gradient of the loss at theta_t; Gamma_t: Adam's update
+    from it, m' / sqrt(v' + 1e-8) (see `ntkjax.selection.gradients`); Pi: a sketch to K numbers.
+
+    Source: arXiv 2402.04333 and its program, which takes the mean of cosines with each example of a subtask, where the
+    paper writes the cosine with the subtask's mean gradient: we do as the program does. It warms up on a random 5% of
+    the pool for 4 epochs; here the warm-up is the one that all methods share, on the domain, so its examples are no
+    held-out set to these checkpoints. Its sketch is dense Rademacher (``--sketch rademacher``), ours sparse by default;
+    it scores the whole pool (``--stage1 off``), we by default what stage 1 keeps, as for every gradient method.
+
+    Attributes:
+      sketch, sketch_size: Pi and K. stage1, prefilter_factor: see `find_candidates`.
+
+    Raises:
+      ConfigError: options out of range; a problem without checkpoints.
+    """
+
+    sketch: SketchName = "sparse"
+    sketch_size: int = 8192
+    stage1: Switch = "on"
+    prefilter_factor: int = 4
+
+    uses_checkpoints: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor)
+
+    def __call__(self, problem: SelectionProblem) -> Selection:
+        if not problem.checkpoints:
+            raise ConfigError("less looks at the warm-up's epochs and there are none; warm up first, with checkpoints")
+        names, subtask = np.unique(np.asarray(problem.domain.sources, dtype=str), return_inverse=True)
+        candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
+        influence, report = self.influence(problem, candidates.rows, subtask)
+        scores = place(influence.max(axis=1), candidates.rows, len(problem.pool))
+        chosen = select_top("less", scores, problem.n, votes=candidates.counts)
+        best = influence[np.searchsorted(candidates.rows, chosen.selected)].argmax(axis=1)
+        report |= {"subtasks_chosen_for": dict(sorted(Counter(names[best].tolist()).items()))}
+        report = describe(chosen, problem.pool, None) | report | candidates.report()
+        return dataclasses.replace(chosen, diagnostics=report)
+
+    def influence(
+        self, problem: SelectionProblem, rows: Int[np.ndarray, " C"], subtask: Int[np.ndarray, " M"]
+    ) -> tuple[Float[np.ndarray, "C S"], dict[str, Any]]:
+        """(the sum over checkpoints for every candidate and subtask, what to report of it)."""
+        rates = np.array([checkpoint.learning_rate for checkpoint in problem.checkpoints])
+        weights, total, zeros, domain_zeros = rates / rates.sum(), 0.0, [], []
+        for checkpoint, weight in zip(problem.checkpoints, weights):
+            options: dict[str, Any] = {"sketch": self.sketch, "size": self.sketch_size, "checkpoint": checkpoint}
+            domain, read = gradient_features(problem, rows, adam=True, **options)
+            unit, zero = unit_rows(np.asarray(domain, np.float64))
+            means = np.stack([unit[subtask == k].mean(axis=0) for k in range(subtask.max() + 1)])
+            found, missing = cosines(read, rows, means)
+            total = total + weight * found
+            zeros, domain_zeros = [*zeros, missing], [*domain_zeros, zero]
+        return np.asarray(total), {
+            "checkpoint_steps": [checkpoint.step for checkpoint in problem.checkpoints],
+            "checkpoint_weights": weights.tolist(),
+            "zero_gradients": max(zeros),
+            "zero_domain_gradients": max(domain_zeros),
+        }
