@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from ntkjax.models.gpt2 import GPT2
 from ntkjax.models.layers import KVCache, ModelSpec, matmul
 from ntkjax.types import Batch, Params, at_least_float32, predict_mask, valid_mask
 
-OUTPUTS = ("apply", "hidden", "nll", "embed", "weighted_embed", "states", "head")
+OUTPUTS = ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed", "states", "head")
 POSITIONS = ("response", "all", "last")
 
 # Logits of more than this many numbers are made and dropped a slice of T at a time (float32: 256 MiB).
@@ -123,22 +124,44 @@ def token_nll(
     backward pass.
     """
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    rows, length, vocab = *tokens.shape, spec.config.vocab_size
 
     def piece(states, targets):
         logits = project(spec, weights, states)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
+    return _sliced(piece, spec.config.vocab_size, states, targets)
+
+
+def token_entropy(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """H = -sum_v p_v log p_v in nats of the model's prediction p at every position, [B, T]. Logits as in token_nll."""
+
+    def piece(states):
+        logits = project(spec, weights, states)
+        # Below the largest: log sum e^z - sum p z then subtracts no large numbers.
+        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+        return jax.nn.logsumexp(shifted, axis=-1) - jnp.sum(jax.nn.softmax(shifted, axis=-1) * shifted, axis=-1)
+
+    return _sliced(piece, spec.config.vocab_size, states)
+
+
+def _sliced(piece: Callable[..., Array], vocab: int, *arrays: Array) -> Float[Array, "B T"]:
+    """``piece`` of arrays [B, T, ...], at once, or slice after slice of T where [B, T, vocab] would be large."""
+    rows, length = arrays[0].shape[:2]
     if rows * length * vocab <= MAX_LOGITS:
-        return piece(states, targets)
+        return piece(*arrays)
     size = max(1, min(length, MAX_LOGITS // (rows * vocab)))
     pieces = -(-length // size)
     pad = pieces * size - length
-    states = jnp.pad(states, ((0, 0), (0, pad), (0, 0))).reshape(rows, pieces, size, -1)
-    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, pieces, size)
-    slices = (jnp.moveaxis(states, 1, 0), jnp.moveaxis(targets, 1, 0))
-    _, out = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(piece, prevent_cse=False)(*xs)), None, slices)
+
+    def cut(x: Array) -> Array:
+        rest = x.shape[2:]
+        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0) for _ in rest)))
+        return jnp.moveaxis(x.reshape(rows, pieces, size, *rest), 1, 0)
+
+    _, out = jax.lax.scan(
+        lambda _, xs: (None, jax.checkpoint(piece, prevent_cse=False)(*xs)), None, tuple(map(cut, arrays))
+    )
     return jnp.moveaxis(out, 0, 1).reshape(rows, pieces * size)[:, :length]
 
 
@@ -175,6 +198,8 @@ class ModelFn:
         mask = position_mask(batch, self.positions)
         if self.kind == "nll":
             return pool(token_nll(self.spec, weights, states, tokens), mask)
+        if self.kind == "entropy":
+            return pool(token_entropy(self.spec, weights, states), mask)
         hidden = pool(states, mask)
         return hidden if self.kind == "hidden" else project(self.spec, weights, hidden)
 

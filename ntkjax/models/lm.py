@@ -104,8 +104,8 @@ class LanguageModel:
         return chosen
 
     def output(self, kind: str, positions: str = "response") -> ModelFn:
-        """The function ``kind`` ("apply", "hidden", "nll", "embed", "weighted_embed", "states", "head") over
-        ``positions``.
+        """The function ``kind`` ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed", "states", "head")
+        over ``positions``.
         """
         return model_fn(self.params, self.spec, kind, positions)
 
@@ -138,6 +138,11 @@ class LanguageModel:
     def nll_fn(self) -> ModelFn:
         """(params, batch) -> mean negative log-likelihood over S(x) in nats [B]."""
         return self.output("nll")
+
+    @property
+    def entropy_fn(self) -> ModelFn:
+        """(params, batch) -> mean entropy of the prediction over S(x) in nats [B]."""
+        return self.output("entropy")
 
     def logits(self, token_ids: Int[Array | np.ndarray, "B T"] | list) -> Float[Array, "B T V"]:
         """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the

@@ -96,7 +96,7 @@ class Forecast:
         counted = "counted" if self.exact else "estimated from the size of its files"
         return (
             f"pool: {self.pool_examples:,} examples ({counted})\n"
-            f"time: {duration(self.seconds)}, compilation (seconds to a minute) and the search for duplicates not included\n"
+            f"time: {duration(self.seconds)}, compilation (up to a minute) and the search for duplicates left out\n"
             f"device memory: {memory} (weights {size(self.weight_bytes)})\n"
             f"disk: {size(self.disk_bytes)} (scores, selection and the cached records and tokens)\n"
             "Nothing was selected and nothing was written but the cache of the sampled records."

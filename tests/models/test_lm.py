@@ -51,7 +51,8 @@ def log_probabilities(model, batch):
 def test_outputs_are_the_formulas():
     model, batch = model_with_b(), make_batch()
     logits, logp = np.asarray(model.logits(batch.tokens)), log_probabilities(model, batch)
-    fns = {kind: model.output(kind) for kind in ("apply", "hidden", "nll", "embed", "weighted_embed", "states")}
+    kinds = ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed", "states")
+    fns = {kind: model.output(kind) for kind in kinds}
     fns |= {"all": model.output("nll", "all"), "last": model.output("hidden", "last")}
     got = jax.jit(lambda fns, batch: {kind: fn({}, batch) for kind, fn in fns.items()})(fns, batch)
     states, head = np.asarray(got["states"]), np.asarray(model.head_fn({}))
@@ -64,6 +65,8 @@ def test_outputs_are_the_formulas():
         weights = np.arange(1, n + 1) / (n * (n + 1) / 2)
         np.testing.assert_allclose(got["weighted_embed"][i], weights @ states[i, :n], atol=1e-5)
         np.testing.assert_allclose(got["nll"][i], -logp[i, at, batch.tokens[i, at + 1]].mean(), atol=1e-5)
+        entropy = -(np.exp(logp[i, at]) * logp[i, at]).sum(-1)
+        np.testing.assert_allclose(got["entropy"][i], entropy.mean(), atol=1e-5)
         every = np.arange(n - 1)
         np.testing.assert_allclose(got["all"][i], -logp[i, every, batch.tokens[i, every + 1]].mean(), atol=1e-5)
         np.testing.assert_allclose(got["last"][i], states[i, n - 2], atol=1e-5)
@@ -83,7 +86,21 @@ def test_large_logits_in_slices_change_neither_value_nor_derivatives(monkeypatch
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["apply", "hidden", "nll", "embed", "weighted_embed"])
+def test_entropy_of_a_prediction_that_knows_nothing_and_of_one_that_knows_all(monkeypatch):
+    """log V where all logits are equal; 0 where one is far above the others; the same a slice of T at a time."""
+    model, batch = model_with_b(), make_batch()
+    flat = model.with_params({"head": {"kernel": jnp.zeros_like(model.params["head"]["kernel"])}})
+    np.testing.assert_allclose(run(flat.entropy_fn, {}, batch), np.log(37), rtol=1e-6)
+    steep = model.with_params({"head": {"kernel": 1e3 * model.params["head"]["kernel"]}})
+    found = np.asarray(run(steep.entropy_fn, {}, batch))
+    assert np.isfinite(found).all() and (found >= 0).all() and found.max() < 0.5
+    whole = np.asarray(run(model.entropy_fn, {}, batch))
+    monkeypatch.setattr(functions, "MAX_LOGITS", 3 * 37 * 3)
+    sliced = jax.jit(lambda fn, batch: fn({}, batch))(model.entropy_fn, batch)
+    np.testing.assert_allclose(sliced, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["apply", "hidden", "nll", "entropy", "embed", "weighted_embed"])
 def test_padding_order_and_company_do_not_matter(kind):
     fn = model_with_b().output(kind)
     together = np.asarray(run(fn, {}, make_batch()))
