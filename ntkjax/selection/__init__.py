@@ -4,6 +4,7 @@ from ntkjax.selection.base import Dataset, Selection, SelectionProblem, Selector
 from ntkjax.selection.betr import BetrSelector
 from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
+from ntkjax.selection.g2is import G2isSelector
 from ntkjax.selection.gradient_cosine import GradientCosineSelector
 from ntkjax.selection.influence import InfluenceSelector
 from ntkjax.selection.length import LengthSelector
@@ -19,6 +20,7 @@ METHODS = {
     "gradient-cosine": GradientCosineSelector,
     "influence": InfluenceSelector,
     "less": LessSelector,
+    "g2is": G2isSelector,
     "embedding": EmbeddingSelector,
     "random": RandomSelector,
     "random-from-stage-1": RandomFromStage1Selector,
@@ -36,6 +38,7 @@ __all__ = [
     "Dataset",
     "DsirSelector",
     "EmbeddingSelector",
+    "G2isSelector",
     "GradientCosineSelector",
     "InfluenceSelector",
     "LengthSelector",

@@ -108,6 +108,10 @@ class SelectorOptions:
     """lambda over the mean curvature (precondition=kfac, curvature=kfac)."""
     curvature: Literal["kfac", "adam"] = "kfac"
     """What the direction is preconditioned with, as in --precondition (method=influence)."""
+    core_share: float = 0.5
+    """Share of the principal components of the domain's gradients that make its core (method=g2is)."""
+    walk_core: float = 0.8
+    """How much of its cosine with the core a walk keeps at each step (method=g2is)."""
     stage1: Literal["on", "off"] = "on"
     """on: embedding vote first; off: score the whole pool."""
     prefilter_factor: int = 4
