@@ -101,7 +101,7 @@ def test_it_keeps_to_one_of_two_groups_that_conflict_and_random_does_not(given):
     domain = 3 * axis[0] + scatter - scatter.mean(axis=0)
     one = axis[0] + 1.5 * axis[1] + noise(10)
     other = axis[0] - 1.5 * axis[1] + noise(10)  # as near the domain, against the first
-    away = -axis[0] + rng.normal(size=(40, 8))
+    away = -3 * axis[0] + 0.5 * rng.normal(size=(40, 8))
     problem = given(domain, np.concatenate([one, other, away]), 8)
     chosen = select(problem, walk_core=0.5)
     assert (chosen.selected < 10).all() or ((chosen.selected >= 10) & (chosen.selected < 20)).all()
