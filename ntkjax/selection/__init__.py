@@ -4,6 +4,7 @@ from ntkjax.selection.base import Dataset, Selection, SelectionProblem, Selector
 from ntkjax.selection.betr import BetrSelector
 from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
+from ntkjax.selection.euds import EudsSelector
 from ntkjax.selection.g2is import G2isSelector
 from ntkjax.selection.gradient_cosine import GradientCosineSelector
 from ntkjax.selection.influence import InfluenceSelector
@@ -29,6 +30,7 @@ METHODS = {
     "rds": RdsSelector,
     "betr": BetrSelector,
     "tsds": TsdsSelector,
+    "euds": EudsSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
@@ -38,6 +40,7 @@ __all__ = [
     "Dataset",
     "DsirSelector",
     "EmbeddingSelector",
+    "EudsSelector",
     "G2isSelector",
     "GradientCosineSelector",
     "InfluenceSelector",

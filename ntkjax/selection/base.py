@@ -93,6 +93,10 @@ class SelectionProblem:
         in ``work_dir``.
       checkpoints: the warm-up at the end of each of its epochs, oldest first; empty where there was none or it was not
         kept. Methods that need them raise ConfigError then.
+      entropy_fn: ``(params, batch) -> [B]`` mean entropy of the model's prediction over S(x), nats; None where there is
+        none.
+      sample_fn: ``(rows [b], samples=k, max_new_tokens=, seed=) -> [[text, ...], ...]``: k continuations of the prompt
+        of each pool row, sampled under ``params``; the same call gives the same texts. None where there is none.
     """
 
     hidden_fn: Callable
@@ -113,6 +117,8 @@ class SelectionProblem:
     weighted_embed_fn: Callable | None = None
     shared_dir: Path | None = None
     checkpoints: tuple[WarmupCheckpoint, ...] = ()
+    entropy_fn: Callable | None = None
+    sample_fn: Callable | None = None
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))

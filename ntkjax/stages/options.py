@@ -136,6 +136,18 @@ class SelectorOptions:
     """Distance within which examples count as near-duplicates; 0: none do (method=tsds)."""
     neighbours: int = 5000
     """Nearest pool examples that may serve a domain example (method=tsds)."""
+    entropy_keep: Literal["intersection", "information", "generative", "semantic"] = "intersection"
+    """Which entropies must lie in the interval: all in use, or that one (method=euds)."""
+    entropy_low: float = 0.25
+    """The interval's lower end, a quantile of the pool (method=euds)."""
+    entropy_high: float = 0.75
+    """Its upper end (method=euds)."""
+    semantic_samples: int = 0
+    """Sampled continuations of every pool prompt for the semantic entropy, costly; 0: leave it out (method=euds)."""
+    semantic_tokens: int = 64
+    """Longest sampled continuation (method=euds)."""
+    semantic_similarity: float = 0.5
+    """Share of words in common from which two continuations mean the same (method=euds)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written

@@ -26,6 +26,7 @@ from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, dis
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
 from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir, package_version
+from ntkjax.stages.sampling import Sampler
 from ntkjax.stages.warming import WarmUp, needs_checkpoints, warm_up
 from ntkjax.store import atomic_write
 from ntkjax.training import TrainConfig
@@ -247,6 +248,8 @@ def problem_of(
         domain_texts=domain.records.texts,
         pool_texts=pool.records.texts,
         weighted_embed_fn=model.output("weighted_embed"),
+        entropy_fn=model.entropy_fn,
+        sample_fn=Sampler(model, params, pool.tokens),
     )
 
 

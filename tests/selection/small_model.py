@@ -44,6 +44,12 @@ def nll_fn(params, batch):
     return -jnp.einsum("btv,btv,bt->b", logits, targets, mask) / jnp.maximum(mask.sum(axis=1), 1)
 
 
+def entropy_fn(params, batch):
+    """Mean over S(x) of the entropy of the prediction."""
+    logp = jax.nn.log_softmax(states(params, batch) @ params["head"].T, axis=-1)
+    return pooled(-jnp.sum(jnp.exp(logp) * logp, axis=-1, keepdims=True), predict_mask(batch))[:, 0]
+
+
 def sum_of_logits(params, batch):
     return (hidden_fn(params, batch) @ params["head"].T).sum(axis=1)
 
@@ -73,7 +79,7 @@ def make(n=5, rows=24, **changes):
         "hidden_fn": hidden_fn, "head": head_fn, "nll_fn": nll_fn, "embed_fn": embed_fn, "params": params, "n": n,
         "token_budget": 64, "domain": dataset(6, 1), "pool": dataset(rows, 2),
         "domain_texts": texts(6, 1), "pool_texts": texts(rows, 2), "weighted_embed_fn": embed_fn,
-        "checkpoints": tuple(checkpoints),
+        "checkpoints": tuple(checkpoints), "entropy_fn": entropy_fn,
     }  # fmt: skip
     return SelectionProblem(**{**fields, **changes})
 
