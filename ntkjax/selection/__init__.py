@@ -11,6 +11,7 @@ from ntkjax.selection.influence import InfluenceSelector
 from ntkjax.selection.length import LengthSelector
 from ntkjax.selection.less import LessSelector
 from ntkjax.selection.ntk import NtkSelector
+from ntkjax.selection.quad import QuadSelector
 from ntkjax.selection.random import RandomSelector
 from ntkjax.selection.random_from_stage_1 import RandomFromStage1Selector
 from ntkjax.selection.rds import RdsSelector
@@ -31,6 +32,7 @@ METHODS = {
     "betr": BetrSelector,
     "tsds": TsdsSelector,
     "euds": EudsSelector,
+    "quad": QuadSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
@@ -47,6 +49,7 @@ __all__ = [
     "LengthSelector",
     "LessSelector",
     "NtkSelector",
+    "QuadSelector",
     "RandomFromStage1Selector",
     "RandomSelector",
     "RdsSelector",

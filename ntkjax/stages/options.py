@@ -148,6 +148,16 @@ class SelectorOptions:
     """Longest sampled continuation (method=euds)."""
     semantic_similarity: float = 0.5
     """Share of words in common from which two continuations mean the same (method=euds)."""
+    pool_clusters: int = 64
+    """Clusters of the pool's embeddings, the arms of the bandit (method=quad)."""
+    probes: int = 8
+    """Members whose influence a pull of an arm computes (method=quad)."""
+    arms_per_round: int = 8
+    """Arms pulled before their bounds are worked out again (method=quad)."""
+    probe_factor: int = 4
+    """Examples probed for each one wanted (method=quad)."""
+    exploration: float = 1.0
+    """Weight of what is not known of an arm, in standard deviations of the influences (method=quad)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written
