@@ -171,16 +171,23 @@ def gradient_features(
             f"Adam's update of gradients needs a warm-up checkpoint and a kernel of one output "
             f"({' or '.join(ONE_OUTPUT)}); got checkpoint {checkpoint and checkpoint.step} and kernel {kernel}"
         )
-    params = problem.params if checkpoint is None else checkpoint.params
-    functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
-    built = build(kernel, functions, params, seed=problem.seed)
-    plain: Any = SKETCHES[sketch](size, problem.seed)
-    pool_sketch = plain
+    plain = _Features.of(problem, kernel, SKETCHES[sketch](size, problem.seed), checkpoint)
+    pool = dataclasses.replace(plain, data=problem.pool, kind="gradients")
     if adam and checkpoint is not None:
-        pool_sketch = AdamSketch(plain, checkpoint.first, checkpoint.second)
-    one = _Features(problem, problem.domain, "domain-gradients", built, params, plain)
-    other = _Features(problem, problem.pool, "gradients", built, params, pool_sketch)
-    return one.read(np.arange(len(problem.domain))), other.reader(candidates)
+        pool = dataclasses.replace(pool, sketch=AdamSketch(plain.sketch, checkpoint.first, checkpoint.second))
+    return plain.read_all(), pool.reader(candidates)
+
+
+def domain_features(
+    problem: SelectionProblem,
+    *,
+    kernel: str = "loss",
+    sketch: str,
+    size: int,
+    checkpoint: WarmupCheckpoint | None = None,
+) -> Float[np.ndarray, "M K"]:
+    """phi of every domain example alone, the same numbers as those of `gradient_features`."""
+    return _Features.of(problem, kernel, SKETCHES[sketch](size, problem.seed), checkpoint).read_all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +201,17 @@ class _Features:
     params: Params
     sketch: Any
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    @classmethod
+    def of(cls, problem: SelectionProblem, name: str, sketch: Sketch, checkpoint: WarmupCheckpoint | None) -> _Features:
+        """Those of the domain."""
+        params = problem.params if checkpoint is None else checkpoint.params
+        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
+        kernel = build(name, functions, params, seed=problem.seed)
+        return cls(problem, problem.domain, "domain-gradients", kernel, params, sketch)
+
+    def read_all(self) -> np.ndarray:
+        """Of every example."""
+        rows = np.arange(len(self.data))
         return self.reader(rows)(rows)
 
     def reader(self, rows: Int[np.ndarray, " C"]) -> ReadRows:

@@ -2,7 +2,8 @@
 
 s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j>; the n highest are chosen. ``k`` is the paper's ``sum_logits`` kernel or any
 other that ``ntkjax.ntk.approx`` builds; the scores are exact (forward-mode pass) or the paper's (per-example gradients,
-sketched to K); the direction is g_bar, or what is left of it without what all gradients share, preconditioned or not.
+sketched to K); the direction is g_bar, or what is left of it without what all gradients share, preconditioned or not;
+and the mean over the domain may be another aggregation (``ntkjax.selection.aggregation``).
 """
 
 from __future__ import annotations
@@ -21,9 +22,25 @@ from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_precondit
 from ntkjax.ntk.scores import KernelScores, kernel_scores
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.aggregation import (
+    BY_EXAMPLE,
+    AggregationName,
+    check_aggregation,
+    compare_examples,
+    domain_groups,
+)
+from ntkjax.selection.base import Selection, SelectionProblem, ranks_after, select_top
 from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.gradients import SKETCHES, SketchName, Switch, find_candidates
+from ntkjax.selection.gradients import (
+    SKETCHES,
+    Candidates,
+    SketchName,
+    Switch,
+    domain_features,
+    find_candidates,
+    place,
+)
+from ntkjax.selection.rds import take_turns
 from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
@@ -62,7 +79,10 @@ class NtkSelector:
       damping: of ``kfac``, over the mean curvature.
       stage1: ``on``: only the M_pre = ``prefilter_factor`` * n rows with the most votes are scored, each domain point
         voting for M_pre / 4; ``off``: every row is scored.
-      pool_sample: rows of the whole pool, drawn from the seed, whose mean gradient is the second tangent.
+      pool_sample: rows of the whole pool, drawn from the seed, whose mean gradient is one more tangent.
+      aggregation: ``mean`` [paper], ``clusters``, ``max`` or ``round-robin`` over the domain's examples, see
+        `ntkjax.selection.aggregation`; the last two need ``scores`` sketch.
+      domain_clusters: how many groups of domain examples ``clusters`` makes, at most.
     """
 
     kernel: str = "sum_logits"
@@ -75,6 +95,8 @@ class NtkSelector:
     stage1: Switch = "on"
     prefilter_factor: int = 4
     pool_sample: int = 512
+    aggregation: AggregationName = "mean"
+    domain_clusters: int = 8
 
     def __post_init__(self) -> None:
         parse(self.kernel)
@@ -83,49 +105,70 @@ class NtkSelector:
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
         check_precondition(self.precondition, self.scores, self.direction, self.damping)
+        check_aggregation(self.aggregation, self.scores, self.domain_clusters)
         for name in ("sketch_size", "prefilter_factor", "pool_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
-        scores, reference = self.score(problem, candidates.rows)
-        chosen = select_top("ntk", scores, problem.n, votes=candidates.counts)
-        options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition")}
-        report = describe(chosen, problem.pool, reference) | options | candidates.report()
+        if self.aggregation in BY_EXAMPLE:
+            chosen, reference, more = self.by_example(problem, candidates)
+        else:
+            scores, reference, more = self.score(problem, candidates.rows)
+            chosen = select_top("ntk", scores, problem.n, votes=candidates.counts)
+        options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition", "aggregation")}
+        report = describe(chosen, problem.pool, reference) | options | more | candidates.report()
         return dataclasses.replace(chosen, diagnostics=report)
 
-    def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(s_j along ``direction``, s_j with the pool's own mean gradient), float64 [N], NaN outside ``candidates``."""
-        rows, budget = len(problem.pool), problem.token_budget
-        rng = numpy_rng(problem.seed, "selection", "pool sample")
-        drawn = rng.choice(rows, size=min(self.pool_sample, rows), replace=False)
+    def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """(s_j along ``direction``, s_j with the pool's own mean gradient: float64 [N], NaN outside ``candidates``; and
+        what to report)."""
+        budget = problem.token_budget
         functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
         kernel = build(self.kernel, functions, problem.params, seed=problem.seed)
+        domain, report = self.groups(problem)
         found = kernel_scores(
             kernel,
             problem.params,
-            problem.domain.batches(token_budget=budget),
+            domain[0],
             problem.pool.batches(token_budget=budget, indices=candidates),
-            rows=rows,
+            rows=len(problem.pool),
             method=self.scores,
-            references=[problem.pool.batches(token_budget=budget, indices=np.sort(drawn))],
+            references=[*domain[1:], problem.pool.batches(token_budget=budget, indices=self.sample(problem))],
             sketch=self.make_sketch(problem),
             precondition=self.preconditioner(problem),
-            store=self.store(problem, "scores", width=2),
+            store=self.store(problem, "scores", width=len(domain) + 1),
             progress=problem.progress and "score pool",
         )
-        return self.along(found, problem, kernel, candidates), np.asarray(found.scores[:, 1], np.float64)
+        along = self.along(found, problem, kernel, candidates)
+        return along.max(axis=1), np.asarray(found.scores[:, -1], np.float64), report
+
+    def sample(self, problem: SelectionProblem) -> np.ndarray:
+        """The pool rows whose mean gradient stands for the pool's."""
+        rows = len(problem.pool)
+        rng = numpy_rng(problem.seed, "selection", "pool sample")
+        return np.sort(rng.choice(rows, size=min(self.pool_sample, rows), replace=False))
+
+    def groups(self, problem: SelectionProblem) -> tuple[list[Any], dict[str, Any]]:
+        """(batches of every group of domain examples whose mean gradient is a direction, what to report)."""
+        plan: Any = problem.domain.batches(token_budget=problem.token_budget)
+        if self.aggregation == "mean":
+            return [plan], {}
+        options = {"kernel": self.kernel, "sketch": self.sketch, "size": self.sketch_size}
+        labels = domain_groups(problem, lambda: domain_features(problem, **options), self.domain_clusters, options)
+        sizes = np.bincount(labels).tolist()
+        return [plan.only(labels == group) for group in range(len(sizes))], {"domain_cluster_sizes": sizes}
 
     def along(
         self, found: KernelScores, problem: SelectionProblem, kernel: Kernel, candidates: np.ndarray
     ) -> np.ndarray:
-        """The scores along ``direction``, float64 [N]."""
-        if self.direction == "contrast":
-            return np.asarray(found.contrast(), np.float64)
-        raw = np.asarray(found.scores[:, 0], np.float64)
+        """The scores along ``direction`` for each group of domain examples, float64 [N, groups]."""
+        raw, gram = np.asarray(found.scores[:, :-1], np.float64), found.gram
         if self.direction == "raw":
             return raw
+        if self.direction == "contrast":  # what each direction shares with the pool's, the last
+            return raw - gram[:-1, -1] / gram[-1, -1] * np.asarray(found.scores[:, -1:], np.float64)
         squares = squared_norms(
             kernel,
             problem.params,
@@ -141,7 +184,30 @@ class NtkSelector:
                 f"direction cosine: the gradient of {len(zero)} pool example(s) is exactly 0 (first: row {zero[0]}), "
                 "so their cosine is undefined; leave them out of the pool, or use direction raw or contrast"
             )
-        return raw / np.sqrt(np.asarray(squares, np.float64) * found.gram[0, 0])
+        return raw / np.sqrt(np.asarray(squares, np.float64)[:, None] * np.diagonal(gram)[:-1])
+
+    def by_example(
+        self, problem: SelectionProblem, candidates: Candidates
+    ) -> tuple[Selection, np.ndarray, dict[str, Any]]:
+        """(the selection by ``max`` or ``round-robin``, s_j with the pool's own mean gradient, what to report)."""
+        turns = self.aggregation == "round-robin"
+        found, reference = compare_examples(
+            problem,
+            candidates.rows,
+            self.sample(problem),
+            kernel=self.kernel,
+            sketch=self.sketch,
+            size=self.sketch_size,
+            direction=self.direction,
+            nearest_rows=problem.n if turns else 1,
+        )
+        rows = len(problem.pool)
+        scores = place(found.highest.astype(np.float64), candidates.rows, rows)
+        chosen = select_top("ntk", scores, problem.n, votes=candidates.counts)
+        if turns:
+            taken = candidates.rows[take_turns(found.rows, problem.n)]
+            chosen = dataclasses.replace(chosen, ranks=ranks_after(taken, scores), selected=taken)
+        return chosen, place(reference, candidates.rows, rows), {}
 
     def make_sketch(self, problem: SelectionProblem) -> Sketch | None:
         """The projection of the paper's path, or None on the exact path."""
@@ -163,7 +229,8 @@ class NtkSelector:
         if problem.work_dir is None:
             return None
         # A contrast is taken from the same rows as the raw score: the direction is no part of what they depend on.
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k != "direction"}
+        unused = {"direction"} | ({"aggregation", "domain_clusters"} if self.aggregation == "mean" else set())
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         manifest = {**problem.manifest, **options, "n": problem.n, "seed": problem.seed, "rows": name}
         path: Path = problem.work_dir / name
         return RowStore.open(path, rows=len(problem.pool), width=width, dtype=np.float32, manifest=manifest)

@@ -112,9 +112,9 @@ class Neighbours:
 
     Attributes:
       rows: int32 [M, k], each domain point's nearest pool rows, nearest first, ties by lower row.
-      similarity: float32 [M, k], their cosine similarity to it.
-      mean: float32 [N], mean cosine similarity of the pool row to the domain.
-      highest: float32 [N], cosine similarity of the pool row to the nearest domain point.
+      similarity: float32 [M, k], their cosine similarity (inner product, where asked for) to it.
+      mean: float32 [N], mean similarity of the pool row to the domain.
+      highest: float32 [N], similarity of the pool row to the nearest domain point.
       zero_norm: pool rows whose embedding is zero (their similarity is 0 by convention).
     """
 
@@ -132,6 +132,7 @@ def nearest(
     rows: int,
     k: int,
     chunk: int = CHUNK,
+    cosine: bool = True,
 ) -> Neighbours:
     """The k nearest pool rows of each domain point by cosine similarity: exact, streamed.
 
@@ -142,11 +143,13 @@ def nearest(
       domain: embeddings of the M domain examples.
       read_pool: row numbers [b] -> embeddings [b, D].
       rows: N. k: at most N (more is N).
+      cosine: False compares by inner product instead; then ``zero_norm`` is 0.
 
     Raises:
       UserError: a domain example whose embedding is zero (it has no direction to compare with).
     """
-    domain, zero = unit_rows(domain)
+    scale = unit_rows if cosine else lambda vectors: (vectors, 0)
+    domain, zero = scale(domain)
     if zero:
         raise UserError(
             f"{zero} domain examples have an embedding of zero and cannot vote; check the model and the data"
@@ -157,10 +160,10 @@ def nearest(
     means, highest, zeros = np.zeros(rows, np.float32), np.zeros(rows, np.float32), 0
     for start in range(0, rows, chunk):
         index = np.arange(start, min(start + chunk, rows))
-        unit, zero = unit_rows(np.asarray(read_pool(index)))
+        vectors, zero = scale(np.asarray(read_pool(index)))
         zeros += zero
-        padded = np.zeros((chunk, unit.shape[1]), unit.dtype)
-        padded[: len(index)] = unit
+        padded = np.zeros((chunk, vectors.shape[1]), vectors.dtype)
+        padded[: len(index)] = vectors
         real = jnp.arange(chunk) < len(index)
         first = jnp.asarray(start, jnp.int32)
         best, mean, top = _compare(best, jnp.asarray(domain), jnp.asarray(padded), first, real)

@@ -9,6 +9,7 @@ from ntkjax.data.dedup import DedupSettings
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import parse
 from ntkjax.parallel import WeightRule, parse_mesh
+from ntkjax.selection.aggregation import check_aggregation
 from ntkjax.selection.ntk import check_precondition
 
 
@@ -118,6 +119,11 @@ class SelectorOptions:
     """M_pre / N: how many candidates stage 1 keeps for each example wanted."""
     pool_sample: int = 512
     """Pool examples whose mean gradient is the second tangent of the report."""
+    aggregation: Literal["mean", "max", "clusters", "round-robin"] = "mean"
+    """Over the domain's examples (method=ntk). mean: the paper's; clusters: the best of the means of groups of them;
+    max: the best of all; round-robin: each takes its best in turn. The last two need scores=sketch."""
+    domain_clusters: int = 8
+    """Groups of domain examples, at most (aggregation=clusters)."""
     order: Literal["longest", "shortest"] = "longest"
     """Which responses come first (method=length)."""
     buckets: int = 10_000
@@ -162,6 +168,7 @@ class SelectorOptions:
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written
         check_precondition(self.precondition, self.scores, self.direction, self.damping)
+        check_aggregation(self.aggregation, self.scores, self.domain_clusters)
 
 
 @dataclasses.dataclass(frozen=True)

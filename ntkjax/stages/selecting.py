@@ -18,7 +18,7 @@ from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths
 from ntkjax.parallel import describe_mesh, is_primary
-from ntkjax.selection import METHODS, Selection, SelectionProblem
+from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector
 from ntkjax.selection.base import check_size
 from ntkjax.selection.diagnostics import examples
 from ntkjax.stages.deduplicating import deduplicate, read_held_out
@@ -75,7 +75,8 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
     pool = load_data(config.pool, model, config.data)
-    check_warmup(check_method(config.select.method), given=not config.skip_warmup)
+    make_selector(config.select)
+    check_warmup(config.select.method, given=not config.skip_warmup)
     check_size(config.n, len(pool))
     held_out = read_held_out(config.data, test=config.test)
     found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
@@ -103,11 +104,16 @@ def forecast(config: SelectConfig) -> Forecast:
     """What ``config`` would take, from the first records of each data set; makes no run directory.
 
     Raises:
-      ConfigError: another method than ``ntk``, whose passes are those that are timed.
+      ConfigError: another method than ``ntk``, or another aggregation than the mean, whose passes are those timed.
     """
     if check_method(config.select.method) != "ntk":
         raise ConfigError(
             f"--dry-run forecasts the passes of --method ntk, not of {config.select.method}; leave one of the two out"
+        )
+    if config.select.aggregation != "mean":
+        raise ConfigError(
+            f"--dry-run forecasts the passes of --aggregation mean, not of {config.select.aggregation}; leave one of "
+            "the two out"
         )
     model = load_model(config.model, seed=config.seed)
     params = trained_parameters(model, config.model)
@@ -169,7 +175,7 @@ def choose(
     """
     if (out / "selection.json").exists():
         return read_selection(out)
-    selector = METHODS[check_method(options.method)](**method_options(options))
+    selector = make_selector(options)
     check_size(n, len(pool))  # before the warm-up, which takes time
     check_warmup(options.method, given=warmup is not None or warmed is not None)
     out.mkdir(parents=True, exist_ok=True)
@@ -203,6 +209,15 @@ def check_method(name: str) -> str:
     if name not in METHODS:
         raise ConfigError(f"unknown selection method {name!r}; expected one of {', '.join(METHODS)}")
     return name
+
+
+def make_selector(options: SelectorOptions) -> Selector:
+    """The method of ``options`` with the options that it has.
+
+    Raises:
+      ConfigError: no such method; options out of range, or that cannot be had together.
+    """
+    return METHODS[check_method(options.method)](**method_options(options))
 
 
 def method_options(options: SelectorOptions) -> dict[str, Any]:

@@ -127,3 +127,31 @@ def test_every_method_writes_a_selection(method, files, tmp_path):
     found = read_selection(out)
     assert found.method == method and len(set(found.selected.tolist())) == 5
     assert len((out / "selected.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("method", ["gradient-cosine", "influence", "less", "g2is"])
+def test_every_gradient_method_writes_a_selection(method, files, tmp_path):
+    out, flags = tmp_path / "run", ("--method", method, "--sketch-size", "64", "--warmup.epochs", "2")
+    assert select(files, out, *flags) == 0
+    found = read_selection(out)
+    assert found.method == method and len(set(found.selected.tolist())) == 5 and found.scored.sum() == 20
+    if method == "less":
+        assert found.diagnostics["checkpoint_steps"] == [3, 6]
+
+
+@pytest.mark.parametrize("method", ["less", "g2is"])
+def test_methods_that_look_at_the_warm_up_need_one(method, files, tmp_path, capsys):
+    assert select(files, tmp_path / "run", "--skip-warmup", "--method", method) == 2
+    assert "leave out --skip-warmup" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("aggregation", ["clusters", "max", "round-robin"])
+def test_every_aggregation_writes_a_selection(aggregation, files, tmp_path, capsys):
+    flags = ("--aggregation", aggregation, "--domain-clusters", "3", "--sketch-size", "64")
+    assert select(files, tmp_path / "run", *flags) == (0 if aggregation == "clusters" else 2)
+    if aggregation != "clusters":
+        assert "needs scores sketch" in capsys.readouterr().err
+        assert select(files, tmp_path / "run", *flags, "--scores", "sketch") == 0
+    found = read_selection(tmp_path / "run")
+    assert found.diagnostics["aggregation"] == aggregation and found.scored.sum() == 20
