@@ -5,6 +5,7 @@ from ntkjax.selection.betr import BetrSelector
 from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
 from ntkjax.selection.euds import EudsSelector
+from ntkjax.selection.gais import GaisSelector
 from ntkjax.selection.g2is import G2isSelector
 from ntkjax.selection.gradient_cosine import GradientCosineSelector
 from ntkjax.selection.influence import InfluenceSelector
@@ -33,6 +34,7 @@ METHODS = {
     "tsds": TsdsSelector,
     "euds": EudsSelector,
     "quad": QuadSelector,
+    "gais": GaisSelector,
 }
 """Name -> frozen dataclass of the method's options, callable on a ``SelectionProblem``."""
 
@@ -43,6 +45,7 @@ __all__ = [
     "DsirSelector",
     "EmbeddingSelector",
     "EudsSelector",
+    "GaisSelector",
     "G2isSelector",
     "GradientCosineSelector",
     "InfluenceSelector",

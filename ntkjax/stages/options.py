@@ -164,6 +164,14 @@ class SelectorOptions:
     """Examples probed for each one wanted (method=quad)."""
     exploration: float = 1.0
     """Weight of what is not known of an arm, in standard deviations of the influences (method=quad)."""
+    graph_features: Literal["embeddings", "gradients"] = "embeddings"
+    """What similar means; gradients are of the candidates of stage 1 (method=gais)."""
+    graph_edges: float = 0.05
+    """Share of pairs of examples that are joined, the most similar ones (method=gais)."""
+    graph_nodes: int = 512
+    """Examples of a graph, half of them of the domain (method=gais)."""
+    graph_steps: int = 200
+    """Graphs that the attention network is trained on (method=gais)."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written

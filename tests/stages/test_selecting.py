@@ -120,7 +120,7 @@ def test_as_a_function(files, tmp_path):
         ntkjax.select(model=files.model, domain=files.domain, pool=files.pool, out="x")
 
 
-@pytest.mark.parametrize("method", ["length", "random-from-stage-1", "dsir", "rds", "betr", "tsds", "euds", "quad"])
+@pytest.mark.parametrize("method", ["length", "random-from-stage-1", "dsir", "rds", "betr", "tsds", "euds", "quad", "gais"])
 def test_every_method_writes_a_selection(method, files, tmp_path):
     out = tmp_path / "run"
     assert select(files, out, "--skip-warmup", "--method", method) == 0
