@@ -49,6 +49,7 @@ class G2isSelector:
     Attributes:
       sketch, sketch_size: Pi and K. stage1, prefilter_factor: see `find_candidates`.
       core_share, walk_core: above 0, at most 1.
+      adam: ``off`` walks over plain gradients, see `LessSelector`.
 
     Raises:
       ConfigError: options out of range; a problem without checkpoints. UserError: a core knowledge of zero.
@@ -60,11 +61,12 @@ class G2isSelector:
     prefilter_factor: int = 4
     core_share: float = 0.5
     walk_core: float = 0.8
+    adam: Switch = "on"
 
     uses_checkpoints: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor)
+        check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor, self.adam)
         for name in ("core_share", "walk_core"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -73,10 +75,8 @@ class G2isSelector:
         if not problem.checkpoints:
             raise ConfigError("g2is takes Adam's moments from the warm-up and there is none; warm up, with checkpoints")
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
-        options: dict[str, Any] = {"sketch": self.sketch, "size": self.sketch_size}
-        domain, read = gradient_features(
-            problem, candidates.rows, checkpoint=problem.checkpoints[-1], adam=True, **options
-        )
+        options: dict[str, Any] = {"sketch": self.sketch, "size": self.sketch_size, "adam": self.adam == "on"}
+        domain, read = gradient_features(problem, candidates.rows, checkpoint=problem.checkpoints[-1], **options)
         core, components = core_knowledge(domain, self.core_share)
         nodes, zeros = np.empty((len(candidates.rows), self.sketch_size), np.float32), 0
         for at, rows in in_blocks(candidates.rows):

@@ -46,9 +46,9 @@ ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
 ReadRows = Callable[[np.ndarray], Float[np.ndarray, "n K"]]
 
 
-def check_options(sketch: str, sketch_size: int, stage1: str, prefilter_factor: int) -> None:
+def check_options(sketch: str, sketch_size: int, stage1: str, prefilter_factor: int, adam: str = "on") -> None:
     """Raise ConfigError where one of the options that all gradient methods have cannot be used."""
-    for name, value, kind in (("sketch", sketch, SketchName), ("stage1", stage1, Switch)):
+    for name, value, kind in (("sketch", sketch, SketchName), ("stage1", stage1, Switch), ("adam", adam, Switch)):
         if value not in get_args(kind):
             raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
     for name, value in (("sketch_size", sketch_size), ("prefilter_factor", prefilter_factor)):

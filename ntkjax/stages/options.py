@@ -109,6 +109,8 @@ class SelectorOptions:
     """lambda over the mean curvature (precondition=kfac, curvature=kfac)."""
     curvature: Literal["kfac", "adam"] = "kfac"
     """What the direction is preconditioned with, as in --precondition (method=influence)."""
+    adam: Literal["on", "off"] = "on"
+    """on: a pool example is the step that Adam would take on it; off: its plain gradient (method=less, g2is)."""
     core_share: float = 0.5
     """Share of the principal components of the domain's gradients that make its core (method=g2is)."""
     walk_core: float = 0.8

@@ -1,10 +1,12 @@
 """G2IS against the walk written out with every edge, the core against an SVD, and planted groups that conflict."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection import METHODS
+from ntkjax.selection.base import WarmupCheckpoint
 from ntkjax.selection.g2is import core_knowledge, walk
 
 EXACT = {"sketch": "sparse", "sketch_size": 32, "stage1": "off"}  # no inner product of 8 numbers is changed
@@ -81,8 +83,9 @@ def test_the_core_is_the_mean_in_the_leading_components():
 def test_a_selection_is_the_walk_over_adams_updates(given):
     rng = np.random.default_rng(7)
     domain, pool = rng.normal(size=(6, 8)) + 1, rng.normal(size=(30, 8))
-    problem = given(domain, pool, 9)
-    point = problem.checkpoints[-1]
+    tree = lambda values: {"w": jnp.asarray(values, jnp.float32)}
+    point = WarmupCheckpoint(tree(np.zeros(8)), tree(rng.normal(size=8)), tree(rng.uniform(0.1, 3, 8)), 1e-3, 1)
+    problem = given(domain, pool, 9, checkpoints=(point,))
     m, v = np.asarray(point.first["w"], np.float64), np.asarray(point.second["w"], np.float64)
     nodes = unit((0.9 * m + 0.1 * pool) / np.sqrt(0.999 * v + 0.001 * pool**2 + 1e-8))
     core, _ = core_knowledge(domain, 0.5)
@@ -92,6 +95,8 @@ def test_a_selection_is_the_walk_over_adams_updates(given):
     np.testing.assert_allclose(chosen.scores, nodes @ core, atol=1e-5)
     assert chosen.diagnostics["restarts"] == len(starts) - 1
     assert sorted(chosen.ranks.tolist()) == list(range(1, 31))
+    plain = select(problem, adam="off")
+    assert plain.selected.tolist() == written_out(unit(pool), core, 9, 0.8)[0] != order
 
 
 def test_it_keeps_to_one_of_two_groups_that_conflict_and_random_does_not(given):

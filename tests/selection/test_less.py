@@ -74,6 +74,15 @@ def test_gradients_are_taken_at_each_checkpoint(make, small):
     assert np.abs(wrong - expected).max() > 0.05  # what looking at the last theta alone would give
 
 
+def test_without_adam_it_is_the_mean_cosine_of_plain_gradients(given):
+    rng = np.random.default_rng(3)
+    domain, pool = rng.normal(size=(5, 8)), rng.normal(size=(20, 8))
+    points = (checkpoint(5.0, 2.0, 3e-4), checkpoint(-7.0, 1.0, 1e-4))  # moments that would decide everything
+    chosen = select(given(domain, pool, 4, checkpoints=points), adam="off")
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(chosen.scores, unit(pool) @ unit(domain).mean(axis=0), atol=1e-5)
+
+
 def test_what_it_does_not_depend_on(given):
     rng = np.random.default_rng(1)
     domain, pool = rng.normal(size=(6, 8)), rng.normal(size=(20, 8))
