@@ -1,8 +1,8 @@
 """ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
 
-Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``verify``, ``stability``,
-``replay`` and ``demo`` are the commands as functions; ``load_lm`` gives a model whose functions feed ``ntkjax.ntk`` and
-``ntkjax.selection``.
+Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``study``, ``verify``,
+``stability``, ``replay`` and ``demo`` are the commands as functions; ``load_lm`` gives a model whose functions feed
+``ntkjax.ntk`` and ``ntkjax.selection``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ReplayConfig,
         SelectConfig,
         StabilityConfig,
+        StudyConfig,
         VerifyConfig,
         adapt,
         demo,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         replay,
         select,
         stability,
+        study,
         verify,
     )
     from ntkjax.training import TrainConfig, fit
@@ -41,8 +43,8 @@ _PUBLIC = {
     "ntkjax.training": ("TrainConfig", "fit"),
     "ntkjax.stages": (
         *("AdaptConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig", "ReplayConfig", "SelectConfig"),
-        *("StabilityConfig", "VerifyConfig"),
-        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "stability", "verify"),
+        *("StabilityConfig", "StudyConfig", "VerifyConfig"),
+        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "stability", "study", "verify"),
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -1,6 +1,7 @@
 """The command line: ``ntkjax COMMAND --flags``. One command is one stage; its flags are the fields of its config.
 
-Exit codes: 0 done, 2 something the user can mend (printed in a line or two, no traceback), 130 interrupted.
+Exit codes: 0 done, 1 done but for what failed (runs of a study), 2 something the user can mend (printed in a line or two,
+no traceback), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ntkjax.stages import COMMANDS
 
     configs = {name: command.config for name, command in COMMANDS.items()}
+    code = 0
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             configs,
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, count = start()
         if count > 1 and name not in DIVIDED:
             raise ConfigError(f"{name} runs in one process, and this job has {count}; start one")
-        text = command.run(config)
+        text, code = command.run(config)
         barrier("end")  # whoever leaves first would end the others
         if is_primary():
             print(text)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from what is finished", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def _fail(message: str) -> int:

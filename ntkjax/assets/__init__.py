@@ -8,9 +8,14 @@ from pathlib import Path
 from ntkjax.assets.planted import PlantedTask, planted_task, write_planted_task
 from ntkjax.assets.settings import DEMO, DemoSettings
 
-__all__ = ["DEMO", "DemoSettings", "PlantedTask", "planted_task", "tiny_lm_path", "write_planted_task"]
+__all__ = ["DEMO", "DemoSettings", "PlantedTask", "planted_task", "study_path", "tiny_lm_path", "write_planted_task"]
 
 
 def tiny_lm_path() -> Path:
     """Directory of the tiny model in Hugging Face format (config.json, model.safetensors, tokenizer files)."""
     return Path(str(files("ntkjax.assets") / "tiny-lm"))
+
+
+def study_path() -> Path:
+    """The study of all selectors on the embedded task: ``ntkjax study embedded``."""
+    return Path(str(files("ntkjax.assets") / "study.yaml"))

@@ -22,6 +22,8 @@ from ntkjax.stages.replaying import ReplayConfig
 from ntkjax.stages.replaying import replay as _replay
 from ntkjax.stages.selecting import SelectConfig
 from ntkjax.stages.selecting import select as _select
+from ntkjax.stages.study_command import Study, StudyConfig
+from ntkjax.stages.study_command import study as _study
 from ntkjax.stages.verifying import Verification, VerifyConfig
 from ntkjax.stages.verifying import verify as _verify
 
@@ -32,6 +34,7 @@ adapt = takes_keywords(AdaptConfig)(_adapt)
 demo = takes_keywords(DemoConfig)(_demo)
 verify = takes_keywords(VerifyConfig)(_verify)
 stability = takes_keywords(StabilityConfig)(_stability)
+study = takes_keywords(StudyConfig)(_study)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,10 @@ class Command:
     stage: Callable[..., Any]
     text: Callable[[Any, Any], str]
 
-    def run(self, config: Any) -> str:
-        """Run the stage and give what to print."""
-        return self.text(config, self.stage(config))
+    def run(self, config: Any) -> tuple[str, int]:
+        """Run the stage; what to print, and the exit code: 0 unless the result has one of its own."""
+        result = self.stage(config)
+        return self.text(config, result), getattr(result, "exit_code", 0)
 
 
 _STAGES = {
@@ -55,6 +59,7 @@ _STAGES = {
     "demo": Command(DemoConfig, demo, printing.demonstration),
     "verify": Command(VerifyConfig, verify, printing.verification),
     "stability": Command(StabilityConfig, stability, printing.stability),
+    "study": Command(StudyConfig, study, printing.study),
 }
 
 
@@ -79,6 +84,8 @@ __all__ = [
     "SelectConfig",
     "Stability",
     "StabilityConfig",
+    "Study",
+    "StudyConfig",
     "Verification",
     "VerifyConfig",
     "adapt",
@@ -88,5 +95,6 @@ __all__ = [
     "replay",
     "select",
     "stability",
+    "study",
     "verify",
 ]

@@ -69,7 +69,7 @@ def _dataclass(cls: Any, data: Any, where: str, key: str) -> Any:
     values = {name: _value(hints[name], value, where, _join(key, name)) for name, value in data.items()}
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:  # raised by the class's own checks in __post_init__
+    except (ValueError, TypeError, ConfigError) as error:  # raised by the class's own checks in __post_init__
         raise ConfigError(f"{at}: {error}") from error
 
 

@@ -82,6 +82,19 @@ def stability(config: Any, result: Any) -> str:
     return "\n".join(map(to_markdown, filter(None, tables))) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
+def study(config: Any, result: Any) -> str:
+    """What is done, failed and left; after a run the main table, the failures and the report's path."""
+    from ntkjax.stages.study_tables import failure_table, main_table
+
+    if config.list:
+        return to_markdown(result.rows())
+    counts, parts = result.results["counts"], [to_markdown(main_table(result.results))]
+    if counts["failed"]:
+        parts.append("Failed (--retry-failed tries again):\n" + to_markdown(failure_table(result.results)))
+    done = f"{counts['done']} runs done, {counts['failed']} failed, {counts['left']} left"
+    return "\n".join(parts) + f"\n{done}\nreport: {Path(config.out) / 'report.html'}"
+
+
 def verification(config: Any, result: Any) -> str:
     """The ladder against the top of each column, the cross terms, and the report's path."""
     from ntkjax.stages.verify_report import cross_table, table

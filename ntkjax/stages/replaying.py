@@ -42,5 +42,7 @@ def replay(config: ReplayConfig, stages: Mapping[str, tuple[type, Callable]], *,
     if out.resolve() == folder.resolve():
         raise ConfigError(f"{out}: is the run itself; give --out another directory, so that the first results stay")
     cls, function = stages[command]
+    if command == "study":  # its file lies in the run, which may have been moved
+        content = {**content, "study": [str(folder / "study.yaml")]}
     built = config_from_dict(cls, {**content, "out": str(out)}, where=str(folder / "config.yaml"))
     return function(built, progress=progress)

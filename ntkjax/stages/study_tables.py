@@ -1,0 +1,239 @@
+"""The tables of a study from its results.json: rows ready for Markdown and LaTeX, and in full numbers for CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ntkjax.report.tables import format_estimate, format_spread
+
+Row = dict[str, Any]
+SHOWN_METRICS = {
+    "accuracy": "accuracy (%)",
+    "accuracy_generated": "accuracy, generated (%)",
+    "nll": "response NLL (nats/token)",
+}
+_PLACE = ("domain", "size", "budget")
+_READABLE = {"size": "examples of the domain", "budget": "N"}
+
+
+def label_of(metric: str | None) -> str:
+    """A metric with its unit, as axes and columns show it."""
+    return SHOWN_METRICS.get(metric or "", str(metric))
+
+
+def is_percent(metric: str | None) -> bool:
+    """Whether a metric is a share, shown times 100."""
+    return metric is not None and metric.startswith("accuracy")
+
+
+def places(results: Mapping[str, Any]) -> list[Row]:
+    """domain, size and budget of every cell, each once, in order."""
+    found = dict.fromkeys(tuple(cell[key] for key in _PLACE) for cell in results["cells"])
+    return [dict(zip(_PLACE, place)) for place in found]
+
+
+def at(rows: Sequence[Mapping[str, Any]], place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of one place."""
+    return [row for row in rows if all(row[key] == place[key] for key in _PLACE)]
+
+
+def spread(entry: Mapping[str, Any] | None, percent: bool, digits: int | None = None) -> str | None:
+    """``mean ± sd`` of an entry with both, or None."""
+    if entry is None or entry.get("mean") is None:
+        return None
+    return format_spread(entry["mean"], entry.get("sd"), percent=percent, digits=digits)
+
+
+def main_table(results: Mapping[str, Any]) -> list[Row]:
+    """One row for each size, budget and arm; one column for each domain with its headline metric, mean ± sd over seeds
+    (and, where the truth is known, precision at N). An arm with failed runs says so."""
+    rows: dict[tuple, Row] = {}
+    several = {key: len({cell[key] for cell in results["cells"]}) > 1 for key in ("size", "budget")}
+    for cell in results["cells"]:
+        key = (str(cell["size"]), cell["budget"], cell["arm"])
+        shown = {_READABLE[name]: cell[name] for name in ("size", "budget") if several[name]}
+        row = rows.setdefault(key, shown | {"method": cell["arm"]})
+        percent = is_percent(cell["metric"])
+        if cell["metric"] is not None:
+            value = spread(cell.get("test", {}).get(cell["metric"]), percent)
+            row[f"{cell['domain']}: {label_of(cell['metric'])}"] = _with_failures(value, cell)
+        if "precision" in cell["means"]:
+            row[f"{cell['domain']}: precision at N (%)"] = spread(cell["means"]["precision"], True)
+    return list(rows.values())
+
+
+def _with_failures(value: str | None, cell: Mapping[str, Any]) -> str | None:
+    if not cell["failed"]:
+        return value
+    return f"{value or ''} ({cell['failed']} of {cell['failed'] + cell['runs']} failed)".strip()
+
+
+def place_table(results: Mapping[str, Any], place: Mapping[str, Any]) -> list[Row]:
+    """One row for each arm of a place: headline with interval, NLL, differences from random and from the strongest
+    baseline with their corrected p-values, precision at N."""
+    compared = at(results["comparisons"], place)
+    rows = []
+    for cell in at(results["cells"], place):
+        metric, test, means = cell["metric"], cell.get("test", {}), cell["means"]
+        percent = is_percent(metric)
+        row: Row = {"method": cell["arm"]}
+        if metric is not None:
+            row[label_of(metric)] = _with_failures(spread(test.get(metric), percent), cell)
+            head = test.get(metric)
+            row["95% interval"] = None if head is None else _range(head, percent)
+        if metric != "nll" and "nll" in test:
+            row[label_of("nll")] = spread(test["nll"], False)
+        for entry in [entry for entry in compared if entry["arm"] == cell["arm"]]:
+            against = entry["role"] if entry["role"] == "random" else f"strongest ({entry['reference']})"
+            row[f"− {against}"] = difference(entry)
+            row[f"p, {entry['role']}"] = entry["p_holm"]
+        if "precision" in means:
+            row["precision at N (%)"] = spread(means["precision"], True)
+        rows.append(row | {"runs": cell["runs"]})
+    return rows
+
+
+def _range(entry: Mapping[str, Any], percent: bool) -> str:
+    scale, digits = (100, 1) if percent else (1, 3)
+    return f"{scale * entry['low']:.{digits}f} to {scale * entry['high']:.{digits}f}"
+
+
+def difference(entry: Mapping[str, Any]) -> str:
+    """``+1.2 [0.3, 2.1]``, in points where the metric is a share."""
+    percent = is_percent(entry["metric"])
+    text = format_estimate(
+        entry["difference"], entry["low"], entry["high"], percent=percent, digits=None if percent else 4
+    )
+    return text if text.startswith("-") else f"+{text}"
+
+
+def difference_table(results: Mapping[str, Any]) -> list[Row]:
+    """Every comparison: place, arm, reference, difference with interval, each seed, p and Holm's p."""
+    rows = []
+    for entry in results["comparisons"]:
+        percent = is_percent(entry["metric"])
+        scale, digits = (100, 1) if percent else (1, 4)
+        rows.append(
+            {
+                **_named(entry),
+                "comparison": f"{entry['arm']} − {entry['reference']}",
+                "reference is": {"random": "random", "strongest": "the strongest baseline"}[entry["role"]],
+                f"difference ({'points' if percent else 'nats/token'}) [95% interval]": difference(entry),
+                "each seed": ", ".join(f"{scale * x:+.{digits}f}" for x in entry["per_seed"]),
+                "p": entry["p"],
+                "p, Holm": entry["p_holm"],
+            }
+        )
+    return rows
+
+
+def _named(entry: Mapping[str, Any]) -> Row:
+    return {_READABLE.get(key, key): entry[key] for key in _PLACE}
+
+
+def cost_table(results: Mapping[str, Any]) -> list[Row]:
+    """What each arm took, mean over seeds: learning rate, steps, seconds, forward-equivalent tokens, FLOPs."""
+    rows = []
+    for cell in results["cells"]:
+        means = {name: entry["mean"] for name, entry in cell["means"].items()}
+        total = means.get("passes_total")
+        rows.append(
+            {
+                **_named(cell),
+                "method": cell["arm"],
+                "learning rate": cell["learning_rate"],
+                "steps": None if means.get("steps") is None else round(means["steps"]),
+                "warm-up (s)": means.get("seconds_warmup"),
+                "selection (s)": means.get("seconds_selection"),
+                "training (s)": means.get("seconds_training"),
+                "selection (tokens forward)": _sum(means, "passes_warmup", "passes_selection"),
+                "training (tokens forward)": means.get("passes_training"),
+                "total (tokens forward)": total,
+                "FLOPs": means.get("flops"),
+            }
+        )
+    return rows
+
+
+def _sum(means: Mapping[str, Any], *names: str) -> float | None:
+    found = [means[name] for name in names if means.get(name) is not None]
+    return float(sum(found)) if found and means.get(names[-1]) is not None else None
+
+
+def selection_table(results: Mapping[str, Any]) -> list[Row]:
+    """What each arm chose, mean ± sd over seeds: precision, what the score follows, lengths, how alike its choices are
+    with two seeds, and how alike they and random ones."""
+    rows = []
+    for overlap in results["overlaps"]:
+        for cell in [cell for cell in at(results["cells"], overlap) if cell["arm"] in overlap["arms"]]:
+            place, means = overlap["arms"].index(cell["arm"]), cell["means"]
+            row = _named(cell) | {"method": cell["arm"]}
+            if "precision" in means:
+                row |= {
+                    "precision at N (%)": spread(means["precision"], True),
+                    "chance (%)": 100 * means["chance"]["mean"],
+                }
+            row |= {
+                "rank correlation with length": spread(means.get("rank_correlation_with_length"), False, 2),
+                "with the pool's mean": spread(means.get("rank_correlation_with_pool_mean"), False, 2),
+                "tokens chosen": (means.get("mean_response_tokens_chosen") or {}).get("mean"),
+                "tokens offered": (means.get("mean_response_tokens_offered") or {}).get("mean"),
+                "same rows in two seeds (Jaccard)": overlap["between_seeds"].get(cell["arm"]),
+            }
+            if "random" in overlap["arms"]:
+                row["same rows as random"] = overlap["jaccard"][place][overlap["arms"].index("random")]
+            rows.append(row)
+    return rows
+
+
+def rate_table(results: Mapping[str, Any]) -> list[Row]:
+    """Every learning rate tried with the first seed, and what became of it."""
+    return [
+        {
+            **_named(trial),
+            "method": trial["arm"],
+            "learning rate": trial["learning_rate"],
+            "dev loss (nats/token)": trial["dev_loss"],
+            "chosen": "yes" + (", at the edge of those tried" if trial["at_edge"] else "") if trial["chosen"] else None,
+            "status": trial["status"] if trial["status"] != "failed" else f"failed: {trial['message']}",
+        }
+        for trial in results["trials"]
+    ]
+
+
+def failure_table(results: Mapping[str, Any]) -> list[Row]:
+    """Runs that failed, with their messages."""
+    return [
+        {
+            **_named(entry),
+            "method": entry["arm"],
+            "seed": entry["seed"],
+            "run": entry["run"],
+            "message": entry["message"],
+        }
+        for entry in results["failures"]
+    ]
+
+
+def numbers(results: Mapping[str, Any]) -> list[Row]:
+    """The main table in full numbers, for CSV: one row for each cell and metric of the test examples."""
+    rows = []
+    for cell in results["cells"]:
+        head = {key: cell[key] for key in (*_PLACE, "arm", "runs", "failed")}
+        for name, entry in cell.get("test", {}).items():
+            if isinstance(entry, Mapping):
+                rows.append(head | {"metric": name, **{key: entry[key] for key in ("mean", "sd", "low", "high")}})
+        for name in ("precision", "dev_loss", "dev_accuracy", "passes_total", "flops"):
+            if name in cell["means"]:
+                entry = cell["means"][name]
+                rows.append(
+                    head | {"metric": name, "mean": entry["mean"], "sd": entry["sd"], "low": None, "high": None}
+                )
+    return rows
+
+
+def difference_numbers(results: Mapping[str, Any]) -> list[Row]:
+    """Every comparison in full numbers, for CSV."""
+    keys = (*_PLACE, "arm", "reference", "role", "metric", "difference", "low", "high", "p", "p_holm")
+    return [{key: entry[key] for key in keys} for entry in results["comparisons"]]
