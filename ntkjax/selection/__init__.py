@@ -5,8 +5,8 @@ from ntkjax.selection.betr import BetrSelector
 from ntkjax.selection.dsir import DsirSelector
 from ntkjax.selection.embedding import EmbeddingSelector
 from ntkjax.selection.euds import EudsSelector
-from ntkjax.selection.gais import GaisSelector
 from ntkjax.selection.g2is import G2isSelector
+from ntkjax.selection.gais import GaisSelector
 from ntkjax.selection.gradient_cosine import GradientCosineSelector
 from ntkjax.selection.influence import InfluenceSelector
 from ntkjax.selection.length import LengthSelector
@@ -45,8 +45,8 @@ __all__ = [
     "DsirSelector",
     "EmbeddingSelector",
     "EudsSelector",
-    "GaisSelector",
     "G2isSelector",
+    "GaisSelector",
     "GradientCosineSelector",
     "InfluenceSelector",
     "LengthSelector",

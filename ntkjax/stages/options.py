@@ -10,6 +10,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import parse
 from ntkjax.parallel import WeightRule, parse_mesh
 from ntkjax.selection.aggregation import check_aggregation
+from ntkjax.selection.diversity import check_diversity
 from ntkjax.selection.ntk import check_precondition
 
 
@@ -106,7 +107,7 @@ class SelectorOptions:
     """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
     of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
     damping: float = 0.1
-    """lambda over the mean curvature (precondition=kfac, curvature=kfac)."""
+    """lambda over the mean curvature (precondition=kfac, curvature=kfac, method=quad)."""
     curvature: Literal["kfac", "adam"] = "kfac"
     """What the direction is preconditioned with, as in --precondition (method=influence)."""
     adam: Literal["on", "off"] = "on"
@@ -174,11 +175,20 @@ class SelectorOptions:
     """Examples of a graph, half of them of the domain (method=gais)."""
     graph_steps: int = 200
     """Graphs that the attention network is trained on (method=gais)."""
+    diversity: Literal["none", "facility-location", "d-optimal"] = "none"
+    """A pass after any method: of its best candidates those whose gradients repeat each other least.
+    facility-location: every candidate has one like it; d-optimal: as many directions as can be."""
+    diversity_factor: int = 2
+    """Candidates for each example wanted: how much of the score is given for diversity."""
+    diversity_kernel: str = "loss"
+    """Whose gradients are compared, as in --kernel."""
 
     def __post_init__(self):
         parse(self.kernel)  # an unknown kernel is refused before anything is written
         check_precondition(self.precondition, self.scores, self.direction, self.damping)
         check_aggregation(self.aggregation, self.scores, self.domain_clusters)
+        check_diversity(self.diversity, self.diversity_factor)
+        parse(self.diversity_kernel)
 
 
 @dataclasses.dataclass(frozen=True)

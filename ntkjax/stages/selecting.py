@@ -21,6 +21,7 @@ from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector
 from ntkjax.selection.base import check_size
 from ntkjax.selection.diagnostics import examples
+from ntkjax.selection.diversity import diversify
 from ntkjax.stages.deduplicating import deduplicate, read_held_out
 from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, disk_bytes, forecast_passes, tree_bytes
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
@@ -104,7 +105,8 @@ def forecast(config: SelectConfig) -> Forecast:
     """What ``config`` would take, from the first records of each data set; makes no run directory.
 
     Raises:
-      ConfigError: another method than ``ntk``, or another aggregation than the mean, whose passes are those timed.
+      ConfigError: another method than ``ntk``, another aggregation than the mean, whose passes are those timed, or a
+        pass for diversity.
     """
     if check_method(config.select.method) != "ntk":
         raise ConfigError(
@@ -114,6 +116,11 @@ def forecast(config: SelectConfig) -> Forecast:
         raise ConfigError(
             f"--dry-run forecasts the passes of --aggregation mean, not of {config.select.aggregation}; leave one of "
             "the two out"
+        )
+    if config.select.diversity != "none":
+        raise ConfigError(
+            f"--dry-run does not forecast the pass of --diversity {config.select.diversity} (the gradients of "
+            "diversity_factor * n examples); leave one of the two out"
         )
     model = load_model(config.model, seed=config.seed)
     params = trained_parameters(model, config.model)
@@ -185,7 +192,16 @@ def choose(
     warmed = WarmUp(params) if warmed is None else warmed
     settings = {"n": n, "data": data, "seed": seed, "work_dir": out / "rows", "progress": progress}
     problem = problem_of(model, warmed.params, domain, pool, **settings)
-    result = selector(dataclasses.replace(problem, shared_dir=shared, checkpoints=warmed.checkpoints))
+    problem = dataclasses.replace(problem, shared_dir=shared, checkpoints=warmed.checkpoints)
+    result = diversify(
+        selector(problem),
+        problem,
+        diversity=options.diversity,
+        factor=options.diversity_factor,
+        kernel=options.diversity_kernel,
+        sketch=options.sketch,
+        size=options.sketch_size,
+    )
     if is_primary():
         write_selection(out, result, pool)
     return result
