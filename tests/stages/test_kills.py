@@ -61,8 +61,8 @@ def run_until(jobs, root: Path, flags: list[str], moment: random.Random) -> tupl
     return process.wait() != 0, any(line.startswith("rows") for line in lines)
 
 
-def check_kills(jobs, files, root: Path, kills: int, seed: int) -> None:
-    flags = [*files.flags("model", "domain", "pool"), *FLAGS, "--out"]
+def check_kills(jobs, files, root: Path, kills: int, seed: int, *more: str) -> None:
+    flags = [*files.flags("model", "domain", "pool"), *FLAGS, *more, "--out"]
     jobs.finish(jobs.start(root, *flags, str(root / "whole")))
     moment, cut, writing, killed = random.Random(seed), 0, 0, root / "killed"
     while cut < kills:
@@ -129,6 +129,14 @@ def test_a_scoring_pass_killed_twice_ends_the_same(jobs, tmp_path):
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_the_same(jobs, files, tmp_path):
     check_kills(jobs, files, tmp_path, 20, seed=0)
+
+
+@pytest.mark.slow
+def test_a_method_on_gradients_killed_eight_times_ends_the_same(jobs, files, tmp_path):
+    flags = ("--method", "less", "--sketch-size", "64", "--warmup.epochs", "2")
+    check_kills(jobs, files, tmp_path, 8, 1, *flags)
+    stores = {path.name.rpartition("-")[0] or path.name for path in (tmp_path / "whole" / "rows").iterdir()}
+    assert stores == {"embeddings", "gradients", "domain-gradients"}
 
 
 # -- what has changed is named --

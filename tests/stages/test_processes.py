@@ -52,6 +52,18 @@ def test_two_processes_write_one_store_and_choose_what_one_chooses(files, jobs, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", [("less",), ("ntk", "--aggregation", "clusters", "--domain-clusters", "3")])
+def test_two_processes_share_gradients_groups_and_epochs(method, files, jobs, one):
+    flags = [*files.flags("model", "domain", "pool"), *FLAGS, "--warmup.epochs", "2", "--sketch-size", "64"]
+    flags += ["--method", *method, "--out"]
+    alone, out = (one.parent / f"{method[0]}-{count}" for count in ("one", "two"))
+    jobs.finish(jobs.start(one.parent, *flags, str(alone)))
+    for process in jobs.start_job(one.parent, 2, *flags, str(out)):
+        jobs.finish(process)
+    check_same(out, alone)
+
+
+@pytest.mark.slow
 def test_a_job_killed_and_started_again_does_nothing_twice(files, jobs, one):
     out = one.parent / "killed"
     flags = [*files.flags("model", "domain", "pool"), *FLAGS, "--out", str(out)]
