@@ -46,6 +46,16 @@ def test_select_chooses_the_same_on_a_mesh(files, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["less", "influence", "ntk --aggregation max --scores sketch"])
+def test_methods_on_gradients_choose_the_same_on_a_mesh(files, tmp_path, method):
+    flags = ["--sketch-size", "64", "--warmup.epochs", "2", "--method", *method.split()]
+    assert run("select", files, tmp_path / "one", *flags) == 0
+    assert run("select", files, tmp_path / "mesh", "--mesh", "data=4,model=2", *flags) == 0
+    one, mesh = (pq.read_table(tmp_path / name / "scores.parquet")["score"].to_numpy() for name in ("one", "mesh"))
+    np.testing.assert_allclose(mesh, one, atol=1e-4 * np.nanmax(np.abs(one)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--mesh auto", "--mesh 2,4", "--mesh 4,2 --weights fully-sharded"])
 def test_finetune_ends_the_same_on_a_mesh(files, tmp_path, flags):
     assert run("finetune", files, tmp_path / "one") == 0
