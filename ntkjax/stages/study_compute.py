@@ -10,6 +10,7 @@ counted; they are small beside the passes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,9 +28,9 @@ FORWARD, TRAIN = 1, 3
 NO_MODEL = ("random", "length", "dsir")
 """Methods that ask the model for nothing, and so need no warm-up."""
 EMBEDDINGS = ("embedding", "rds", "betr", "tsds", "random-from-stage-1")
-"""Methods that embed domain and pool once."""
-GRADIENTS = ("gradient-cosine", "g2is", "less", "quad")
-"""Methods that take the gradient of every candidate, once for each checkpoint that they look at."""
+"""Methods that embed domain and pool once, and no more."""
+GRADIENTS = ("gradient-cosine", "g2is", "less")
+"""Methods that take the gradient of every domain example and candidate, at every checkpoint that they look at."""
 
 
 def training_cost(history: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -54,41 +55,72 @@ def selection_cost(
       domain, pool: tokenised examples.
       warmup: settings of the warm-up that came before, or None.
     """
-    total = lambda lengths: float(np.asarray(lengths, np.int64).sum())
-    tokens, offered = total(domain.lengths), total(pool.lengths)
-    scored = total(np.asarray(pool.lengths)[found.scored])
     if options.method in NO_MODEL:
         return {"warmup": 0.0, "selection": 0.0}
-    before = 0.0 if warmup is None else TRAIN * tokens * _epochs(warmup, len(domain))
-    stage1 = FORWARD * (tokens + offered)
-    if options.method in EMBEDDINGS:
-        return {"warmup": before, "selection": stage1}
-    with_stage1 = stage1 if options.stage1 == "on" else 0.0
-    mean = offered / len(pool)
-    if options.method == "ntk":
-        sample = mean * min(options.pool_sample, len(pool))
-        return {"warmup": before, "selection": with_stage1 + _ntk(options, tokens, sample, scored, config)}
-    if options.method == "influence":
-        return {"warmup": before, "selection": with_stage1 + 2 * TRAIN * tokens + 2 * scored}
-    if options.method in GRADIENTS:
-        looks = 1 if options.method != "less" else max(1, math.ceil(_epochs(warmup, len(domain)) if warmup else 1))
-        return {"warmup": before, "selection": with_stage1 + looks * TRAIN * (tokens + scored)}
-    return {}
+    sizes = _Sizes.of(found, domain, pool)
+    epochs = 0.0 if warmup is None else _epochs(warmup, len(domain))
+    asked = _asked(options, sizes, max(1, math.ceil(epochs)), config)
+    return {} if asked is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
 
 
-def _ntk(options: SelectorOptions, domain: float, sample: float, scored: float, config: ModelConfig) -> float:
-    """Mean gradients of domain and pool sample, then the candidates under both directions at once."""
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Tokens of the domain, the pool, the rows that were scored, and an average pool example; rows of the pool."""
+
+    domain: float
+    pool: float
+    scored: float
+    rows: int
+
+    @classmethod
+    def of(cls, found: Selection, domain: Any, pool: Any) -> _Sizes:
+        lengths = np.asarray(pool.lengths, np.int64)
+        total = float(np.asarray(domain.lengths, np.int64).sum())
+        return cls(total, float(lengths.sum()), float(lengths[found.scored].sum()), len(lengths))
+
+
+def _asked(options: SelectorOptions, sizes: _Sizes, checkpoints: int, config: ModelConfig) -> float | None:
+    method, embedded = options.method, FORWARD * (sizes.domain + sizes.pool)
+    stage1 = embedded if options.stage1 == "on" else 0.0
+    gradients = TRAIN * (sizes.domain + sizes.scored)
+    if method in EMBEDDINGS:
+        return embedded
+    if method in GRADIENTS:
+        return stage1 + (checkpoints if method == "less" else 1) * gradients
+    if method == "ntk":
+        return stage1 + _ntk(options, sizes, config)
+    if method == "influence":
+        as_ntk = {"kernel": "loss", "scores": "forward", "precondition": options.curvature, "aggregation": "mean"}
+        return stage1 + _ntk(dataclasses.replace(options, **as_ntk), sizes, config)
+    if method == "quad":  # mean gradient and curvature of the domain; a tangent on the rows that were probed
+        return embedded + 2 * TRAIN * sizes.domain + 2 * sizes.scored
+    if method == "gais":
+        return embedded if options.graph_features == "embeddings" else stage1 + gradients
+    if method == "euds":
+        sampled = options.semantic_samples * (sizes.pool + sizes.rows * options.semantic_tokens)
+        return FORWARD * (sizes.pool + sampled)
+    return None
+
+
+def _ntk(options: SelectorOptions, sizes: _Sizes, config: ModelConfig) -> float:
+    """Mean gradients of domain and pool sample, then the candidates under all directions at once; or, where examples
+    of the domain are looked at one by one or scores are sketched, the gradients of all of them."""
     spec = parse(options.kernel)
     outputs = spec.m or (config.hidden_size if spec.name.endswith("trace") else 1)
-    gradients = (1 + 2 * outputs) * (domain + sample)
+    gradient = 1 + 2 * outputs
+    sample = sizes.pool / sizes.rows * min(options.pool_sample, sizes.rows)
+    before = gradient * (sizes.domain + sample)
     if options.precondition != "none":
-        gradients += TRAIN * domain
+        before += TRAIN * sizes.domain
     if options.scores == "sketch":
-        return gradients + (1 + 2 * outputs) * scored
-    tangents = 2 * outputs
+        return before + gradient * sizes.scored
+    groups = 1
+    if options.aggregation == "clusters":
+        groups, before = options.domain_clusters, before + gradient * sizes.domain
+    tangents = (groups + 1) * outputs
     passes = math.ceil(tangents / MAX_TANGENTS) + tangents
-    norms = (1 + 2 * outputs) if options.direction == "cosine" else 0
-    return gradients + (passes + norms) * scored
+    norms = gradient if options.direction == "cosine" else 0
+    return before + (passes + norms) * sizes.scored
 
 
 def _epochs(config: TrainConfig, rows: int) -> float:
