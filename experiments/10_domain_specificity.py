@@ -4,7 +4,7 @@ Command:  python experiments/10_domain_specificity.py                     # the 
           python experiments/10_domain_specificity.py --data ../shared/data --model ../shared/models/cot-lm-7m
 Hardware: 4 CPU cores, no accelerator.
 Runtime:  about 5 minutes embedded; the real model with these settings takes hours on 4 cores (experiments/README.md has
-          smaller ones: 20 minutes a seed); finished scores are kept and not computed again.
+          smaller ones: 8 minutes a seed on two cores); finished scores are kept and not computed again.
 Expect:   experiments/README.md, "Is the score about the domain?". A score that is about its domain ranks the pool
           differently for different domains (low rank correlation between domains), does not follow response length
           or the pool's own mean gradient, and, on the embedded task, whose truth is known, finds the domain's skill.
