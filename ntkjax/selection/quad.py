@@ -29,6 +29,7 @@ from ntkjax.selection.vote import CHUNK, unit_rows
 SAMPLE = 20_000
 """Pool rows that k-means sees; all others join the nearest centre."""
 STARTS = 3  # of k-means; the best is kept
+FIRST = 4  # at most one probe in so many goes to the first pull of every arm: the others follow what was learnt
 FINER = 4
 """A round's rows fall into many padded lengths: batches of a quarter of the budget leave less of them empty."""
 
@@ -55,7 +56,7 @@ class QuadSelector:
     rows instead of a threshold, which would have to be tuned; arms are weighed by their mean, not by their size.
 
     Attributes:
-      pool_clusters: arms; fewer where the rows to probe do not suffice to pull each once.
+      pool_clusters: arms; fewer where pulling each once would take more than a quarter of the rows to probe.
       probes, arms_per_round, probe_factor: at least 1. exploration: at least 0. damping: lambda over mean curvature.
 
     Finished probes are kept, so a killed run repeats the bandit's choices without computing them again.
@@ -83,7 +84,7 @@ class QuadSelector:
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)
         budget = min(self.probe_factor * problem.n, rows)
-        count = max(1, min(self.pool_clusters, budget // self.probes))
+        count = max(1, min(self.pool_clusters, budget // (FIRST * self.probes)))
         labels = pool_clusters(problem, count)
         probe = Probe.prepare(problem, self)
         rng = numpy_rng(problem.seed, "selection", "quad order")

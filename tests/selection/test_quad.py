@@ -29,7 +29,8 @@ def blobs(rng, centres, each, spread=0.2):
 def test_probed_rows_have_their_influence(given):
     rng = np.random.default_rng(0)
     domain, pool = rng.normal(size=(12, 5)), rng.normal(size=(40, 5))
-    chosen = QuadSelector(pool_clusters=4, probes=2, arms_per_round=1, damping=0.3)(given(domain, pool, 5))
+    chosen = QuadSelector(pool_clusters=4, probes=1, arms_per_round=1, damping=0.3)(given(domain, pool, 5))
+    assert chosen.diagnostics["pool_clusters"] == 4
     assert chosen.scored.sum() == 20 and chosen.diagnostics["probed"] == 20
     expected = influences(domain, pool, 0.3)
     np.testing.assert_allclose(chosen.scores[chosen.scored], expected[chosen.scored], rtol=2e-4, atol=1e-5)
@@ -100,10 +101,10 @@ def planted(rng):
 def test_it_finds_the_planted_cluster_with_few_probes_and_random_does_not(given):
     domain, pool, useful = planted(np.random.default_rng(3))
     problem = given(domain, pool, 30)
-    chosen = QuadSelector(pool_clusters=6, probes=4, arms_per_round=1, probe_factor=2, exploration=0.5)(problem)
-    assert chosen.diagnostics["probed"] == 60
+    chosen = QuadSelector(pool_clusters=6, probes=2, arms_per_round=1, probe_factor=2, exploration=0.5)(problem)
+    assert chosen.diagnostics["probed"] == 60 and chosen.diagnostics["pool_clusters"] == 6
     assert useful[chosen.selected].mean() >= 0.9
-    assert useful[np.flatnonzero(chosen.scored)].mean() > 0.6  # the cold start probes 4 of each of 6 clusters
+    assert useful[np.flatnonzero(chosen.scored)].mean() > 0.6  # the first pulls probe 2 of each of 6 clusters
     assert useful[METHODS["random"]()(problem).selected].mean() < 0.4
 
 
@@ -139,7 +140,7 @@ def test_fewer_different_vectors_than_clusters():
 
 def test_a_killed_run_repeats_no_probe_and_ends_the_same(given, tmp_path, monkeypatch):
     domain, pool, _ = planted(np.random.default_rng(6))
-    method = QuadSelector(pool_clusters=6, probes=4, arms_per_round=2, probe_factor=3)
+    method = QuadSelector(pool_clusters=6, probes=2, arms_per_round=4, probe_factor=3)
     make = lambda name: given(domain, pool, 20, work_dir=tmp_path / name, manifest={"model": "m"})
     whole = method(make("whole"))
     probed, real, calls = [], quad.scores_along, []
