@@ -18,10 +18,16 @@ Points = Sequence[tuple[float | int, float | int, float | int | None]]
 
 
 def over_sizes(
-    curves: Mapping[str, Points], *, xlabel: str, ylabel: str, percent: bool = False, highlight: Sequence[str] = ()
+    curves: Mapping[str, Points],
+    *,
+    xlabel: str,
+    ylabel: str,
+    percent: bool = False,
+    highlight: Sequence[str] = (),
+    logarithmic: bool = True,
 ) -> bytes:
     """One line per arm through (size, mean) with a band of one standard deviation where it is highlighted; sizes on a
-    log axis, names at the right end.
+    log axis unless ``logarithmic`` is False, names at the right end.
 
     Args:
       percent: values are fractions, to be shown times 100.
@@ -42,9 +48,9 @@ def over_sizes(
             axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.14, linewidth=0)
         if len(points):
             ends.append((float(y[-1]), x[-1], name, colour))
-    axes.set_xscale("log")
+    axes.set_xscale("log" if logarithmic else "linear")
     sizes = sorted({p[0] for points in curves.values() for p in points})
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks(sizes, [f"{size:,.10g}" for size in sizes])
     axes.minorticks_off()
     _names_at_the_right(axes, ends)
     axes.set_xlabel(xlabel)

@@ -10,7 +10,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
 from ntkjax.stages.config import config_from_dict, config_to_dict
 from ntkjax.stages.options import SelectorOptions
-from ntkjax.stages.study_compute import NO_MODEL
+from ntkjax.stages.study_compute import asks_the_model
 from ntkjax.stages.study_file import MethodSpec, StudySpec
 from ntkjax.training import TrainConfig
 
@@ -114,12 +114,13 @@ def _arms(spec: StudySpec, entry: MethodSpec, where: str) -> list[Arm]:
     rates = entry.learning_rates or ((train.learning_rate,) if "learning_rate" in entry.train else spec.learning_rates)
     rates = rates or (train.learning_rate,)
     own = spec.model.parameters if spec.model is not None else "lora"
+    select = config_from_dict(SelectorOptions, options, where=where)
     arm = Arm(
         label=entry.label,
         kind="selected",
-        select=config_from_dict(SelectorOptions, options, where=where),
+        select=select,
         train=dataclasses.replace(train, learning_rate=rates[0]),
-        warmup=spec.warmup if entry.warmup == "shared" and method not in NO_MODEL else None,
+        warmup=spec.warmup if entry.warmup == "shared" and asks_the_model(select) else None,
         parameters=entry.parameters or changed.get("parameters") or own,
         rates=rates,
     )

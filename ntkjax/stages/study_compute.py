@@ -40,6 +40,11 @@ def training_cost(history: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return float(TRAIN * tokens), float(sum(line["tokens"] / line["tokens_per_second"] for line in lines))
 
 
+def asks_the_model(options: SelectorOptions) -> bool:
+    """Whether a selection looks at the model, and so at the warm-up."""
+    return options.method not in NO_MODEL or options.diversity != "none"
+
+
 def selection_cost(
     options: SelectorOptions,
     found: Selection,
@@ -55,12 +60,17 @@ def selection_cost(
       domain, pool: tokenised examples.
       warmup: settings of the warm-up that came before, or None.
     """
-    if options.method in NO_MODEL:
+    if not asks_the_model(options):
         return {"warmup": 0.0, "selection": 0.0}
     sizes = _Sizes.of(found, domain, pool)
     epochs = 0.0 if warmup is None else _epochs(warmup, len(domain))
-    asked = _asked(options, sizes, max(1, math.ceil(epochs)), config)
-    return {} if asked is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
+    asked = 0.0 if options.method in NO_MODEL else _asked(options, sizes, max(1, math.ceil(epochs)), config)
+    if asked is None:
+        return {}
+    if options.diversity != "none":  # the gradients of its candidates
+        candidates = min(options.diversity_factor * len(found.selected), sizes.rows)
+        asked += TRAIN * candidates * sizes.pool / sizes.rows
+    return {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
 
 
 @dataclasses.dataclass(frozen=True)

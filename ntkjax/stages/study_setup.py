@@ -23,7 +23,7 @@ from ntkjax.selection.base import check_size
 from ntkjax.stages.config import config_to_dict
 from ntkjax.stages.deduplicating import deduplicate
 from ntkjax.stages.loading import Loaded, fresh_parameters, load_data, load_model
-from ntkjax.stages.options import ModelOptions
+from ntkjax.stages.options import ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import package_version
 from ntkjax.stages.selecting import method_options
 from ntkjax.stages.study_arms import BASE, Arm, arms_of, focus_of
@@ -163,7 +163,7 @@ class Bench:
             "n": task.place.budget,
             "seed": task.seed,
             "method": arm.select.method,
-            "options": method_options(arm.select),
+            "options": choice_options(arm.select),
             "warmup": warmup,
         }
 
@@ -195,6 +195,12 @@ class Bench:
     def folder(self, kind: str, key: dict[str, Any]) -> Path:
         """OUT/kind/<hash of the key>."""
         return self.out / kind / digest(key)[:16]
+
+
+def choice_options(select: SelectorOptions) -> dict[str, Any]:
+    """The options that decide a selection: the method's own, and with a pass for diversity, which takes any of them,
+    all."""
+    return config_to_dict(select) if select.diversity != "none" else method_options(select)
 
 
 def _train_dict(config: TrainConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection import METHODS
 from ntkjax.stages.study_arms import arms_of, focus_of
 from ntkjax.stages.study_file import normalised, read_study, spec_of
+from ntkjax.stages.study_setup import choice_options
 
 DOMAIN = {"train": "a.jsonl", "dev": "b.jsonl", "test": ["c.jsonl", "d.jsonl"]}
 GOOD = {"model": "m", "pool": "p.jsonl", "domains": {"x": DOMAIN}, "budgets": 3}
@@ -97,6 +98,15 @@ def test_an_arms_own_options_training_and_rates():
     assert reweighted.select is not None and reweighted.select.method == "random"
     assert reweighted.train.loss_reweighting == "linupper" and reweighted.warmup is None
     assert (c.train.lift_rank, c.parameters, c.rates) == (2, "all", (1e-4,))
+
+
+def test_a_pass_for_diversity_is_part_of_what_was_chosen_and_looks_at_the_model():
+    diverse = {"label": "diverse", "method": "dsir", "diversity": "d-optimal"}
+    wide = diverse | {"label": "wide", "sketch_size": 64}
+    *_, plain, first, second = arms_of(spec_of(GOOD | {"methods": ["dsir", diverse, wide]}))
+    assert plain.warmup is None and first.warmup is not None
+    keys = [choice_options(arm.select) for arm in (plain, first, second) if arm.select is not None]
+    assert len({str(key) for key in keys}) == 3
 
 
 def test_steps_are_equal_but_for_the_domain_alone():

@@ -211,6 +211,8 @@ def test_passes_of_selections_by_hand(bench):
     assert wide["selection"] == 25 * 62 + 26 * 100
     assert cost(config, method="gradient-cosine", scored=(1,))["selection"] == 112 + 3 * (12 + 20)
     assert cost(config, warm, method="less", stage1="off")["selection"] == 2 * 3 * 112  # two epochs
+    diverse = cost(config, warm, method="dsir", diversity="d-optimal", diversity_factor=2)
+    assert diverse == {"warmup": 72, "selection": 3 * 4 * 25}  # four candidates for the two chosen, 25 tokens each
     assert cost(config, method="quad", scored=(0, 1))["selection"] == 112 + 6 * 12 + 2 * 30
 
 

@@ -1,0 +1,84 @@
+"""What the experiments over `ntkjax study` share: their data as study files, and the results that are kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ntkjax.stages.study_command import Study, run_study
+from ntkjax.stages.study_file import normalised, spec_of
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = ("results.md", "study.yaml", "tables", "plots")
+
+
+def planted(pool: int, domain: int, *, dev: int = 90, test: int = 300, task_seed: int = 7) -> dict[str, Any]:
+    """The embedded model and its generated task, whose truth is known."""
+    sizes = {"pool_size": pool, "domain_size": domain, "dev_size": dev, "test_size": test, "task_seed": task_seed}
+    train = {"batch_size": 16, "max_buckets": 1, "learning_rate": 2e-3}
+    return {
+        "embedded": sizes,
+        "data": {"max_length": 64},
+        "warmup": {"epochs": 8, **train},
+        "train": {"epochs": 8, **train},
+    }
+
+
+def real(
+    data: Path,
+    model: str,
+    domains: Sequence[str],
+    *,
+    pool: int | None,
+    train: int | None,
+    dev: int | None,
+    test: int | None,
+    max_length: int,
+    epochs: float,
+) -> dict[str, Any]:
+    """The first so many examples (None: all) of ``data``/DOMAIN/{train,dev,test}.jsonl and of pool/cot-01.jsonl, which
+    the model under ../shared has not seen."""
+    head = lambda path, count: {"path": str(path), **({} if count is None else {"rows": [0, count]})}
+    settings = {"epochs": epochs, "learning_rate": 2e-3, "max_buckets": 3}
+    return {
+        "model": model,
+        "pool": head(data / "pool" / "cot-01.jsonl", pool),
+        "domains": {
+            name: {
+                "train": head(data / name / "train.jsonl", train),
+                "dev": head(data / name / "dev.jsonl", dev),
+                "test": head(data / name / "test.jsonl", test),
+            }
+            for name in domains
+        },
+        "data": {"max_length": max_length},
+        "warmup": settings | {"epochs": 1},
+        "train": settings,
+    }
+
+
+def run(content: Mapping[str, Any], out: Path, results: Path | None) -> Study:
+    """Run the study in ``out`` and keep its tables and plots under ``results``; a failed run ends with its message.
+
+    Several studies may share ``out``: what one has computed the others find there.
+    """
+    made = normalised(dict(content), "study")
+    found = run_study(spec_of(made), made, out)
+    if results is not None:
+        keep(out, results)
+    for row in found.results["failures"]:
+        print(f"failed: {row['domain']}, {row['arm']}, seed {row['seed']}: {row['message']}")
+    return found
+
+
+def keep(out: Path, results: Path) -> None:
+    """Copy what is committed of a study's run directory; what was there before goes."""
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    for name in KEPT:
+        if (out / name).is_dir():
+            shutil.copytree(out / name, results / name)
+        elif (out / name).exists():
+            shutil.copy(out / name, results / name)
