@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 import ntkjax
 from ntkjax.cli import main
+from ntkjax.selection import METHODS
+from ntkjax.stages.options import SelectorOptions
 from ntkjax.stages.selecting import read_selection
 
 QUICK = ["--lora-rank", "2", "--token-budget", "1024", "--warmup.batch-size", "4", "--warmup.learning-rate", "1e-3"]
@@ -120,13 +123,22 @@ def test_as_a_function(files, tmp_path):
         ntkjax.select(model=files.model, domain=files.domain, pool=files.pool, out="x")
 
 
-@pytest.mark.parametrize("method", ["length", "random-from-stage-1", "dsir", "rds", "betr", "tsds", "euds", "quad", "gais"])
+@pytest.mark.parametrize(
+    "method", ["length", "random-from-stage-1", "dsir", "rds", "betr", "tsds", "euds", "quad", "gais"]
+)
 def test_every_method_writes_a_selection(method, files, tmp_path):
     out = tmp_path / "run"
     assert select(files, out, "--skip-warmup", "--method", method) == 0
     found = read_selection(out)
     assert found.method == method and len(set(found.selected.tolist())) == 5
     assert len((out / "selected.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_option_of_a_method_is_a_flag_with_the_same_default(method):
+    flags = {field.name: field.default for field in dataclasses.fields(SelectorOptions)}
+    own = {field.name: field.default for field in dataclasses.fields(METHODS[method])}
+    assert own.items() <= flags.items()
 
 
 @pytest.mark.parametrize("method", ["gradient-cosine", "influence", "less", "g2is"])
