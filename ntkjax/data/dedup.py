@@ -12,8 +12,9 @@ shared by two prompts counts like any other text there.
 Candidates come from MinHash (datasketch) and locality-sensitive hashing: b bands of r of the ``permutations`` minima, r
 the largest for which a pair at the threshold shares a band with probability 1 - (1 - threshold^r)^b >= `RECALL`. Their
 true similarity is computed from the text, so nothing that is listed is a false alarm; what banding misses is measured
-in the tests. Memory: 8 (b + 1) bytes a row, twice that with held-out sets, and no text. Time is linear: a row is
-compared with the last `CROWD` rows of each bucket, and what fell out of a crowded one is counted.
+in the tests. Memory: keys of 8 (b + 1) bytes a row, twice that with held-out sets, what sorting one column of them
+takes, and no text. Time is linear: a row is compared with the last `CROWD` rows of each bucket, and what fell out of a
+crowded one is counted. (MinHashLSH of the same library would hold b Python objects a row instead.)
 
 A pool row is a duplicate where it matches a row of another set, or an earlier pool row that is none: each group keeps
 its first row. Other sets are searched (domain in test, say) but nothing is taken from them.
