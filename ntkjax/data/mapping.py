@@ -34,6 +34,7 @@ from ntkjax.rng import numpy_rng
 
 VERSION = 1
 """Part of the name of a prepared file: raise it when what is written changes."""
+HUB_FILE = "hf://datasets/"
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _OPTIONS, _ANSWER = "options", "answer"
 
@@ -48,7 +49,7 @@ class FieldMapping:
       answer: template of the right answer; None where there is none.
       answer_is: ``text``: it is one of the choices, after ``labels``; ``index``: its place among them, from 0.
       labels: what the data calls an answer -> what we call it.
-      id: template; None: the name of the data and the row.
+      id: template; None: the name of the data and the record's number.
       source: template; None: the name of the data.
       where: field -> values; records that have another value there are left out, and are no bad records.
     """
@@ -81,7 +82,7 @@ class FieldMapping:
         """The record in our schema.
 
         Args:
-          name: of the data; ``row``: of the record, for an id.
+          name: of the data; ``row``: number of the record, for an id.
 
         Raises:
           RecordProblem: a field is missing or of the wrong kind, or the answer is none of the choices.
@@ -124,11 +125,14 @@ class Source:
     """Data as a recipe names it.
 
     Attributes:
-      path: a file, a directory, or a hub id ``owner/name`` or ``owner/name:config``.
+      path: a file, a directory, a hub id ``owner/name`` or ``owner/name:config``, or one file of a data set on the hub,
+        ``hf://datasets/owner/name/folder/file.json``.
       split, revision: of a hub data set.
       mapping: how fields become records; None: they are in one of our formats.
       shuffle: seed of a shuffle of the records; None: as they come.
-      rows: [first, last) of the records that are good and kept, after the shuffle; None: all.
+      group: template; records for which it says the same stay together: ``shuffle`` and ``rows`` then speak of groups
+        (answers to one question, so that none of it is in two splits).
+      rows: [first, last) of the records (or groups) that are good and kept, after the shuffle; None: all.
     """
 
     path: str
@@ -136,16 +140,19 @@ class Source:
     revision: str | None = None
     mapping: FieldMapping | None = None
     shuffle: int | None = None
+    group: str | None = None
     rows: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.group is not None:
+            fields_of(self.group)
         if self.rows is not None and not 0 <= self.rows[0] < self.rows[1]:
             raise ConfigError(f"rows {list(self.rows)}: expected [first, last) with 0 <= first < last")
 
     @property
     def plain(self) -> bool:
         """Whether ``read_records`` reads it as it is."""
-        return dataclasses.replace(self, path="") == Source("")
+        return dataclasses.replace(self, path="") == Source("") and not self.path.startswith(HUB_FILE)
 
 
 def prepare(
@@ -177,23 +184,21 @@ def prepare(
 
 
 def _key(source: Source) -> str:
-    files = [] if is_hub_id(source.path) else [file_signature(Path(name)) for name in list_sources(source.path)]
+    remote = is_hub_id(source.path) or source.path.startswith(HUB_FILE)
+    files = [] if remote else [file_signature(Path(name)) for name in list_sources(source.path)]
     return digest(VERSION, dataclasses.asdict(source), files)[:16]
 
 
 def _write(source: Source, path: Path, skip: bool) -> dict[str, Any]:
     """Map, choose and write the records; the file appears whole or not at all."""
     counts: dict[str, Any] = {"records": 0, "left_out": 0, "skipped": 0, "skipped_lines": []}
-    records: Iterator[dict] | list[dict] = _mapped(source, counts, skip)
-    if source.shuffle is not None:  # only a shuffle must see all of them
-        kept = list(records)
-        records = [kept[int(i)] for i in numpy_rng(source.shuffle, "recipe", "shuffle").permutation(len(kept))]
+    records = _arranged(source, _mapped(source, counts, skip))
     first, last = source.rows or (0, None)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
         work = Path(file.name)
     try:
         with work.open("w", encoding="utf-8") as out:
-            for place, record in enumerate(records):
+            for place, record in records:
                 if last is not None and place >= last:
                     break
                 if place >= first:
@@ -210,17 +215,36 @@ def _write(source: Source, path: Path, skip: bool) -> dict[str, Any]:
     return counts
 
 
-def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[dict]:
-    for name, row, value in _raw(source):
+def _arranged(source: Source, records: Iterator[tuple[str, dict]]) -> Iterator[tuple[int, dict]]:
+    """(place that ``rows`` counts, record) in the order wanted."""
+    if source.shuffle is None and source.group is None:
+        yield from enumerate(record for _, record in records)
+        return
+    groups: dict[str | int, list[dict]] = {}
+    for i, (group, record) in enumerate(records):  # a shuffle, and a group, must see all of them
+        groups.setdefault(i if source.group is None else group, []).append(record)
+    order: list[int] = list(range(len(groups)))
+    if source.shuffle is not None:
+        order = numpy_rng(source.shuffle, "recipe", "shuffle").permutation(len(groups)).tolist()
+    names = list(groups)
+    for place, i in enumerate(order):
+        for record in groups[names[i]]:
+            yield place, record
+
+
+def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[tuple[str, dict]]:
+    """(group, record) of every record that is good and kept."""
+    for number, (name, row, value) in enumerate(_raw(source), 1):  # of one line there may be many records
         try:
             if isinstance(value, RecordProblem):
                 raise value
             if not isinstance(value, Mapping):
                 raise RecordProblem("the record is no object", "an object with named fields", "check the source")
+            group = "" if source.group is None else fill(source.group, value)
             if source.mapping is None:
-                yield dict(value)
+                yield group, dict(value)
             elif source.mapping.keeps(value):
-                yield source.mapping.apply(value, name=name, row=row)
+                yield group, source.mapping.apply(value, name=name, row=number)
             else:
                 counts["left_out"] += 1
         except RecordProblem as problem:
@@ -232,10 +256,30 @@ def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[dict
 
 
 def _raw(source: Source) -> Iterator[tuple[str, int, Any]]:
-    """(name of the data, row from 1, record) of every record of the source."""
+    """(name of the data, line or row from 1, record) of every record of the source."""
+    if source.path.startswith(HUB_FILE):
+        for row, value in iter_source(str(_hub_file(source)), source.split):
+            yield Path(source.path).stem, row, value
+        return
     for name in list_sources(source.path):
         for row, value in iter_source(name, source.split, source.revision):
             yield source_name(name), row, value
+
+
+def _hub_file(source: Source) -> Path:
+    """A file of a data set on the hub, downloaded once into the hub client's cache."""
+    from huggingface_hub import hf_hub_download
+
+    owner, name, *inside = source.path.removeprefix(HUB_FILE).split("/")
+    try:
+        found = hf_hub_download(f"{owner}/{name}", "/".join(inside), repo_type="dataset", revision=source.revision)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{source.path}: the hub did not give this file ({reason}); check the path, the revision and the "
+            "connection, or download it and give the path of the file"
+        ) from error
+    return Path(found)
 
 
 def fill(template: str, record: Mapping[str, Any], known: Mapping[str, str] | None = None) -> str:

@@ -21,6 +21,7 @@ Item = tuple[int, Any]
 _FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _JSON_CHUNK = 2**20
+_NUMBERED = re.compile(r'\{\s*"\d+"\s*:\s*\{')
 
 
 def list_sources(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -120,15 +121,16 @@ def _not_json(error: json.JSONDecodeError | RecursionError) -> RecordProblem:
 
 
 def _iter_json(source: str) -> Iterator[Item]:
-    """An array of records (read piece by piece), a single object over several lines, or JSON lines all the
-    same.
+    """An array of records or an object of numbered ones, ``{"0": {...}, "1": {...}}`` (both read piece by piece), a
+    single object over several lines, or JSON lines all the same.
     """
     try:
         with Path(source).open(encoding="utf-8-sig") as file:
             head = file.read(_JSON_CHUNK).lstrip()
             file.seek(0)
-            if head.startswith("["):
-                yield from _JsonArray(source, file)
+            keyed = _NUMBERED.match(head) is not None
+            if keyed or head.startswith("["):
+                yield from _JsonArray(source, file, keyed)
                 return
             first = next((line for line in file if not line.isspace()), "")
             if not _is_json(first):
@@ -151,23 +153,29 @@ def _is_json(text: str) -> bool:
 
 
 class _JsonArray:
-    """Elements of a top-level array without holding the file: the buffer grows only to fit one element."""
+    """Elements of a top-level array, or with ``keyed`` values of a top-level object, without holding the file: the
+    buffer grows only to fit one element."""
 
-    def __init__(self, source: str, file: io.TextIOBase):
-        self.source, self.file, self.line = source, file, 1
+    def __init__(self, source: str, file: io.TextIOBase, keyed: bool = False):
+        self.source, self.file, self.keyed, self.line = source, file, keyed, 1
         self.buffer, self.position, self.ended = "", 0, False
 
     def __iter__(self) -> Iterator[Item]:
-        self._pass("[")
-        empty = self._next() == "]"
+        opening, closing = "{}" if self.keyed else "[]"
+        self._pass(opening)
+        empty = self._next() == closing
         while not empty:
             self._next()
             line = self.line
+            if self.keyed:
+                self._value()
+                self._pass(":")
+                self._next()
             yield line, self._value()
-            if self._next() == "]":
+            if self._next() == closing:
                 break
             self._pass(",")
-        self._pass("]")
+        self._pass(closing)
         if self._next():
             raise _broken_array(self.source, self.line, "text after the closing bracket")
 
@@ -251,7 +259,7 @@ def _load_hub(source: str, split: str, revision: str | None = None) -> Any:
 
     name, _, config = source.partition(":")
     try:
-        options = {} if revision is None else {"revision": revision}
+        options: dict[str, Any] = {} if revision is None else {"revision": revision}
         return datasets.load_dataset(name, config or None, split=split, **options)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -62,6 +62,39 @@ def test_free_text_without_choices_and_rows_after_a_shuffle(tmp_path):
     assert [e.prompt for e in parts[0]] != [e.prompt for e in whole][:4]
 
 
+def test_groups_stay_together_in_every_split(tmp_path):
+    rows = [{"q": f"question {i % 7}", "a": f"answer {i}"} for i in range(30)]
+    mapping = FieldMapping(prompt="{q}", response="{a}")
+    whole = {"shuffle": 1, "group": "{q}"}
+    train, test = (read(tmp_path, rows, mapping, rows=span, **whole)[0] for span in ((0, 5), (5, 99)))
+    asked = [{e.prompt for e in part} for part in (train, test)]
+    assert [len(part) for part in asked] == [5, 2] and not asked[0] & asked[1]
+    assert len(train) + len(test) == 30
+    assert all(sum(e.prompt == q for e in train) == sum(r["q"] == q for r in rows) for q in asked[0])
+
+
+def test_a_file_of_the_hub_is_downloaded_once_and_numbered_records_are_read(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked, local = [], tmp_path / "download.json"
+    local.write_text(json.dumps({"0": {"source": "p", "target": "r"}, "1": {"source": "q", "target": "s"}}))
+
+    def download(repo, filename, *, repo_type, revision):
+        asked.append((repo, filename, repo_type, revision))
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    source = Source("hf://datasets/owner/name/data/file_en.json", mapping=FieldMapping("{source}", "{target}"))
+    paths, _ = prepare([source], tmp_path / "out")
+    prepare([source], tmp_path / "out")
+    assert asked == [("owner/name", "data/file_en.json", "dataset", None)]
+    found = list(read_records(paths, cache_dir=tmp_path / "cache"))
+    assert [(e.prompt, e.response, e.source) for e in found] == [("p", "r", "file_en"), ("q", "s", "file_en")]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(DataError, match=r"hub did not give this file \(offline"):
+        prepare([Source("hf://datasets/owner/name/other.json")], tmp_path / "out")
+
+
 def test_plain_sources_keep_their_path_and_a_prepared_file_is_made_once(tmp_path, monkeypatch):
     raw = write(tmp_path / "raw.jsonl", [{"prompt": "p", "response": "r"}, {"prompt": "q", "response": "r"}])
     assert prepare([Source(raw)], tmp_path / "out") == ([raw], [])

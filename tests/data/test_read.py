@@ -95,6 +95,19 @@ def test_json_array_longer_than_the_buffer(tmp_path, monkeypatch):
         assert all(lines[int(records.location(i).rsplit(":")[-1]) - 1].strip() == "{" for i in range(len(many)))
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_an_object_of_numbered_records_is_read_like_an_array(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("ntkjax.data.sources._JSON_CHUNK", max(chunk, 32))
+    rows = {str(i): {"prompt": f"p{i} {{}}", "response": 'r "x"', "n": {"m": [i]}} for i in range(40)}
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    records = read_records(tmp_path / "a.json", cache_dir=tmp_path / "cache")
+    assert [e.prompt for e in records] == [f"p{i} {{}}" for i in range(40)]
+    assert records.location(0).endswith("a.json:2")
+    (tmp_path / "b.json").write_text(json.dumps(rows)[:-20])
+    with pytest.raises(DataError, match="not valid JSON"):
+        list(read_records(tmp_path / "b.json", cache_dir=tmp_path / "cache"))
+
+
 def test_json_arrays_read_as_json_reads_them(monkeypatch):
     """Random arrays, whole, cut off or with a character too many or too few: the same values, or an error."""
     rng, outcomes = random.Random(0), set()
