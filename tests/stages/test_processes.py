@@ -52,7 +52,18 @@ def test_two_processes_write_one_store_and_choose_what_one_chooses(files, jobs, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [("less",), ("ntk", "--aggregation", "clusters", "--domain-clusters", "3")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("less",),
+        ("ntk", "--aggregation", "clusters", "--domain-clusters", "3"),
+        ("euds", "--semantic-samples", "2", "--semantic-tokens", "4"),
+        ("quad", "--probes", "1"),
+        ("gais",),
+        ("length", "--diversity", "d-optimal"),
+    ],
+    ids=lambda method: method[0],
+)
 def test_two_processes_share_gradients_groups_and_epochs(method, files, jobs, one):
     flags = [*files.flags("model", "domain", "pool"), *FLAGS, "--warmup.epochs", "2", "--sketch-size", "64"]
     flags += ["--method", *method, "--out"]
