@@ -49,7 +49,7 @@ class FieldMapping:
       answer: template of the right answer; None where there is none.
       answer_is: ``text``: it is one of the choices, after ``labels``; ``index``: its place among them, from 0.
       labels: what the data calls an answer -> what we call it.
-      id: template; None: the name of the data and the record's number.
+      id: template; None: the name of the file, or of data set, configuration and split, and the record's number.
       source: template; None: the name of the data.
       where: field -> values; records that have another value there are left out, and are no bad records.
     """
@@ -78,11 +78,11 @@ class FieldMapping:
         """Whether the record has the values that ``where`` asks for."""
         return all(_text(value_at(record, field), field) in wanted for field, wanted in self.where.items())
 
-    def apply(self, record: Mapping[str, Any], *, name: str, row: int) -> dict[str, Any]:
+    def apply(self, record: Mapping[str, Any], *, name: str, id: str) -> dict[str, Any]:
         """The record in our schema.
 
         Args:
-          name: of the data; ``row``: number of the record, for an id.
+          name, id: its source and its id where there is no template for them.
 
         Raises:
           RecordProblem: a field is missing or of the wrong kind, or the answer is none of the choices.
@@ -92,7 +92,7 @@ class FieldMapping:
         known = {_OPTIONS: "\n".join(f"- {choice}" for choice in choices), _ANSWER: answer}
         known = {key: value for key, value in known.items() if value}
         made = {
-            "id": f"{name}-{row}" if self.id is None else fill(self.id, record),
+            "id": id if self.id is None else fill(self.id, record),
             "source": name if self.source is None else fill(self.source, record),
             "prompt": fill(self.prompt, record, known),
             "response": fill(self.response, record, known),
@@ -234,7 +234,7 @@ def _arranged(source: Source, records: Iterator[tuple[str, dict]]) -> Iterator[t
 
 def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[tuple[str, dict]]:
     """(group, record) of every record that is good and kept."""
-    for number, (name, row, value) in enumerate(_raw(source), 1):  # of one line there may be many records
+    for number, ((name, part), row, value) in enumerate(_raw(source), 1):  # on one line there may be many records
         try:
             if isinstance(value, RecordProblem):
                 raise value
@@ -244,7 +244,7 @@ def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[tupl
             if source.mapping is None:
                 yield group, dict(value)
             elif source.mapping.keeps(value):
-                yield group, source.mapping.apply(value, name=name, row=number)
+                yield group, source.mapping.apply(value, name=name, id=f"{part}-{number}")
             else:
                 counts["left_out"] += 1
         except RecordProblem as problem:
@@ -255,15 +255,19 @@ def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[tupl
                 counts["skipped_lines"].append(f"{source.path}:{row}: {problem}")
 
 
-def _raw(source: Source) -> Iterator[tuple[str, int, Any]]:
-    """(name of the data, line or row from 1, record) of every record of the source."""
+def _raw(source: Source) -> Iterator[tuple[tuple[str, str], int, Any]]:
+    """((name of the data, name that no other part of it has), line or row from 1, record) of every record."""
     if source.path.startswith(HUB_FILE):
-        for row, value in iter_source(str(_hub_file(source)), source.split):
-            yield Path(source.path).stem, row, value
-        return
-    for name in list_sources(source.path):
-        for row, value in iter_source(name, source.split, source.revision):
-            yield source_name(name), row, value
+        inside = Path(source.path).with_suffix("").parts[-3:]
+        found = [(str(_hub_file(source)), inside[-1], "-".join(inside))]
+    elif is_hub_id(source.path):
+        name, _, config = source_name(source.path), *source.path.partition(":")[1:]
+        found = [(source.path, name, "-".join(filter(None, (name, config, source.split))))]
+    else:
+        found = [(path, source_name(path), source_name(path)) for path in list_sources(source.path)]
+    for path, name, part in found:
+        for row, value in iter_source(path, source.split, source.revision):
+            yield (name, part), row, value
 
 
 def _hub_file(source: Source) -> Path:

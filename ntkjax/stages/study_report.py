@@ -78,6 +78,7 @@ def all_tables(results: Mapping[str, Any]) -> dict[str, tuple[str, list[tables.R
     """Name of the file -> (heading, rows)."""
     return {
         "main": ("Results: mean and standard deviation over seeds", tables.main_table(results)),
+        "sources": ("Results on each source of the test examples", tables.source_table(results)),
         "differences": ("Differences", tables.difference_table(results)),
         "selections": ("What was chosen", tables.selection_table(results)),
         "cost": ("What each arm cost", tables.cost_table(results)),

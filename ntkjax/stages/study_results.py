@@ -18,13 +18,15 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.evaluation import Outcome, hierarchical_bootstrap, hierarchical_p, holm, paired_values, read_outcomes
-from ntkjax.stages.comparison import METRICS, summarise_method
+from ntkjax.stages.comparison import METRICS, summarise_method, values
 from ntkjax.stages.study_arms import BASE, RANDOM, Arm, has_kernel
 from ntkjax.stages.study_compute import multiplied_weights
 from ntkjax.stages.study_run import FAILURE, RESULT, TRAINED, Runner, read_json
 from ntkjax.stages.study_setup import Bench, Place, Task
 
 LOWER_IS_BETTER = ("nll",)
+MOST_SOURCES = 12
+"""Sources of a test set that get a column of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +205,7 @@ class _Cells:
             row |= {"runs": len(done), "failed": failed, "metric": self.metric}
             if done and self.outcomes:
                 row["test"] = summarise_method(list(self.outcomes[arm.label].values()), seed=0)
+                row["by_source"] = self._by_source(arm.label)
             numbers = [run_metrics(f.result, weights) for f in done]
             names = dict.fromkeys(name for number in numbers for name in number)
             row["means"] = {name: _spread([n[name] for n in numbers if n.get(name) is not None]) for name in names}
@@ -211,6 +214,21 @@ class _Cells:
             row["domain_examples"] = self.bench.domains[self.place.domain].examples(self.place.size)
             rows.append(row)
         return rows
+
+    def _by_source(self, label: str) -> dict[str, Any]:
+        """The headline metric over the examples of each source of a test set that has several (and not many)."""
+        runs = list(self.outcomes[label].values())
+        sources = list(dict.fromkeys(o.source for o in runs[0]))
+        if self.metric is None or not 1 < len(sources) <= MOST_SOURCES:
+            return {}
+        field = METRICS[self.metric]
+        of = lambda run, source: values([o for o in run if o.source == source], field)
+        found = {source: [of(run, source) for run in runs] for source in sources}
+        return {
+            source: _spread([table.mean() for table in tables if table is not None]) | {"examples": len(tables[0])}
+            for source, tables in found.items()
+            if tables[0] is not None
+        }
 
     def strongest(self) -> str | None:
         """The baseline with the best mean headline metric on dev, of those whose runs are all done; by dev loss where
@@ -305,12 +323,12 @@ def _mean_jaccard(first: Mapping[int, set[int]], second: Mapping[int, set[int]])
     return _mean([jaccard(first[seed], second[seed]) for seed in first if seed in second])
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean(numbers: Sequence[float]) -> float | None:
+    return float(np.mean(numbers)) if numbers else None
 
 
-def _spread(values: Sequence[Any]) -> dict[str, Any]:
-    """Mean, standard deviation (n - 1; None for one value) and the values."""
-    table = [float(value) for value in values]
+def _spread(numbers: Sequence[Any]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1; None for one number) and the numbers."""
+    table = [float(number) for number in numbers]
     sd = float(np.std(table, ddof=1)) if len(table) > 1 else None
     return {"mean": _mean(table), "sd": sd, "values": table}

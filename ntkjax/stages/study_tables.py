@@ -99,6 +99,17 @@ def _range(entry: Mapping[str, Any], percent: bool) -> str:
     return f"{scale * entry['low']:.{digits}f} to {scale * entry['high']:.{digits}f}"
 
 
+def source_table(results: Mapping[str, Any]) -> list[Row]:
+    """The headline metric on each source of the test examples, mean ± sd over seeds, where a test set has several."""
+    rows = []
+    for cell in results["cells"]:
+        found = cell.get("by_source") or {}
+        if found:
+            shown = {name: spread(entry, is_percent(cell["metric"])) for name, entry in found.items()}
+            rows.append(_named(cell) | {"method": cell["arm"], "metric": label_of(cell["metric"])} | shown)
+    return rows
+
+
 def difference(entry: Mapping[str, Any]) -> str:
     """``+1.2 [0.3, 2.1]``, in points where the metric is a share."""
     percent = is_percent(entry["metric"])

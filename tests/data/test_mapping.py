@@ -126,7 +126,7 @@ def test_a_hub_source_asks_for_its_split_and_revision_once(tmp_path, monkeypatch
     prepare([source], tmp_path)
     assert asked == [("someone/data", "part", "test", "refs/x")]
     (example,) = read_records(paths, cache_dir=tmp_path / "cache")
-    assert example.answer == "positive" and example.source == "data" and example.id == "data-1"
+    assert example.answer == "positive" and example.source == "data" and example.id == "data-part-test-1"
 
 
 GOOD = {"q": "w", "a": "x", "place": 0}

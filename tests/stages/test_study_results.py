@@ -46,7 +46,15 @@ def outcomes(right: int, seed: int) -> list[Outcome]:
     flags[:right] = True
     flags = np.roll(flags, seed)
     return [
-        Outcome(f"t{i}", "s", gold="a", correct_raw=bool(f), correct_norm=bool(f), nll=1.0 - f / 2, nll_tokens=2)
+        Outcome(
+            f"t{i}",
+            "even" if i % 2 == 0 else "odd",
+            gold="a",
+            correct_raw=bool(f),
+            correct_norm=bool(f),
+            nll=1.0 - f / 2,
+            nll_tokens=2,
+        )
         for i, f in enumerate(flags)
     ]
 
@@ -148,6 +156,15 @@ def test_a_failed_run_is_in_no_mean_and_is_counted(bench, tmp_path):
     assert compared["per_seed"] == pytest.approx([11 / 40, 11 / 40])  # seeds 1 and 2 of both
     results = {"cells": cells.rows(), "comparisons": cells.comparisons()}
     assert "(1 of 3 failed)" in tables.main_table(results)[-1]["x: accuracy (%)"]
+
+
+def test_results_on_each_source_by_hand(cells):
+    row = next(r for r in cells.rows() if r["arm"] == "mine")
+    right = [[o.correct_raw for o in outcomes(RIGHT["mine"] + s, s)] for s in SEEDS]
+    even = [float(np.mean(flags[::2])) for flags in right]
+    assert row["by_source"]["even"]["values"] == pytest.approx(even) and row["by_source"]["even"]["examples"] == 20
+    table = tables.source_table({"cells": cells.rows()})
+    assert table[-1]["even"] == f"{100 * np.mean(even):.1f} ± {100 * np.std(even, ddof=1):.1f}"
 
 
 def test_overlaps_by_hand(cells):
