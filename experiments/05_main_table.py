@@ -30,9 +30,11 @@ class Experiment:
     model: str | None = None
     domains: tuple[str, ...] = ("finance", "medical", "legal")
     methods: tuple[str, ...] = ("all", "loss-reweighting")
+    whole_pool: bool = True
+    """Also ntk with the `loss` kernel over the whole pool, without stage 1: the dearest arm."""
     lift: bool = False
     kernels: tuple[str, ...] = ("sum_logits",)
-    """Kernels of ntk; its whole-pool selection by `loss` is an arm of its own."""
+    """Kernels of ntk."""
     n: int | None = None
     """N; 240 of the planted pool, 150 of the real one."""
     seeds: int = 5
@@ -59,10 +61,9 @@ def content(e: Experiment) -> tuple[str, dict[str, Any]]:
         name = Path(e.model).name
         sizes = {"pool": e.pool_size or 4000, "train": e.train_size, "dev": e.dev_size, "test": e.test_size}
         found = studies.real(e.data, e.model, e.domains, **sizes, max_length=e.max_length, epochs=e.epochs)
-    methods: list[Any] = [
-        *e.methods,
-        {"label": "ntk (loss, whole pool)", "method": "ntk", "kernel": "loss", "stage1": "off"},
-    ]
+    methods: list[Any] = list(e.methods)
+    if e.whole_pool:
+        methods.append({"label": "ntk (loss, whole pool)", "method": "ntk", "kernel": "loss", "stage1": "off"})
     if e.lift:  # all parameters want a smaller step
         methods.append({"label": "lift", "method": "lift", "learning_rates": [rate / 10 for rate in e.learning_rates]})
     return name, found | {
