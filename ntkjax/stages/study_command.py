@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import psutil
 import yaml
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from ntkjax.assets import study_path
-from ntkjax.errors import ConfigError
+from ntkjax.errors import ConfigError, UserError
 from ntkjax.stages.deduplicating import summary
 from ntkjax.stages.rundir import RunDir
 from ntkjax.stages.study_file import EMBEDDED, StudySpec, read_study
@@ -121,17 +125,51 @@ def run_study(
     settings = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     run.write_text("study.yaml", settings)
     run.write_json("data.json", runner.bench.reports)
-    if retry_failed:
-        forget_failures(runner.bench)
-    if not report_only:
-        _run_all(runner, run, progress)
-    return _report(runner, run, settings)
+    with _alone(out):
+        if retry_failed:
+            forget_failures(runner.bench)
+        if not report_only:
+            _run_all(runner, run, progress)
+        return _report(runner, run, settings)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the directory's lock, which the system releases whatever becomes of this process.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is at work on this study; wait for it, or give another --out "
+                            "(--list shows how far it is)") from None  # fmt: skip
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+@dataclasses.dataclass
+class _Memory:
+    """Compiled programs pile up, one for each shape of a batch that a selection makes: drop them where this process has
+    grown by a quarter of the machine's memory."""
+
+    before: int = dataclasses.field(default_factory=lambda: psutil.Process().memory_info().rss)
+
+    def spare(self) -> None:
+        """Drop compiled programs if there are too many."""
+        if psutil.Process().memory_info().rss - self.before > psutil.virtual_memory().total / 4:
+            jax.clear_caches()
+            self.before = psutil.Process().memory_info().rss
 
 
 def _run_all(runner: Runner, run: RunDir, progress: bool) -> None:
-    tasks, failed = runner.bench.tasks(), 0
+    tasks, failed, memory = runner.bench.tasks(), 0, _Memory()
     with tqdm(tasks, disable=not progress, unit="run", desc="study") as bar:
         for task in bar:
+            memory.spare()
             where = heading_of(dataclasses.asdict(task.place))
             bar.set_postfix_str(f"{task.arm.label}, {where}, seed {task.seed}; {failed} failed")
             known = runner.known_rate(task)

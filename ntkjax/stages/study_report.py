@@ -215,7 +215,10 @@ def _over(results: Mapping[str, Any], axis: str, label: str) -> Iterator[tuple[s
             curves, xlabel=label, ylabel=ylabel, percent=percent, highlight=_highlight(results)
         )
         what = "More data chosen" if axis == "budget" else "More data of the domain"
-        info = {"heading": what, "alt": f"{ylabel} over {label}", "caption": ", ".join(map(str, key)) + "."}
+        domain, other = key
+        at = f"N = {other:,}" if axis == "size" else "all examples" if other == "all" else f"{other} examples"
+        caption = f"{domain}, {at}: mean over seeds; bands are one standard deviation."
+        info = {"heading": what, "alt": f"{ylabel} over {label}", "caption": caption}
         yield f"by-{axis}-{_slug(*key)}", info, png
 
 

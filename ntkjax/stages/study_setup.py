@@ -256,10 +256,12 @@ def _inputs(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[str, Any], t
         return options, spec.domains, spec.pool
     sizes = dataclasses.asdict(spec.embedded)
     seed = sizes.pop("task_seed")
-    files = write_planted_task(out / "data" / f"task-{digest(sizes, seed)[:8]}", seed, **sizes)
-    source = lambda name: (Source(str(files[name])),)
-    domain = DomainSpec(source("train"), source("dev"), source("test"), truth=str(files["truth"]))
-    return options, {"shop": domain}, source("pool")
+    folder = out / "data" / f"task-{digest(sizes, seed)[:8]}"
+    if not (folder / "truth.json").exists():  # the last file; another process may be reading what is there
+        write_planted_task(folder, seed, **sizes)
+    split = lambda name: (Source(str(folder / "domain" / f"{name}.jsonl")),)
+    domain = DomainSpec(split("train"), split("dev"), split("test"), truth=str(folder / "truth.json"))
+    return options, {"shop": domain}, (Source(str(folder / "pool.jsonl")),)
 
 
 def _domain_data(

@@ -12,17 +12,21 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import ntkjax
 import ntkjax.stages.study_command as study_command
 import ntkjax.stages.study_run as study_run
 from ntkjax.cli import main
 from ntkjax.errors import UserError
 from ntkjax.evaluation import read_outcomes
+from ntkjax.models import load_lm
 from ntkjax.selection import METHODS
 from ntkjax.stages.study_file import spec_of
 from ntkjax.stages.study_setup import set_up
@@ -173,6 +177,8 @@ def test_list_says_what_there_is_and_does_nothing(done, files, tmp_path, capsys,
              for line in capsys.readouterr().out.splitlines() if line.startswith("| ball")}  # fmt: skip
     assert lines["random"] == ["0, 1", "", ""] and lines["base"] == ["0", "", ""]
     assert lines["dsir"] == [str(1 - seed), "", str(seed)] and calls == {}
+    found = ntkjax.study(study=tmp_path / "study.yaml", out=tmp_path / "out", list=True, progress=False)
+    assert [run.status for run in found.found].count("left") == 1 and found.exit_code == 0
 
 
 def _arm(folder: Path) -> str:
@@ -201,7 +207,7 @@ def test_replay_reads_the_study_from_the_run_wherever_that_lies(done, tmp_path, 
     assert arms[-2:] == ["length", "alignment"] and results(tmp_path / "again")["counts"]["left"] == 11
 
 
-def test_one_more_method_and_one_more_seed_compute_only_themselves(done, files, tmp_path, monkeypatch):
+def test_one_more_method_computes_only_itself(done, files, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(done, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
@@ -209,9 +215,18 @@ def test_one_more_method_and_one_more_seed_compute_only_themselves(done, files, 
     methods = ["dsir", ALIGNMENT, "length"]
     assert run(files, tmp_path, methods=methods) == 0
     assert calls == {"choose": 2, "train_on": 2, "evaluate_on": 2 * 2}  # two seeds, each on dev and on test
-    calls.clear()
-    assert run(files, tmp_path, methods=methods, seeds=3) == 0
-    assert calls == {"warm_up": 1, "choose": 4, "train_on": 6, "evaluate_on": 2 * 6}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_one_more_seed_computes_only_itself(done, files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+    calls = count_calls(monkeypatch)
+    assert run(files, tmp_path, seeds=3) == 0
+    # The learning rate of `alignment` is the one that the first seed found best: one training.
+    assert calls == {"warm_up": 1, "choose": 3, "train_on": 5, "evaluate_on": 2 * 5}
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -249,6 +264,29 @@ def test_an_input_that_changes_makes_another_run(files, tmp_path):
         run_name, selection = keys(**{name: value})
         assert run_name != first[0], name
         assert (selection == first[1]) == (name in training_only), name
+
+
+@pytest.mark.slow
+def test_arms_that_train_all_parameters_or_select_before_a_warm_up(files, tmp_path):
+    methods = [
+        {"label": "lift", "method": "lift", "train": {"lift_rank": 1}, "learning_rates": 1e-3},
+        {"label": "all", "method": "length", "parameters": "all"},
+        {"label": "cold", "method": "embedding", "warmup": "none"},
+        {"label": "warm", "method": "embedding"},
+    ]
+    assert run(files, tmp_path, methods=methods, seeds=1, keep_weights=True) == 0
+    out = tmp_path / "out"
+    folders = {_arm(path): path for path in (out / "runs").iterdir()}
+    assert (folders["all"] / "merged" / "model.safetensors").exists() and (folders["warm"] / "adapter").is_dir()
+    before = load_lm(files.model, lora=None).params["layers"]
+    moved = {}
+    for name in ("lift", "all"):
+        after = load_lm(folders[name] / "merged", lora=None).params["layers"]
+        same = [np.asarray(a == b).ravel() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))]
+        moved[name] = 1 - np.concatenate(same).mean()
+    assert 0 < moved["lift"] < 0.6 * moved["all"]  # LIFT moves a part of the weights
+    chosen = [json.loads((folders[name] / "result.json").read_text()) for name in ("cold", "warm")]
+    assert "warmup" not in chosen[0]["seconds"] and chosen[0]["passes"]["warmup"] == 0 < chosen[1]["passes"]["warmup"]
 
 
 # -- stopped, and gone on --
@@ -342,6 +380,30 @@ def test_failures_are_kept_shown_and_tried_again_only_when_asked(files, tmp_path
     assert run(files, tmp_path, "--retry-failed", **options) == 1
     assert results(out)["counts"] == {"done": 6, "failed": 1, "left": 0}
     assert [row["arm"] for row in results(out)["failures"]] == ["too fast"]
+
+
+def test_two_processes_do_not_work_on_one_study(done, files, tmp_path, capsys):
+    import fcntl
+
+    shutil.copytree(done, tmp_path / "out")
+    with (tmp_path / "out" / ".lock").open("w") as held:  # another open file is another holder
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run(files, tmp_path) == 2
+        assert "another process" in capsys.readouterr().err
+        assert run(files, tmp_path, "--list") == 0
+    assert run(files, tmp_path) == 0
+
+
+def test_compiled_programs_are_dropped_when_they_are_too_many(monkeypatch):
+    size, cleared = [10**9], []
+    monkeypatch.setattr(study_command.psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=size[0]))
+    monkeypatch.setattr(study_command.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 10**9))
+    monkeypatch.setattr(study_command.jax, "clear_caches", lambda: cleared.append(size[0]))
+    memory = study_command._Memory()
+    for now in (2, 3, 3.1, 4, 5.2):
+        size[0] = int(now * 10**9)
+        memory.spare()
+    assert cleared == [3_100_000_000, 5_200_000_000]
 
 
 def test_a_full_disk_stops_the_study_and_is_no_failure_of_a_run(files, tmp_path, monkeypatch, capsys):
