@@ -24,7 +24,10 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("ntkjax", "beartype.beartype")
 
 import jax  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
+
+GIGABYTE = 1 << 30
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,6 +47,21 @@ def shared_dir() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("no ../shared beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def _memory() -> dict[str, int]:
+    """Bytes that this process held when its compiled programs were last dropped."""
+    return {"at_last": psutil.Process().memory_info().rss}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _spare_memory(_memory: dict[str, int]):
+    """Compiled programs pile up to gigabytes over the whole suite: drop them where this process has grown by one."""
+    yield
+    if psutil.Process().memory_info().rss > _memory["at_last"] + GIGABYTE:
+        jax.clear_caches()
+        _memory["at_last"] = psutil.Process().memory_info().rss
 
 
 @pytest.fixture(scope="session", autouse=True)
