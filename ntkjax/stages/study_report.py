@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,8 @@ def write_report(
 ) -> None:
     """Write results.parquet, tables/, results.md, plots/ and report.html into the run directory.
 
+    Tables and plots of an earlier report go: the study may have been about other places then.
+
     Args:
       results: the content of results.json.
       long_rows: one for each run and metric.
@@ -59,6 +62,8 @@ def write_report(
     partial = run.path / ".results.parquet"
     pq.write_table(table, partial)
     partial.replace(run.path / "results.parquet")
+    for folder in ("tables", "plots"):
+        shutil.rmtree(run.path / folder, ignore_errors=True)
     made = all_tables(results)
     for name, (heading, rows) in made.items():
         if rows:

@@ -310,7 +310,11 @@ def test_a_study_stopped_at_many_points_ends_the_same(done, files, tmp_path):
         assert not (out / "results.json").exists()
     assert run(files, tmp_path, "--report-only", **less) == 0
     assert results(out)["counts"]["left"] > 0
+    stale = out / "plots" / "of-another-place.png"
+    stale.parent.mkdir(exist_ok=True)
+    stale.write_bytes(b"")
     assert run(files, tmp_path, **less) == 0
+    assert not stale.exists()
     found, whole = results(out), {cell["arm"]: cell for cell in results(done)["cells"]}
     assert results(out)["counts"] == {"done": 5, "failed": 0, "left": 0}
     for cell in found["cells"]:
