@@ -43,9 +43,9 @@ class Dying:
 
     def __init__(self, data, nth):
         self.data, self.left = data, nth
-
-    def __getattr__(self, name):
-        return getattr(self.data, name)
+        # Plain attributes: from Python 3.12 on a protocol does not see what __getattr__ would find.
+        self.lengths, self.response_lengths = data.lengths, data.response_lengths
+        self.ids, self.fingerprint = data.ids, data.fingerprint
 
     def collate(self, indices, *, rows, length):
         self.left -= 1
