@@ -48,15 +48,16 @@ $(STAMP): $(LOCK) requirements/nt.txt pyproject.toml
 demo: $(STAMP)
 	$(VENV)/bin/ntkjax demo
 
+# A file's tests stay in one worker (--dist loadfile), so that what they share is made once.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) -m slow $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 # The comparisons with torch, transformers and peft run only where those are installed: here.
 test-torch: $(TORCH_STAMP)
-	$(TORCH_VENV)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(TORCH_VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 $(TORCH_STAMP): $(LOCK) requirements/nt.txt requirements/torch.txt pyproject.toml
 	@echo "Installing $(LOCK) and requirements/torch.txt into $(TORCH_VENV)"

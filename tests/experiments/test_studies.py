@@ -115,6 +115,7 @@ def test_what_stage_1_lets_through_by_hand(load):
     assert row["by chance (%)"] == pytest.approx(60) and row["mean rank of the dropped"] == 2
 
 
+@pytest.mark.slow
 def test_whole_pool_against_two_stages(load, small, tmp_path):
     script = load("07_whole_pool")
     e = script.Experiment(kernels=("loss",), factors=(2, 20), n=6, seeds=1, select_only=True, out=tmp_path / "runs")
