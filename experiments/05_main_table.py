@@ -22,13 +22,9 @@ import tyro
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """One study of all methods; sizes of the real task are cut to what a CPU does."""
+class Experiment(studies.Setting):
+    """One study of all methods."""
 
-    data: Path | None = None
-    """Folder with pool/ and the domains; without it the embedded task."""
-    model: str | None = None
-    domains: tuple[str, ...] = ("finance", "medical", "legal")
     methods: tuple[str, ...] = ("all", "loss-reweighting")
     whole_pool: bool = True
     """Also ntk with the `loss` kernel over the whole pool, without stage 1: the dearest arm."""
@@ -39,34 +35,19 @@ class Experiment:
     """N; 240 of the planted pool, 150 of the real one."""
     seeds: int = 5
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    pool_size: int | None = None
-    """2,400 planted examples, the first 4,000 real ones."""
-    train_size: int = 200
-    dev_size: int = 60
-    test_size: int = 300
-    max_length: int = 192
-    epochs: float = 1
-    """Of the real task; 8 of the planted one."""
     out: Path = Path("runs/05_main_table")
     keep: bool = True
     """Copy tables and plots to experiments/results."""
 
 
-def content(e: Experiment) -> tuple[str, dict[str, Any]]:
-    """(name of the study, the study)."""
-    if e.data is None:
-        name, found = "embedded", studies.planted(e.pool_size or 2400, 96, test=e.test_size)
-    else:
-        assert e.model is not None, "give --model with --data"
-        name = Path(e.model).name
-        sizes = {"pool": e.pool_size or 4000, "train": e.train_size, "dev": e.dev_size, "test": e.test_size}
-        found = studies.real(e.data, e.model, e.domains, **sizes, max_length=e.max_length, epochs=e.epochs)
+def content(e: Experiment) -> dict[str, Any]:
+    """The study."""
     methods: list[Any] = list(e.methods)
     if e.whole_pool:
         methods.append({"label": "ntk (loss, whole pool)", "method": "ntk", "kernel": "loss", "stage1": "off"})
     if e.lift:  # all parameters want a smaller step
         methods.append({"label": "lift", "method": "lift", "learning_rates": [rate / 10 for rate in e.learning_rates]})
-    return name, found | {
+    return e.content() | {
         "title": "Every method on every domain",
         "methods": methods,
         "kernels": list(e.kernels),
@@ -78,9 +59,8 @@ def content(e: Experiment) -> tuple[str, dict[str, Any]]:
 
 def main(e: Experiment) -> None:
     """Run the study and keep its tables."""
-    name, study = content(e)
-    studies.run(study, e.out / name, studies.RESULTS / "05_main_table" / name if e.keep else None)
-    print((e.out / name / "tables" / "main.md").read_text(encoding="utf-8"))
+    studies.run(content(e), e.out / e.name, studies.RESULTS / "05_main_table" / e.name if e.keep else None)
+    print((e.out / e.name / "tables" / "main.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

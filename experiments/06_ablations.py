@@ -1,7 +1,7 @@
 """Question: which of NTK-Selector's choices matter? One at a time, everything else as in the paper.
 
 Commands: python experiments/06_ablations.py                  # the embedded model and its planted task
-          python experiments/06_ablations.py --data ../shared/data --model ../shared/models/cot-lm-7m --domain finance
+          python experiments/06_ablations.py --data ../shared/data --model ../shared/models/cot-lm-7m --domains finance
           python experiments/06_ablations.py --groups kernel aggregation --select-only
 Hardware: 4 CPU cores, no accelerator.
 Runtime:  experiments/README.md; runs are kept by content, so groups share what they have in common.
@@ -37,18 +37,15 @@ def arms(*changes: tuple[str, dict[str, Any]]) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(studies.Setting):
     """A study for each group of ablations, all in one run directory."""
 
-    data: Path | None = None
-    model: str | None = None
-    domain: str = "finance"
+    domains: tuple[str, ...] = ("finance",)
+    """Of the real data."""
     groups: tuple[str, ...] = (
         *("prefilter", "sketch", "domain-size", "ratio", "warm-up", "stages", "normalisation", "aggregation", "kernel"),
         "diversity",
     )
-    n: int | None = None
-    """N; 120 of the planted pool, 150 of the real one."""
     seeds: int = 3
     factors: tuple[int, ...] = (1, 2, 8, 16)
     """M_pre / N, beside the paper's 4."""
@@ -57,35 +54,20 @@ class Experiment:
     """Those larger than the domain's training data are left out."""
     ratios: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
     kernels: tuple[str, ...] = ("loss", "spectral:4", "centred_spectral:4", "hutchinson:4")
-    pool_size: int | None = None
-    train_size: int | None = None
-    """|D| where it is not what varies; 96 of the planted domain, 200 of a real one."""
-    dev_size: int = 60
-    test_size: int = 300
-    max_length: int = 192
-    epochs: float = 1
     select_only: bool = False
     """Compare selections and train nothing."""
     out: Path = Path("runs/06_ablations")
     keep: bool = True
 
 
-def base(e: Experiment) -> tuple[str, dict[str, Any], int, int, int]:
-    """(name, the study without methods, N, usual |D|, largest |D|)."""
-    largest = max(e.domain_sizes) if "domain-size" in e.groups else 0
-    if e.data is None:
-        usual = e.train_size or 96
-        name, size, n = "embedded", max(usual, largest), e.n or 120
-        found = studies.planted(e.pool_size or 2400, size, test=e.test_size)
-    else:
-        assert e.model is not None, "give --model with --data"
-        name, n = f"{Path(e.model).name}-{e.domain}", e.n or 150
-        lines = sum(1 for _ in (e.data / e.domain / "train.jsonl").open())
-        usual = min(lines, e.train_size or 200)
-        size = min(lines, max(usual, largest))
-        sizes = {"pool": e.pool_size or 4000, "train": size, "dev": e.dev_size, "test": e.test_size}
-        found = studies.real(e.data, e.model, [e.domain], **sizes, max_length=e.max_length, epochs=e.epochs)
-    return name, found | {"seeds": e.seeds, "select_only": e.select_only, "focus": ["ntk"]}, n, usual, size
+def base(e: Experiment) -> tuple[dict[str, Any], int, int]:
+    """(the study without methods, usual |D|, largest |D|)."""
+    usual = e.train_size or (96 if e.data is None else 200)
+    size = max(usual, *e.domain_sizes) if "domain-size" in e.groups else usual
+    if e.data is not None:  # as many as every domain has
+        lines = [sum(1 for _ in (e.data / name / "train.jsonl").open(encoding="utf-8")) for name in e.domains]
+        usual, size = min(usual, *lines), min(size, *lines)
+    return e.content(size) | {"seeds": e.seeds, "select_only": e.select_only, "focus": ["ntk"]}, usual, size
 
 
 def group_content(group: str, e: Experiment, n: int, domain: int, largest: int) -> dict[str, Any]:
@@ -152,7 +134,8 @@ def length_normalisation(out: Path, n: int) -> list[dict[str, Any]]:
 
 def main(e: Experiment) -> None:
     """Run the groups one after the other."""
-    name, common, n, domain, largest = base(e)
+    common, domain, largest = base(e)
+    n, name = e.budget, e.name if e.data is None else "-".join([e.name, *e.domains])
     for group in e.groups:
         print(f"== {group}")
         content = common | group_content(group, e, n, domain, largest) | {"title": f"Ablation: {group}"}

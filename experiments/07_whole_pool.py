@@ -30,37 +30,19 @@ from ntkjax.report.tables import format_spread, to_csv, to_markdown
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(studies.Setting):
     """One study, and what its scores say of stage 1."""
 
-    data: Path | None = None
-    model: str | None = None
-    domains: tuple[str, ...] = ("finance", "medical", "legal")
     kernels: tuple[str, ...] = ("sum_logits", "loss")
     factors: tuple[int, ...] = (2, 4, 8)
-    n: int | None = None
-    """N; 120 of the planted pool, 150 of the real one."""
     seeds: int = 3
-    pool_size: int | None = None
-    train_size: int = 200
-    dev_size: int = 60
-    test_size: int = 300
-    max_length: int = 192
-    epochs: float = 1
     select_only: bool = False
     out: Path = Path("runs/07_whole_pool")
     keep: bool = True
 
 
-def content(e: Experiment) -> tuple[str, dict[str, Any]]:
-    """(name of the study, the study)."""
-    if e.data is None:
-        name, found, n = "embedded", studies.planted(e.pool_size or 2400, 96, test=e.test_size), e.n or 120
-    else:
-        assert e.model is not None, "give --model with --data"
-        name, n = Path(e.model).name, e.n or 150
-        sizes = {"pool": e.pool_size or 4000, "train": e.train_size, "dev": e.dev_size, "test": e.test_size}
-        found = studies.real(e.data, e.model, e.domains, **sizes, max_length=e.max_length, epochs=e.epochs)
+def content(e: Experiment) -> dict[str, Any]:
+    """The study."""
     methods = [
         {"label": f"{kernel}, {label}", "method": "ntk", "kernel": kernel, **options}
         for kernel in e.kernels
@@ -70,10 +52,10 @@ def content(e: Experiment) -> tuple[str, dict[str, Any]]:
         ]
     ]
     methods.append({"label": "stage 1 alone", "method": "embedding"})
-    return name, found | {
+    return e.content() | {
         "title": "Two stages against the whole pool",
         "methods": methods,
-        "budgets": n,
+        "budgets": e.budget,
         "seeds": e.seeds,
         "select_only": e.select_only,
     }
@@ -137,9 +119,8 @@ def _recall(pairs: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) ->
 
 def main(e: Experiment) -> None:
     """Run the study, then look at its scores."""
-    name, study = content(e)
-    out, results = e.out / name, studies.RESULTS / "07_whole_pool" / name
-    found = studies.run(study, out, results if e.keep else None)
+    out, results = e.out / e.name, studies.RESULTS / "07_whole_pool" / e.name
+    found = studies.run(content(e), out, results if e.keep else None)
     rows, sources = thrown_away(e, out, found)
     text = to_markdown(rows) + "\n" + to_markdown(sources)
     for folder in [out, *([results] if e.keep else [])]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,49 @@ from ntkjax.stages.study_file import normalised, spec_of
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("results.md", "study.yaml", "tables", "plots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a study is about: the embedded model and its planted task, or a real one cut to what a CPU does."""
+
+    data: Path | None = None
+    """Folder with pool/ and the domains; without it the embedded task."""
+    model: str | None = None
+    """Hugging Face directory or hub id; needed with --data."""
+    domains: tuple[str, ...] = ("finance", "medical", "legal")
+    """Of the real data."""
+    n: int | None = None
+    """N; 120 of the planted pool, 150 of the real one."""
+    pool_size: int | None = None
+    """2,400 planted examples, the first 4,000 real ones."""
+    train_size: int | None = None
+    """|D|; 96 of the planted domain, the first 200 of a real one."""
+    dev_size: int = 60
+    test_size: int = 300
+    max_length: int = 192
+    epochs: float = 1
+    """Of the real task; 8 of the planted one."""
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return "embedded" if self.data is None else Path(str(self.model)).name
+
+    @property
+    def budget(self) -> int:
+        """N."""
+        return self.n or (120 if self.data is None else 150)
+
+    def content(self, train: int | None = None) -> dict[str, Any]:
+        """The study's model and data, with ``train`` domain examples where |D| is given."""
+        train = train or self.train_size or (96 if self.data is None else 200)
+        if self.data is None:
+            return planted(self.pool_size or 2400, train, test=self.test_size)
+        if self.model is None:
+            raise SystemExit("--data needs --model: the embedded model cannot read real text")
+        sizes = {"pool": self.pool_size or 4000, "train": train, "dev": self.dev_size, "test": self.test_size}
+        return real(self.data, self.model, self.domains, **sizes, max_length=self.max_length, epochs=self.epochs)
 
 
 def planted(pool: int, domain: int, *, dev: int = 90, test: int = 300, task_seed: int = 7) -> dict[str, Any]:

@@ -16,7 +16,6 @@ examples may be close in wording and pull the parameters apart.)
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -28,6 +27,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.parallel import broadcast
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import SelectionProblem
+from ntkjax.selection.clusters import k_means
 from ntkjax.selection.gradients import gradient_features, in_blocks
 from ntkjax.selection.vote import Neighbours, nearest, unit_rows
 from ntkjax.store import RowStore
@@ -64,12 +64,12 @@ def domain_groups(
     besides the problem. In a job of several processes all take those of the first.
     """
     if problem.work_dir is None:
-        return _k_means(features(), count, problem.seed)
+        return _groups(features(), count, problem.seed)
     manifest = {**problem.manifest, **options, "seed": problem.seed, "rows": "domain groups", "groups": count}
     path, members = problem.work_dir / "domain groups", len(problem.domain)
     with RowStore.open(path, rows=members, width=1, dtype=np.int32, manifest=manifest) as store:
         if not store.done().all():
-            found = _k_means(features(), count, problem.seed).astype(np.int32)
+            found = _groups(features(), count, problem.seed).astype(np.int32)
             found = np.asarray(broadcast(jnp.asarray(found)))
             mine = store.mine()
             rows = np.arange(members) if mine is None else np.flatnonzero(mine)
@@ -78,17 +78,10 @@ def domain_groups(
         return store.read()[:, 0].astype(np.int64)
 
 
-def _k_means(features: Float[np.ndarray, "M K"], count: int, seed: int) -> Int[np.ndarray, " M"]:
-    # Imported here: it takes a second, and only this aggregation needs it.
-    from sklearn.cluster import KMeans
-
+def _groups(features: Float[np.ndarray, "M K"], count: int, seed: int) -> Int[np.ndarray, " M"]:
     unit, _ = unit_rows(features)
     state = int(numpy_rng(seed, "selection", "domain clusters").integers(2**31))
-    with warnings.catch_warnings():  # fewer distinct rows than groups: fewer groups, and the report says so
-        warnings.simplefilter("ignore")
-        model: Any = KMeans(min(count, len(unit)), n_init=STARTS, random_state=state)  # pyright: ignore[reportArgumentType]
-        labels = model.fit_predict(unit)
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    return k_means(unit, count, seed=state, starts=STARTS)[0]
 
 
 # -- example by example --

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
 from ntkjax.selection.vote import CHUNK, unit_rows
@@ -48,6 +49,10 @@ class BetrSelector:
             raise ConfigError(f"classifier_sample must be at least 2, got {self.classifier_sample}")
         if not 0 < self.classifier_share < 1:
             raise ConfigError(f"classifier_share must lie between 0 and 1, got {self.classifier_share}")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.embeddings
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)

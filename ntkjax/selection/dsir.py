@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -48,6 +49,8 @@ class DsirSelector:
 
     buckets: int = 10_000
     gumbel: bool = True
+
+    uses_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.buckets < 1:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.shared import open_shared, tree_digest
 from ntkjax.selection.vote import Votes, embed, vote
@@ -21,6 +22,10 @@ class EmbeddingSelector:
 
     The second term lies in [0, 1/2], so it orders rows with equal votes and no others.
     """
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.embeddings
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         found = stage1_votes(problem, problem.n)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.rows import collect_rows, iterate
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import FORWARD, Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.shared import open_shared, tree_digest
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, valid_mask
@@ -79,6 +80,11 @@ class EudsSelector:
             raise ConfigError(f"semantic_tokens must be at least 1, got {self.semantic_tokens}")
         if not 0 < self.semantic_similarity <= 1:
             raise ConfigError(f"semantic_similarity must be above 0 and at most 1, got {self.semantic_similarity}")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Entropies of the pool, and the continuations that are sampled."""
+        sampled = self.semantic_samples * (sizes.pool + sizes.rows * self.semantic_tokens)
+        return FORWARD * (sizes.pool + sampled)
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         found = self.entropies(problem)

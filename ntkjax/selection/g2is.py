@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.gradients import (
     SketchName,
@@ -70,6 +71,10 @@ class G2isSelector:
         for name in ("core_share", "walk_core"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.stage1(self.stage1) + sizes.gradients
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         if not problem.checkpoints:

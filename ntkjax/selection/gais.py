@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.rng import named_key, numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
 from ntkjax.selection.gradients import Candidates, Switch, check_options, find_candidates, gradient_features
@@ -82,6 +83,12 @@ class GaisSelector:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        if self.graph_features == "embeddings":
+            return sizes.embeddings
+        return sizes.stage1(self.stage1) + sizes.gradients
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         candidates, domain, read = self.features(problem)

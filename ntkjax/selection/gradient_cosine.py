@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.gradients import (
     SketchName,
@@ -42,6 +43,10 @@ class GradientCosineSelector:
 
     def __post_init__(self) -> None:
         check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.stage1(self.stage1) + sizes.gradients
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.precondition import DAMPING
 from ntkjax.selection.base import Selection, SelectionProblem
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.gradients import Switch
 from ntkjax.selection.ntk import DirectionName, NtkSelector
 
@@ -53,6 +54,10 @@ class InfluenceSelector:
         """The same as options of ``ntk``."""
         options = dataclasses.asdict(self)
         return NtkSelector(kernel="loss", precondition=options.pop("curvature"), **options)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return self.as_ntk().passes(sizes)
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         return dataclasses.replace(self.as_ntk()(problem), method="influence")

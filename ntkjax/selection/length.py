@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class LengthSelector:
     """
 
     order: str = "longest"
+
+    uses_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.order not in get_args(Order):

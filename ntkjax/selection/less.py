@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.gradients import (
     SketchName,
@@ -57,6 +58,10 @@ class LessSelector:
 
     def __post_init__(self) -> None:
         check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor, self.adam)
+
+    def passes(self, sizes: Sizes) -> float:
+        """Gradients at every checkpoint."""
+        return sizes.stage1(self.stage1) + sizes.checkpoints * sizes.gradients
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         if not problem.checkpoints:

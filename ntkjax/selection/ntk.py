@@ -9,6 +9,7 @@ and the mean over the domain may be another aggregation (``ntkjax.selection.aggr
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from ntkjax.ntk.approx import KernelFunctions, build, parse
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_preconditioner
-from ntkjax.ntk.scores import KernelScores, kernel_scores
+from ntkjax.ntk.scores import MAX_TANGENTS, KernelScores, kernel_scores
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.aggregation import (
@@ -30,6 +31,7 @@ from ntkjax.selection.aggregation import (
     domain_groups,
 )
 from ntkjax.selection.base import Selection, SelectionProblem, ranks_after, select_top
+from ntkjax.selection.cost import FORWARD, TRAIN, Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.gradients import (
     SKETCHES,
@@ -109,6 +111,26 @@ class NtkSelector:
         for name in ("sketch_size", "prefilter_factor", "pool_sample"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Mean gradients of domain and pool sample, then the candidates under all directions at once; or, where
+        examples of the domain are looked at one by one or scores are sketched, the gradients of all of them."""
+        spec = parse(self.kernel)
+        outputs = spec.m or (sizes.width if spec.name.endswith("trace") else 1)
+        gradient = FORWARD + 2 * outputs  # one backward pass for each output
+        sample = sizes.pool / sizes.rows * min(self.pool_sample, sizes.rows)
+        before = sizes.stage1(self.stage1) + gradient * (sizes.domain + sample)
+        if self.precondition != "none":
+            before += TRAIN * sizes.domain
+        if self.scores == "sketch":
+            return before + gradient * sizes.scored
+        groups = 1
+        if self.aggregation == "clusters":
+            groups, before = self.domain_clusters, before + gradient * sizes.domain
+        tangents = (groups + 1) * outputs
+        passes = math.ceil(tangents / MAX_TANGENTS) + tangents
+        norms = gradient if self.direction == "cosine" else 0
+        return before + (passes + norms) * sizes.scored
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)

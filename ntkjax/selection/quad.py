@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,8 @@ from ntkjax.ntk.scores import Direction, mean_direction, scores_along
 from ntkjax.parallel import broadcast
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.clusters import k_means
+from ntkjax.selection.cost import TRAIN, Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
 from ntkjax.selection.shared import open_shared, tree_digest
@@ -81,6 +82,10 @@ class QuadSelector:
         if not self.damping > 0:
             raise ConfigError(f"damping must be above 0, got {self.damping}")
 
+    def passes(self, sizes: Sizes) -> float:
+        """Embeddings; mean gradient and curvature of the domain; a tangent on the rows that were probed."""
+        return sizes.embeddings + 2 * TRAIN * sizes.domain + 2 * sizes.scored
+
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)
         budget = min(self.probe_factor * problem.n, rows)
@@ -103,7 +108,7 @@ class QuadSelector:
                 bar.update(len(asked))
         chosen = select_top("quad", scores, problem.n)
         report = describe(chosen, problem.pool, None) | {
-            "pool_clusters": count,
+            "pool_clusters": len(np.unique(labels)),
             "probed": bandit.probed,
             "rounds": rounds,
             "clusters_chosen_from": len(np.unique(labels[chosen.selected])),
@@ -242,7 +247,8 @@ def pool_clusters(problem: SelectionProblem, count: int) -> Int[np.ndarray, " N"
     _, read_pool = embed_both(problem, problem.embed_fn, "embeddings")
     rng = numpy_rng(problem.seed, "selection", "quad clusters")
     drawn = np.sort(rng.choice(rows, size=min(SAMPLE, rows), replace=False))
-    centres = k_means(unit_rows(np.asarray(read_pool(drawn)))[0], count, int(rng.integers(2**31)))
+    sample, _ = unit_rows(np.asarray(read_pool(drawn)))
+    _, centres = k_means(sample, count, seed=int(rng.integers(2**31)), starts=STARTS)
     found = np.empty(rows, np.int32)
     for start in range(0, rows, CHUNK):
         index = np.arange(start, min(start + CHUNK, rows))
@@ -255,16 +261,3 @@ def pool_clusters(problem: SelectionProblem, count: int) -> Int[np.ndarray, " N"
         store.write(index, found[index])
         store.gather()
     return found.astype(np.int64)
-
-
-def k_means(vectors: Float[np.ndarray, "S D"], count: int, seed: int) -> Float[np.ndarray, "c D"]:
-    """The centres, at most ``count`` of them: fewer where fewer different vectors are given."""
-    # Imported here: it takes a second, and few methods need it.
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different vectors than centres
-        model: Any = KMeans(min(count, len(vectors)), n_init=STARTS, random_state=seed)  # pyright: ignore[reportArgumentType]
-        fitted = model.fit(vectors)
-    return np.asarray(fitted.cluster_centers_, vectors.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from ntkjax.selection.diagnostics import describe
 @dataclasses.dataclass(frozen=True)
 class RandomSelector:
     """score_j ~ U(0, 1), from the problem's seed; top n."""
+
+    uses_model: ClassVar[bool] = False
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         scores = numpy_rng(problem.seed, "selection", "random").random(len(problem.pool))

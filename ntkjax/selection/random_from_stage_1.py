@@ -9,6 +9,7 @@ import numpy as np
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import stage1_votes
 
@@ -31,6 +32,10 @@ class RandomFromStage1Selector:
     def __post_init__(self) -> None:
         if self.prefilter_factor < 1:
             raise ConfigError(f"prefilter_factor must be at least 1, got {self.prefilter_factor}")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.embeddings
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)

@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
 from ntkjax.selection.vote import nearest
@@ -31,6 +32,10 @@ class RdsSelector:
     Raises:
       ConfigError: a problem without ``weighted_embed_fn``. UserError: a domain example whose embedding is zero.
     """
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.embeddings
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         if problem.weighted_embed_fn is None:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
 from ntkjax.selection.vote import nearest, unit_rows
@@ -57,6 +58,10 @@ class TsdsSelector:
             raise ConfigError(f"transport_sigma must be at least 0, got {self.transport_sigma}")
         if self.neighbours < 1:
             raise ConfigError(f"neighbours must be at least 1, got {self.neighbours}")
+
+    def passes(self, sizes: Sizes) -> float:
+        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+        return sizes.embeddings
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,20 +14,10 @@ ROOT = Path(__file__).resolve().parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
-def load():
+def load(load_file):
     """A script by its name; `studies`, which they share, is found as when they are run."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    def load(name: str) -> ModuleType:
-        spec = spec_from_file_location(f"experiment_{name[:2]}", ROOT / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
     sys.path.insert(0, str(ROOT))
-    yield load
+    yield lambda name: load_file(ROOT / f"{name}.py")
     sys.path.remove(str(ROOT))
 
 
@@ -62,7 +51,7 @@ def test_the_main_table_of_real_data_is_one_study_over_its_domains(load, shared_
 
     script = load("05_main_table")
     e = script.Experiment(data=shared_dir / "data", model=str(shared_dir / "models" / "cot-lm-7m"), lift=True)
-    name, content = script.content(e)
+    name, content = e.name, script.content(e)
     spec = spec_of(content)
     assert name == "cot-lm-7m" and list(spec.domains) == ["finance", "medical", "legal"] and len(spec.seeds) == 5
     arms = {arm.label: arm for arm in arms_of(spec)}
@@ -77,7 +66,7 @@ def test_every_group_of_ablations_is_a_study(load, small, tmp_path):
 
     script = load("06_ablations")
     e = dataclasses.replace(script.Experiment(), select_only=True, out=tmp_path / "runs")
-    _, common, n, domain, largest = script.base(e)
+    n, (common, domain, largest) = e.budget, script.base(e)
     for group in e.groups:
         spec = spec_of(common | script.group_content(group, e, n, domain, largest))
         labels = [arm.label for arm in arms_of(spec)]

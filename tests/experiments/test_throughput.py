@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -40,19 +39,9 @@ serve(make, ["numpy"])
 """
 
 
-def load(name: str, path: Path) -> ModuleType:
-    """A script whose name starts with a digit, or a module outside the package."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load("throughput_experiment", ROOT / "experiments" / "08_throughput.py")
+def script(load_file) -> ModuleType:
+    return load_file(ROOT / "experiments" / "08_throughput.py")
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +230,10 @@ def test_the_page_shows_what_was_measured_and_what_was_not(report, tmp_path):
 
 
 @pytest.mark.slow
-def test_our_worker_agrees_with_explicit_kernels(script, report, tmp_path, monkeypatch):
+def test_our_worker_agrees_with_explicit_kernels(load_file, script, report, tmp_path, monkeypatch):
     """Task, worker and comparison on the embedded model, in this process."""
     monkeypatch.syspath_prepend(str(PEERS))
-    ours = load("throughput_ours", PEERS / "run_ntkjax.py")
+    ours = load_file(PEERS / "run_ntkjax.py")
     config = script.Throughput(
         size=32, length=16, score_rows=3, feature_rows=3, gradient_rows=2, peer_rows=2, checked=2, token_budget=32,
         microbatch=2, run=tmp_path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -46,13 +45,9 @@ def planted():
 
 
 @pytest.fixture(scope="session")
-def small() -> ModuleType:
+def small(load_file) -> ModuleType:
     """small_model.py beside this file."""
-    spec = importlib.util.spec_from_file_location("small_model", Path(__file__).with_name("small_model.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(Path(__file__).with_name("small_model.py"))
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def test_groups_are_kept(make, tmp_path, monkeypatch):
     first = select(problem, "clusters", **options)
     labels = domain_groups(problem, lambda: 1 / 0, 3, {"kernel": "loss", "sketch": "sparse", "size": 64})
     assert np.bincount(labels).tolist() == first.diagnostics["domain_cluster_sizes"]
-    monkeypatch.setattr("ntkjax.selection.aggregation._k_means", lambda *a: 1 / 0)
+    monkeypatch.setattr("ntkjax.selection.aggregation._groups", lambda *a: 1 / 0)
     again = select(problem, "clusters", **options)
     np.testing.assert_array_equal(again.scores, first.scores)
     with pytest.raises(ConfigError, match="groups: was 3, is now 2"):

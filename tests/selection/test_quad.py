@@ -10,7 +10,8 @@ import pytest
 import ntkjax.selection.quad as quad
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
-from ntkjax.selection.quad import Bandit, Probe, QuadSelector, k_means, pool_clusters
+from ntkjax.selection.clusters import k_means
+from ntkjax.selection.quad import Bandit, Probe, QuadSelector, pool_clusters
 
 
 def influences(domain, pool, damping):
@@ -125,7 +126,7 @@ def test_clusters_are_those_of_the_nearest_centre(given, tmp_path, monkeypatch):
     truth = pool.argmax(axis=1)
     assert len({(a, b) for a, b in zip(labels, truth)}) == 4  # a renaming of the truth
     monkeypatch.setattr(quad, "SAMPLE", 40)
-    monkeypatch.setattr(quad, "k_means", lambda *a: (_ for _ in ()).throw(AssertionError("computed again")))
+    monkeypatch.setattr(quad, "k_means", lambda *a, **k: (_ for _ in ()).throw(AssertionError("computed again")))
     np.testing.assert_array_equal(pool_clusters(problem, 4), labels)
     monkeypatch.undo()
     monkeypatch.setattr(quad, "SAMPLE", 40)
@@ -134,8 +135,10 @@ def test_clusters_are_those_of_the_nearest_centre(given, tmp_path, monkeypatch):
 
 
 def test_fewer_different_vectors_than_clusters():
-    assert len(k_means(np.ones((5, 3), np.float32), 3, 0)) <= 3
-    assert len(k_means(np.eye(2, dtype=np.float32), 3, 0)) == 2
+    for vectors, groups in ((np.ones((5, 3)), 1), (np.eye(2), 2)):
+        labels, centres = k_means(vectors.astype(np.float32), 3, seed=0, starts=2)
+        assert set(labels) == set(range(groups)) and len(centres) == groups and centres.dtype == np.float32
+        np.testing.assert_allclose(centres[labels], vectors, atol=1e-6)
 
 
 def test_a_killed_run_repeats_no_probe_and_ends_the_same(given, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -64,13 +63,23 @@ def files(tmp_path_factory, toy_chat_tokenizer) -> Files:
 
 
 @pytest.fixture(scope="session")
-def jobs() -> ModuleType:
+def jobs(load_file) -> ModuleType:
     """jobs.py beside this file: `select` in processes of its own."""
-    spec = importlib.util.spec_from_file_location("jobs", Path(__file__).with_name("jobs.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(Path(__file__).with_name("jobs.py"))
+
+
+@pytest.fixture(scope="session")
+def study(load_file) -> ModuleType:
+    """small_study.py beside this file: the study that these tests run."""
+    return load_file(Path(__file__).with_name("small_study.py"))
+
+
+@pytest.fixture(scope="session")
+def done(study, files, tmp_path_factory) -> Path:
+    """The run directory of that study, finished."""
+    folder = tmp_path_factory.mktemp("study")
+    assert study.run(files, folder) == 0
+    return folder / "out"
 
 
 QUICK = ["--lora-rank", "2", "--token-budget", "1024", "--train.epochs", "1", "--train.batch-size", "4"]

@@ -236,7 +236,18 @@ def test_passes_of_selections_by_hand(bench):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_passes_of_every_selector_are_known(method, bench):
     found = cost(bench.model.config, TrainConfig(epochs=1), method=method)
-    assert set(found) == {"warmup", "selection"} and all(value >= 0 for value in found.values())
+    assert set(found) == {"warmup", "selection"}
+    assert (found["selection"] > 0) == (method not in ("random", "length", "dsir")) == (found["warmup"] > 0)
+
+
+def test_a_method_that_does_not_say_what_it_costs_has_no_cost(bench, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Quiet:
+        def __call__(self, problem):
+            raise NotImplementedError
+
+    monkeypatch.setitem(METHODS, "quiet", Quiet)
+    assert cost(bench.model.config, TrainConfig(epochs=1), method="quiet") == {}
 
 
 def test_training_cost_and_weights(bench):

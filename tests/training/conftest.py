@@ -1,20 +1,14 @@
-"""The toy problem of these tests, loaded from its file (tests are not a package)."""
+"""The toy problem of these tests."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-TOY = Path(__file__).with_name("toy_problem.py")
-
 
 @pytest.fixture(scope="session")
-def toy():
-    spec = importlib.util.spec_from_file_location("toy_problem", TOY)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["toy_problem"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+def toy(load_file) -> ModuleType:
+    """toy_problem.py beside this file."""
+    return load_file(Path(__file__).with_name("toy_problem.py"))
