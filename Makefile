@@ -25,7 +25,8 @@ LOCK := $(firstword $(wildcard requirements/py$(subst .,,$(VERSION)).txt) requir
 # The stamp's name holds the version: an environment of another Python is made anew.
 STAMP := $(VENV)/.installed-$(VERSION)
 TORCH_STAMP := $(TORCH_VENV)/.installed-$(VERSION)
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+# Cores that this process may use, which on a shared machine are fewer than there are.
+WORKERS := $(shell $(PYTHON) -c 'import os; own = getattr(os, "sched_getaffinity", None); print(min(4, len(own(0)) if own else os.cpu_count() or 1))')
 PIP := -m pip --disable-pip-version-check install --quiet
 # $(call fresh_venv,DIR): keep the environment of this Python, replace one of another
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
