@@ -60,3 +60,14 @@ class Sizes:
     def stage1(self, switch: str) -> float:
         """The embedding vote before the scores, where it is ``on``."""
         return self.embeddings if switch == "on" else 0.0
+
+
+def passes_of(selector: Any, sizes: Sizes, *, diversity_rows: int = 0) -> float | None:
+    """Forward-equivalent tokens of a method with its options bound, and of the gradients of the ``diversity_rows``
+    candidates of a pass for diversity after it; None for a method that does not say what it costs."""
+    asked = 0.0
+    if getattr(selector, "uses_model", True):
+        if not hasattr(selector, "passes"):
+            return None
+        asked = selector.passes(sizes)
+    return asked + TRAIN * min(diversity_rows, sizes.rows) * sizes.pool / sizes.rows

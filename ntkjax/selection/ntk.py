@@ -112,6 +112,12 @@ class NtkSelector:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the candidates are scored by one forward-mode pass with two tangents, and nothing else."""
+        plain = (self.scores, self.aggregation, self.precondition) == ("forward", "mean", "none")
+        return plain and self.direction != "cosine"
+
     def passes(self, sizes: Sizes) -> float:
         """Mean gradients of domain and pool sample, then the candidates under all directions at once; or, where
         examples of the domain are looked at one by one or scores are sketched, the gradients of all of them."""

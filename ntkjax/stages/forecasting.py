@@ -18,6 +18,7 @@ from ntkjax.data.sources import is_hub_id, list_sources
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.approx import KernelFunctions, build
 from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
+from ntkjax.selection.cost import Sizes
 from ntkjax.selection.vote import embed_batch
 from ntkjax.stages.loading import Loaded
 from ntkjax.types import Params
@@ -73,7 +74,10 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Weights, four copies of the trained parameters (two moments, gradient, direction) and the largest phase."""
+        """Weights, four copies of the trained parameters (two moments, gradient, direction) and the largest phase;
+        None where the backend does not tell."""
+        if not self.phases:
+            return self.weight_bytes
         temporary = [p.temporary_bytes for p in self.phases if p.temporary_bytes is not None]
         return self.weight_bytes + 4 * self.trained_bytes + max(temporary) if temporary else None
 
@@ -171,57 +175,105 @@ def tree_bytes(tree: Params) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def forecast_passes(
-    model: LanguageModel,
-    params: Params,
-    domain: Loaded,
-    sample: Loaded,
-    *,
-    domain_rows: int,
-    pool_rows: int,
-    kernel: str,
-    candidates: int | None,
-    warmup_epochs: float,
-    token_budget: int,
-) -> tuple[Phase, ...]:
-    """Time each pass of a selection on the sampled records.
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Passes over the sampled records, timed, and how many there will be of them.
 
-    Args:
-      candidates: rows that stage 1 leaves to score; None where stage 1 is off and every row is scored.
+    Attributes:
+      params: theta. domain, sample: the first records of domain and pool.
+      domain_rows, pool_rows: how many there are.
       warmup_epochs: passes over the domain before scoring; 0 for none.
     """
-    head = model.head_fn if {"head", "embed"} & params.keys() else model.head_fn({})
-    built = build(kernel, KernelFunctions(model.hidden_fn, head, model.nll_fn), params, seed=0)
-    zero = zero_direction(built, params, next(iter(sample.tokens.batches(token_budget=token_budget))))
-    pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), zero)  # domain and pool mean: only shapes matter here
-    gradient = jax.jit(lambda fn, p, batch: jax.grad(lambda q: fn(q, batch).sum())(p))
-    scored = pool_rows if candidates is None else min(candidates, pool_rows)
-    embedded = 0 if candidates is None else pool_rows
-    passes = (
-        ("warm up", gradient, domain, round(domain_rows * warmup_epochs), lambda b: (model.nll_fn, params, b)),
-        ("embed pool", embed_batch, sample, embedded, lambda b: (model.embed_fn, params, b)),
-        ("domain gradient", add_direction, domain, domain_rows, lambda b: (built, params, b, zero)),
-        ("score pool", score_batch, sample, scored, lambda b: (built, params, pair, b)),
-    )
-    return tuple(
-        time_phase(
-            name,
-            step,
-            list(data.tokens.batches(token_budget=token_budget)),
-            arguments,
-            (rows, int(rows * float(np.mean(data.tokens.lengths)))),
+
+    model: LanguageModel
+    params: Params
+    domain: Loaded
+    sample: Loaded
+    domain_rows: int
+    pool_rows: int
+    warmup_epochs: float
+    token_budget: int
+
+    def forward_scores(self, kernel: str, *, candidates: int | None) -> tuple[Phase, ...]:
+        """Every pass of forward-mode scores, timed.
+
+        Args:
+          candidates: rows that stage 1 leaves to score; None where stage 1 is off and every row is scored.
+        """
+        model, params = self.model, self.params
+        head = model.head_fn if {"head", "embed"} & params.keys() else model.head_fn({})
+        built = build(kernel, KernelFunctions(model.hidden_fn, head, model.nll_fn), params, seed=0)
+        zero = zero_direction(built, params, self._batches(self.sample)[0])
+        pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), zero)  # domain and pool mean: only shapes matter
+        embedded = 0 if candidates is None else self.pool_rows
+        scored = self.pool_rows if candidates is None else candidates
+        of_domain, of_pool = self._tokens(self.domain, self.domain_rows), self._tokens(self.sample, scored)
+        return (
+            *self._warm_up(),
+            *self._embed("embed pool", embedded, self._tokens(self.sample, embedded)),
+            *self._phase("domain gradient", self.domain_rows, of_domain, self.domain, add_direction,
+                         lambda b: (built, params, b, zero)),
+            *self._phase("score pool", scored, of_pool, self.sample, score_batch, lambda b: (built, params, pair, b)),
+        )  # fmt: skip
+
+    def counted(self, name: str, passes: float) -> tuple[Phase, ...]:
+        """The warm-up, timed, and ``passes`` tokens sent forward (`ntkjax.selection.cost`) at the speed of embedding.
+
+        What a backward pass or a tangent costs is taken from the count, and memory is that of the forward pass.
+        """
+        return *self._warm_up(), *self._embed(name, self.pool_rows, round(passes))
+
+    def sizes(self, scored: int, *, width: int) -> Sizes:
+        """What passes are counted from, with so many rows scored."""
+        return Sizes(
+            domain=float(self._tokens(self.domain, self.domain_rows)),
+            pool=float(self._tokens(self.sample, self.pool_rows)),
+            scored=float(self._tokens(self.sample, scored)),
+            rows=self.pool_rows,
+            width=width,
+            checkpoints=max(1, math.ceil(self.warmup_epochs)),
         )
-        for name, step, data, rows, arguments in passes
-        if rows
-    )
+
+    def _warm_up(self) -> tuple[Phase, ...]:
+        rows, arguments = round(self.domain_rows * self.warmup_epochs), lambda b: (self.model.nll_fn, self.params, b)
+        return self._phase("warm up", rows, self._tokens(self.domain, rows), self.domain, _gradient, arguments)
+
+    def _embed(self, name: str, rows: int, tokens: int) -> tuple[Phase, ...]:
+        arguments = lambda b: (self.model.embed_fn, self.params, b)
+        return self._phase(name, rows, tokens, self.sample, embed_batch, arguments)
+
+    def _phase(
+        self, name: str, rows: int, tokens: int, data: Loaded, step: Callable, arguments: Callable
+    ) -> tuple[Phase, ...]:
+        return (time_phase(name, step, self._batches(data), arguments, (rows, tokens)),) if tokens else ()
+
+    def _batches(self, data: Loaded) -> list[Any]:
+        return list(data.tokens.batches(token_budget=self.token_budget))
+
+    @staticmethod
+    def _tokens(data: Loaded, rows: int) -> int:
+        """Tokens of so many rows as long as the sampled ones."""
+        return int(rows * float(np.mean(data.tokens.lengths)))
 
 
-def disk_bytes(sample: Loaded, domain_rows: int, pool_rows: int, *, width: int, embeddings: bool, n: int) -> int:
-    """Scores and embeddings on disk, the selection, and the cached copy of the records and their tokens."""
+@jax.jit
+def _gradient(fn: Callable, params: Params, batch: Any) -> Params:
+    return jax.grad(lambda q: fn(q, batch).sum())(params)
+
+
+def disk_bytes(
+    sample: Loaded, domain_rows: int, pool_rows: int, *, n: int, embedding: int, features: int, scored: int
+) -> int:
+    """Scores and embeddings on disk, gradient features, the selection, and the cached records and their tokens.
+
+    Args:
+      embedding: numbers of an embedding that is kept of every row; 0: none is.
+      features: numbers of a gradient that is kept of the domain and of the rows that are ``scored``; 0: none is.
+    """
     text = np.mean(
         [len(e.prompt) + len(e.response) + len(e.id) for e in (sample.records[i] for i in range(len(sample)))]
     )
     rows = domain_rows + pool_rows
     cached = rows * (text + 60) + 4 * rows * float(np.mean(sample.tokens.lengths))
-    kept = pool_rows * (SCORE_ROW_BYTES + (4 * width if embeddings else 0)) + n * (text + 60)
+    kept = pool_rows * SCORE_ROW_BYTES + 4 * rows * embedding + 4 * (domain_rows + scored) * features + n * (text + 60)
     return int(cached + kept)

@@ -18,12 +18,13 @@ from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths
 from ntkjax.parallel import describe_mesh, is_primary
-from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector
+from ntkjax.selection import METHODS, NtkSelector, Selection, SelectionProblem, Selector
 from ntkjax.selection.base import check_size
+from ntkjax.selection.cost import passes_of
 from ntkjax.selection.diagnostics import examples
 from ntkjax.selection.diversity import diversify
 from ntkjax.stages.deduplicating import deduplicate, read_held_out
-from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, count_examples, disk_bytes, forecast_passes, tree_bytes
+from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
 from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir, package_version
@@ -105,43 +106,33 @@ def forecast(config: SelectConfig) -> Forecast:
     """What ``config`` would take, from the first records of each data set; makes no run directory.
 
     Raises:
-      ConfigError: another method than ``ntk``, another aggregation than the mean, whose passes are those timed, or a
-        pass for diversity.
+      ConfigError: a method that does not say what it costs.
     """
-    if check_method(config.select.method) != "ntk":
-        raise ConfigError(
-            f"--dry-run forecasts the passes of --method ntk, not of {config.select.method}; leave one of the two out"
-        )
-    if config.select.aggregation != "mean":
-        raise ConfigError(
-            f"--dry-run forecasts the passes of --aggregation mean, not of {config.select.aggregation}; leave one of "
-            "the two out"
-        )
-    if config.select.diversity != "none":
-        raise ConfigError(
-            f"--dry-run does not forecast the pass of --diversity {config.select.diversity} (the gradients of "
-            "diversity_factor * n examples); leave one of the two out"
-        )
+    options, selector = config.select, make_selector(config.select)
     model = load_model(config.model, seed=config.seed)
     params = trained_parameters(model, config.model)
     domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
     sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
-    pool_rows, exact = count_examples(config.pool, sample)
-    domain_rows, _ = count_examples(config.domain, domain)
-    stage1 = config.select.stage1 == "on"
-    phases = forecast_passes(
-        model,
-        params,
-        domain,
-        sample,
-        domain_rows=domain_rows,
-        pool_rows=pool_rows,
-        kernel=config.select.kernel,
-        candidates=config.select.prefilter_factor * config.n if stage1 else None,
-        warmup_epochs=0 if config.skip_warmup else _epochs(config.warmup, domain_rows),
-        token_budget=config.data.token_budget,
-    )
-    disk = disk_bytes(sample, domain_rows, pool_rows, width=model.config.hidden_size, embeddings=stage1, n=config.n)
+    (pool_rows, exact), (domain_rows, _) = count_examples(config.pool, sample), count_examples(config.domain, domain)
+    epochs = 0.0 if config.skip_warmup else _epochs(config.warmup, domain_rows)
+    timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
+    stage1 = getattr(selector, "stage1", "off") == "on"
+    scored = min(options.prefilter_factor * config.n, pool_rows) if stage1 else pool_rows
+    one_pass = isinstance(selector, NtkSelector) and selector.one_pass
+    if one_pass and options.diversity == "none":
+        phases = timing.forward_scores(options.kernel, candidates=scored if stage1 else None)
+    else:
+        sizes = timing.sizes(scored, width=model.config.hidden_size)
+        diverse = 0 if options.diversity == "none" else options.diversity_factor * config.n
+        passes = passes_of(selector, sizes, diversity_rows=diverse)
+        if passes is None:
+            raise ConfigError(f"--dry-run: --method {options.method} does not say what it costs; give it `passes`")
+        phases = timing.counted(f"{options.method}, counted", passes)
+    embeds = stage1 or (getattr(selector, "uses_model", True) and not hasattr(selector, "stage1"))
+    disk = disk_bytes(
+        sample, domain_rows, pool_rows, n=config.n, embedding=model.config.hidden_size if embeds else 0,
+        features=0 if one_pass else getattr(selector, "sketch_size", 0), scored=scored,
+    )  # fmt: skip
     return Forecast(phases, pool_rows, exact, tree_bytes(model.params), tree_bytes(params), disk)
 
 

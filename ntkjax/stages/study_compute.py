@@ -15,7 +15,7 @@ import numpy as np
 
 from ntkjax.models import ModelConfig
 from ntkjax.selection import METHODS, Selection
-from ntkjax.selection.cost import TRAIN, Sizes
+from ntkjax.selection.cost import TRAIN, Sizes, passes_of
 from ntkjax.stages.options import SelectorOptions
 from ntkjax.stages.selecting import make_selector
 from ntkjax.training import TrainConfig
@@ -53,16 +53,9 @@ def selection_cost(
         return {"warmup": 0.0, "selection": 0.0}
     epochs = 0.0 if warmup is None else _epochs(warmup, len(domain))
     sizes = Sizes.of(found, domain, pool, width=config.hidden_size, checkpoints=max(1, math.ceil(epochs)))
-    selector: Any = make_selector(options)
-    asked = 0.0
-    if getattr(selector, "uses_model", True):
-        if not hasattr(selector, "passes"):
-            return {}
-        asked = selector.passes(sizes)
-    if options.diversity != "none":  # the gradients of its candidates
-        candidates = min(options.diversity_factor * len(found.selected), sizes.rows)
-        asked += TRAIN * candidates * sizes.pool / sizes.rows
-    return {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
+    candidates = 0 if options.diversity == "none" else options.diversity_factor * len(found.selected)
+    asked = passes_of(make_selector(options), sizes, diversity_rows=candidates)
+    return {} if asked is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
 
 
 def _epochs(config: TrainConfig, rows: int) -> float:

@@ -63,7 +63,6 @@ def test_facility_location_goes_on_from_finished_features(files, tmp_path, monke
     [
         (["--diversity", "d-optimal", "--diversity-factor", "1"], "diversity_factor"),
         (["--diversity-kernel", "gaussian"], "gaussian"),
-        (["--diversity", "d-optimal", "--dry-run"], "diversity"),
     ],
 )
 def test_what_cannot_be_done_is_said(flags, word, files, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 import ntkjax
 from ntkjax.cli import main
 from ntkjax.selection import METHODS
+from ntkjax.stages.forecasting import Forecast
 from ntkjax.stages.options import SelectorOptions
 from ntkjax.stages.selecting import read_selection
 
@@ -106,9 +107,46 @@ def test_dry_run_forecasts_and_does_nothing_else(files, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_dry_run_of_a_method_that_it_does_not_time_is_refused(files, tmp_path, capsys):
-    assert select(files, tmp_path / "run", "--dry-run", "--method", "random") == 2
-    assert "not of random" in capsys.readouterr().err
+def dry_run(files, **options) -> Forecast:
+    found = ntkjax.select(
+        model=files.model, domain=files.domain, pool=files.pool, n=3, out="unused", lora_rank=2, token_budget=1024,
+        dry_run=True, warmup={"epochs": 2}, progress=False, **options,
+    )  # fmt: skip
+    assert isinstance(found, Forecast)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_forecast(method, files):
+    """From the same count as in a study's tables, the speed of a forward pass measured here."""
+    found = dry_run(files, method=method)
+    phases = {phase.name: phase for phase in found.phases}
+    assert phases.pop("warm up").examples == 2 * 12 and found.pool_examples == 40
+    if method in ("random", "length", "dsir"):
+        assert not phases
+    elif method != "ntk":
+        (phase,) = phases.values()
+        assert phase.tokens > 0 and phase.seconds > 0
+
+
+def test_what_is_counted_where_scores_are_not_one_pass(files):
+    counted = lambda **options: dry_run(files, skip_warmup=True, **options).phases
+    assert [phase.name for phase in counted()] == ["embed pool", "domain gradient", "score pool"]
+    embedded, _, scored = [phase.tokens for phase in counted()]
+    domain = counted(method="embedding")[0].tokens - embedded
+    (gradients,) = counted(method="gradient-cosine")
+    assert gradients.name == "gradient-cosine, counted"
+    assert gradients.tokens == embedded + domain + 3 * (domain + scored)
+    (diverse,) = counted(method="length", diversity="d-optimal")
+    assert diverse.tokens == round(3 * 6 * embedded / 40)
+    wide, narrow = (dry_run(files, method="less", sketch_size=k).disk_bytes for k in (2000, 1000))
+    assert wide - narrow == 4 * (12 + 12) * 1000
+
+
+def test_dry_run_of_a_method_that_does_not_say_what_it_costs_is_refused(files, monkeypatch, tmp_path, capsys):
+    monkeypatch.delattr(METHODS["euds"], "passes")
+    assert select(files, tmp_path / "run", "--dry-run", "--method", "euds") == 2
+    assert "does not say what it costs" in capsys.readouterr().err
 
 
 def test_as_a_function(files, tmp_path):
