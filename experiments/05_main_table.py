@@ -27,7 +27,7 @@ class Experiment(studies.Setting):
 
     methods: tuple[str, ...] = ("all", "loss-reweighting")
     whole_pool: bool = True
-    """Also ntk with the `loss` kernel over the whole pool, without stage 1: the dearest arm."""
+    """Also ntk with the `loss` kernel over the whole pool, without stage 1, in two forms: the dearest arms."""
     lift: bool = False
     kernels: tuple[str, ...] = ("sum_logits",)
     """Kernels of ntk."""
@@ -44,7 +44,7 @@ def content(e: Experiment) -> dict[str, Any]:
     """The study."""
     methods: list[Any] = list(e.methods)
     if e.whole_pool:
-        methods.append({"label": "ntk (loss, whole pool)", "method": "ntk", "kernel": "loss", "stage1": "off"})
+        methods += studies.WHOLE_POOL
     if e.lift:  # all parameters want a smaller step
         methods.append({"label": "lift", "method": "lift", "learning_rates": [rate / 10 for rate in e.learning_rates]})
     return e.content() | {

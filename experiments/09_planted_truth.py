@@ -29,7 +29,6 @@ from ntkjax.rng import numpy_rng
 from ntkjax.selection import METHODS
 
 RESULTS = studies.RESULTS / "09_planted_truth"
-WHOLE_POOL = {"label": "ntk (loss, whole pool)", "method": "ntk", "kernel": "loss", "stage1": "off"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ def point(e: Experiment, name: str, pool: int, domain: int, noise: float) -> lis
     train = {"epochs": e.warmup_epochs, "batch_size": 16, "max_buckets": 1, "learning_rate": 2e-3}
     content = write_task(out / "task", task, noise, e.task_seed) | {
         "title": f"Planted truth: pool {pool}, domain {domain}, noise {noise:g}",
-        "methods": [*e.methods, WHOLE_POOL],
+        "methods": [*e.methods, *studies.WHOLE_POOL],
         "kernels": list(e.kernels),
         "budgets": pool // 10,
         "seeds": e.seeds,
