@@ -32,7 +32,7 @@ from ntkjax.data import TokenisedDataset, read_records, tokenise
 from ntkjax.models import LanguageModel, LoraConfig, ModelConfig, init_lm
 from ntkjax.ntk.kernel import as_kernel
 from ntkjax.ntk.outputs import sum_logits
-from ntkjax.ntk.scores import Direction, score_batch, scores_along
+from ntkjax.ntk.scores import MANY, Direction, score_batch, scores_along
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.vote import embed_batch
 from ntkjax.store import RowStore
@@ -73,18 +73,23 @@ def drawn(params: dict, *names: str | int) -> dict:
 
 
 def passes(model: LanguageModel, batches: Sequence[Any], counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """name -> one pass over all batches: ``forward`` embeds, ``score_m`` has m directions."""
+    """name -> one pass over all batches: ``forward`` embeds, ``score_m`` scores along m directions as `select` does,
+    ``tangents_m`` by forward mode whatever their number."""
     params = drawn(model.lora, "params")
     kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn({})))
-    stacked = {}
-    for m in counts:
-        directions = [jax.tree.map(lambda u: u[None], drawn(params, "direction", c)) for c in range(m)]
-        stacked[m] = Direction(jax.tree.map(lambda *u: jax.numpy.stack(u), *directions), None)
+    along = [Direction(jax.tree.map(lambda u: u[None], drawn(params, "direction", c))) for c in range(max(counts))]
+    stacked = {m: jax.tree.map(lambda *u: jax.numpy.stack(u), *along[:m]) for m in counts}
+    rows = 1 + max(int(np.asarray(batch.index).max()) for batch in batches)
     found: dict[str, Callable[[], Any]] = {
         "forward": lambda: [embed_batch(model.embed_fn, params, batch) for batch in batches]
     }
     for m in counts:
-        found[f"score_{m}"] = lambda m=m: [score_batch(kernel, params, stacked[m], batch) for batch in batches]
+        tangents = lambda m=m: [score_batch(kernel, params, stacked[m], batch) for batch in batches]
+        if m < MANY:
+            found[f"score_{m}"] = tangents
+        else:
+            found[f"score_{m}"] = lambda m=m: scores_along(kernel, params, along[:m], batches, rows=rows)
+            found[f"tangents_{m}"] = tangents
     return found
 
 

@@ -6,11 +6,15 @@ For a kernel k(x, x') = <g(x), g(x')> the mean score of a pool example over M do
 
 so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the scores. No
 per-example gradient, no projection, no approximation. A kernel of m outputs has m tangents on one primal pass.
+
+Every further direction costs a tangent, a little more than a forward pass. From `MANY` directions on, a gradient for
+each example and its product with all of them is cheaper: its cost does not grow with their number, and it is as exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,13 +24,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.ntk.features import feature_products, mean_features
+from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.kernel import Kernel, as_kernel
 from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
-from ntkjax.ntk.sketch import RademacherSketch, Sketch
+from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 METHODS = ("forward", "sketch")
+MANY = 4  # directions: experiments/bench_score.py measures both ways for 1, 2, 4 and 8
 MAX_TANGENTS = 16  # on one primal pass; more are taken in turns, so that memory does not grow with m
 
 
@@ -215,20 +220,58 @@ def scores_along(
     *,
     rows: int,
     store: Any = None,
+    memory_budget: int = 1 << 30,
     progress: bool | str = False,
 ) -> Float[np.ndarray, "rows R"]:
     """s_jr = <u_r, g(x_j)> = sum_c <u_rc, grad F_c(x_j)> + <u_r,head, sqrt(own) h(x_j)> for R `Direction` u_r.
 
-    The R m tangents share their primal pass; see `directional_scores` for the other arguments and the errors.
+    R < `MANY`: forward mode, the R m tangents share their primal pass. Otherwise the gradient of every example, at most
+    ``memory_budget`` bytes of them at a time; its backward pass needs the memory that `mean_direction`'s does. See
+    `directional_scores` for the other arguments and the errors.
     """
     kernel = as_kernel(kernel)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+    if len(directions) >= MANY:
+        return gradient_features(
+            kernel, params, batches, Along(stacked), rows=rows, store=store, memory_budget=memory_budget,
+            progress=progress and (progress if isinstance(progress, str) else "scores"),
+        )  # fmt: skip
 
     def results() -> Iterator[tuple[np.ndarray, Array]]:
         for batch in iterate(batches, progress, "scores", store):
             yield real_rows(batch), score_batch(kernel, params, stacked, batch)
 
     return collect_rows(results(), rows=rows, store=store, what="score")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """Inner products with R given directions, a linear map of gradients like a sketch: K = R.
+
+    Attributes:
+      directions: `Direction` with leaves [R, m, ...], head [R, D].
+    """
+
+    directions: Direction
+
+    grouped = False
+
+    def __call__(self, gradients: Params) -> Float[Array, "B R"]:
+        pairs = [(gradients["outputs"], self.directions.outputs)]
+        if self.directions.head is not None:
+            pairs.append((gradients["head"], self.directions.head))
+        product = lambda g, u: jnp.matmul(
+            flat_rows(g), flat_rows(u).astype(at_least_float32(g).dtype).T, precision=jax.lax.Precision.HIGHEST
+        )
+        found = [jax.tree.leaves(jax.tree.map(product, g, u)) for g, u in pairs]
+        return functools.reduce(jnp.add, [part for parts in found for part in parts])
+
+    def width(self, params: Params) -> int:
+        return len(jax.tree.leaves(self.directions.outputs)[0])
+
+    def describe(self) -> dict[str, Any]:
+        return {"sketch": "along directions"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,14 +319,14 @@ def kernel_scores(
       domain_batches: re-iterable batches of the M domain examples.
       pool_batches: batches of the pool (or the part of it to score); ``index`` names the row.
       rows: size of the pool.
-      method: ``forward``: exact, by directional derivatives. ``sketch``: the paper's path, per-example
+      method: ``forward``: exact, see `scores_along`. ``sketch``: the paper's path, per-example
         gradients and a random projection; unbiased, with the projection's variance.
       references: further example sets; each adds a column of scores on the same pass.
       sketch: for ``sketch``; default ``RademacherSketch()`` (K = 8192, seed 0).
       precondition: for ``forward``: P^-1, symmetric, as a function of trees of leaves [c, ...] (see
         `ntkjax.ntk.precondition`). All inner products are then a^T P^-1 b, the Gram matrix's too.
       store: a `RowStore` of width ``1 + len(references)``, or None; a second run skips what it holds.
-      microbatch, memory_budget: see `ntkjax.ntk.features.gradient_features`; the forward path has no use for them.
+      microbatch, memory_budget: see `ntkjax.ntk.features.gradient_features`; forward mode has no use for them.
       progress: show progress bars; a string is the description of the pass over the pool.
 
     Raises:
@@ -295,7 +338,9 @@ def kernel_scores(
     if method == "forward":
         means = [mean_direction(kernel, params, s, progress=bars) for s in sets]
         along = [_preconditioned(precondition, mean) for mean in means]
-        scores = scores_along(kernel, params, along, pool_batches, rows=rows, store=store, progress=progress)
+        scores = scores_along(
+            kernel, params, along, pool_batches, rows=rows, store=store, memory_budget=memory_budget, progress=progress
+        )
         return KernelScores(scores, np.array([[tree_dot(a, b) for b in means] for a in along]))
     if method != "sketch":
         raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")

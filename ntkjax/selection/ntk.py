@@ -20,7 +20,7 @@ from ntkjax.ntk.approx import KernelFunctions, build, parse
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_preconditioner
-from ntkjax.ntk.scores import MAX_TANGENTS, KernelScores, kernel_scores
+from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.aggregation import (
@@ -134,7 +134,7 @@ class NtkSelector:
         if self.aggregation == "clusters":
             groups, before = self.domain_clusters, before + gradient * sizes.domain
         tangents = (groups + 1) * outputs
-        passes = math.ceil(tangents / MAX_TANGENTS) + tangents
+        passes = gradient if groups + 1 >= MANY else math.ceil(tangents / MAX_TANGENTS) + tangents
         norms = gradient if self.direction == "cosine" else 0
         return before + (passes + norms) * sizes.scored
 

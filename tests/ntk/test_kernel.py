@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ntkjax.ntk.scores as scores
 from ntkjax.errors import ConfigError
 from ntkjax.ntk import (
     IdentitySketch,
@@ -140,9 +141,27 @@ def test_scores_and_norms_are_those_of_the_matrix(toy, x64, name, subset):
     assert relative(contrast, matrix.mean(axis=0) - shared * own.mean(axis=0)) < 1e-9
 
 
-def test_many_tangents_are_taken_in_turns(toy, monkeypatch):
-    import ntkjax.ntk.scores as scores
+@pytest.mark.parametrize("name", ["loss", "sum_logits", "spectral:2", "trace"])
+@pytest.mark.parametrize("subset", ["lora", "tied"])
+def test_many_directions_share_a_gradient_for_each_example(toy, x64, name, subset, monkeypatch):
+    """As many directions as there are domain examples: the rows of the explicit matrix, one by one."""
+    functions, _, params = case(toy, subset, jnp.float64)
+    kernel = build(name, functions, params, seed=2)
+    domain, pool = toy.sequences(5, 6), toy.sequences(7, 7)
+    matrix = kernel_matrix(kernel, params, toy.collate(domain, range(5)), toy.collate(pool, range(7)))
+    first, *others = [toy.batches(domain[i : i + 1], 1) for i in range(5)]
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "score_batch", lambda *a: pytest.fail("one tangent for each direction"))
+        found = kernel_scores(
+            kernel, params, first, toy.batches(pool, 3), rows=7, references=others, memory_budget=5_000
+        )
+    assert relative(found.scores.T, matrix) < 1e-10
+    assert relative(found.gram, kernel_matrix(kernel, params, *(toy.collate(domain, range(5)),) * 2)) < 1e-10
+    few = kernel_scores(kernel, params, first, toy.batches(pool, 3), rows=7, references=others[:2])
+    assert relative(few.scores, found.scores[:, :3]) < 1e-10
 
+
+def test_many_tangents_are_taken_in_turns(toy, monkeypatch):
     functions, _, params = case(toy, "all")
     domain, pool = toy.batches(toy.sequences(4, 6), 2), toy.batches(toy.sequences(5, 7), 3)
     kernel = build("trace", functions, params, seed=0)
