@@ -11,7 +11,8 @@ Expect:   experiments/README.md, "What matters". The paper finds its choices (M_
 
 Groups: prefilter (M_pre / N), sketch (K), domain-size (|D|), ratio (N / |D|), warm-up, stages (stage 1 alone, chance
 after stage 1), normalisation (of gradients; and, from the same scores, of the response's length), aggregation, kernel,
-diversity.
+diversity; nearest: what the label-aware kernel of the nearest domain example (studies.WHOLE_POOL) owes to each of its
+parts.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Experiment(studies.Setting):
     """Of the real data."""
     groups: tuple[str, ...] = (
         *("prefilter", "sketch", "domain-size", "ratio", "warm-up", "stages", "normalisation", "aggregation", "kernel"),
-        "diversity",
+        *("diversity", "nearest"),
     )
     seeds: int = 3
     factors: tuple[int, ...] = (1, 2, 8, 16)
@@ -102,6 +103,17 @@ def group_content(group: str, e: Experiment, n: int, domain: int, largest: int) 
         return usual | {"methods": arms(*((k, {"kernel": k}) for k in e.kernels))}
     if group == "diversity":
         return usual | {"methods": arms(*((d, {"diversity": d}) for d in ("facility-location", "d-optimal")))}
+    if group == "nearest":
+        full = studies.WHOLE_POOL[1] | {"label": "nearest"}
+        without = {
+            "mean instead of maximum": {"aggregation": "mean"},
+            "products instead of cosines": {"direction": "raw"},
+            "sum_logits instead of loss": {"kernel": "sum_logits"},
+            "after a warm-up": {"warmup": "shared"},
+            "after stage 1": {"stage1": "on"},
+        }
+        parts = [{**full, **change, "label": f"nearest, {name}"} for name, change in without.items()]
+        return usual | {"methods": [NTK, full, *parts]}
     raise SystemExit(f"unknown group {group}; expected some of {', '.join(Experiment().groups)}")
 
 

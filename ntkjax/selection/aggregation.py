@@ -6,8 +6,8 @@
 ``round-robin``  the domain examples take turns, each taking the row with the highest k(x_i, x_j) that is not taken
 
 A mean over examples is linear in the gradients, so ``mean`` and ``clusters`` are directional derivatives, exact without
-a sketch (`ntkjax.ntk.scores.scores_along`). The other two need every k(x_i, x_j): products of gradient features, a block
-of candidates at a time.
+a sketch (`ntkjax.ntk.scores.scores_along`). The other two need every k(x_i, x_j): products of gradient features, a
+block of candidates at a time.
 
 Groups are those of k-means over the domain's gradient features of the same kernel, each scaled to length 1: what a
 group shall have in common is the direction of its gradients, since that is what its mean stands for in the score.
