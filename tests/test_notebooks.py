@@ -31,6 +31,7 @@ def test_script_and_notebook_are_a_pair(script):
     assert script.with_suffix(".ipynb").stat().st_size < 500_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(script, tmp_path):
     notebook = jupytext.read(script)

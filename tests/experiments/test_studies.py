@@ -115,6 +115,7 @@ def test_whole_pool_against_two_stages(load, small, tmp_path):
     assert 0 <= float(recall["2"]) <= 100
 
 
+@pytest.mark.slow
 def test_planted_truth(load, tmp_path, monkeypatch):
     script = load("09_planted_truth")
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
