@@ -11,7 +11,7 @@ Expect:   experiments/README.md, "What matters". The paper finds its choices (M_
 
 Groups: prefilter (M_pre / N), sketch (K), domain-size (|D|), ratio (N / |D|), warm-up, stages (stage 1 alone, chance
 after stage 1), normalisation (of gradients; and, from the same scores, of the response's length), aggregation, kernel,
-diversity; nearest: what the label-aware kernel of the nearest domain example (studies.WHOLE_POOL) owes to each of its
+diversity; nearest: what the label-aware kernel of the nearest domain example (studies.NEAREST) owes to each of its
 parts.
 """
 
@@ -104,7 +104,7 @@ def group_content(group: str, e: Experiment, n: int, domain: int, largest: int) 
     if group == "diversity":
         return usual | {"methods": arms(*((d, {"diversity": d}) for d in ("facility-location", "d-optimal")))}
     if group == "nearest":
-        full = studies.WHOLE_POOL[1] | {"label": "nearest"}
+        full = studies.NEAREST | {"label": "nearest", "warmup": "none"}
         without = {
             "mean instead of maximum": {"aggregation": "mean"},
             "products instead of cosines": {"direction": "raw"},
