@@ -87,7 +87,7 @@ def passes(model: LanguageModel, batches: Sequence[Any], counts: Sequence[int]) 
         tangents = lambda m=m: [score_batch(kernel, params, stacked[m], batch) for batch in batches]
         if m < MANY:
             found[f"score_{m}"] = tangents
-        else:
+        else:  # the other way
             found[f"score_{m}"] = lambda m=m: scores_along(kernel, params, along[:m], batches, rows=rows)
             found[f"tangents_{m}"] = tangents
     return found

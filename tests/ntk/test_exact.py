@@ -178,8 +178,8 @@ def test_every_backend_agrees_with_jax_jacobian_in_single_precision(family, subs
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_of_every_backend_agrees(family, subset, dtype, record_property):
-    """In single precision up to rounding, which norms over four numbers magnify: the oracle's own Jacobian is up to 5e-5
-    away from the one in double precision, and forward-over-reverse products up to 2e-4."""
+    """In single precision up to rounding, which norms over four numbers magnify: the oracle's own Jacobian is up to
+    5e-5 away from the one in double precision, and forward-over-reverse products up to 2e-4."""
     agreement(record_property, family, subset, dtype, EVERY, tolerance=5e-4 if dtype == "float32" else 0)
 
 

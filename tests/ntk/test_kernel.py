@@ -157,8 +157,8 @@ def test_many_directions_share_a_gradient_for_each_example(toy, x64, name, subse
         )
     assert relative(found.scores.T, matrix) < 1e-10
     assert relative(found.gram, kernel_matrix(kernel, params, *(toy.collate(domain, range(5)),) * 2)) < 1e-10
-    few = kernel_scores(kernel, params, first, toy.batches(pool, 3), rows=7, references=others[:2])
-    assert relative(few.scores, found.scores[:, :3]) < 1e-10
+    few = kernel_scores(kernel, params, first, toy.batches(pool, 3), rows=7, references=others[:1])
+    assert relative(few.scores, found.scores[:, :2]) < 1e-10
 
 
 def test_many_tangents_are_taken_in_turns(toy, monkeypatch):
