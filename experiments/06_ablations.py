@@ -113,7 +113,7 @@ def group_content(group: str, e: Experiment, n: int, domain: int, largest: int) 
             "after stage 1": {"stage1": "on"},
         }
         parts = [{**full, **change, "label": f"nearest, {name}"} for name, change in without.items()]
-        return usual | {"methods": [NTK, full, *parts]}
+        return usual | {"methods": [NTK, full, *parts], "focus": ["ntk", *(part["label"] for part in [full, *parts])]}
     raise SystemExit(f"unknown group {group}; expected some of {', '.join(Experiment().groups)}")
 
 
