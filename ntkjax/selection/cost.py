@@ -62,6 +62,14 @@ class Sizes:
         return self.embeddings if switch == "on" else 0.0
 
 
+def scored_rows(selector: Any, n: int, rows: int) -> int:
+    """How many of ``rows`` a method scores to choose n: the candidates of stage 1, those that are probed, or all."""
+    factor = getattr(selector, "probe_factor", None)
+    if getattr(selector, "stage1", "off") == "on":
+        factor = selector.prefilter_factor
+    return rows if factor is None else min(factor * n, rows)
+
+
 def passes_of(selector: Any, sizes: Sizes, *, diversity_rows: int = 0) -> float | None:
     """Forward-equivalent tokens of a method with its options bound, and of the gradients of the ``diversity_rows``
     candidates of a pass for diversity after it; None for a method that does not say what it costs."""

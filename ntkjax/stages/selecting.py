@@ -20,7 +20,7 @@ from ntkjax.models.lm import paths
 from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.selection import METHODS, NtkSelector, Selection, SelectionProblem, Selector
 from ntkjax.selection.base import check_size
-from ntkjax.selection.cost import passes_of
+from ntkjax.selection.cost import passes_of, scored_rows
 from ntkjax.selection.diagnostics import examples
 from ntkjax.selection.diversity import diversify
 from ntkjax.stages.deduplicating import deduplicate, read_held_out
@@ -117,7 +117,7 @@ def forecast(config: SelectConfig) -> Forecast:
     epochs = 0.0 if config.skip_warmup else _epochs(config.warmup, domain_rows)
     timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
     stage1 = getattr(selector, "stage1", "off") == "on"
-    scored = min(options.prefilter_factor * config.n, pool_rows) if stage1 else pool_rows
+    scored = scored_rows(selector, config.n, pool_rows)
     one_pass = isinstance(selector, NtkSelector) and selector.one_pass
     if one_pass and options.diversity == "none":
         phases = timing.forward_scores(options.kernel, candidates=scored if stage1 else None)

@@ -139,6 +139,8 @@ def test_what_is_counted_where_scores_are_not_one_pass(files):
     assert gradients.tokens == embedded + domain + 3 * (domain + scored)
     (diverse,) = counted(method="length", diversity="d-optimal")
     assert diverse.tokens == round(3 * 6 * embedded / 40)
+    (probed,) = counted(method="quad")
+    assert probed.tokens == embedded + domain + 6 * domain + 2 * scored  # 4 n rows probed, as stage 1 keeps for ntk
     wide, narrow = (dry_run(files, method="less", sketch_size=k).disk_bytes for k in (2000, 1000))
     assert wide - narrow == 4 * (12 + 12) * 1000
 
