@@ -43,7 +43,8 @@ def file_signature(path: Path) -> list[Any]:
     stat = path.stat()
     if stat.st_size > HASHED_FILE_BYTES:
         return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    return [hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
+    with path.open("rb") as file:
+        return [hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
 
 
 def build_once(kind: str, key: str, cache_dir: str | Path | None, build: Callable[[Path], None]) -> Path:

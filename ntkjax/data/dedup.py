@@ -12,9 +12,10 @@ shared by two prompts counts like any other text there.
 Candidates come from MinHash (datasketch) and locality-sensitive hashing: b bands of r of the ``permutations`` minima, r
 the largest for which a pair at the threshold shares a band with probability 1 - (1 - threshold^r)^b >= `RECALL`. Their
 true similarity is computed from the text, so nothing that is listed is a false alarm; what banding misses is measured
-in the tests. Memory: keys of 8 (b + 1) bytes a row, twice that with held-out sets, what sorting one column of them
-takes, and no text. Time is linear: a row is compared with the last `CROWD` rows of each bucket, and what fell out of a
-crowded one is counted. (MinHashLSH of the same library would hold b Python objects a row instead.)
+in the tests. Keys of 8 (b + 1) bytes a row, twice that with held-out sets, lie in mapped files of the data cache while
+the search lasts; memory holds what sorting one column of them takes, and no text. Time is linear: a row is compared
+with the last `CROWD` rows of each bucket, and what fell out of a crowded one is counted. (MinHashLSH of the same
+library would hold b Python objects a row instead.)
 
 A pool row is a duplicate where it matches a row of another set, or an earlier pool row that is none: each group keeps
 its first row. Other sets are searched (domain in test, say) but nothing is taken from them.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import unicodedata
@@ -46,7 +48,7 @@ WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]+|[^\w\s]")
 """One ideograph, kana or hangul syllable; a run of other letters, digits and underscores; one sign."""
 RECALL = 0.99
 CROWD = 64
-CACHED_WORDS, CACHED_TEXTS = 1 << 18, 1 << 12
+CACHED_WORDS, CACHED_TEXTS = 1 << 15, 1 << 12
 POOL = "pool"
 VERSION = 1  # part of the cache key: raise it when the same records would give other pairs
 
@@ -162,7 +164,7 @@ def find_duplicates(
 def _search(
     sets: Mapping[str, Records], held_out: Collection[str], settings: DedupSettings, progress: bool, folder: Path
 ) -> None:
-    text_keys, prompt_keys = _sketch(sets, settings, bool(held_out), progress)
+    text_keys, prompt_keys = _sketch(sets, settings, bool(held_out), progress, folder)
     texts = _Matcher(sets, text_keys, settings, prompts=False)
     pairs = list(texts.within(progress))
     crowded = texts.crowded
@@ -175,6 +177,7 @@ def _search(
     pairs.sort(key=lambda p: (place[p.name], p.row, place[p.of]))
     content = {"pairs": [dataclasses.astuple(p) for p in pairs], "crowded": crowded}
     (folder / "pairs.json").write_text(json.dumps(content), encoding="utf-8")
+    _word_hash.cache_clear()
 
 
 # -- a text as numbers --
@@ -189,7 +192,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-# Words repeat; the bound keeps memory independent of the text.
+# Words repeat; the bound keeps memory independent of the text, and what most texts say fits into it.
 _word_hash = functools.lru_cache(maxsize=CACHED_WORDS)(_hash)
 
 
@@ -224,18 +227,28 @@ def jaccard(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> float:
     return both / max(len(a) + len(b) - both, 1)
 
 
+def _mapped(file: Path, rows: int, width: int) -> UInt64[np.ndarray, "rows width"]:
+    """Room for numbers in ``file``, whose name is gone at once and whose space is when the array is."""
+    with file.open("w+b") as handle:
+        handle.writelines(itertools.repeat(bytes(8 * width), rows))  # a full disk is an error here, not a dead process
+        handle.flush()
+        mapped = np.memmap(handle, np.uint64, "r+", shape=(rows, width))
+    file.unlink()
+    return mapped.view(np.ndarray)
+
+
 def _sketch(
-    sets: Mapping[str, Records], settings: DedupSettings, prompts: bool, progress: bool
+    sets: Mapping[str, Records], settings: DedupSettings, prompts: bool, progress: bool, folder: Path
 ) -> tuple[UInt64[np.ndarray, "n k"], UInt64[np.ndarray, "n k"] | None]:
     """One pass over all texts: for every row the hash of its text and a key for each band [n, 1 + b]; the same of its
-    prompt, or None."""
+    prompt, or None. Both lie in files of ``folder``."""
     from datasketch import MinHash
 
     bands, width = settings.banding
     minima = MinHash(settings.permutations, seed=settings.seed, hashfunc=int)
     total = sum(len(records) for records in sets.values())
-    text_keys = np.empty((total, 1 + bands), np.uint64)
-    prompt_keys = np.empty_like(text_keys) if prompts else None
+    text_keys = _mapped(folder / "text-keys", total, 1 + bands)
+    prompt_keys = _mapped(folder / "prompt-keys", total, 1 + bands) if prompts else None
 
     def fill(keys: np.ndarray, normalised: str, words: np.ndarray) -> None:
         minima.clear()
