@@ -197,7 +197,7 @@ class TokenisedDataset:
         return dataclasses.replace(self, mesh=mesh)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PlannedBatch:
     """One batch before it is filled: its padded length, its rows, and the examples in it (int64, at most
     rows).

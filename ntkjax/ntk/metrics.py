@@ -39,7 +39,8 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation of the ranks, ties sharing their mean rank; NaN if either is constant."""
-    return _statistic(scipy.stats.spearmanr, a, b)
+    a, b = _pair(a, b)
+    return pearson(scipy.stats.rankdata(a), scipy.stats.rankdata(b))
 
 
 def kendall(a: np.ndarray, b: np.ndarray) -> float:

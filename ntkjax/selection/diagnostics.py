@@ -28,7 +28,7 @@ def describe(selection: Selection, pool: Dataset, pool_mean_scores: Float[np.nda
     """
     scored = selection.scored
     scores, lengths = selection.scores[scored], np.asarray(pool.response_lengths)
-    sources = np.asarray(pool.sources, dtype=object)
+    sources = pool.sources  # a name for each row: counted as it is read, never held for all of them
     report: dict[str, Any] = {
         "pool": len(scored),
         "scored": int(scored.sum()),
@@ -36,8 +36,8 @@ def describe(selection: Selection, pool: Dataset, pool_mean_scores: Float[np.nda
         "negative_share": float(np.mean(scores < 0)),
         "mean_response_tokens_offered": float(lengths.mean()),
         "mean_response_tokens_chosen": float(lengths[selection.selected].mean()),
-        "sources_offered": dict(sorted(Counter(sources.tolist()).items())),
-        "sources_chosen": dict(sorted(Counter(sources[selection.selected].tolist()).items())),
+        "sources_offered": dict(sorted(Counter(sources).items())),
+        "sources_chosen": dict(sorted(Counter(sources[int(row)] for row in selection.selected).items())),
     }
     if pool_mean_scores is not None:
         report["rank_correlation_with_pool_mean"] = _spearman(scores, pool_mean_scores[scored])

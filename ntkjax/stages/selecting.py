@@ -34,6 +34,19 @@ from ntkjax.store import atomic_write
 from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
+ROW_GROUP = 1 << 13
+SCORES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("score", pa.float64()),
+        ("votes", pa.int64()),
+        ("rank", pa.int64()),
+        ("selected", pa.bool_()),
+        ("source", pa.string()),
+        ("response_tokens", pa.int32()),
+    ]
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
@@ -289,21 +302,7 @@ def fingerprints(model: LanguageModel, params: Params) -> dict[str, str | None]:
 
 def write_selection(out: Path, result: Selection, pool: Loaded) -> None:
     """scores.parquet (every pool row), selected.jsonl (best first), and last selection.json: the mark of the end."""
-    chosen = np.zeros(len(pool), bool)
-    chosen[result.selected] = True
-    scored = result.scored
-    columns = {
-        "id": pa.array([str(i) for i in pool.records.ids]),
-        "score": pa.array(result.scores, mask=~scored),
-        "votes": pa.nulls(len(pool), pa.int64()) if result.votes is None else pa.array(result.votes),
-        "rank": pa.array(result.ranks, mask=~scored),
-        "selected": pa.array(chosen),
-        "source": pa.array([str(s) for s in pool.records.sources]),
-        "response_tokens": pa.array(np.asarray(pool.tokens.response_lengths)),
-    }
-    partial = out / ".scores.parquet"
-    pq.write_table(pa.table(columns), partial)
-    partial.replace(out / "scores.parquet")
+    _write_scores(out, result, pool)
     pool.records.write_jsonl(out / "selected.jsonl", result.selected)
     content = {
         "method": result.method,
@@ -312,6 +311,29 @@ def write_selection(out: Path, result: Selection, pool: Loaded) -> None:
         "examples": {name: _shown(result, pool, rows) for name, rows in examples(result).items()},
     }
     atomic_write(out / "selection.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
+    """OUT/scores.parquet, ``ROW_GROUP`` rows at a time: the texts of a whole pool are never held at once."""
+    chosen = np.zeros(len(pool), bool)
+    chosen[result.selected] = True
+    scored = result.scored
+    partial = out / ".scores.parquet"
+    with pq.ParquetWriter(partial, SCORES) as file:
+        for start in range(0, len(pool), ROW_GROUP):
+            rows = slice(start, min(start + ROW_GROUP, len(pool)))
+            records = pool.records.subset(np.arange(rows.start, rows.stop))
+            columns = {
+                "id": pa.array([str(name) for name in records.ids]),
+                "score": pa.array(result.scores[rows], SCORES.field("score").type, mask=~scored[rows]),
+                "votes": pa.nulls(len(records), pa.int64()) if result.votes is None else pa.array(result.votes[rows]),
+                "rank": pa.array(result.ranks[rows], mask=~scored[rows]),
+                "selected": pa.array(chosen[rows]),
+                "source": pa.array([str(name) for name in records.sources]),
+                "response_tokens": pa.array(np.asarray(pool.tokens.response_lengths[rows])),
+            }
+            file.write_table(pa.table(columns).cast(SCORES))
+    partial.replace(out / "scores.parquet")
 
 
 def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) -> list[dict]:
@@ -332,7 +354,7 @@ def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) ->
 def read_selection(out: Path) -> Selection:
     """What ``write_selection`` wrote into ``out``."""
     content = json.loads((out / "selection.json").read_text(encoding="utf-8"))
-    table = pq.read_table(out / "scores.parquet")
+    table = pq.read_table(out / "scores.parquet", columns=["score", "votes", "rank"])
     column = lambda name, fill: table[name].fill_null(fill).to_numpy()
     votes = None if table["votes"].null_count == len(table) else column("votes", 0)
     return Selection(
