@@ -57,11 +57,50 @@ def _attend_block(
     q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "b c d T S"]
 ) -> Float[Array, "B K G T H"]:
     """One block of queries; K key/value heads with G query heads each, in float32 or better."""
-    b, groups, per, t, h = q.shape
-    s, accumulate = k.shape[2], float32_or_better(q.dtype)
     # One plain matrix product for each key/value head: einsum over five axes takes more than twice as long on a CPU.
-    rows = q.reshape(b, groups, per * t, h)
-    scores = jnp.matmul(rows, k.swapaxes(2, 3), preferred_element_type=accumulate) * (1.0 / math.sqrt(h))
-    scores = jnp.where(mask, scores.reshape(b, groups, per, t, s), jnp.finfo(accumulate).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, groups, per * t, s)
-    return jnp.matmul(weights, v, preferred_element_type=accumulate).reshape(q.shape)
+    rows = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    return _weighted_sum(rows, k, v, mask).reshape(q.shape)
+
+
+@jax.custom_jvp
+def _weighted_sum(
+    q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "b c d T S"]
+) -> Float[Array, "B K Q H"]:
+    """W v with W = softmax(q k^T / sqrt(H)), Q = G T queries of a key/value head; every query sees a key at least.
+
+    Its tangent, with U = W * (dq k^T + q dk^T) / sqrt(H) elementwise, is
+
+        U v + W dv - (U 1) W v:
+
+    dW = U - W * (U 1) itself would be one more pass over [Q, S]. Reverse mode transposes the same rule.
+    """
+    return _product(_weights(q, k, mask), v)
+
+
+@_weighted_sum.defjvp
+def _weighted_sum_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    q, k, v, mask = primals
+    dq, dk, dv, _ = tangents
+    weights = _weights(q, k, mask)
+    out = _product(weights, v)
+    moved = weights * (_scores(dq, k) + _scores(q, dk))
+    drift = jnp.sum(moved, axis=-1, keepdims=True)
+    return out, _product(moved, v) + _product(weights, dv) - drift * out
+
+
+def _weights(
+    q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], mask: Bool[Array, "b c d T S"]
+) -> Float[Array, "B K Q S"]:
+    scores = _scores(q, k)
+    apart = scores.reshape(*scores.shape[:2], -1, *mask.shape[-2:])
+    return jax.nn.softmax(jnp.where(mask, apart, jnp.finfo(scores.dtype).min), axis=-1).reshape(scores.shape)
+
+
+def _scores(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K Q S"]:
+    """q k^T / sqrt(H)."""
+    return _product(q, k.swapaxes(2, 3)) * (1.0 / math.sqrt(q.shape[-1]))
+
+
+def _product(x: Float[Array, "B K Q n"], y: Float[Array, "B K n m"]) -> Float[Array, "B K Q m"]:
+    """x y in the dtype of y, accumulated and returned in float32 or better."""
+    return jnp.matmul(x.astype(y.dtype), y, preferred_element_type=float32_or_better(y.dtype))

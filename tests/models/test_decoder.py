@@ -87,6 +87,33 @@ def test_attention_is_the_formula_and_agrees_with_jax():
     np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
 
 
+def test_the_tangent_of_attention_is_that_of_its_formula_in_every_mode(x64):
+    rng = np.random.default_rng(0)
+    values = tuple(jnp.asarray(rng.normal(size=(2, 40, n, 4))) for n in (4, 2, 2))
+    moved = tuple(jnp.asarray(rng.normal(size=v.shape)) for v in values)
+    weigh = jnp.asarray(rng.normal(size=values[0].shape))
+    mask = jnp.tril(jnp.ones((40, 40), bool))
+
+    def formula(q, k, v):
+        k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
+        scores = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k) / 2.0, -jnp.inf)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), v)
+
+    def derivatives(run):
+        gradient = jax.grad(lambda x: jnp.vdot(run(*x), weigh))
+        batched = jax.vmap(lambda step: jax.jvp(run, values, jax.tree.map(lambda m: step * m, moved))[1])
+        return (
+            jax.jvp(run, values, moved),
+            gradient(values),
+            batched(jnp.asarray([1.0, -2.0])),
+            jax.jvp(gradient, (values,), (moved,))[1],
+            jax.jvp(lambda *x: jax.jvp(run, x, moved)[1], values, moved)[1],
+        )
+
+    got, expected = (derivatives(run) for run in (lambda q, k, v: attend(q, k, v, None, "xla"), formula))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), got, expected)
+
+
 @pytest.mark.parametrize("length", [31, 33, 70, pytest.param(140, marks=pytest.mark.slow)])
 def test_causal_blocks_equal_one_block_under_a_causal_mask_with_both_derivatives(x64, length):
     rng = np.random.default_rng(length)
