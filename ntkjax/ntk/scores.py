@@ -7,7 +7,7 @@ For a kernel k(x, x') = <g(x), g(x')> the mean score of a pool example over M do
 so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the scores. No
 per-example gradient, no projection, no approximation. A kernel of m outputs has m tangents on one primal pass.
 
-Every further direction costs a tangent, a little more than a forward pass. From `MANY` directions on, a gradient for
+Every further direction costs a tangent, a little less than a forward pass. From `MANY` directions on, a gradient for
 each example and its product with all of them is cheaper: its cost does not grow with their number, and it is as exact.
 """
 
@@ -26,12 +26,13 @@ from jaxtyping import Array, Float
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.kernel import Kernel, as_kernel
+from ntkjax.ntk.repeated import repeated
 from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
 from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 METHODS = ("forward", "sketch")
-MANY = 3  # directions: experiments/bench_score.py measures both ways
+MANY = 5  # directions: experiments/bench_score.py measures both ways
 MAX_TANGENTS = 16  # on one primal pass; more are taken in turns, so that memory does not grow with m
 
 
@@ -131,14 +132,13 @@ def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, pro
 def directional_derivatives(output_fn: Callable, params: Params, tangents: Params, batch: Any) -> Float[Array, "B m"]:
     """<dF(x_j)/dtheta, u_c> for m stacked ``tangents`` u (leaves [m, ...]): [B, m], one primal pass for all.
 
-    vmap reaches only what depends on the tangent, so the primal pass is unbatched and computed once, and
-    nothing is kept for a backward pass.
+    Nothing is kept for a backward pass. `MAX_TANGENTS` of them share a primal pass.
     """
 
     def push(tangent: Params) -> Array:
         return jax.jvp(lambda p: at_least_float32(output_fn(p, batch)), (params,), (tangent,))[1]
 
-    return jax.vmap(push, out_axes=1)(tangents)
+    return _in_turns(repeated(push), (tangents,)).T
 
 
 @jax.jit
@@ -152,15 +152,25 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
     sets, m = jax.tree.leaves(stacked.outputs)[0].shape[:2]
     columns = jnp.tile(jnp.arange(m), sets)
     tangents = jax.tree.map(lambda u, p: u.astype(p.dtype).reshape(-1, *p.shape), stacked.outputs, params)
-    if len(columns) > MAX_TANGENTS:
-        moved = jax.lax.map(lambda pair: push(*pair), (tangents, columns), batch_size=MAX_TANGENTS)
-    else:
-        moved = jax.vmap(push)(tangents, columns)
+    moved = _in_turns(repeated(push), (tangents, columns))
     scores = moved.reshape(sets, m, -1).sum(axis=1).T
     head = kernel.remainder(params, batch)
     if head is None:
         return scores
     return scores + jnp.matmul(head, stacked.head.T, precision=jax.lax.Precision.HIGHEST).astype(scores.dtype)
+
+
+def _in_turns(pushed: Callable[..., Array], stacked: tuple) -> Float[Array, "n B"]:
+    """``pushed`` on n ``stacked`` arguments, `MAX_TANGENTS` at a time."""
+    count = len(jax.tree.leaves(stacked)[0])
+    turns, rest = divmod(count, MAX_TANGENTS)
+    parts = []
+    if turns:
+        whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
+        parts.append(jax.lax.map(lambda args: pushed(*args), whole).reshape(count - rest, -1))
+    if rest:
+        parts.append(pushed(*jax.tree.map(lambda x: x[count - rest :], stacked)))
+    return jnp.concatenate(parts)
 
 
 def stack_tangents(params: Params, tangents: Sequence[Params]) -> Params:
