@@ -28,7 +28,9 @@ class Loaded:
 
     def subset(self, rows: np.ndarray) -> Loaded:
         """The given rows, in that order."""
-        return Loaded(self.records.subset(rows), self.tokens.subset(rows))
+        tokens = self.tokens.subset(rows)
+        shared = tokens.records if self.tokens.records is self.records else None  # one index of a whole pool, not two
+        return Loaded(self.records.subset(rows) if shared is None else shared, tokens)
 
     def report(self) -> dict:
         """Counts of what was read, skipped and truncated."""

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ntkjax.ntk import bootstrap_interval, kendall, pearson, spearman, top_n_overlap
 
@@ -40,8 +41,17 @@ def test_top_n_overlap_breaks_ties_by_index():
     assert top_n_overlap(np.zeros(4), np.array([1.0, 0, 0, 0]), 2) == 1
 
 
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (1e-200, 0.0), (1e200, 0.0), (1.0, 1e6)])
+def test_correlations_equal_those_of_scipy_at_any_scale(pair, scale, shift):
+    a, b = pair[0] * scale + shift, pair[1]
+    assert pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-9)
+    assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
 def test_constant_scores_have_no_correlation():
-    assert np.isnan(spearman(np.ones(4), np.arange(4.0)))
+    for correlation in (spearman, pearson):
+        assert np.isnan(correlation(np.ones(4), np.arange(4.0)))
+        assert np.isnan(correlation(np.arange(4.0), np.full(4, 0.1)))
 
 
 def test_scores_that_cannot_be_compared_are_refused():
