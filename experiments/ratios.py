@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from ntkjax.rng import numpy_rng
+
 Ratio = dict[str, float]
 """median, low, high over the rounds: an entry of build/bench.json."""
 
@@ -28,10 +30,14 @@ def spread(values: Sequence[float]) -> Ratio:
 
 
 def over(base: str, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
-    """Ratio of every run's time to that of ``base`` in the same round, after one round that compiles."""
+    """Ratio of every run's time to that of ``base`` in the same round, after one round that compiles.
+
+    Each round has an order of its own: a run is slower or faster after another, by how much memory that one gave back.
+    """
     for run in runs.values():
         seconds(run)
-    times = [{name: seconds(run) for name, run in runs.items()} for _ in range(rounds)]
+    random = numpy_rng(0, "bench", "order of a round")
+    times = [{name: seconds(runs[name]) for name in random.permutation(list(runs)).tolist()} for _ in range(rounds)]
     return {name: spread([took[name] / took[base] for took in times]) for name in runs if name != base}
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -53,7 +54,8 @@ def _ranks(a: Vector) -> Vector:
 
 def kendall(a: np.ndarray, b: np.ndarray) -> float:
     """tau-b = (C - D) / sqrt((C + D + T_a)(C + D + T_b)): pairs concordant, discordant, tied in one only."""
-    return float(scipy.stats.kendalltau(*_pair(a, b)).statistic)
+    found: Any = scipy.stats.kendalltau(*_pair(a, b))
+    return float(found.statistic)
 
 
 def top_n(scores: np.ndarray, n: int) -> np.ndarray:

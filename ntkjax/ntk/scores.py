@@ -7,7 +7,7 @@ For a kernel k(x, x') = <g(x), g(x')> the mean score of a pool example over M do
 so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the scores. No
 per-example gradient, no projection, no approximation. A kernel of m outputs has m tangents on one primal pass.
 
-Every further direction costs a tangent, a little less than a forward pass. From `MANY` directions on, a gradient for
+Every further direction costs a tangent, about a forward pass. From `MANY` directions on, a gradient for
 each example and its product with all of them is cheaper: its cost does not grow with their number, and it is as exact.
 """
 
@@ -32,7 +32,7 @@ from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 METHODS = ("forward", "sketch")
-MANY = 5  # directions: experiments/bench_score.py measures both ways
+MANY = 4  # directions: experiments/bench_score.py measures both ways
 MAX_TANGENTS = 16  # on one primal pass; more are taken in turns, so that memory does not grow with m
 
 
