@@ -33,7 +33,8 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
         return float("nan")
     a, b = a - a.mean(), b - b.mean()
     a, b = a / np.abs(a).max(), b / np.abs(b).max()  # so that no square is lost, however small or large
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+    found = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.clip(found, -1.0, 1.0))  # beyond it by rounding only (Cauchy-Schwarz)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -48,6 +48,12 @@ def test_correlations_equal_those_of_scipy_at_any_scale(pair, scale, shift):
     assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
 
 
+def test_no_correlation_is_beyond_one():
+    for n in range(2, 200):
+        a = np.random.default_rng(n).normal(size=n)
+        assert spearman(a, 3 * a) <= 1 and pearson(a, -a) >= -1 and pearson(a, 0.1 * a) <= 1
+
+
 def test_constant_scores_have_no_correlation():
     for correlation in (spearman, pearson):
         assert np.isnan(correlation(np.ones(4), np.arange(4.0)))
