@@ -32,7 +32,7 @@ def spread(values: Sequence[float]) -> Ratio:
 def over(base: str, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Ratio]:
     """Ratio of every run's time to that of ``base`` in the same round, after one round that compiles.
 
-    Each round has an order of its own: a run is slower or faster after another, by how much memory that one gave back.
+    Each round has an order of its own, so that no run always follows the same one.
     """
     for run in runs.values():
         seconds(run)

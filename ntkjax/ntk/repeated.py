@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-_CALLS = ("jit", "checkpoint", "remat2", "closed_call")
-"""Primitives whose body is taken over in their place. Any other that holds a program is repeated as a whole: dearer,
-where it holds a part of the primal pass, and as right."""
+_CALLS = ("jit", "remat2")
+"""jax.jit and jax.checkpoint: their bodies are taken over in their place. Any other primitive that holds a program is
+repeated as a whole: dearer, where it holds a part of the primal pass, and as right."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ class Loaded:
     def subset(self, rows: np.ndarray) -> Loaded:
         """The given rows, in that order."""
         tokens = self.tokens.subset(rows)
-        shared = tokens.records if self.tokens.records is self.records else None  # one index of a whole pool, not two
-        return Loaded(self.records.subset(rows) if shared is None else shared, tokens)
+        assert self.tokens.records is self.records and tokens.records is not None
+        return Loaded(tokens.records, tokens)  # one index of the rows for both
 
     def report(self) -> dict:
         """Counts of what was read, skipped and truncated."""

@@ -325,8 +325,8 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
             records = pool.records.subset(np.arange(rows.start, rows.stop))
             columns = {
                 "id": pa.array([str(name) for name in records.ids]),
-                "score": pa.array(result.scores[rows], SCORES.field("score").type, mask=~scored[rows]),
-                "votes": pa.nulls(len(records), pa.int64()) if result.votes is None else pa.array(result.votes[rows]),
+                "score": pa.array(result.scores[rows], mask=~scored[rows]),
+                "votes": pa.nulls(len(records)) if result.votes is None else pa.array(result.votes[rows]),
                 "rank": pa.array(result.ranks[rows], mask=~scored[rows]),
                 "selected": pa.array(chosen[rows]),
                 "source": pa.array([str(name) for name in records.sources]),

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from ntkjax.ntk import bootstrap_interval, kendall, pearson, spearman, top_n_overlap
 
@@ -39,13 +38,6 @@ def test_top_n_overlap_breaks_ties_by_index():
     assert top_n_overlap(np.array([3.0, 2, 1, 0]), np.array([0.0, 1, 2, 3]), 2) == 0
     assert top_n_overlap(np.array([3.0, 2, 1, 0]), np.array([2.0, 3, 1, 0]), 2) == 1
     assert top_n_overlap(np.zeros(4), np.array([1.0, 0, 0, 0]), 2) == 1
-
-
-@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (1e-200, 0.0), (1e200, 0.0), (1.0, 1e6)])
-def test_correlations_equal_those_of_scipy_at_any_scale(pair, scale, shift):
-    a, b = pair[0] * scale + shift, pair[1]
-    assert pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-9)
-    assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
 
 
 def test_no_correlation_is_beyond_one():
