@@ -27,8 +27,8 @@ WeightRule = Literal["tensor", "fully-sharded"]
 # Stacked [L, in, out]: which axis is split over the model axis of the mesh. Column-parallel layers split
 # their outputs, row-parallel ones their inputs, so that one all-reduce per attention and per MLP suffices
 # (Megatron-LM, 1909.08053).
-_COLUMN = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
-_ROW = ("attention/o", "mlp/down")
+COLUMN_PARALLEL = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
+ROW_PARALLEL = ("attention/o", "mlp/down")
 
 _WAIT_SECONDS = 7 * 24 * 3600  # a barrier waits for whole passes over the pool; a process that dies ends it at once
 _barriers = itertools.count()
@@ -100,10 +100,10 @@ def _split_axes(path: str, rank: int, rule: str) -> dict[int, str]:
     layer, shards = "/".join(branch[-2:]), rule == "fully-sharded"
     if path in ("embed/weight", "head/kernel"):
         return {0: MODEL} | ({1: DATA} if shards else {})
-    if name == "kernel" and layer in (*_COLUMN, *_ROW):
-        split, other = (rank - 1, rank - 2) if layer in _COLUMN else (rank - 2, rank - 1)
+    if name == "kernel" and layer in (*COLUMN_PARALLEL, *ROW_PARALLEL):
+        split, other = (rank - 1, rank - 2) if layer in COLUMN_PARALLEL else (rank - 2, rank - 1)
         return {split: MODEL} | ({other: DATA} if shards else {})
-    return {rank - 1: MODEL} if name == "bias" and layer in _COLUMN else {}
+    return {rank - 1: MODEL} if name == "bias" and layer in COLUMN_PARALLEL else {}
 
 
 def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, rule: str = "tensor") -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Array and pytree aliases, the batch every module speaks of, and the letters used in shapes.
+"""Array and pytree aliases, the batch every module speaks of, what a derivative may promise, and the letters in shapes.
 
 N pool, M domain, B batch, T tokens, D width (hidden size), V vocabulary, P trained parameters, K sketch size,
 R rank, L layers.
@@ -50,6 +50,10 @@ ApplyFn = Callable[[Params, Any], Array]
 
 ScalarFn = Callable[[Params, Any], Array]
 """``output_fn(params, batch) -> [B]``: one number per example, the function whose gradient a kernel compares."""
+
+forward_mode_only = jax.make_user_context(False)
+"""``with forward_mode_only(True):`` promises that no derivative taken inside is transposed (``jax.jvp``, never
+``jax.grad``). A custom rule may then give its tangent by a cheaper program that JAX cannot see to be linear."""
 
 
 def predict_mask(batch: Batch) -> Bool[Array, "B T"]:

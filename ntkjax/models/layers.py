@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ntkjax.models.attention import attend
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
+from ntkjax.parallel import ROW_PARALLEL
 from ntkjax.types import at_least_float32, float32_or_better
 
 
@@ -104,6 +105,7 @@ class Linear(nnx.Module):
         layers, lora = spec.config.num_layers, spec.lora_for(name)
         self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs), spec.dtype))
         self.has_bias, self.scale = bias, lora.scale if lora else None
+        self.whole_inputs = name not in ROW_PARALLEL
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), spec.dtype))
         if lora:
@@ -126,7 +128,7 @@ class Linear(nnx.Module):
             return matmul(rows, w)
         a, b = self.lora_a[...], self.lora_b[...]
         if rows.dtype == w.dtype == a.dtype == b.dtype and w.dtype.itemsize >= 4:
-            return adapted(rows, w, a, b, self.scale)
+            return adapted(rows, w, a, b, self.scale, self.whole_inputs)
         # W + scale A B rounded to 16 bits would lose a small adapter.
         return matmul(rows, w) + lora_delta(rows, a, b, self.scale)
 

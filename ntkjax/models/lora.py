@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
-from ntkjax.types import at_least_float32, float32_or_better
+from ntkjax.types import at_least_float32, float32_or_better, forward_mode_only
 
 # Names of the linear layers in Hugging Face checkpoints, so that a PEFT user's target_modules work here.
 _ALIASES = {
@@ -98,9 +98,14 @@ def lora_delta(
     return scale * jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def adapted(
-    x: Float[Array, "N I"], w: Float[Array, "I O"], a: Float[Array, "I R"], b: Float[Array, "R O"], scale: float
+    x: Float[Array, "N I"],
+    w: Float[Array, "I O"],
+    a: Float[Array, "I R"],
+    b: Float[Array, "R O"],
+    scale: float,
+    whole_inputs: bool = True,
 ) -> Float[Array, "N O"]:
     """x W + scale (x A) B with all four in one dtype of 32 bits or more: [N, out].
 
@@ -109,27 +114,38 @@ def adapted(
         dx W' + x dW + scale ((x dA) B + (x A) dB):
 
     W' takes the place of the thin products (x A) B, dx A and (dx A) B, which run far below the speed of a square one.
-    Reverse mode transposes the same rule, and makes W' anew.
+    Reverse mode transposes the same rule, and makes W' anew. Under `forward_mode_only` the sum is one product,
+
+        [dx, x dA, x A] [W'; scale B; scale dB],
+
+    unless ``whole_inputs`` is false: tensor parallelism splits W along the axis that this joins.
     """
     return jnp.matmul(x, w) + lora_delta(x, a, b, scale)
 
 
 @functools.partial(adapted.defjvp, symbolic_zeros=True)
-def _adapted_jvp(scale: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _adapted_jvp(scale: float, whole_inputs: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, w, a, b = primals
+    merge = lambda w, a, b: w + scale * jnp.matmul(a, b)
     # Made anew in the backward pass: kept, W' of every layer would be a second copy of the weights.
-    through = jax.checkpoint(lambda x, w, a, b: jnp.matmul(x, w + scale * jnp.matmul(a, b)), prevent_cse=False)
-    # A symbolic zero (weights held fixed, the first layer's input) costs nothing.
-    terms = {
-        0: lambda dx: through(dx, w, a, b),
-        1: lambda dw: jnp.matmul(x, dw),
-        2: lambda da: scale * jnp.matmul(jnp.matmul(x, da), b),
-        3: lambda db: scale * jnp.matmul(jnp.matmul(x, a), db),
+    through = jax.checkpoint(lambda x, w, a, b: jnp.matmul(x, merge(w, a, b)), prevent_cse=False)
+    factors = {
+        0: lambda dx: (dx, merge(w, a, b)),
+        1: lambda dw: (x, dw),
+        2: lambda da: (jnp.matmul(x, da), scale * b),
+        3: lambda db: (jnp.matmul(x, a), scale * db),
     }
+    # A symbolic zero (weights held fixed, the first layer's input) costs nothing.
     zero = jax.custom_derivatives.SymbolicZero
-    moved = [terms[i](tangent) for i, tangent in enumerate(tangents) if not isinstance(tangent, zero)]
+    moved = {i: tangent for i, tangent in enumerate(tangents) if not isinstance(tangent, zero)}
     value = through(x, w, a, b)
-    return value, functools.reduce(jnp.add, moved) if moved else jnp.zeros_like(value)
+    if not moved:
+        return value, jnp.zeros_like(value)
+    if forward_mode_only.value and whole_inputs:
+        rows, columns = zip(*(factors[i](tangent) for i, tangent in moved.items()), strict=True)
+        return value, jnp.matmul(jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=0))
+    terms = [through(tangent, w, a, b) if i == 0 else jnp.matmul(*factors[i](tangent)) for i, tangent in moved.items()]
+    return value, functools.reduce(jnp.add, terms)
 
 
 def init_lora_a(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Float[np.ndarray, "..."]:

@@ -29,7 +29,7 @@ from ntkjax.ntk.kernel import Kernel, as_kernel
 from ntkjax.ntk.repeated import repeated
 from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
 from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
-from ntkjax.types import Params, as_pytree_fn, at_least_float32
+from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode_only
 
 METHODS = ("forward", "sketch")
 MANY = 4  # directions: experiments/bench_score.py measures both ways
@@ -165,11 +165,12 @@ def _in_turns(pushed: Callable[..., Array], stacked: tuple) -> Float[Array, "n B
     count = len(jax.tree.leaves(stacked)[0])
     turns, rest = divmod(count, MAX_TANGENTS)
     parts = []
-    if turns:
-        whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
-        parts.append(jax.lax.map(lambda args: pushed(*args), whole).reshape(count - rest, -1))
-    if rest:
-        parts.append(pushed(*jax.tree.map(lambda x: x[count - rest :], stacked)))
+    with forward_mode_only(True):
+        if turns:
+            whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
+            parts.append(jax.lax.map(lambda args: pushed(*args), whole).reshape(count - rest, -1))
+        if rest:
+            parts.append(pushed(*jax.tree.map(lambda x: x[count - rest :], stacked)))
     return jnp.concatenate(parts)
 
 

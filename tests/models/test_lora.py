@@ -7,6 +7,7 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.models.lora import LoraConfig, adapted, init_lora_a, lora_delta, lora_subset, merge_lora
+from ntkjax.types import forward_mode_only
 
 LINEARS = tuple(f"attention/{n}" for n in "qkvo") + ("mlp/gate", "mlp/up", "mlp/down")
 
@@ -30,6 +31,15 @@ def test_an_adapted_product_and_its_derivatives_are_those_of_the_formula(x64):
     for some in ((0,), (1,), (2, 3), (3,), (0, 1, 2, 3)):  # what is held fixed has a symbolic zero
         of = lambda f, some=some: jax.grad(lambda *v: jnp.sum(jnp.sin(f(*v))), argnums=some)(*values)
         jax.tree.map(close, of(ours), of(plain))
+    with forward_mode_only(True):  # one product of joined factors, by another program
+        joined = jax.make_jaxpr(lambda v, d: jax.jvp(ours, v, d))(values, moved)
+        jax.tree.map(close, jax.jvp(ours, values, moved), jax.jvp(plain, values, moved))
+        some = lambda f: jax.jvp(lambda a, b: f(*values[:2], a, b), values[2:], moved[2:])
+        jax.tree.map(close, some(ours), some(plain))
+        apart = lambda *v: adapted(*v, 1.5, False)
+        split = jax.make_jaxpr(lambda v, d: jax.jvp(apart, v, d))(values, moved)
+        jax.tree.map(close, jax.jvp(apart, values, moved), jax.jvp(plain, values, moved))
+    assert "concatenate" in str(joined) and "concatenate" not in str(split)
     # Per row, as per-example gradients are taken: the weights are not batched.
     rows = lambda f: jax.vmap(
         lambda x: jax.grad(lambda a: jnp.sum(f(x[None], values[1], a, values[3]) ** 2))(values[2])
