@@ -76,8 +76,11 @@ class Throughput:
     """Pool examples in one pass of a peer."""
     peer_batch: int = 32
     """Examples in a batch of a peer: for 32 plain torch needed 3.5 GiB and TRAK 4.4."""
-    token_budget: int = 8192
-    """Tokens in a batch of ntkjax (the default of `select`)."""
+    token_budget: int = 2048
+    """Tokens in a batch of ntkjax: on a CPU less than the default of `select`, so that caches hold the activations."""
+    devices: int = 2
+    """Simulated devices that ntkjax spreads the batches of scores over: while one computes what is no matrix product,
+    the cores have the other's. (A sketch would draw its signs on each.)"""
     microbatch: int = 16
     """Rows that ntkjax differentiates at a time for features."""
     memory_mib: int = 512
@@ -149,6 +152,7 @@ def prepare(config: Throughput, folder: Path) -> dict[str, Any]:
         "model": str(Path(path).resolve()), "adapter": str((folder / "adapter").resolve()),
         "examples": str((folder / "examples.npz").resolve()), "length": length, "size": config.size,
         "threads": len(os.sched_getaffinity(0)), "checked": config.checked, "batch": config.token_budget // length,
+        "devices": config.devices,
         "microbatch": config.microbatch, "memory_budget": config.memory_mib << 20, "sketches": sketches(),
         "our_rows": {"scores": config.score_rows, "gradients": config.gradient_rows}
         | dict.fromkeys(names, config.feature_rows),
@@ -180,7 +184,8 @@ def environment(task: dict[str, Any]) -> dict[str, str]:
     threads = str(task["threads"])
     return os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads,
                          "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
-                         "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": ""}  # fmt: skip
+                         "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": "",
+                         "XLA_FLAGS": f"--xla_force_host_platform_device_count={task['devices']}"}  # fmt: skip
 
 
 class Field:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from worker_protocol import Job, serve
 
 from ntkjax.data import TokenisedDataset
@@ -19,6 +20,7 @@ from ntkjax.ntk.features import gradient_features, per_example_gradients
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.scores import directional_scores, mean_gradient
 from ntkjax.ntk.sketch import IdentitySketch, Sketch
+from ntkjax.parallel import make_mesh, shard_batch
 
 
 def dataset(task: dict, name: str, rows: int) -> TokenisedDataset:
@@ -28,11 +30,11 @@ def dataset(task: dict, name: str, rows: int) -> TokenisedDataset:
     return TokenisedDataset.from_sequences([row[:end].tolist() for row, end in zip(tokens, lengths)], starts.tolist())
 
 
-def batches(task: dict, name: str, rows: int, size: int) -> list:
+def batches(task: dict, name: str, rows: int, size: int, mesh: Mesh | None = None) -> list:
     """Batches of ``size`` rows, all padded to the task's length as the peers' are: no gain from bucketing."""
     data, size = dataset(task, name, rows), min(size, rows)
     cut = [np.arange(start, min(start + size, rows)) for start in range(0, rows, size)]
-    return [data.collate(part, rows=size, length=task["length"]) for part in cut]
+    return [shard_batch(data.collate(part, rows=size, length=task["length"]), mesh) for part in cut]
 
 
 def make_sketch(task: dict, name: str) -> Sketch:
@@ -44,18 +46,18 @@ def make_sketch(task: dict, name: str) -> Sketch:
 class Ours:
     """Model, adapter and the paper's output."""
 
-    def __init__(self, task: dict) -> None:
-        self.task = task
-        model = load_lm(task["model"], lora=adapter_lora_config(task["adapter"]))
+    def __init__(self, task: dict, mesh: Mesh | None = None) -> None:
+        self.task, self.mesh = task, mesh
+        model = load_lm(task["model"], lora=adapter_lora_config(task["adapter"]), mesh=mesh)
         self.lora: Any = load_adapter(task["adapter"], model)
         self.output, self.loss = sum_logits(model.hidden_fn, model.head_fn({})), model.nll_fn
         self.options = {"microbatch": task["microbatch"], "memory_budget": task["memory_budget"]}
 
     def scores(self, rows: int) -> tuple[Any, int]:
-        """(one pass over the pool, rows)."""
+        """(one pass over the pool, rows): batches spread over the devices."""
         task = self.task
         domain = mean_gradient(self.output, self.lora, batches(task, "domain", task["checked"], task["checked"]))
-        pool = batches(task, "pool", rows, task["batch"])
+        pool = batches(task, "pool", rows, task["batch"], self.mesh)
         return (lambda: directional_scores(self.output, self.lora, [domain], pool, rows=rows)), rows
 
     def features(self, sketch: Sketch, rows: int) -> tuple[Any, int]:
@@ -96,7 +98,9 @@ class Ours:
 
 def make(task: dict, variant: str) -> Job:
     """The job of a variant."""
-    ours, sketch, rows = Ours(task), None, task["our_rows"][variant]
+    devices = task["devices"] if variant == "scores" else 1
+    ours = Ours(task, make_mesh(data=devices, devices=jax.local_devices()[:devices]) if devices > 1 else None)
+    sketch, rows = None, task["our_rows"][variant]
     if variant == "scores":
         run, rows = ours.scores(rows)
     elif variant == "gradients":
@@ -107,7 +111,7 @@ def make(task: dict, variant: str) -> Job:
     note = {} if sketch is None else {"numbers": sketch.width(ours.lora)} | sketch.describe()
     listed = "".join(f", {key} {value}" for key, value in note.items() if key in ("numbers", "tables"))
     check = lambda path: ours.evidence(path, variant, sketch)
-    return Job(run, rows, check, f"batch {min(task['batch'], rows)}{listed}")
+    return Job(run, rows, check, f"batch {min(task['batch'], rows)}, devices {devices}{listed}")
 
 
 if __name__ == "__main__":

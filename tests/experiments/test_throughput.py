@@ -126,7 +126,8 @@ def test_a_field_goes_on_without_what_fails(script, start, tmp_path):
 def test_the_whole_script_with_fake_workers(script, start, tmp_path, monkeypatch, capsys):
     """From the task to results, where one peer computes something else and one cannot start."""
     start("works").close()
-    task = {"threads": 1, "model": "some/model", "parameters": 1, "length": 8, "padding": 0.0, "size": 2, "rows": 7}
+    task = {"threads": 1, "devices": 1, "model": "some/model", "parameters": 1, "length": 8, "padding": 0.0, "size": 2,
+            "rows": 7}  # fmt: skip
     variants = {
         "ntkjax scores": "works",
         "torch scores": "works",
