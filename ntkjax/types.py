@@ -53,7 +53,9 @@ ScalarFn = Callable[[Params, Any], Array]
 
 forward_mode_only = jax.make_user_context(False)
 """``with forward_mode_only(True):`` promises that no derivative taken inside is transposed (``jax.jvp``, never
-``jax.grad``). A custom rule may then give its tangent by a cheaper program that JAX cannot see to be linear."""
+``jax.grad``). A custom rule may then give its tangent by a cheaper program that JAX cannot see to be linear. The scores
+promise it for the function they differentiate: one that takes a gradient itself does so under
+``forward_mode_only(False)``, or JAX stops it with an AssertionError."""
 
 
 def predict_mask(batch: Batch) -> Bool[Array, "B T"]:

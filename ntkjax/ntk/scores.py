@@ -161,7 +161,7 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
 
 
 def _in_turns(pushed: Callable[..., Array], stacked: tuple) -> Float[Array, "n B"]:
-    """``pushed`` on n ``stacked`` arguments, `MAX_TANGENTS` at a time."""
+    """``pushed`` on n ``stacked`` arguments, in forward mode alone, `MAX_TANGENTS` at a time."""
     count = len(jax.tree.leaves(stacked)[0])
     turns, rest = divmod(count, MAX_TANGENTS)
     parts = []

@@ -47,6 +47,21 @@ def test_an_adapted_product_and_its_derivatives_are_those_of_the_formula(x64):
     close(rows(ours)(values[0]), rows(plain)(values[0]))
 
 
+def test_a_gradient_inside_a_forward_pass_is_taken_by_the_rule_that_transposes(x64):
+    rng = np.random.default_rng(2)
+    x, w, a, b = (jnp.asarray(rng.normal(size=s)) for s in ((6, 8), (8, 5), (8, 3), (3, 5)))
+
+    def norm(factors, layer):  # |grad|^2, an output that takes a gradient itself
+        with forward_mode_only(False):
+            found = jax.grad(lambda ab: jnp.sum(jnp.sin(layer(x, w, *ab))))(factors)
+        return sum(jnp.sum(leaf**2) for leaf in found)
+
+    along = lambda layer: jax.jvp(lambda ab: norm(ab, layer), ((a, b),), ((a + 1.0, b - 1.0),))[1]
+    expected = along(lambda x, w, a, b: x @ w + 1.5 * (x @ a) @ b)
+    with forward_mode_only(True):
+        np.testing.assert_allclose(along(lambda *v: adapted(*v, 1.5)), expected, rtol=1e-12)
+
+
 def test_scale_with_and_without_rank_stabilisation():
     assert LoraConfig(rank=16, alpha=32.0).scale == 2.0
     assert LoraConfig(rank=16, alpha=32.0, rslora=True).scale == 8.0
