@@ -32,6 +32,7 @@ import psutil  # noqa: E402
 import pytest  # noqa: E402
 
 GIGABYTE = 1 << 30
+MAX_REGIONS = 32_000
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -75,11 +76,19 @@ def _memory() -> dict[str, int]:
     return {"at_last": psutil.Process().memory_info().rss}
 
 
-@pytest.fixture(scope="module", autouse=True)
+def _mapped_regions() -> int:
+    """Regions of memory that this process has mapped; 0 where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.fixture(autouse=True)
 def _spare_memory(_memory: dict[str, int]):
-    """Compiled programs pile up to gigabytes over the whole suite: drop them where this process has grown by one."""
+    """Compiled programs pile up to gigabytes over the whole suite, and each maps a few regions of the 65,530 that Linux
+    allows a process, beyond which the compiler crashes: drop them where this process has grown by one gigabyte or is
+    half way there."""
     yield
-    if psutil.Process().memory_info().rss > _memory["at_last"] + GIGABYTE:
+    if psutil.Process().memory_info().rss > _memory["at_last"] + GIGABYTE or _mapped_regions() > MAX_REGIONS:
         jax.clear_caches()
         _memory["at_last"] = psutil.Process().memory_info().rss
 

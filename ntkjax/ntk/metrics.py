@@ -39,8 +39,19 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation of the ranks, ties sharing their mean rank; NaN if either is constant."""
-    a, b = _pair(a, b)
-    return pearson(scipy.stats.rankdata(a), scipy.stats.rankdata(b))  # two thirds of the memory of spearmanr
+    # Written out: scipy's ranks and correlation take more memory at a pool's length than scoring the pool.
+    a, b = (_centred_ranks(x) for x in _pair(a, b))
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    # Beyond 1 by rounding only (Cauchy-Schwarz).
+    return float(np.clip(a @ b / norms, -1.0, 1.0)) if norms > 0 else float("nan")
+
+
+def _centred_ranks(x: Vector) -> Vector:
+    """Rank minus the mean rank (n + 1) / 2, where the rank of equal values is the mean of their places in order."""
+    ordered = np.sort(x)
+    places = np.searchsorted(ordered, x, "left")
+    places += np.searchsorted(ordered, x, "right")  # first place and last add up to this plus one
+    return (places - len(x)) / 2
 
 
 def kendall(a: np.ndarray, b: np.ndarray) -> float:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ntkjax.ntk import bootstrap_interval, kendall, pearson, spearman, top_n_overlap
 
@@ -38,6 +39,13 @@ def test_top_n_overlap_breaks_ties_by_index():
     assert top_n_overlap(np.array([3.0, 2, 1, 0]), np.array([0.0, 1, 2, 3]), 2) == 0
     assert top_n_overlap(np.array([3.0, 2, 1, 0]), np.array([2.0, 3, 1, 0]), 2) == 1
     assert top_n_overlap(np.zeros(4), np.array([1.0, 0, 0, 0]), 2) == 1
+
+
+@pytest.mark.parametrize("values", [2, 7, 1_000_000])
+def test_the_rank_correlation_is_that_of_scipy_whatever_the_ties(values):
+    rng = np.random.default_rng(values)
+    a, b = rng.integers(values, size=(2, 500)).astype(float)
+    assert spearman(a, b + a / 2) == pytest.approx(scipy.stats.spearmanr(a, b + a / 2).statistic, abs=1e-12)
 
 
 def test_no_correlation_is_beyond_one():
