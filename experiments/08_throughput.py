@@ -151,8 +151,8 @@ def prepare(config: Throughput, folder: Path) -> dict[str, Any]:
     task = {
         "model": str(Path(path).resolve()), "adapter": str((folder / "adapter").resolve()),
         "examples": str((folder / "examples.npz").resolve()), "length": length, "size": config.size,
-        "threads": len(os.sched_getaffinity(0)), "checked": config.checked, "batch": config.token_budget // length,
-        "devices": config.devices,
+        "threads": len(os.sched_getaffinity(0)), "checked": config.checked, "devices": config.devices,
+        "batch": max(config.devices, config.token_budget // length),
         "microbatch": config.microbatch, "memory_budget": config.memory_mib << 20, "sketches": sketches(),
         "our_rows": {"scores": config.score_rows, "gradients": config.gradient_rows}
         | dict.fromkeys(names, config.feature_rows),

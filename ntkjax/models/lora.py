@@ -118,7 +118,7 @@ def adapted(
 
         [dx, x dA, x A] [W'; scale B; scale dB],
 
-    unless ``whole_inputs`` is false: tensor parallelism splits W along the axis that this joins.
+    unless ``whole_inputs`` is false: tensor parallelism splits this W along the axis that would be joined.
     """
     return jnp.matmul(x, w) + lora_delta(x, a, b, scale)
 

@@ -7,6 +7,9 @@ For a kernel k(x, x') = <g(x), g(x')> the mean score of a pool example over M do
 so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the scores. No
 per-example gradient, no projection, no approximation. A kernel of m outputs has m tangents on one primal pass.
 
+Forward mode is promised to the function (`ntkjax.types.forward_mode_only`): an F that takes a gradient itself takes it
+under ``forward_mode_only(False)``.
+
 Every further direction costs a tangent, about a forward pass. From `MANY` directions on, a gradient for
 each example and its product with all of them is cheaper: its cost does not grow with their number, and it is as exact.
 """

@@ -34,8 +34,8 @@ def test_an_adapted_product_and_its_derivatives_are_those_of_the_formula(x64):
     with forward_mode_only(True):  # one product of joined factors, by another program
         joined = jax.make_jaxpr(lambda v, d: jax.jvp(ours, v, d))(values, moved)
         jax.tree.map(close, jax.jvp(ours, values, moved), jax.jvp(plain, values, moved))
-        some = lambda f: jax.jvp(lambda a, b: f(*values[:2], a, b), values[2:], moved[2:])
-        jax.tree.map(close, some(ours), some(plain))
+        adapter = lambda f: jax.jvp(lambda a, b: f(*values[:2], a, b), values[2:], moved[2:])
+        jax.tree.map(close, adapter(ours), adapter(plain))
         apart = lambda *v: adapted(*v, 1.5, False)
         split = jax.make_jaxpr(lambda v, d: jax.jvp(apart, v, d))(values, moved)
         jax.tree.map(close, jax.jvp(apart, values, moved), jax.jvp(plain, values, moved))

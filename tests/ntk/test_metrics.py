@@ -41,10 +41,11 @@ def test_top_n_overlap_breaks_ties_by_index():
     assert top_n_overlap(np.zeros(4), np.array([1.0, 0, 0, 0]), 2) == 1
 
 
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (1e-200, 0.0), (1e200, 0.0), (1.0, 1e6)])
 @pytest.mark.parametrize("values", [2, 7, 1_000_000])
-def test_the_rank_correlation_is_that_of_scipy_whatever_the_ties(values):
+def test_the_rank_correlation_is_that_of_scipy_whatever_the_ties_and_scale(values, scale, shift):
     rng = np.random.default_rng(values)
-    a, b = rng.integers(values, size=(2, 500)).astype(float)
+    a, b = rng.integers(values, size=(2, 500)) * scale + shift
     assert spearman(a, b + a / 2) == pytest.approx(scipy.stats.spearmanr(a, b + a / 2).statistic, abs=1e-12)
 
 
