@@ -29,9 +29,15 @@ _BLOCK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record. ``messages`` is the chat before the response, or None where that is one user message,
-    ``prompt``. ``response`` is empty where the data was read with ``allow_missing_response`` and has
-    none.
+    """One record.
+
+    Attributes:
+      messages: the chat before the response, each message with ``role``, ``content`` and whatever other fields it
+        came with (``reasoning_content``, ``tool_calls``, ``weight``, ...); None where it is one user message, ``prompt``.
+      response: the text of the last assistant message; empty where the data was read with
+        ``allow_missing_response`` and has none.
+      response_fields: fields of the last assistant message besides role and content; None where it has none.
+      tools: the tools that a chat template is told of; None where the record names none.
     """
 
     id: str
@@ -41,6 +47,16 @@ class Example:
     response: str
     answer: str | None = None
     choices: tuple[str, ...] | None = None
+    response_fields: Mapping[str, Any] | None = None
+    tools: tuple[Any, ...] | None = None
+
+    def conversation(self, response: str | None = None) -> list[Message]:
+        """Every message, the assistant's last (``response``, the example's own by default) included."""
+        text = self.response if response is None else response
+        context = [{"role": "user", "content": self.prompt}] if self.messages is None else list(self.messages)
+        # Fields such as reasoning_content belong to the example's own response alone.
+        fields = self.response_fields or {} if response is None else {}
+        return [*context, {"role": "assistant", "content": text, **fields}]
 
     def to_json(self) -> dict[str, Any]:
         """The record as ``read_records`` reads it: fields that are absent are left out."""

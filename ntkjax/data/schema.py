@@ -20,7 +20,7 @@ KNOWN_FIELDS = frozenset(
 )
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class RecordProblem(Exception):
