@@ -31,8 +31,12 @@ class TokenisedDataset:
     Attributes:
       stores: flat int32 token arrays (memory-mapped where they come from ``tokenise``).
       part: int16 [N], which of ``stores``; start: int64 [N], where in it the example starts.
+      masks: flat bool arrays, laid out as ``stores``: True at the tokens that are to be learned. Positions S(x) are
+        those whose next token is one of them.
       lengths: int32 [N], tokens of each example, at least 2.
-      response_starts: int32 [N], first token of the response, at least 1.
+      response_starts: int32 [N], first token of the response (of the last assistant turn), at least 1.
+      response_lengths: int32 [N], how many are: the tokens of the response with its end token, of every assistant turn
+        where several are trained.
       pad_id: token in padded positions.
       report: what tokenising found: examples, tokens, prompt_truncated, response_truncated, ...
       records: where the examples come from, in the same order; None for ``from_sequences``.
@@ -42,10 +46,12 @@ class TokenisedDataset:
     """
 
     stores: tuple[np.ndarray, ...]
+    masks: tuple[np.ndarray, ...]
     part: np.ndarray
     start: np.ndarray
     lengths: np.ndarray
     response_starts: np.ndarray
+    response_lengths: np.ndarray
     pad_id: int
     report: dict[str, Any]
     records: Records | None = None
@@ -69,13 +75,16 @@ class TokenisedDataset:
                 raise ConfigError(
                     f"example {i}: response_start is {start} of {len(row)} tokens; expected 1 <= it < length"
                 )
-        lengths = np.asarray([len(row) for row in tokens], np.int32)
+        lengths, starts = np.asarray([len(row) for row in tokens], np.int32), np.asarray(response_starts, np.int32)
+        steps = [np.arange(len(row)) >= start for row, start in zip(tokens, starts)]
         return cls(
             stores=(np.asarray([token for row in tokens for token in row], np.int32),),
+            masks=(np.concatenate([np.zeros(0, bool), *steps]),),
             part=np.zeros(len(tokens), np.int16),
             start=np.cumsum(lengths, dtype=np.int64) - lengths,
             lengths=lengths,
-            response_starts=np.asarray(response_starts, np.int32),
+            response_starts=starts,
+            response_lengths=lengths - starts,
             pad_id=pad_id,
             report={"examples": len(tokens), "tokens": int(lengths.sum())},
             labels=(
@@ -86,11 +95,6 @@ class TokenisedDataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def response_lengths(self) -> np.ndarray:
-        """int32 [N]: tokens of each response, its end token included."""
-        return self.lengths - self.response_starts
 
     @property
     def ids(self) -> Sequence[str]:
@@ -111,6 +115,11 @@ class TokenisedDataset:
         start = self.start[i]
         return self.stores[self.part[i]][start : start + self.lengths[i]], int(self.response_starts[i])
 
+    def trained(self, i: int | np.integer) -> np.ndarray:
+        """bool [T_i]: which tokens of example ``i`` are to be learned."""
+        start = self.start[i]
+        return self.masks[self.part[i]][start : start + self.lengths[i]]
+
     @property
     def fingerprint(self) -> str:
         """32 hex digits of the content: records, tokenizer and maximal length, or the tokens themselves."""
@@ -121,10 +130,10 @@ class TokenisedDataset:
         if self.records is not None and self.recipe is not None:
             return digest(self.records.fingerprint, self.recipe)
         content = blake2b(digest_size=16)
-        for array in (self.lengths, self.response_starts):
-            content.update(array.astype("<i4").tobytes())
+        content.update(self.lengths.astype("<i4").tobytes())
         for i in range(len(self)):
             content.update(self.tokens(i)[0].astype("<i4").tobytes())
+            content.update(self.trained(i).tobytes())
         return content.hexdigest()
 
     def subset(self, indices: Positions) -> TokenisedDataset:
@@ -139,6 +148,7 @@ class TokenisedDataset:
             start=self.start[chosen],
             lengths=self.lengths[chosen],
             response_starts=self.response_starts[chosen],
+            response_lengths=self.response_lengths[chosen],
             records=self.records.subset(chosen) if self.records is not None else None,
             labels=labels,
         )
@@ -165,14 +175,12 @@ class TokenisedDataset:
             )
         tokens = np.full((rows, length), self.pad_id, np.int32)
         lengths, index = np.ones(rows, np.int32), np.full(rows, -1, np.int32)
-        starts = np.ones(rows, np.int32)
+        mask = np.zeros((rows, length), bool)
         for row, i in enumerate(chosen):
-            sequence, starts[row] = self.tokens(i)
-            tokens[row, : len(sequence)] = sequence
+            sequence = self.tokens(i)[0]
             lengths[row] = len(sequence)
+            tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, self.trained(i)
         index[: len(chosen)] = chosen
-        steps = np.arange(length, dtype=np.int32)[None]
-        mask = (steps >= starts[:, None]) & (steps < lengths[:, None])
         return Batch(tokens=tokens, response_mask=mask, lengths=lengths, index=index)
 
     def batches(
@@ -315,17 +323,31 @@ def concat(first: TokenisedDataset, second: TokenisedDataset) -> TokenisedDatase
         records = concat_records(first.records, second.records)
     else:
         labels = ([*first.ids, *second.ids], [*first.sources, *second.sources])
-    names = {name for report in (first.report, second.report) for name in report}
     return TokenisedDataset(
         stores=first.stores + second.stores,
+        masks=first.masks + second.masks,
         part=np.concatenate([first.part, second.part + np.int16(len(first.stores))]),
         start=np.concatenate([first.start, second.start]),
         lengths=np.concatenate([first.lengths, second.lengths]),
         response_starts=np.concatenate([first.response_starts, second.response_starts]),
+        response_lengths=np.concatenate([first.response_lengths, second.response_lengths]),
         pad_id=first.pad_id,
-        report={name: first.report.get(name, 0) + second.report.get(name, 0) for name in sorted(names)},
+        report=_added(first.report, second.report),
         records=records,
         labels=labels,
         recipe=first.recipe if first.recipe == second.recipe else None,
         mesh=first.mesh,
     )
+
+
+def _added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Counts, lists and tables of counts, added up by name."""
+    total = dict(first)
+    for name, value in second.items():
+        if name not in total:
+            total[name] = value
+        elif isinstance(value, dict):
+            total[name] = _added(total[name], value)
+        else:
+            total[name] = total[name] + value
+    return dict(sorted(total.items()))

@@ -7,81 +7,134 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ntkjax.data.batches import TokenisedDataset
 from ntkjax.data.cache import build_once, digest
-from ntkjax.data.prompts import Rendered, encode, end_token, pad_token, render_text, writes_the_date
-from ntkjax.data.records import Records
+from ntkjax.data.prompts import (
+    LossTurns,
+    Rendered,
+    RenderedText,
+    encode,
+    end_token,
+    pad_token,
+    render_text,
+    template_reads,
+    writes_the_date,
+)
+from ntkjax.data.records import Example, Records
 from ntkjax.errors import ConfigError, DataError
 
-VERSION = 1  # part of the cache key: raise it when the tokens of the same text change
+VERSION = 2  # part of the cache key: raise it when the tokens of the same text change
 BLOCK = 512
+LISTED_SKIPS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """An example after truncation, with the tokens it lost."""
+    """An example after truncation, with what it lost: tokens of the prompt, of the last response, whole turns."""
 
     tokens: list[int]
     response_start: int
+    trained: list[tuple[int, int]]
     prompt_lost: int
     response_lost: int
+    turns_lost: int
 
 
 def truncate(rendered: Rendered, max_length: int, bos: int | None) -> Cut:
-    """Cut to ``max_length`` tokens (at least 2): the prompt from the left, its bos kept where it has one.
+    """Cut to ``max_length`` tokens (at least 2): whole turns from the front, then the prompt from the left.
 
-    The response stays whole unless it alone exceeds ``max_length - 1``: then it is cut on the right and one
-    prompt token remains, from which the first response token is predicted.
+    As few turns go as make the rest fit; where the last one alone is too long, its prompt loses tokens on the left. A
+    leading bos stays. The last response stays whole unless it alone exceeds ``max_length - 1``: then it is cut on the
+    right and one prompt token remains, from which the first response token is predicted.
     """
-    prompt, response = rendered.tokens[: rendered.response_start], rendered.tokens[rendered.response_start :]
-    kept = response[: max_length - 1]
-    room = max_length - len(kept)
-    if len(prompt) <= room:
-        return Cut(prompt + kept, len(prompt), 0, len(response) - len(kept))
-    if room >= 2 and prompt[0] == bos:
-        short = prompt[:1] + prompt[len(prompt) - room + 1 :]
-    else:
-        short = prompt[len(prompt) - room :]
-    return Cut(short + kept, len(short), len(prompt) - len(short), len(response) - len(kept))
+    tokens, start = rendered.tokens, rendered.response_start
+    bos_size = int(tokens[0] == bos)
+    for gone in [0, *rendered.turn_ends]:
+        kept_bos = bos_size if gone else 0
+        if len(tokens) - gone + kept_bos <= max_length:
+            return _without(rendered, gone, kept_bos, 0)
+    response_lost = max(0, len(tokens) - start - (max_length - 1))
+    room = max_length - (len(tokens) - start - response_lost)
+    if bos_size and room >= 2:
+        return _without(rendered, start - room + 1, 1, response_lost)
+    return _without(rendered, start - room, 0, response_lost)
+
+
+def _without(rendered: Rendered, gone: int, bos: int, response_lost: int) -> Cut:
+    """Without the first ``gone`` tokens (but for the ``bos`` first of them) and the last ``response_lost``."""
+    end, shift = len(rendered.tokens) - response_lost, bos - gone
+    whole = [(a + shift, min(b, end) + shift) for a, b in rendered.trained if a >= gone]
+    # A turn that begins before the cut is not trained: its words would stand without what they answer.
+    return Cut(
+        tokens=rendered.tokens[:bos] + rendered.tokens[gone:end],
+        response_start=rendered.response_start + shift,
+        trained=whole,
+        prompt_lost=-shift,
+        response_lost=response_lost,
+        turns_lost=sum(position <= gone for position in rendered.turn_ends) if gone else 0,
+    )
 
 
 def tokenise(
-    records: Records, tokenizer: Any, *, max_length: int = 2048, cache_dir: str | Path | None = None
+    records: Records,
+    tokenizer: Any,
+    *,
+    max_length: int = 2048,
+    loss_turns: LossTurns = "all",
+    on_bad_record: Literal["raise", "skip"] = "raise",
+    cache_dir: str | Path | None = None,
 ) -> TokenisedDataset:
-    """Tokenise ``records`` into memory-mapped storage, reused for the same content, tokenizer and length.
+    """Tokenise ``records`` into memory-mapped storage, reused for the same content, tokenizer and options.
 
-    ``.report`` counts examples, tokens, prompt_truncated, response_truncated, prompt_tokens_lost,
-    response_tokens_lost, rendered_apart (the chat template does not render the prompt the same with a
-    response behind it, see ``RenderedText``), empty_responses, dated_template (1 if it writes today's date),
-    and end_token_inside (responses whose text holds the end token).
+    Args:
+      loss_turns: ``all``: S(x) is every assistant turn of a conversation; ``last``: the last alone.
+      on_bad_record: ``skip`` leaves out records that the chat template refuses or in which no token is to be learned;
+        the ``records`` of the result are without them, and ``.report`` counts them.
+
+    ``.report`` counts examples, tokens, skipped and skipped_lines (``FILE:LINE: why``), prompt_truncated,
+    response_truncated, prompt_tokens_lost, response_tokens_lost, turns_truncated (assistant turns cut off whole),
+    rendered_apart (the chat template does not render the response whole, see ``RenderedText``), turns_lost (earlier
+    assistant turns that it does not render as written), tokens_across_borders (half prompt, half response),
+    empty_responses, dated_template (1 if it writes today's date), end_token_inside (responses whose text holds the end
+    token), and template_fields (fields of messages that the template reads: count).
 
     Raises:
       ConfigError: ``max_length`` below 2, or a tokenizer without end token.
-      DataError: no records, or a chat template that refuses one.
+      DataError: no records, or, unless they are skipped, one that the chat template refuses, by FILE:LINE.
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; expected at least 2, a prompt token and a response token")
     if len(records) == 0:
         raise DataError("there are no records to tokenise; expected at least one")
-    recipe = digest(VERSION, tokenizer_digest(tokenizer), max_length)
+    options = _Options(max_length, loss_turns, on_bad_record == "skip")
+    recipe = digest(VERSION, tokenizer_digest(tokenizer), *dataclasses.astuple(options))
     key = digest(records.fingerprint, recipe)
-    made = build_once("tokens", key, cache_dir, lambda folder: _write(records, tokenizer, max_length, folder))
-    lengths = np.load(made / "lengths.npy")
+    made = build_once("tokens", key, cache_dir, lambda folder: _write(records, tokenizer, options, folder))
+    lengths, kept = np.load(made / "lengths.npy"), np.load(made / "kept.npy")
     return TokenisedDataset(
         stores=(np.memmap(made / "tokens.bin", np.int32, "r"),),
-        part=np.zeros(len(records), np.int16),
+        masks=(np.memmap(made / "trained.bin", np.bool_, "r"),),
+        part=np.zeros(len(kept), np.int16),
         start=np.cumsum(lengths, dtype=np.int64) - lengths,
         lengths=lengths,
         response_starts=np.load(made / "response_starts.npy"),
+        response_lengths=np.load(made / "response_lengths.npy"),
         pad_id=pad_token(tokenizer),
         report=json.loads((made / "report.json").read_text(encoding="utf-8")),
-        records=records,
+        records=records if len(kept) == len(records) else records.subset(kept),
         recipe=recipe,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    max_length: int
+    loss_turns: LossTurns
+    skip_bad: bool
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -92,27 +145,79 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest(type(tokenizer).__name__, rules, special, str(getattr(tokenizer, "chat_template", None)))
 
 
-def _write(records: Records, tokenizer: Any, max_length: int, folder: Path) -> None:
-    lengths, starts = np.zeros(len(records), np.int32), np.zeros(len(records), np.int32)
-    end, counts, done = end_token(tokenizer), Counter(), 0
+def _write(records: Records, tokenizer: Any, options: _Options, folder: Path) -> None:
+    end, counts, read = end_token(tokenizer), Counter(), 0
     counts["dated_template"] = int(writes_the_date(tokenizer))
-    examples = iter(records)
-    with (folder / "tokens.bin").open("wb") as file:
+    # Columns: row in records, length, start of the response, trained tokens. Arrays, so that millions cost little.
+    table, done, skipped = np.zeros((len(records), 4), np.int32), 0, []
+    fields: Counter[str] = Counter()
+
+    def skip(row: int, error: DataError) -> None:
+        located = f"{records.location(row)}: {error}"
+        if not options.skip_bad:
+            raise DataError(located) from error
+        skipped.append(located)
+
+    with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "trained.bin").open("wb") as mask_file:
+        examples = iter(records)
         while block := list(islice(examples, BLOCK)):
-            texts = [render_text(tokenizer, example) for example in block]
-            counts["rendered_apart"] += sum(text.apart for text in texts)
-            counts["empty_responses"] += sum(not example.response for example in block)
-            cuts = [truncate(item, max_length, tokenizer.bos_token_id) for item in encode(tokenizer, texts)]
-            for row, cut in enumerate(cuts, done):
-                lengths[row], starts[row] = len(cut.tokens), cut.response_start
-                counts["prompt_truncated"] += cut.prompt_lost > 0
-                counts["response_truncated"] += cut.response_lost > 0
-                counts["prompt_tokens_lost"] += cut.prompt_lost
-                counts["response_tokens_lost"] += cut.response_lost
-                counts["end_token_inside"] += end in cut.tokens[cut.response_start : -1]
-            np.asarray([token for cut in cuts for token in cut.tokens], np.int32).tofile(file)
-            done += len(block)
-    np.save(folder / "lengths.npy", lengths)
-    np.save(folder / "response_starts.npy", starts)
-    report = {"examples": len(records), "tokens": int(lengths.sum())} | dict(sorted(counts.items()))
-    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+            texts: list[tuple[int, RenderedText]] = []
+            for row, example in enumerate(block, read):
+                try:
+                    texts.append((row, render_text(tokenizer, example, loss_turns=options.loss_turns)))
+                except DataError as error:
+                    skip(row, error)
+            for (row, _), rendered in zip(texts, encode(tokenizer, [text for _, text in texts]) if texts else []):
+                example, cut = block[row - read], truncate(rendered, options.max_length, tokenizer.bos_token_id)
+                mask = np.zeros(len(cut.tokens), bool)
+                for a, b in cut.trained:
+                    mask[a:b] = True
+                if not mask.any():
+                    skip(row, _nothing_to_learn(example))
+                    continue
+                table[done] = row, len(cut.tokens), cut.response_start, mask.sum()
+                done += 1
+                _count(counts, fields, tokenizer, example, rendered, cut, end)
+                np.asarray(cut.tokens, np.int32).tofile(tokens_file)
+                mask.tofile(mask_file)
+            read += len(block)
+    if done == 0:
+        raise DataError(f"no record is left to tokenise; the first of {len(skipped)} that were skipped: {skipped[0]}")
+    for name, column in zip(("kept", "lengths", "response_starts", "response_lengths"), table[:done].T):
+        np.save(folder / f"{name}.npy", np.ascontiguousarray(column))
+    report = {"examples": done, "tokens": int(table[:done, 1].sum(dtype=np.int64))} | dict(sorted(counts.items()))
+    report |= {"skipped": len(skipped), "skipped_lines": skipped[:LISTED_SKIPS], "template_fields": dict(fields)}
+    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+
+
+def _nothing_to_learn(example: Example) -> DataError:
+    return DataError(
+        f"record {example.id!r}: no assistant turn is to be learned (weight 0, train false, or no mark of the chat "
+        "template's generation); expected at least one; change the weights or remove the record"
+    )
+
+
+def _count(
+    counts: Counter[str],
+    fields: Counter[str],
+    tokenizer: Any,
+    example: Example,
+    rendered: Rendered,
+    cut: Cut,
+    end: int,
+) -> None:
+    counts["rendered_apart"] += rendered.apart
+    counts["turns_lost"] += rendered.turns_lost
+    counts["turns_truncated"] += cut.turns_lost
+    counts["tokens_across_borders"] += rendered.crossing
+    counts["empty_responses"] += not example.response
+    counts["prompt_truncated"] += cut.prompt_lost > 0
+    counts["response_truncated"] += cut.response_lost > 0
+    counts["prompt_tokens_lost"] += cut.prompt_lost
+    counts["response_tokens_lost"] += cut.response_lost
+    counts["end_token_inside"] += end in cut.tokens[cut.response_start : -1]
+    if example.messages is not None or example.response_fields is not None:
+        names = {name for message in example.conversation() for name in message} - {"role", "content"}
+        fields.update(name for name in names if name in ("weight", "train") or template_reads(tokenizer, name))
+    if example.tools is not None and template_reads(tokenizer, "tools"):
+        fields["tools"] += 1

@@ -1,103 +1,149 @@
-"""Text of an example to tokens, so that the response starts at a clean token boundary, the same for any
-response.
+"""Text of an example to tokens, with the positions S(x) that are to be learned.
 
-With a chat template: ``template(prompt + generation prompt)``, then what the template adds for the
-  response. Without
-one: ``prompt + "\\n"``, then the response. Both parts are tokenised on their own and joined, and the
-response always ends with the token that ends a turn, so that a model learns to stop.
+With a chat template the tokens are those of the template's rendering of the whole conversation, tokenised once and cut
+after the token that ends the last assistant turn. Without one the text is ``prompt + "\\n" + response`` and the end
+token. S(x) is every assistant turn, from the end of its header (where the template's generation prompt ends) to the
+token that ends the turn; a message with ``weight: 0`` or ``train: false`` is left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
+from os.path import commonprefix
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 from ntkjax.data.records import Example
+from ntkjax.data.schema import Message
 from ntkjax.errors import ConfigError, DataError
 
 TEMPLATE_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
+LossTurns = Literal["all", "last"]
+_MARK = "\ue000mark\ue001"  # stands for a message's text; private-use characters, which no template tests for
+_THINKING = re.compile(r"<[^<>|\s]+>\s*\Z")  # an opening tag at the end of a generation prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """Tokens of one example; ``tokens[response_start:]`` is the response with its end token."""
+    """Tokens of one example.
+
+    Attributes:
+      tokens: prompt and response, up to the token that ends the last assistant turn.
+      response_start: first token of the last assistant turn.
+      trained: S(x) as half-open spans of tokens, ascending, one for each assistant turn that is trained. Empty
+        where no turn is (weights of 0).
+      turn_ends: position behind each assistant turn before the last: where the conversation may be cut.
+      crossing: tokens that lie across the border of a span, half in it. They count as inside at its start and as
+        outside at its end.
+      apart: see `RenderedText`.
+      turns_lost: see `RenderedText`.
+    """
 
     tokens: list[int]
     response_start: int
+    trained: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    turn_ends: list[int] = dataclasses.field(default_factory=list)
+    crossing: int = 0
+    apart: bool = False
+    turns_lost: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderedText:
-    """The two texts of an example before tokenisation.
+    """The text of an example before tokenisation; positions count characters.
 
     Attributes:
-      prompt, response: text; special tokens in it (those of the template) are recognised.
-      add_end: whether the end token must still be appended to the response.
-      apart: the template renders the prompt differently once a response follows, so the response is put
+      text: the whole; special tokens in it (those of the template) are recognised.
+      response_start: where the last assistant turn begins.
+      trained: S(x), half-open, ascending; the last span ends with the text.
+      turn_ends: end of each assistant turn before the last.
+      add_end: whether the end token must still be appended.
+      apart: the template does not render the response whole (it strips the reasoning, say), so the response was put
         behind the generation prompt as plain text.
+      turns_lost: earlier assistant turns that the template does not render as they are written; they are not trained.
     """
 
-    prompt: str
-    response: str
+    text: str
+    response_start: int
+    trained: tuple[tuple[int, int], ...]
+    turn_ends: tuple[int, ...] = ()
     add_end: bool = True
     apart: bool = False
+    turns_lost: int = 0
 
 
-def render(tokenizer: Any, example: Example, response: str | None = None) -> Rendered:
-    """Tokens of the prompt and of ``response`` (the example's own by default).
+def render(tokenizer: Any, example: Example, response: str | None = None, loss_turns: LossTurns = "all") -> Rendered:
+    """Tokens of the conversation that ends with ``response`` (the example's own by default).
 
-    The tokens before ``response_start`` are the same for every response, and equal to ``render_prompt``.
+    Args:
+      loss_turns: ``all``: S(x) is every assistant turn; ``last``: the last alone.
 
     Raises:
       DataError: the chat template refuses the messages.
-      ConfigError: the tokenizer has no end token.
+      ConfigError: the tokenizer has no token that ends a turn; an unknown ``loss_turns``.
     """
-    return encode(tokenizer, [render_text(tokenizer, example, response)])[0]
+    return encode(tokenizer, [render_text(tokenizer, example, response, loss_turns)])[0]
 
 
 def render_prompt(tokenizer: Any, example: Example) -> list[int]:
-    """Tokens of the prompt alone, ready for generation."""
-    text = _prompt_text(tokenizer, example)
-    return [*_prefix(tokenizer), *_tokens(tokenizer, [text])[0]]
+    """Tokens of what stands before the response, ready for generation: where training and likelihoods start too."""
+    rendered = render_text(tokenizer, example)
+    return [*_prefix(tokenizer), *_tokens(tokenizer, [rendered.text[: rendered.response_start]])[0]]
 
 
-def render_text(tokenizer: Any, example: Example, response: str | None = None) -> RenderedText:
-    """The texts that ``render`` tokenises. Errors as ``render``."""
-    response = example.response if response is None else response
+def render_text(
+    tokenizer: Any, example: Example, response: str | None = None, loss_turns: LossTurns = "all"
+) -> RenderedText:
+    """The text that ``render`` tokenises. Arguments and errors as there."""
+    if loss_turns not in get_args(LossTurns):
+        raise ConfigError(f"loss_turns is {loss_turns!r}; expected one of {', '.join(get_args(LossTurns))}")
+    messages = [_with_objects(message) for message in example.conversation(response)]
+    earlier = [k for k, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
     if not _has_template(tokenizer):
-        return RenderedText(_prompt_text(tokenizer, example), response)
-    prompt = _prompt_text(tokenizer, example)
-    full = _apply_template(tokenizer, example, [*_messages(example), {"role": "assistant", "content": response}])
-    if not full.startswith(prompt):
-        return RenderedText(prompt, response, apart=True)
-    tail = full[len(prompt) :]
-    # Some templates write a line break after the end token; what follows it is not for the model to learn.
-    ended = tail.rstrip()
-    end = tokenizer.eos_token
-    # The list of all special tokens is slow to get, and mostly not needed.
-    if (end and ended.endswith(end)) or ended.endswith(_special_texts(tokenizer)):
-        return RenderedText(prompt, ended, add_end=False)
-    return RenderedText(prompt, tail)
+        rendered, spans = _plain(example, messages)
+    else:
+        chat = _Chat(tokenizer, example, messages)
+        rendered, spans = _last_turn(chat), {}
+        if earlier and rendered.apart:  # the text is the generation prompt's, in which the earlier turns stand too
+            chat = dataclasses.replace(chat, full=rendered.text[: rendered.response_start], complete=False)
+        for k in earlier:
+            found = _locate(chat, k)
+            if found is not None and found.end <= rendered.response_start:
+                spans[k] = (found.start, found.end)
+    wanted = [k for k in earlier if loss_turns == "all" and _counts(messages[k])]
+    chosen = [spans[k] for k in wanted if k in spans]
+    if _marks_generation(tokenizer):
+        rendered, chosen = _as_marked(chat, rendered, chosen)
+    last = [rendered.trained[0]] if rendered.trained and _counts(messages[-1]) else []
+    return dataclasses.replace(
+        rendered,
+        trained=(*chosen, *last),
+        turn_ends=tuple(end for _, end in spans.values()),
+        turns_lost=sum(k not in spans for k in wanted),
+    )
 
 
 def encode(tokenizer: Any, texts: Sequence[RenderedText]) -> list[Rendered]:
-    """Tokenise many texts at once (in parallel, where the tokenizer can)."""
-    end, prefix, count = end_token(tokenizer), _prefix(tokenizer), len(texts)
-    tokens = _tokens(tokenizer, [text.prompt for text in texts] + [text.response for text in texts])
-    rendered = []
-    for text, prompt, response in zip(texts, tokens[:count], tokens[count:]):
-        tail = [end] if text.add_end else []
-        rendered.append(Rendered([*prefix, *prompt, *response, *tail], len(prefix) + len(prompt)))
-    return rendered
+    """Tokenise many texts at once (in parallel, where the tokenizer can), each as a whole."""
+    prefix = _prefix(tokenizer)
+    end = end_token(tokenizer) if any(text.add_end for text in texts) else -1
+    tokens, ends = _tokens_and_ends(tokenizer, texts)
+    return [_rendered(text, prefix, ids, stops, end) for text, ids, stops in zip(texts, tokens, ends)]
 
 
 def end_token(tokenizer: Any) -> int:
-    """Id of the token that ends a response.
+    """Id of the token that ends a response: the one that the chat template writes, else eos.
 
     Raises:
-      ConfigError: the tokenizer has none.
+      ConfigError: there is none.
     """
+    written = _turn_end(tokenizer)
+    if written is not None:
+        return int(tokenizer.convert_tokens_to_ids(written))
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: no eos_token; expected one, so that the model can "
@@ -106,10 +152,23 @@ def end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def stop_tokens(tokenizer: Any, others: Sequence[int] = ()) -> frozenset[int]:
+    """Every token at which generation stops: the one that ends a turn in training, eos, and ``others`` (those of
+    generation_config.json and config.json)."""
+    own = {end_token(tokenizer)} if _turn_end(tokenizer) is not None else set()
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return frozenset({*own, *(() if eos is None else (int(eos),)), *map(int, others)})
+
+
 def writes_the_date(tokenizer: Any) -> bool:
     """True if the chat template writes today's date and takes no other: its tokens change every day."""
     template = str(getattr(tokenizer, "chat_template", None))
     return "strftime_now" in template and "date_string" not in template
+
+
+def template_reads(tokenizer: Any, field: str) -> bool:
+    """True if the chat template names ``field`` (of a message, or ``tools``)."""
+    return re.search(rf"\b{re.escape(field)}\b", str(getattr(tokenizer, "chat_template", None) or "")) is not None
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -117,33 +176,256 @@ def pad_token(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end_token(tokenizer)
 
 
+# Where the assistant's turns stand in a rendering
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chat:
+    """A conversation and its rendering. ``complete`` is false where ``full`` stops before the last turn."""
+
+    tokenizer: Any
+    example: Example
+    messages: list[Message]
+    full: str = ""
+    complete: bool = True
+
+    def apply(self, messages: list[Message], **options: Any) -> str:
+        return _apply_template(self.tokenizer, self.example, messages, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """An assistant turn in a rendering: its text begins at ``start`` (behind the header) and its end token, where
+    ``ended``, stops at ``end``."""
+
+    start: int
+    end: int
+    ended: bool
+
+
+def _last_turn(chat: _Chat) -> RenderedText:
+    """The rendering up to the end of the last turn, which is the only one in ``trained`` yet."""
+    full = chat.apply(chat.messages)
+    turn = _locate(dataclasses.replace(chat, full=full), len(chat.messages) - 1)
+    if turn is not None:
+        return RenderedText(full[: turn.end], turn.start, ((turn.start, turn.end),), add_end=not turn.ended)
+    prompt = chat.apply(chat.messages[:-1], add_generation_prompt=True)
+    response, tag = chat.messages[-1]["content"], _THINKING.search(prompt)
+    if tag is not None and response.lstrip().startswith(tag[0].strip()):  # the prompt has opened the reasoning
+        response = response.lstrip()[len(tag[0].strip()) :].lstrip()
+    text = prompt + response + (_turn_end(chat.tokenizer) or "")
+    ended = _turn_end(chat.tokenizer) is not None
+    return RenderedText(text, len(prompt), ((len(prompt), len(text)),), add_end=not ended, apart=True)
+
+
+def _locate(chat: _Chat, k: int) -> _Turn | None:
+    """Where message ``k``, an assistant's, stands in ``chat.full``; None where it is not rendered as written.
+
+    The conversation is rendered again with a mark in the place of the message's text: what surrounds the mark is the
+    template's. A template may move blanks, and take the reasoning out of turns before the last.
+    """
+    message, full, last = chat.messages[k], chat.full, k == len(chat.messages) - 1
+    messages = chat.messages if chat.complete else chat.messages[:-1]
+    options = {} if chat.complete else {"add_generation_prompt": True}
+    marked = chat.apply([*messages[:k], {**message, "content": _MARK}, *messages[k + 1 :]], **options)
+    before, mark, after = marked.partition(_MARK)
+    header = _header_end(chat, k, before)
+    if not mark:  # a call of tools is rendered without the text beside it
+        return None if header is None or message["content"].strip() else _until_end(chat, full, header)
+    if header is None or _MARK in after or not full.startswith(before[:header]) or not full.endswith(after):
+        return None
+    stop = len(full) - len(after)
+    body, written = _squeeze(full[header:stop]), _squeeze(message["content"])
+    whole = body in (written, _squeeze(before[header:]) + written)
+    # In turns that are answered already, reasoning in front of the answer may go.
+    if stop < header or not (whole or (not last and body and written.endswith(body))):
+        return None
+    end = _end_of_turn(chat, message, before, after)
+    return _Turn(header, stop + (end or 0), end is not None)
+
+
+def _header_end(chat: _Chat, k: int, before: str) -> int | None:
+    """Where the header of turn ``k`` ends in ``before``, the rendering up to the turn's text.
+
+    That is where the generation prompt ends. A template whose generation prompt goes on (opens the reasoning, say) or
+    which writes earlier messages differently as long as they are the last is compared from the end of the message
+    before on.
+    """
+    try:
+        prompt = chat.apply(chat.messages[:k], add_generation_prompt=True)
+    except DataError:  # the conversation up to there is refused, as the template refuses no message at all
+        return len(before)
+    if before.startswith(prompt):
+        return len(prompt)
+    said = str(chat.messages[k - 1]["content"]).strip() if k else ""
+    ours, theirs = before.rfind(said), prompt.rfind(said)
+    if not said or ours < 0 or theirs < 0:
+        return len(before)
+    ours, theirs = ours + len(said), theirs + len(said)
+    return ours + len(commonprefix([before[ours:], prompt[theirs:]]))
+
+
+def _end_of_turn(chat: _Chat, message: Message, before: str, after: str) -> int | None:
+    """Length of ``after`` up to and with the token that ends the turn; None where none is written."""
+    known = {_turn_end(chat.tokenizer), chat.tokenizer.eos_token, _written_end(chat.tokenizer, before, after)} - {None}
+    if not known:
+        return None
+    options = "|".join(map(re.escape, sorted(known)))
+    # Between the text and the token stand blanks, or the calls of tools.
+    found = re.search(options, after) if message.get("tool_calls") else re.match(rf"\s*(?:{options})", after)
+    return None if found is None else found.end()
+
+
+def _until_end(chat: _Chat, full: str, start: int) -> _Turn | None:
+    """The turn from ``start`` to the first token that ends one."""
+    ends = [re.escape(end) for end in {_turn_end(chat.tokenizer), chat.tokenizer.eos_token} if end]
+    found = re.compile("|".join(ends)).search(full, start) if ends else None
+    return None if found is None else _Turn(start, found.end(), True)
+
+
+def _written_end(tokenizer: Any, before: str, after: str) -> str | None:
+    """The added token that follows a turn's text at once, unless it opens turns: the token of the turn's header."""
+    names = _added_texts(tokenizer)
+    rest = after.lstrip()
+    ends = [name for name in names if rest.startswith(name)]
+    if not ends:
+        return None
+    end = max(ends, key=len)
+    opening = max((name for name in names if name in before), key=before.rfind, default=None)
+    return None if end == opening and end != tokenizer.eos_token else end
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _counts(message: Message) -> bool:
+    return message.get("weight", 1) != 0 and message.get("train", True) is not False
+
+
+def _with_objects(message: Message) -> Message:
+    """The message with the arguments of its tool calls as objects, as templates want them, not as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, (list, tuple)):
+        return message
+
+    def call(item: Any) -> Any:
+        inner = item.get("function") if isinstance(item, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("arguments"), str):
+            return item
+        try:
+            arguments = json.loads(inner["arguments"])
+        except ValueError:
+            return item
+        return {**item, "function": {**inner, "arguments": arguments}}
+
+    return {**message, "tool_calls": [call(item) for item in calls]}
+
+
+# {% generation %}: the template's own marks
+
+
+def _marks_generation(tokenizer: Any) -> bool:
+    return re.search(r"\{%-?\s*generation\b", str(getattr(tokenizer, "chat_template", None) or "")) is not None
+
+
+def _as_marked(
+    chat: _Chat, rendered: RenderedText, earlier: list[tuple[int, int]]
+) -> tuple[RenderedText, list[tuple[int, int]]]:
+    """S(x) as the template marks it: a turn begins no earlier than its mark, and one without a mark is not trained.
+
+    Headers inside a mark and what follows the end token stay out; an end token behind a mark stays in.
+    """
+    if rendered.apart or not getattr(chat.tokenizer, "is_fast", False):
+        return rendered, earlier
+    found = chat.tokenizer.apply_chat_template(
+        chat.messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+        **_template_options(chat.example),
+    )
+    marks = [span for span, inside in zip(found["offset_mapping"], found["assistant_masks"]) if inside]
+
+    def narrowed(span: tuple[int, int]) -> list[tuple[int, int]]:
+        starts = [start for start, stop in marks if span[0] < stop and start < span[1]]
+        return [(max(span[0], min(starts)), span[1])] if starts else []
+
+    last = tuple(piece for span in rendered.trained for piece in narrowed(span))
+    return dataclasses.replace(rendered, trained=last), [piece for span in earlier for piece in narrowed(span)]
+
+
+# Without a chat template
+
+
+def _plain(example: Example, messages: list[Message]) -> tuple[RenderedText, dict[int, tuple[int, int]]]:
+    """``prompt``, line break, response; a chat as ``role: text`` lines. And where its earlier assistant turns stand."""
+    prompt, spans = example.prompt, {}
+    if example.messages is not None:
+        prompt = ""
+        for k, message in enumerate(messages[:-1]):
+            prompt += ("\n" if k else "") + f"{message['role']}: "
+            if message["role"] == "assistant":
+                spans[k] = (len(prompt), len(prompt) + len(message["content"]))
+            prompt += message["content"]
+    prompt += "\n"
+    text = prompt + messages[-1]["content"]
+    return RenderedText(text, len(prompt), ((len(prompt), len(text)),)), spans
+
+
+# The tokenizer
+
+
 def _has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _messages(example: Example) -> list[dict[str, str]]:
-    if example.messages is None:
-        return [{"role": "user", "content": example.prompt}]
-    return list(example.messages)
+def _template_options(example: Example) -> dict[str, Any]:
+    # Llama 3 templates write today's date unless given one; the same data must give the same tokens.
+    tools = {} if example.tools is None else {"tools": list(example.tools)}
+    return {"date_string": TEMPLATE_DATE, **tools}
 
 
-def _prompt_text(tokenizer: Any, example: Example) -> str:
-    if not _has_template(tokenizer):
-        return example.prompt + "\n"
-    return _apply_template(tokenizer, example, _messages(example), add_generation_prompt=True)
-
-
-def _apply_template(tokenizer: Any, example: Example, messages: list[dict[str, str]], **options: Any) -> str:
+def _apply_template(tokenizer: Any, example: Example, messages: list[Message], **options: Any) -> str:
     try:
-        # Llama 3 templates write today's date unless given one; the same data must give the same tokens.
-        return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **_template_options(example), **options)
     except Exception as error:  # templates raise what they like
-        roles = ", ".join(message["role"] for message in messages)
+        roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"record {example.id!r}: the chat template of the tokenizer refuses it ({error}; roles: {roles}"
             "); expected messages the template knows; change the roles, or remove the template for plain "
             "prompts"
         ) from error
+
+
+_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, str | None], str | None]] = WeakKeyDictionary()
+_ADDED: WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def _turn_end(tokenizer: Any) -> str | None:
+    """The token that the chat template writes behind an assistant's text; None without template or token."""
+    if not _has_template(tokenizer):
+        return None
+    known = _TURN_ENDS.setdefault(tokenizer, {})
+    key = (str(tokenizer.chat_template), tokenizer.eos_token)
+    if key not in known:
+        probe = Example("probe", "", "Hi", None, _MARK)
+        try:
+            before, _, after = _apply_template(tokenizer, probe, probe.conversation()).partition(_MARK)
+            known[key] = _written_end(tokenizer, before, after)
+        except DataError:
+            known[key] = None
+    return known[key]
+
+
+def _added_texts(tokenizer: Any) -> tuple[str, ...]:
+    """Texts of all special and added tokens. They are slow to collect, so they are kept while their number stays."""
+    size = len(getattr(tokenizer, "added_tokens_decoder", {}))
+    if tokenizer not in _ADDED or _ADDED[tokenizer][0] != size:
+        added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+        _ADDED[tokenizer] = (size, tuple({*tokenizer.all_special_tokens, *added}))
+    return _ADDED[tokenizer][1]
 
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:
@@ -158,17 +440,56 @@ def _prefix(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _special_texts(tokenizer: Any) -> tuple[str, ...]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return (*tokenizer.all_special_tokens, *(token.content for token in added if token.special))
-
-
-def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _tokens(tokenizer: Any, texts: list[str], **options: Any) -> Any:
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
+        **options,
     )
-    return encoded["input_ids"]
+    return (encoded["input_ids"], encoded["offset_mapping"]) if options else encoded["input_ids"]
+
+
+def _tokens_and_ends(tokenizer: Any, texts: Sequence[RenderedText]) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens of each text, and the character behind each token."""
+    whole = [text.text for text in texts]
+    if getattr(tokenizer, "is_fast", False):
+        tokens, offsets = _tokens(tokenizer, whole, return_offsets_mapping=True)
+        return tokens, [[stop for _, stop in pairs] for pairs in offsets]
+    # A tokenizer that tells no offsets: a token ends where the tokens of the text up to there end.
+    tokens = _tokens(tokenizer, whole)
+    return tokens, [_ends_by_prefixes(tokenizer, text, ids) for text, ids in zip(texts, tokens)]
+
+
+def _ends_by_prefixes(tokenizer: Any, text: RenderedText, ids: list[int]) -> list[int]:
+    borders = sorted({edge for span in text.trained for edge in span} | {text.response_start, *text.turn_ends})
+    ends, done = [len(text.text)] * len(ids), 0
+    for border in borders:
+        part = _tokens(tokenizer, [text.text[:border]])[0]
+        shared = len(commonprefix([part, ids]))
+        ends[done:shared] = [border] * max(0, shared - done)
+        done = max(done, shared)
+    return ends
+
+
+def _rendered(text: RenderedText, prefix: tuple[int, ...], ids: list[int], stops: list[int], end: int) -> Rendered:
+    """Spans of characters to spans of tokens. A token lies between the end of the one before it and its own end."""
+    crossing = 0
+
+    def first(character: int) -> int:
+        """The first token that ends behind ``character``."""
+        nonlocal crossing
+        at = bisect_right(stops, character)
+        crossing += 0 < at < len(stops) and stops[at - 1] < character
+        return at + len(prefix)
+
+    tokens = [*prefix, *ids, *([end] if text.add_end else [])]
+    start = first(text.response_start)
+    crossing = 0
+    whole = lambda span: span[1] == len(text.text)
+    spans = [(first(a), len(tokens) if whole((a, b)) else first(b)) for a, b in text.trained]
+    crossed = crossing
+    cuts = [first(position) for position in text.turn_ends]
+    return Rendered(tokens, start, spans, cuts, crossed, text.apart, text.turns_lost)

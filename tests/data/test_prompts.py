@@ -67,7 +67,7 @@ def test_a_template_without_end_token_gets_one(toy_tokenizer):
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     tokenizer = with_template(toy_tokenizer, template + "{% if add_generation_prompt %}[assistant] {% endif %}")
     rendered = render(tokenizer, PLAIN)
-    assert tokenizer.decode(rendered.tokens[rendered.response_start :]) == "So the answer is yes.\n<|end|>"
+    assert tokenizer.decode(rendered.tokens[rendered.response_start :]) == "So the answer is yes.<|end|>"
 
 
 def test_a_prompt_that_changes_with_the_response_is_kept_apart(toy_tokenizer):
