@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +43,8 @@ class Family:
       last: the token that it writes behind the last answer; None where it writes none.
       special, added: the tokens that the template writes besides bos, eos, end and last: those marked as special, and
         those that are one token but marked as text.
-      headers: texts that open or close somebody's turn, and so stand in no trained span.
-      opens: the text that the last header of an assistant's turn ends with or holds.
+      headers: texts that open somebody's turn, and so stand in no trained span.
+      opens: texts that an assistant's turn stands behind: the last that is found is the header of the last turn.
       generation_eos: further tokens that ``generation_config.json`` lists as ends.
       strips: special tokens that take the blanks behind them (``rstrip``).
       marks: the template marks what is generated.
@@ -56,7 +57,7 @@ class Family:
     end: str | None
     last: str | None
     headers: tuple[str, ...]
-    opens: str
+    opens: tuple[str, ...]
     special: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     generation_eos: tuple[str, ...] = ()
@@ -72,7 +73,8 @@ class Family:
 def _family(
     name: str, kind: Kind, bos: str | None, eos: str, end: str | None, opens: str, *headers: str, **more: Any
 ) -> Family:
-    return Family(name, kind, bos, eos, end, more.pop("last", end), (*headers, opens), opens, **more)
+    behind, headers = (opens, *more.pop("also_opens", ())), more.pop("headers", (*headers, opens))
+    return Family(name, kind, bos, eos, end, more.pop("last", end), headers, behind, **more)
 
 
 IM = ("<|im_start|>", "<|im_end|>")
@@ -114,9 +116,17 @@ _LIST = (
         generation_eos=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
     ),
     _family("mistral_v1", "legacy", "<s>", "</s>", "</s>", "[/INST]", "[INST]"),
-    _family("mistral_v3", "first", "<s>", "</s>", "</s>", "[/INST]", *INST[:1], special=INST[:7]),
+    _family(
+        *("mistral_v3", "first", "<s>", "</s>", "</s>", "[/INST]", "[INST]"),
+        special=INST[:7],
+        also_opens=("[/TOOL_RESULTS]",),
+    ),
     _family("mistral_v3_last_user", "first", "<s>", "</s>", "</s>", "[/INST]", "[INST]", special=INST[:7]),
-    _family("mistral_v7", "bytes", "<s>", "</s>", "</s>", "[/INST]", "[INST]", special=INST),
+    _family(
+        *("mistral_v7", "bytes", "<s>", "</s>", "</s>", "[/INST]", "[INST]"),
+        special=INST,
+        also_opens=("[/TOOL_RESULTS]",),
+    ),
     _family(
         *("qwen25", "bytes", None, "<|im_end|>", "<|im_end|>", CHATML, "<|im_start|>"),
         special=(*IM, "<|endoftext|>"),
@@ -195,11 +205,13 @@ _LIST = (
     _family(
         *("r1_old", "bytes", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
         *("<｜Assistant｜>", "<｜User｜>", "<｜tool▁output"),
+        also_opens=("<｜tool▁outputs▁end｜>",),
         added=(*R1, *THINK),
     ),
     _family(
         *("r1_new", "bytes", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
         *("<｜Assistant｜>", "<｜User｜>", "<｜tool▁output"),
+        also_opens=("<｜tool▁outputs▁end｜>",),
         added=(*R1, *THINK),
     ),
     _family(
@@ -224,7 +236,9 @@ _LIST = (
         special=("</s>",),
     ),
     _family(
-        *("gpt_oss", "bytes", "<|startoftext|>", "<|return|>", "<|end|>", "<|start|>assistant", "<|start|>user"),
+        *("gpt_oss", "bytes", "<|startoftext|>", "<|return|>", "<|end|>", "<|start|>assistant"),
+        # A turn may hold several messages of the assistant, so its own header is no border.
+        headers=("<|start|>user", "<|start|>system", "<|start|>functions"),
         special=("<|start|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>"),
         last="<|return|>",
         generation_eos=("<|return|>", "<|endoftext|>", "<|call|>"),
@@ -295,8 +309,6 @@ def _sentence_piece(kind: Kind) -> Tokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -349,6 +361,8 @@ TOOL_TURNS = (
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "drizzle"},
 )
+EARLIER = {"role": "assistant", "content": "The granary.", "reasoning_content": "hidden"}
+LATER = {"role": "user", "content": "otter?"}
 
 _SITUATIONS = (
     _situation("one turn", (ASK,), "It is the walnut.", "walnut", "quokka"),
@@ -368,6 +382,17 @@ _SITUATIONS = (
             (ASK, ("assistant", "<think>\nhidden\n</think>\n\nThe granary."), ("user", "otter?")),
         ),
         *(f"<think>\n{THOUGHT}\n</think>\n\nIt is the walnut.", "granary walnut", "quokka otter"),
+    ),
+    _situation(
+        *("reasoning field in every turn", ({"role": "user", "content": "quokka?"}, EARLIER, LATER)),
+        *("It is the walnut.", "granary walnut", "quokka otter"),
+        response_fields={"reasoning_content": THOUGHT},
+    ),
+    # A last turn of words and a call: where the template writes the call, it is learned too.
+    _situation(
+        *("words and a call", (ASK,), "Let me see the walnut.", "walnut", "quokka required"),
+        response_fields={"tool_calls": [CALL]},
+        tools=(TOOL,),
     ),
     _situation(
         *("reasoning field", (ASK,), "It is the walnut.", "walnut", "quokka"),
