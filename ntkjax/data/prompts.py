@@ -13,7 +13,6 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -91,8 +90,14 @@ def render(tokenizer: Any, example: Example, response: str | None = None, loss_t
 
 def render_prompt(tokenizer: Any, example: Example) -> list[int]:
     """Tokens of what stands before the response, ready for generation: where training and likelihoods start too."""
+    return render_beginning(tokenizer, example, "")
+
+
+def render_beginning(tokenizer: Any, example: Example, beginning: str) -> list[int]:
+    """Tokens of the prompt and of a response that is not finished, as one text, to be continued."""
     rendered = render_text(tokenizer, example)
-    return [*_prefix(tokenizer), *_tokens(tokenizer, [rendered.text[: rendered.response_start]])[0]]
+    text = rendered.text[: rendered.response_start] + beginning
+    return [*_prefix(tokenizer), *_tokens(tokenizer, [text])[0]]
 
 
 def render_text(
@@ -262,7 +267,7 @@ def _header_end(chat: _Chat, k: int, before: str) -> int | None:
     if not said or ours < 0 or theirs < 0:
         return len(before)
     ours, theirs = ours + len(said), theirs + len(said)
-    return ours + len(commonprefix([before[ours:], prompt[theirs:]]))
+    return ours + _shared(before[ours:], prompt[theirs:])
 
 
 def _end_of_turn(chat: _Chat, message: Message, before: str, after: str) -> int | None:
@@ -293,6 +298,12 @@ def _written_end(tokenizer: Any, before: str, after: str) -> str | None:
     end = max(ends, key=len)
     opening = max((name for name in names if name in before), key=before.rfind, default=None)
     return None if end == opening and end != tokenizer.eos_token else end
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    ends = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
+    return next(ends, min(len(first), len(second)))
 
 
 def _squeeze(text: str) -> str:
@@ -468,7 +479,7 @@ def _ends_by_prefixes(tokenizer: Any, text: RenderedText, ids: list[int]) -> lis
     ends, done = [len(text.text)] * len(ids), 0
     for border in borders:
         part = _tokens(tokenizer, [text.text[:border]])[0]
-        shared = len(commonprefix([part, ids]))
+        shared = _shared(part, ids)
         ends[done:shared] = [border] * max(0, shared - done)
         done = max(done, shared)
     return ends

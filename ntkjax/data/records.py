@@ -33,7 +33,8 @@ class Example:
 
     Attributes:
       messages: the chat before the response, each message with ``role``, ``content`` and whatever other fields it
-        came with (``reasoning_content``, ``tool_calls``, ``weight``, ...); None where it is one user message, ``prompt``.
+        came with (``reasoning_content``, ``tool_calls``, ``weight``, ...); None where it is one user message with the
+        text ``prompt``.
       response: the text of the last assistant message; empty where the data was read with
         ``allow_missing_response`` and has none.
       response_fields: fields of the last assistant message besides role and content; None where it has none.

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ntkjax.data.prompts import render_prompt
+from ntkjax.data.prompts import render_beginning, render_prompt
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation.answers import (
     answer_marker,
@@ -112,9 +112,8 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
 
-def _content_length(tokenizer: Any, tokens: Sequence[int]) -> int:
-    end = getattr(tokenizer, "eos_token_id", None)
-    return len(tokens) - (len(tokens) > 0 and tokens[-1] == end)
+def _content_length(model: Any, tokens: Sequence[int]) -> int:
+    return len(tokens) - (len(tokens) > 0 and tokens[-1] in model.stop_tokens)
 
 
 def _read(example: Any, text: str, pattern: re.Pattern[str]) -> tuple[str | None, str]:
@@ -169,8 +168,7 @@ def _force_free(
         part = todo[start : start + rows]
         prompts = []
         for example, text in part:
-            tail = tokenizer.encode(forced_text(text, template), add_special_tokens=False)
-            prompt = [*render_prompt(tokenizer, example), *tail]
+            prompt = render_beginning(tokenizer, example, forced_text(text, template))
             prompts.append(cut_prompt(prompt, room, tokenizer.bos_token_id))
         new = _generate_batch(model, params, prompts, rows, FORCED_TOKENS)
         answers += [last_answer(f"{marker} {_decode(tokenizer, tokens)}", pattern) for tokens in new]
@@ -229,7 +227,7 @@ def generate_answers(
                 predicted=forced[r],
                 how=read[r][1],
                 correct=_is_correct(examples[r], forced[r], pattern),
-                tokens=_content_length(model.tokenizer, new[r]),
+                tokens=_content_length(model, new[r]),
                 dropped=dropped[i],
             )
             for r, i in enumerate(places)

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkjax.data.encode import tokenise
+from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import UserError
 from ntkjax.evaluation.answers import compile_pattern, default_pattern
 from ntkjax.evaluation.choices import (
@@ -50,6 +51,7 @@ def evaluate_model(
     likelihood: bool = True,
     generation: bool = False,
     max_new_tokens: int = 256,
+    loss_turns: LossTurns = "all",
     path: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -67,6 +69,7 @@ def evaluate_model(
         generated).
       likelihood: NLL of the records' own responses.
       generation: generate answers greedily, at most ``max_new_tokens``, and judge them.
+      loss_turns: which assistant turns of a conversation the NLL is taken over, see `ntkjax.data.tokenise`.
       path: outcomes as JSON lines; written as the run goes, and a run that was cut off goes on where it
         stopped. A path that holds finished outcomes of the same settings and weights is read back instead.
       seed: of the bootstrap intervals; nothing else is random.
@@ -86,6 +89,7 @@ def evaluate_model(
         "answer_pattern": pattern,
         "choices": choices,
         "likelihood": likelihood,
+        "loss_turns": loss_turns,
         "generation": generation,
         "max_new_tokens": max_new_tokens if generation else None,
     }
@@ -96,7 +100,7 @@ def evaluate_model(
     outcomes = log.finished
     if outcomes is None:
         bases, choice_rows, response_rows = _bases(records, pattern)
-        job = _Job(model, params, records, bases, log, max_length, token_budget, answer_template, progress)
+        job = _Job(model, params, records, bases, log, max_length, token_budget, answer_template, loss_turns, progress)
         if _wants_choices(choices, generation, len(choice_rows), len(records)):
             job.choices(choice_rows)
         if likelihood:
@@ -119,6 +123,7 @@ class _Job:
     max_length: int
     token_budget: int
     answer_template: str
+    loss_turns: LossTurns
     progress: bool
 
     def choices(self, rows: list[int]) -> None:
@@ -139,7 +144,9 @@ class _Job:
         self._likelihood_from_choices(rows)
 
         def run(todo: list[int]) -> Iterator[list[ResponseNLL]]:
-            dataset = tokenise(self.records, self.model.tokenizer, max_length=self.max_length)
+            dataset = tokenise(
+                self.records, self.model.tokenizer, max_length=self.max_length, loss_turns=self.loss_turns
+            )
             return response_nll(
                 self.model,
                 self.params,
@@ -154,7 +161,7 @@ class _Job:
         """A response that is word for word one of the choices' has been scored already: no second pass for
         it.
 
-        Not where the prompt was cut, since choices are cut to fit the longest of them.
+        Not where the prompt was cut, since choices are cut to fit the longest of them, nor where earlier turns count.
         """
         scored, known = self.log.pieces.get("choices", {}), self.log.done("likelihood")
         found = {}
@@ -162,10 +169,10 @@ class _Job:
             piece, base = scored.get(row), self.bases[row]
             if piece is None or row in known or piece["dropped_choices"]:
                 continue
-            texts = [self.answer_template.format(choice) for choice in base.choices or []]
-            response = self.records[row].response
-            if response in texts:
-                c = texts.index(response)
+            texts, example = [self.answer_template.format(choice) for choice in base.choices or []], self.records[row]
+            earlier = any(message["role"] == "assistant" for message in example.messages or ())
+            if example.response in texts and not (earlier and self.loss_turns == "all"):
+                c = texts.index(example.response)
                 tokens = piece["logprob_tokens"][c]
                 found[row] = {"nll": -piece["logprobs"][c] / tokens, "nll_tokens": tokens}
         if found:

@@ -43,7 +43,7 @@ def generate(
       params: any subset of the model's tree, laid over its weights. prompts: token ids, each of length >= 1.
         temperature: 0 takes the largest logit; otherwise samples softmax(logits / temperature), and needs
         ``key``. top_p: sample only from the fewest most probable tokens whose probabilities reach ``top_p``.
-        stop_tokens: None means the model's: config.eos_token_ids and the tokenizer's. batch_size: prompts
+        stop_tokens: None means the model's, see `LanguageModel.stop_tokens`. batch_size: prompts
         that run together; memory grows with it, compiled shapes are powers of two up to it.
 
     Raises UserError naming the prompt that is empty, has a token outside the vocabulary or is too long for
@@ -117,9 +117,7 @@ def _check_prompt(i: int, prompt: list[int], vocab_size: int, new: int, limit: i
 
 def _stop_tokens(model: LanguageModel, given: Sequence[int] | None) -> list[int]:
     """The stop tokens, filled up with -1 to a multiple of 8 so that their number compiles nothing anew."""
-    own = getattr(model.tokenizer, "eos_token_id", None)
-    tokens = set(model.config.eos_token_ids if given is None else given)
-    tokens |= {own} if given is None and own is not None else set()
+    tokens = model.stop_tokens if given is None else set(given)
     return sorted(tokens) + [-1] * (-len(tokens) % 8 or 8 * (not tokens))
 
 

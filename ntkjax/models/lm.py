@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ntkjax.data.prompts import stop_tokens
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import functions
 from ntkjax.models.config import DTYPES, ModelConfig
@@ -73,6 +74,13 @@ class LanguageModel:
     def lora(self) -> dict:
         """The adapter's leaves as a subset of ``params``; {} without an adapter."""
         return lora_subset(self.params)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Where generation stops: the token that ends a turn in training, the tokenizer's eos, and those of config.json
+        and generation_config.json."""
+        ends = self.config.eos_token_ids
+        return frozenset(ends) if self.tokenizer is None else stop_tokens(self.tokenizer, ends)
 
     def fresh_lora(self, seed: int) -> dict:
         """A new adapter drawn from ``seed`` (A uniform, B zero), with the tree and dtypes of ``lora``."""

@@ -61,6 +61,8 @@ def load_lm(
     directory = find_directory(path)
     hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
     config = ModelConfig.from_hf(hf_config, str(directory / "config.json"))
+    stops = dict.fromkeys((*config.eos_token_ids, *_generation_ends(directory)))
+    config = dataclasses.replace(config, eos_token_ids=tuple(stops))
     tensors = find_tensors(directory)
     spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, attention)
     if lora is not None:
@@ -68,6 +70,18 @@ def load_lm(
     params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)
     tokenizer = load_tokenizer(directory, config)
     return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
+
+
+def _generation_ends(directory: Path) -> list[int]:
+    """The tokens at which generation_config.json stops; none where the directory has no such file."""
+    path = directory / "generation_config.json"
+    given = read_json(path, "").get("eos_token_id") if path.is_file() else None
+    ends = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise CheckpointError(
+            f"{path}: eos_token_id is {given!r}; expected a token id or a list of them; mend or remove the entry"
+        )
+    return ends
 
 
 def find_directory(path: str | Path) -> Path:

@@ -90,6 +90,7 @@ def evaluate_on(
         choices=choices,
         generation=options.generation,
         max_new_tokens=options.max_new_tokens,
+        loss_turns=data.loss_turns,
         path=path,
         seed=seed,
         progress=progress,

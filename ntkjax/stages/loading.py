@@ -97,8 +97,15 @@ def load_data(
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     records = read_records(paths, on_bad_record=options.on_bad_record, limit=limit)
-    tokens = tokenise(records, model.tokenizer, max_length=longest(model, options))
-    return Loaded(records, tokens.on(model.mesh))
+    tokens = tokenise(
+        records,
+        model.tokenizer,
+        max_length=longest(model, options),
+        loss_turns=options.loss_turns,
+        on_bad_record=options.on_bad_record,
+    )
+    assert tokens.records is not None
+    return Loaded(tokens.records, tokens.on(model.mesh))  # without the records that were skipped
 
 
 def longest(model: LanguageModel, options: DataOptions) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from ntkjax.data.dedup import DedupSettings
+from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.approx import parse
 from ntkjax.parallel import WeightRule, parse_mesh
@@ -53,7 +54,11 @@ class DataOptions:
     on_bad_record: Literal["raise", "skip"] = "raise"
     """raise: the first bad record ends the run and is named; skip: bad records are counted and listed."""
     max_length: int = 2048
-    """Longest sequence in tokens. Longer prompts lose tokens on the left; every truncation is counted."""
+    """Longest sequence in tokens. Longer conversations lose whole turns from the front, then their prompt tokens on the
+    left; every truncation is counted."""
+    loss_turns: LossTurns = "all"
+    """Which turns of a conversation are trained and scored. all: every assistant turn with its end token; last: the
+    last one alone. A message with weight 0 or train false is never trained."""
     token_budget: int = 8192
     """Tokens (rows x length) in a batch of one device, in passes that do not train."""
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ntkjax.data import read_records
+from ntkjax.data.prompts import stop_tokens
 from ntkjax.models import ModelConfig, init_lm
 
 CHAT = (
@@ -75,6 +76,10 @@ class Stub:
     tokenizer: object
     states_fn: object
     head_fn: object
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return stop_tokens(self.tokenizer)
 
 
 def unigram_stub(tokenizer, scores) -> Stub:
