@@ -9,22 +9,29 @@ token that ends the turn; a message with ``weight: 0`` or ``train: false`` is le
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 from ntkjax.data.records import Example
 from ntkjax.data.schema import Message
+from ntkjax.data.turns import (
+    MARK,
+    Chat,
+    apply_template,
+    has_template,
+    header_end,
+    locate,
+    shared_prefix,
+    squeeze,
+    template_options,
+    turn_ends,
+    with_objects,
+)
 from ntkjax.errors import ConfigError, DataError
 
-TEMPLATE_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
 LossTurns = Literal["all", "last"]
-_MARK = "\ue000mark\ue001"  # stands for a message's text; private-use characters, which no template tests for
-_THINKING = re.compile(r"<[^<>|\s]+>\s*\Z")  # an opening tag at the end of a generation prompt
-_UNFINISHED = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +116,18 @@ def render_text(
     """The text that ``render`` tokenises. Arguments and errors as there."""
     if loss_turns not in get_args(LossTurns):
         raise ConfigError(f"loss_turns is {loss_turns!r}; expected one of {', '.join(get_args(LossTurns))}")
-    messages = [_with_objects(message) for message in example.conversation(response)]
+    messages = [with_objects(message) for message in example.conversation(response)]
     earlier = [k for k, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
-    if not _has_template(tokenizer):
+    if not has_template(tokenizer):
         rendered, spans = _plain(example, messages)
     else:
-        chat = _Chat(tokenizer, example, messages, _apply_template(tokenizer, example, messages))
+        chat = Chat(tokenizer, example, messages, apply_template(tokenizer, example, messages))
         rendered, spans = _last_turn(chat), {}
         if rendered.apart:  # the text begins with the prompt, in which the earlier turns stand too
             prompt = chat.apply(messages[:-1], add_generation_prompt=True)
             chat = dataclasses.replace(chat, full=prompt, complete=False)
         for k in earlier:
-            turn = _locate(chat, k)
+            turn = locate(chat, k)
             if turn is not None and turn.end <= rendered.response_start:
                 spans[k] = (turn.start, turn.end)
     wanted = [k for k in earlier if loss_turns == "all" and _counts(messages[k])]
@@ -151,7 +158,7 @@ def end_token(tokenizer: Any) -> int:
     Raises:
       ConfigError: there is none.
     """
-    written = _turn_ends(tokenizer).last
+    written = turn_ends(tokenizer).last
     if written is not None:
         return int(tokenizer.convert_tokens_to_ids(written))
     if tokenizer.eos_token_id is None:
@@ -165,9 +172,7 @@ def end_token(tokenizer: Any) -> int:
 def stop_tokens(tokenizer: Any, others: Sequence[int] = ()) -> frozenset[int]:
     """Every token at which generation stops: those that end a turn in training, eos, and ``others`` (those of
     generation_config.json and config.json)."""
-    return frozenset(
-        {*(tokenizer.convert_tokens_to_ids(end) for end in _turn_ends(tokenizer).known), *map(int, others)}
-    )
+    return frozenset({*(tokenizer.convert_tokens_to_ids(end) for end in turn_ends(tokenizer).known), *map(int, others)})
 
 
 def writes_the_date(tokenizer: Any) -> bool:
@@ -186,53 +191,21 @@ def pad_token(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end_token(tokenizer)
 
 
-# Where the assistant's turns stand in a rendering
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chat:
-    """A conversation and its rendering. ``complete`` is false where ``full`` stops before the last turn."""
-
-    tokenizer: Any
-    example: Example
-    messages: list[Message]
-    full: str
-    complete: bool = True
-
-    def apply(self, messages: list[Message], **options: Any) -> str:
-        return _apply_template(self.tokenizer, self.example, messages, **options)
-
-    def rendered(self, message: Message, k: int) -> str:
-        """``full`` with ``message`` in the place of message ``k``."""
-        messages = [*self.messages[:k], message, *self.messages[k + 1 :]]
-        return self.apply(messages) if self.complete else self.apply(messages[:-1], add_generation_prompt=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    """An assistant turn in a rendering: its text begins at ``start`` (behind the header) and its end token, where
-    ``ended``, stops at ``end``."""
-
-    start: int
-    end: int
-    ended: bool
-
-
-def _last_turn(chat: _Chat) -> RenderedText:
+def _last_turn(chat: Chat) -> RenderedText:
     """The rendering up to the end of the last turn, which is the only one in ``trained`` yet."""
-    said = [_squeeze(m["content"]) for m in chat.messages[:-1] if m["role"] != "assistant" and m["content"]]
+    said = [squeeze(m["content"]) for m in chat.messages[:-1] if m["role"] != "assistant" and m["content"]]
     if chat.example.messages is None:  # one message of a user is what every template renders
         said = []
     lost = lambda text: sum(part not in text for part in said) if said else 0
-    turn = _locate(chat, len(chat.messages) - 1)
+    turn = locate(chat, len(chat.messages) - 1)
     if turn is not None:
         text = chat.full[: turn.end]
-        missing = lost(_squeeze(text))
+        missing = lost(squeeze(text))
         whole = RenderedText(text, turn.start, ((turn.start, turn.end),), add_end=not turn.ended, messages_lost=missing)
         if not missing:
             return whole
     prompt = chat.apply(chat.messages[:-1], add_generation_prompt=True)
-    still = lost(_squeeze(prompt))
+    still = lost(squeeze(prompt))
     if turn is not None and still >= whole.messages_lost:
         return whole
     if chat.messages[-1].get("tool_calls"):
@@ -243,17 +216,17 @@ def _last_turn(chat: _Chat) -> RenderedText:
     return _put_behind(chat, prompt, still)
 
 
-def _put_behind(chat: _Chat, prompt: str, lost: int) -> RenderedText:
+def _put_behind(chat: Chat, prompt: str, lost: int) -> RenderedText:
     """The response as plain text behind the prompt.
 
     The prompt ends where that of a plain response ends, so that all responses to it begin at one place. A generation
     prompt that goes on from there opens the reasoning: what it writes is put in front of a response that closes a
     reasoning which it does not open.
     """
-    response, end = chat.messages[-1]["content"], _turn_ends(chat.tokenizer).last
-    plain = {"role": "assistant", "content": _MARK}
-    before, mark, _ = chat.apply([*chat.messages[:-1], plain]).partition(_MARK)
-    header = _header_end(chat, len(chat.messages) - 1, before) if mark else len(prompt)
+    response, end = chat.messages[-1]["content"], turn_ends(chat.tokenizer).last
+    plain = {"role": "assistant", "content": MARK}
+    before, mark, _ = chat.apply([*chat.messages[:-1], plain]).partition(MARK)
+    header = header_end(chat, len(chat.messages) - 1, before) if mark else len(prompt)
     start = header if prompt.startswith(before[:header]) else len(prompt)
     opened = prompt[start:]
     tag = opened.strip()
@@ -264,158 +237,8 @@ def _put_behind(chat: _Chat, prompt: str, lost: int) -> RenderedText:
     return RenderedText(text, start, (span,), add_end=end is None, apart=True, messages_lost=lost)
 
 
-def _locate(chat: _Chat, k: int) -> _Turn | None:
-    """Where message ``k``, an assistant's, stands in ``chat.full``; None where it is not rendered as written.
-
-    The conversation is rendered again with a mark in the place of the message's text: what surrounds the mark is the
-    template's. A template may move blanks, and take the reasoning out of turns before the last.
-    """
-    message, full, last = chat.messages[k], chat.full, k == len(chat.messages) - 1
-    if message.get("tool_calls") and not message["content"].strip():
-        return _calls(chat, k)
-    before, mark, after = chat.rendered({**message, "content": _MARK}, k).partition(_MARK)
-    if not mark or _MARK in after:
-        return None
-    header = _header_end(chat, k, before)
-    if not full.startswith(before[:header]) or not full.endswith(after):
-        return None
-    stop = len(full) - len(after)
-    body, written = _squeeze(full[header:stop]), _squeeze(message["content"])
-    tag = _THINKING.search(before[:header])  # the generation prompt opens the reasoning
-    opened = _squeeze(tag[0]) + body if tag is not None else body
-    whole = written in (body, opened) or body == _squeeze(before[header:]) + written
-    # In turns that are answered already, reasoning in front of the answer may go.
-    if stop < header or not (whole or (not last and body and written.endswith(body))):
-        return None
-    if message.get("tool_calls"):
-        length, ended = _end_of_calls(chat, k, after)
-        return _Turn(header, stop + length, ended)
-    end = _end_of_turn(chat.tokenizer, before, after)
-    return _Turn(header, stop + (end or 0), end is not None)
-
-
-def _calls(chat: _Chat, k: int) -> _Turn | None:
-    """Where message ``k``, calls of tools without text, stands in ``chat.full``; None where the template writes none.
-
-    As `_locate`, with the mark in the arguments of the last call.
-    """
-    message, full = chat.messages[k], chat.full
-    calls = [dict(call) for call in message["tool_calls"]]
-    inner = calls[-1].get("function")
-    target = dict(inner) if isinstance(inner, dict) else calls[-1]
-    target["arguments"] = {"mark": _MARK}
-    calls[-1] = {**calls[-1], "function": target} if isinstance(inner, dict) else target
-    before, mark, after = chat.rendered({**message, "tool_calls": calls}, k).partition(_MARK)
-    if not mark or _MARK in after:
-        return None
-    header = _header_end(chat, k, before)
-    length, ended = _end_of_calls(chat, k, after)
-    stop = len(full) - len(after) + length
-    if not full.startswith(before[:header]) or not full.endswith(after[length:]) or stop <= header:
-        return None
-    return _Turn(header, stop, ended)
-
-
-def _end_of_calls(chat: _Chat, k: int, after: str) -> tuple[int, bool]:
-    """Length of what is turn ``k``'s in ``after``, which begins in its last call, and whether an end token is in it.
-
-    That is all up to a known end token; else up to the first added token, with it unless it opens the next message.
-    """
-    following = chat.messages[k + 1]["content"] if k + 1 < len(chat.messages) else ""
-    limit = after.find(following) if following and following in after else len(after)
-    known = "|".join(map(re.escape, sorted(_turn_ends(chat.tokenizer).known)))
-    found = re.compile(known).search(after, 0, limit) if known else None
-    if found is not None:
-        return found.end(), True
-    added = [(after.index(name), -len(name), name) for name in _added_texts(chat.tokenizer) if name in after[:limit]]
-    if not added:
-        return len(after[:limit].rstrip()), False
-    start, _, name = min(added)
-    if following and name == _last_added(chat.tokenizer, after[:limit]):
-        return start, False
-    return start + len(name), True
-
-
-def _header_end(chat: _Chat, k: int, before: str) -> int:
-    """Where the header of turn ``k`` ends in ``before``, the rendering up to the turn's text.
-
-    That is where the generation prompt ends. A template whose generation prompt goes on (opens the reasoning, say) or
-    which writes earlier messages differently as long as they are the last is compared from the end of the message
-    before on.
-    """
-    try:
-        prompt = chat.apply(chat.messages[:k], add_generation_prompt=True)
-    except DataError:  # the conversation up to there is refused, as the template refuses no message at all
-        return len(before)
-    if before.startswith(prompt):
-        return len(prompt)
-    said = str(chat.messages[k - 1]["content"]).strip() if k else ""
-    ours, theirs = before.rfind(said), prompt.rfind(said)
-    if not said or ours < 0 or theirs < 0:
-        return len(before)
-    ours, theirs = ours + len(said), theirs + len(said)
-    shared = before[ours : ours + _shared(before[ours:], prompt[theirs:])]
-    if ours + len(shared) < len(before):  # not within a tag, which may be another one
-        shared = _UNFINISHED.sub("", shared)
-    return ours + len(shared)
-
-
-def _end_of_turn(tokenizer: Any, before: str, after: str) -> int | None:
-    """Length of ``after``, what follows a turn's text, up to and with the token that ends it; None: none is written."""
-    known = {*_turn_ends(tokenizer).known, _written_end(tokenizer, before, after, ())} - {None}
-    found = re.match(rf"\s*(?:{'|'.join(map(re.escape, sorted(known)))})", after) if known else None
-    return None if found is None else found.end()
-
-
-def _written_end(tokenizer: Any, before: str, after: str, openings: tuple[str, ...]) -> str | None:
-    """The added token that follows a turn's text at once, unless it opens turns: one of ``openings``, or the token in
-    front of this turn's text."""
-    names = _added_texts(tokenizer)
-    rest = after.lstrip()
-    ends = [name for name in names if rest.startswith(name)]
-    if not ends:
-        return None
-    end = max(ends, key=len)
-    opens = end in openings or end == _last_added(tokenizer, before)
-    return None if opens and end != tokenizer.eos_token else end
-
-
-def _last_added(tokenizer: Any, text: str) -> str | None:
-    """The added token that stands last in ``text``."""
-    return max((name for name in _added_texts(tokenizer) if name in text), key=text.rfind, default=None)
-
-
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
-    ends = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
-    return next(ends, min(len(first), len(second)))
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
 def _counts(message: Message) -> bool:
     return message.get("weight", 1) != 0 and message.get("train", True) is not False
-
-
-def _with_objects(message: Message) -> Message:
-    """The message with the arguments of its tool calls as objects, as templates want them, not as JSON text."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, (list, tuple)):
-        return message
-
-    def call(item: Any) -> Any:
-        inner = item.get("function") if isinstance(item, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("arguments"), str):
-            return item
-        try:
-            arguments = json.loads(inner["arguments"])
-        except ValueError:
-            return item
-        return {**item, "function": {**inner, "arguments": arguments}}
-
-    return {**message, "tool_calls": [call(item) for item in calls]}
 
 
 # {% generation %}: the template's own marks
@@ -426,7 +249,7 @@ def _marks_generation(tokenizer: Any) -> bool:
 
 
 def _as_marked(
-    chat: _Chat, rendered: RenderedText, earlier: list[tuple[int, int]]
+    chat: Chat, rendered: RenderedText, earlier: list[tuple[int, int]]
 ) -> tuple[RenderedText, list[tuple[int, int]]]:
     """S(x) as the template marks it: a turn begins no earlier than its mark, and one without a mark is not trained.
 
@@ -440,7 +263,7 @@ def _as_marked(
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
-        **_template_options(chat.example),
+        **template_options(chat.example),
     )
     marks = [span for span, inside in zip(found["offset_mapping"], found["assistant_masks"]) if inside]
 
@@ -470,82 +293,9 @@ def _plain(example: Example, messages: list[Message]) -> tuple[RenderedText, dic
     return RenderedText(text, len(prompt), ((len(prompt), len(text)),)), spans
 
 
-# The tokenizer
-
-
-def _has_template(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def _template_options(example: Example) -> dict[str, Any]:
-    # Llama 3 templates write today's date unless given one; the same data must give the same tokens.
-    tools = {} if example.tools is None else {"tools": list(example.tools)}
-    return {"date_string": TEMPLATE_DATE, **tools}
-
-
-def _apply_template(tokenizer: Any, example: Example, messages: list[Message], **options: Any) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **_template_options(example), **options)
-    except Exception as error:  # templates raise what they like
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise DataError(
-            f"record {example.id!r}: the chat template of the tokenizer refuses it ({error}; roles: {roles}"
-            "); expected messages the template knows; change the roles, or remove the template for plain "
-            "prompts"
-        ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _TurnEnds:
-    """Tokens behind an assistant's text: the one that ends the ``last`` turn (None: none is written), and all ``known``
-    ones, eos among them."""
-
-    last: str | None
-    known: tuple[str, ...]
-
-
-_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, str | None], _TurnEnds]] = WeakKeyDictionary()
-_ADDED: WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]] = WeakKeyDictionary()
-
-
-def _turn_ends(tokenizer: Any) -> _TurnEnds:
-    """What ends a turn, found by rendering a conversation of one answer and one of two."""
-    key = (str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.eos_token)
-    known = _TURN_ENDS.setdefault(tokenizer, {})
-    if key not in known:
-        eos = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
-        last = _probed(tokenizer, (), "") if key[0] else None
-        inner = _probed(tokenizer, ({"role": "user", "content": "Hi"},), "Well") if key[0] else None
-        known[key] = _TurnEnds(last, tuple(dict.fromkeys([*filter(None, (last, inner)), *eos])))
-    return known[key]
-
-
-def _probed(tokenizer: Any, more: tuple[Message, ...], answer: str) -> str | None:
-    """The token that ends an answer with ``more`` messages (and another ``answer``) behind it; None without one, or
-    where the template refuses the conversation."""
-    first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
-    second = [{"role": "assistant", "content": answer}] if more else []
-    try:
-        text = _apply_template(tokenizer, Example("probe", "", "Hi", None, ""), [*first, *more, *second])
-    except DataError:
-        return None
-    before, _, after = text.partition(_MARK)
-    user = _last_added(tokenizer, before[: before.find("Hi")])
-    return _written_end(tokenizer, before, after, () if user is None else (user,))
-
-
-def _added_texts(tokenizer: Any) -> tuple[str, ...]:
-    """Texts of all special and added tokens. They are slow to collect, so they are kept while their number stays."""
-    size = len(getattr(tokenizer, "added_tokens_decoder", {}))
-    if tokenizer not in _ADDED or _ADDED[tokenizer][0] != size:
-        added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-        _ADDED[tokenizer] = (size, tuple({*tokenizer.all_special_tokens, *added}))
-    return _ADDED[tokenizer][1]
-
-
 def _prefix(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that the tokenizer itself puts in front of a text (bos), where no template does."""
-    if _has_template(tokenizer):
+    if has_template(tokenizer):
         return ()
     with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -583,7 +333,7 @@ def _offsets_by_prefixes(tokenizer: Any, text: RenderedText, ids: list[int]) -> 
     borders = sorted({edge for span in text.trained for edge in span} | {text.response_start, *text.turn_ends})
     ends, done = [len(text.text)] * len(ids), 0
     for border in borders:
-        shared = _shared(_tokens(tokenizer, [text.text[:border]])[0], ids)
+        shared = shared_prefix(_tokens(tokenizer, [text.text[:border]])[0], ids)
         ends[done:shared] = [border] * max(0, shared - done)
         done = max(done, shared)
     return list(zip([0, *ends], ends))
