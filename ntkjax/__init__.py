@@ -1,8 +1,8 @@
 """ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
 
 Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``study``, ``verify``,
-``stability``, ``replay`` and ``demo`` are the commands as functions; ``load_lm`` gives a model whose functions feed
-``ntkjax.ntk`` and ``ntkjax.selection``.
+``stability``, ``show``, ``replay`` and ``demo`` are the commands as functions; ``load_lm`` gives a model whose
+functions feed ``ntkjax.ntk`` and ``ntkjax.selection``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         FinetuneConfig,
         ReplayConfig,
         SelectConfig,
+        ShowConfig,
         StabilityConfig,
         StudyConfig,
         VerifyConfig,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         finetune,
         replay,
         select,
+        show,
         stability,
         study,
         verify,
@@ -43,8 +45,8 @@ _PUBLIC = {
     "ntkjax.training": ("TrainConfig", "fit"),
     "ntkjax.stages": (
         *("AdaptConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig", "ReplayConfig", "SelectConfig"),
-        *("StabilityConfig", "StudyConfig", "VerifyConfig"),
-        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "stability", "study", "verify"),
+        *("ShowConfig", "StabilityConfig", "StudyConfig", "VerifyConfig"),
+        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "show", "stability", "study", "verify"),
     ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

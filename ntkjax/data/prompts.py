@@ -24,6 +24,7 @@ TEMPLATE_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
 LossTurns = Literal["all", "last"]
 _MARK = "\ue000mark\ue001"  # stands for a message's text; private-use characters, which no template tests for
 _THINKING = re.compile(r"<[^<>|\s]+>\s*\Z")  # an opening tag at the end of a generation prompt
+_UNFINISHED = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,7 @@ class Rendered:
       turn_ends: position behind each assistant turn before the last: where the conversation may be cut.
       crossing: tokens that lie across the border of a span, half in it. They count as inside at its start and as
         outside at its end.
-      apart: see `RenderedText`.
-      turns_lost: see `RenderedText`.
+      apart, turns_lost, messages_lost: see `RenderedText`.
     """
 
     tokens: list[int]
@@ -49,6 +49,7 @@ class Rendered:
     crossing: int = 0
     apart: bool = False
     turns_lost: int = 0
+    messages_lost: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,10 @@ class RenderedText:
       trained: S(x), half-open, ascending; the last span ends with the text.
       turn_ends: end of each assistant turn before the last.
       add_end: whether the end token must still be appended.
-      apart: the template does not render the response whole (it strips the reasoning, say), so the response was put
-        behind the generation prompt as plain text.
+      apart: the template does not render the conversation whole (it strips the reasoning of the response, say, or
+        leaves out the system message once there is a response), so the response was put behind the prompt as text.
       turns_lost: earlier assistant turns that the template does not render as they are written; they are not trained.
+      messages_lost: messages of others (system, user, tool) whose text the template leaves out.
     """
 
     text: str
@@ -73,6 +75,7 @@ class RenderedText:
     add_end: bool = True
     apart: bool = False
     turns_lost: int = 0
+    messages_lost: int = 0
 
 
 def render(tokenizer: Any, example: Example, response: str | None = None, loss_turns: LossTurns = "all") -> Rendered:
@@ -111,14 +114,15 @@ def render_text(
     if not _has_template(tokenizer):
         rendered, spans = _plain(example, messages)
     else:
-        chat = _Chat(tokenizer, example, messages)
+        chat = _Chat(tokenizer, example, messages, _apply_template(tokenizer, example, messages))
         rendered, spans = _last_turn(chat), {}
-        if earlier and rendered.apart:  # the text is the generation prompt's, in which the earlier turns stand too
-            chat = dataclasses.replace(chat, full=rendered.text[: rendered.response_start], complete=False)
+        if rendered.apart:  # the text begins with the prompt, in which the earlier turns stand too
+            prompt = chat.apply(messages[:-1], add_generation_prompt=True)
+            chat = dataclasses.replace(chat, full=prompt, complete=False)
         for k in earlier:
-            found = _locate(chat, k)
-            if found is not None and found.end <= rendered.response_start:
-                spans[k] = (found.start, found.end)
+            turn = _locate(chat, k)
+            if turn is not None and turn.end <= rendered.response_start:
+                spans[k] = (turn.start, turn.end)
     wanted = [k for k in earlier if loss_turns == "all" and _counts(messages[k])]
     chosen = [spans[k] for k in wanted if k in spans]
     if _marks_generation(tokenizer):
@@ -136,8 +140,9 @@ def encode(tokenizer: Any, texts: Sequence[RenderedText]) -> list[Rendered]:
     """Tokenise many texts at once (in parallel, where the tokenizer can), each as a whole."""
     prefix = _prefix(tokenizer)
     end = end_token(tokenizer) if any(text.add_end for text in texts) else -1
-    tokens, ends = _tokens_and_ends(tokenizer, texts)
-    return [_rendered(text, prefix, ids, stops, end) for text, ids, stops in zip(texts, tokens, ends)]
+    added = set(getattr(tokenizer, "added_tokens_decoder", {}))
+    tokens, offsets = _tokens_and_offsets(tokenizer, texts)
+    return [_rendered(text, prefix, ids, pairs, end, added) for text, ids, pairs in zip(texts, tokens, offsets)]
 
 
 def end_token(tokenizer: Any) -> int:
@@ -146,7 +151,7 @@ def end_token(tokenizer: Any) -> int:
     Raises:
       ConfigError: there is none.
     """
-    written = _turn_end(tokenizer)
+    written = _turn_ends(tokenizer).last
     if written is not None:
         return int(tokenizer.convert_tokens_to_ids(written))
     if tokenizer.eos_token_id is None:
@@ -158,11 +163,11 @@ def end_token(tokenizer: Any) -> int:
 
 
 def stop_tokens(tokenizer: Any, others: Sequence[int] = ()) -> frozenset[int]:
-    """Every token at which generation stops: the one that ends a turn in training, eos, and ``others`` (those of
+    """Every token at which generation stops: those that end a turn in training, eos, and ``others`` (those of
     generation_config.json and config.json)."""
-    own = {end_token(tokenizer)} if _turn_end(tokenizer) is not None else set()
-    eos = getattr(tokenizer, "eos_token_id", None)
-    return frozenset({*own, *(() if eos is None else (int(eos),)), *map(int, others)})
+    return frozenset(
+        {*(tokenizer.convert_tokens_to_ids(end) for end in _turn_ends(tokenizer).known), *map(int, others)}
+    )
 
 
 def writes_the_date(tokenizer: Any) -> bool:
@@ -191,7 +196,7 @@ class _Chat:
     tokenizer: Any
     example: Example
     messages: list[Message]
-    full: str = ""
+    full: str
     complete: bool = True
 
     def apply(self, messages: list[Message], **options: Any) -> str:
@@ -210,17 +215,48 @@ class _Turn:
 
 def _last_turn(chat: _Chat) -> RenderedText:
     """The rendering up to the end of the last turn, which is the only one in ``trained`` yet."""
-    full = chat.apply(chat.messages)
-    turn = _locate(dataclasses.replace(chat, full=full), len(chat.messages) - 1)
+    said = [_squeeze(m["content"]) for m in chat.messages[:-1] if m["role"] != "assistant" and m["content"]]
+    if chat.example.messages is None:  # one message of a user is what every template renders
+        said = []
+    lost = lambda text: sum(part not in text for part in said) if said else 0
+    turn = _locate(chat, len(chat.messages) - 1)
     if turn is not None:
-        return RenderedText(full[: turn.end], turn.start, ((turn.start, turn.end),), add_end=not turn.ended)
+        text = chat.full[: turn.end]
+        missing = lost(_squeeze(text))
+        whole = RenderedText(text, turn.start, ((turn.start, turn.end),), add_end=not turn.ended, messages_lost=missing)
+        if not missing:
+            return whole
     prompt = chat.apply(chat.messages[:-1], add_generation_prompt=True)
-    response, tag = chat.messages[-1]["content"], _THINKING.search(prompt)
-    if tag is not None and response.lstrip().startswith(tag[0].strip()):  # the prompt has opened the reasoning
-        response = response.lstrip()[len(tag[0].strip()) :].lstrip()
-    text = prompt + response + (_turn_end(chat.tokenizer) or "")
-    ended = _turn_end(chat.tokenizer) is not None
-    return RenderedText(text, len(prompt), ((len(prompt), len(text)),), add_end=not ended, apart=True)
+    still = lost(_squeeze(prompt))
+    if turn is not None and still >= whole.messages_lost:
+        return whole
+    if chat.messages[-1].get("tool_calls"):
+        raise DataError(
+            f"record {chat.example.id!r}: the chat template does not render both the text and the tool calls of the "
+            "last message; expected a template that does; remove one of the two, or the record"
+        )
+    return _put_behind(chat, prompt, still)
+
+
+def _put_behind(chat: _Chat, prompt: str, lost: int) -> RenderedText:
+    """The response as plain text behind the prompt.
+
+    The prompt ends where that of a plain response ends, so that all responses to it begin at one place. A generation
+    prompt that goes on from there opens the reasoning: what it writes is put in front of a response that closes a
+    reasoning which it does not open.
+    """
+    response, end = chat.messages[-1]["content"], _turn_ends(chat.tokenizer).last
+    plain = {"role": "assistant", "content": _MARK}
+    before, mark, _ = chat.apply([*chat.messages[:-1], plain]).partition(_MARK)
+    header = _header_end(chat, len(chat.messages) - 1, before) if mark else len(prompt)
+    start = header if prompt.startswith(before[:header]) else len(prompt)
+    opened = prompt[start:]
+    tag = opened.strip()
+    if tag and not response.lstrip().startswith(tag) and tag.replace("<", "</", 1) in response:
+        response = opened + response
+    text = prompt[:start] + response + (end or "")
+    span = (start, len(text))
+    return RenderedText(text, start, (span,), add_end=end is None, apart=True, messages_lost=lost)
 
 
 def _locate(chat: _Chat, k: int) -> _Turn | None:
@@ -230,18 +266,22 @@ def _locate(chat: _Chat, k: int) -> _Turn | None:
     template's. A template may move blanks, and take the reasoning out of turns before the last.
     """
     message, full, last = chat.messages[k], chat.full, k == len(chat.messages) - 1
+    if message.get("tool_calls") and not message["content"].strip():
+        return _calls(chat, k)
     messages = chat.messages if chat.complete else chat.messages[:-1]
     options = {} if chat.complete else {"add_generation_prompt": True}
     marked = chat.apply([*messages[:k], {**message, "content": _MARK}, *messages[k + 1 :]], **options)
     before, mark, after = marked.partition(_MARK)
+    if not mark or _MARK in after:
+        return None
     header = _header_end(chat, k, before)
-    if not mark:  # a call of tools is rendered without the text beside it
-        return None if header is None or message["content"].strip() else _until_end(chat, full, header)
-    if header is None or _MARK in after or not full.startswith(before[:header]) or not full.endswith(after):
+    if not full.startswith(before[:header]) or not full.endswith(after):
         return None
     stop = len(full) - len(after)
     body, written = _squeeze(full[header:stop]), _squeeze(message["content"])
-    whole = body in (written, _squeeze(before[header:]) + written)
+    tag = _THINKING.search(before[:header])  # the generation prompt opens the reasoning
+    opened = _squeeze(tag[0]) + body if tag is not None else body
+    whole = written in (body, opened) or body == _squeeze(before[header:]) + written
     # In turns that are answered already, reasoning in front of the answer may go.
     if stop < header or not (whole or (not last and body and written.endswith(body))):
         return None
@@ -249,7 +289,24 @@ def _locate(chat: _Chat, k: int) -> _Turn | None:
     return _Turn(header, stop + (end or 0), end is not None)
 
 
-def _header_end(chat: _Chat, k: int, before: str) -> int | None:
+def _calls(chat: _Chat, k: int) -> _Turn | None:
+    """Where message ``k``, calls of tools without text, stands in ``chat.full``; None where nothing of it is written.
+
+    It ends where the conversation up to there ends, rendered without a generation prompt.
+    """
+    header = _header_end(chat, k, chat.full)
+    stop = _shared(chat.apply(chat.messages[: k + 1]), chat.full)
+    written = chat.full[header:stop].rstrip()
+    ends = [name for name in _turn_ends(chat.tokenizer).known if chat.full.startswith(name, stop)]
+    if ends:  # the last turn ends with another token than earlier ones
+        written = chat.full[header : stop + len(ends[0])]
+    end = next((name for name in _added_texts(chat.tokenizer) if written.endswith(name)), "")
+    if not written.removesuffix(end).strip():
+        return None
+    return _Turn(header, header + len(written), bool(end))
+
+
+def _header_end(chat: _Chat, k: int, before: str) -> int:
     """Where the header of turn ``k`` ends in ``before``, the rendering up to the turn's text.
 
     That is where the generation prompt ends. A template whose generation prompt goes on (opens the reasoning, say) or
@@ -267,37 +324,41 @@ def _header_end(chat: _Chat, k: int, before: str) -> int | None:
     if not said or ours < 0 or theirs < 0:
         return len(before)
     ours, theirs = ours + len(said), theirs + len(said)
-    return ours + _shared(before[ours:], prompt[theirs:])
+    shared = before[ours : ours + _shared(before[ours:], prompt[theirs:])]
+    if ours + len(shared) < len(before):  # not within a tag, which may be another one
+        shared = _UNFINISHED.sub("", shared)
+    return ours + len(shared)
 
 
 def _end_of_turn(chat: _Chat, message: Message, before: str, after: str) -> int | None:
     """Length of ``after`` up to and with the token that ends the turn; None where none is written."""
-    known = {_turn_end(chat.tokenizer), chat.tokenizer.eos_token, _written_end(chat.tokenizer, before, after)} - {None}
+    known, calls = set(_turn_ends(chat.tokenizer).known), message.get("tool_calls")
+    if not calls:
+        known |= {_written_end(chat.tokenizer, before, after, ())} - {None}
     if not known:
         return None
     options = "|".join(map(re.escape, sorted(known)))
     # Between the text and the token stand blanks, or the calls of tools.
-    found = re.search(options, after) if message.get("tool_calls") else re.match(rf"\s*(?:{options})", after)
+    found = re.search(options, after) if calls else re.match(rf"\s*(?:{options})", after)
     return None if found is None else found.end()
 
 
-def _until_end(chat: _Chat, full: str, start: int) -> _Turn | None:
-    """The turn from ``start`` to the first token that ends one."""
-    ends = [re.escape(end) for end in {_turn_end(chat.tokenizer), chat.tokenizer.eos_token} if end]
-    found = re.compile("|".join(ends)).search(full, start) if ends else None
-    return None if found is None else _Turn(start, found.end(), True)
-
-
-def _written_end(tokenizer: Any, before: str, after: str) -> str | None:
-    """The added token that follows a turn's text at once, unless it opens turns: the token of the turn's header."""
+def _written_end(tokenizer: Any, before: str, after: str, openings: tuple[str, ...]) -> str | None:
+    """The added token that follows a turn's text at once, unless it opens turns: one of ``openings``, or the token in
+    front of this turn's text."""
     names = _added_texts(tokenizer)
     rest = after.lstrip()
     ends = [name for name in names if rest.startswith(name)]
     if not ends:
         return None
     end = max(ends, key=len)
-    opening = max((name for name in names if name in before), key=before.rfind, default=None)
-    return None if end == opening and end != tokenizer.eos_token else end
+    opens = end in openings or end == _last_added(tokenizer, before)
+    return None if opens and end != tokenizer.eos_token else end
+
+
+def _last_added(tokenizer: Any, text: str) -> str | None:
+    """The added token that stands last in ``text``."""
+    return max((name for name in _added_texts(tokenizer) if name in text), key=text.rfind, default=None)
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -410,24 +471,43 @@ def _apply_template(tokenizer: Any, example: Example, messages: list[Message], *
         ) from error
 
 
-_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, str | None], str | None]] = WeakKeyDictionary()
+@dataclasses.dataclass(frozen=True)
+class _TurnEnds:
+    """Tokens behind an assistant's text: the one that ends the ``last`` turn (None: none is written), and all ``known``
+    ones, eos among them."""
+
+    last: str | None
+    known: tuple[str, ...]
+
+
+_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, str | None], _TurnEnds]] = WeakKeyDictionary()
 _ADDED: WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]] = WeakKeyDictionary()
 
 
-def _turn_end(tokenizer: Any) -> str | None:
-    """The token that the chat template writes behind an assistant's text; None without template or token."""
-    if not _has_template(tokenizer):
-        return None
+def _turn_ends(tokenizer: Any) -> _TurnEnds:
+    """What ends a turn, found by rendering a conversation of one answer and one of two."""
+    key = (str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.eos_token)
     known = _TURN_ENDS.setdefault(tokenizer, {})
-    key = (str(tokenizer.chat_template), tokenizer.eos_token)
     if key not in known:
-        probe = Example("probe", "", "Hi", None, _MARK)
-        try:
-            before, _, after = _apply_template(tokenizer, probe, probe.conversation()).partition(_MARK)
-            known[key] = _written_end(tokenizer, before, after)
-        except DataError:
-            known[key] = None
+        eos = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
+        last = _probed(tokenizer, (), "") if key[0] else None
+        inner = _probed(tokenizer, ({"role": "user", "content": "Hi"},), "Well") if key[0] else None
+        known[key] = _TurnEnds(last, tuple(dict.fromkeys([*filter(None, (last, inner)), *eos])))
     return known[key]
+
+
+def _probed(tokenizer: Any, more: tuple[Message, ...], answer: str) -> str | None:
+    """The token that ends an answer with ``more`` messages (and another ``answer``) behind it; None without one, or
+    where the template refuses the conversation."""
+    first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
+    second = [{"role": "assistant", "content": answer}] if more else []
+    try:
+        text = _apply_template(tokenizer, Example("probe", "", "Hi", None, ""), [*first, *more, *second])
+    except DataError:
+        return None
+    before, _, after = text.partition(_MARK)
+    user = _last_added(tokenizer, before[: before.find("Hi")])
+    return _written_end(tokenizer, before, after, () if user is None else (user,))
 
 
 def _added_texts(tokenizer: Any) -> tuple[str, ...]:
@@ -463,44 +543,60 @@ def _tokens(tokenizer: Any, texts: list[str], **options: Any) -> Any:
     return (encoded["input_ids"], encoded["offset_mapping"]) if options else encoded["input_ids"]
 
 
-def _tokens_and_ends(tokenizer: Any, texts: Sequence[RenderedText]) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of each text, and the character behind each token."""
+def _tokens_and_offsets(
+    tokenizer: Any, texts: Sequence[RenderedText]
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Tokens of each text, and the characters [start, stop) of each token."""
     whole = [text.text for text in texts]
     if getattr(tokenizer, "is_fast", False):
-        tokens, offsets = _tokens(tokenizer, whole, return_offsets_mapping=True)
-        return tokens, [[stop for _, stop in pairs] for pairs in offsets]
+        return _tokens(tokenizer, whole, return_offsets_mapping=True)
     # A tokenizer that tells no offsets: a token ends where the tokens of the text up to there end.
     tokens = _tokens(tokenizer, whole)
-    return tokens, [_ends_by_prefixes(tokenizer, text, ids) for text, ids in zip(texts, tokens)]
+    return tokens, [_offsets_by_prefixes(tokenizer, text, ids) for text, ids in zip(texts, tokens)]
 
 
-def _ends_by_prefixes(tokenizer: Any, text: RenderedText, ids: list[int]) -> list[int]:
+def _offsets_by_prefixes(tokenizer: Any, text: RenderedText, ids: list[int]) -> list[tuple[int, int]]:
     borders = sorted({edge for span in text.trained for edge in span} | {text.response_start, *text.turn_ends})
     ends, done = [len(text.text)] * len(ids), 0
     for border in borders:
-        part = _tokens(tokenizer, [text.text[:border]])[0]
-        shared = _shared(part, ids)
+        shared = _shared(_tokens(tokenizer, [text.text[:border]])[0], ids)
         ends[done:shared] = [border] * max(0, shared - done)
         done = max(done, shared)
-    return ends
+    return list(zip([0, *ends], ends))
 
 
-def _rendered(text: RenderedText, prefix: tuple[int, ...], ids: list[int], stops: list[int], end: int) -> Rendered:
+def _rendered(
+    text: RenderedText,
+    prefix: tuple[int, ...],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    end: int,
+    added: set[int],
+) -> Rendered:
     """Spans of characters to spans of tokens. A token lies between the end of the one before it and its own end."""
-    crossing = 0
+    stops = [stop for _, stop in offsets]
 
-    def first(character: int) -> int:
-        """The first token that ends behind ``character``."""
-        nonlocal crossing
+    def first(character: int) -> tuple[int, int]:
+        """The first token that ends behind ``character``, and 1 where it begins before it."""
         at = bisect_right(stops, character)
-        crossing += 0 < at < len(stops) and stops[at - 1] < character
-        return at + len(prefix)
+        if at < len(ids) and ids[at] in added and offsets[at][0] < character:
+            return at + 1 + len(prefix), 0  # an added token that takes the blanks behind it
+        return at + len(prefix), int(0 < at < len(stops) and stops[at - 1] < character)
 
     tokens = [*prefix, *ids, *([end] if text.add_end else [])]
-    start = first(text.response_start)
-    crossing = 0
-    whole = lambda span: span[1] == len(text.text)
-    spans = [(first(a), len(tokens) if whole((a, b)) else first(b)) for a, b in text.trained]
-    crossed = crossing
-    cuts = [first(position) for position in text.turn_ends]
-    return Rendered(tokens, start, spans, cuts, crossed, text.apart, text.turns_lost)
+    start, _ = first(text.response_start)
+    spans, crossing = [], 0
+    for a, b in text.trained:
+        (begin, early), (stop, late) = first(a), (len(tokens), 0) if b == len(text.text) else first(b)
+        spans.append((begin, stop))
+        crossing += early + late
+    return Rendered(
+        tokens=tokens,
+        response_start=start,
+        trained=spans,
+        turn_ends=[first(position)[0] for position in text.turn_ends],
+        crossing=crossing,
+        apart=text.apart,
+        turns_lost=text.turns_lost,
+        messages_lost=text.messages_lost,
+    )

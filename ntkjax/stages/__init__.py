@@ -22,6 +22,9 @@ from ntkjax.stages.replaying import ReplayConfig
 from ntkjax.stages.replaying import replay as _replay
 from ntkjax.stages.selecting import SelectConfig
 from ntkjax.stages.selecting import select as _select
+from ntkjax.stages.showing import ShowConfig, Shown
+from ntkjax.stages.showing import describe as _describe
+from ntkjax.stages.showing import show as _show
 from ntkjax.stages.study_command import Study, StudyConfig
 from ntkjax.stages.study_command import study as _study
 from ntkjax.stages.verifying import Verification, VerifyConfig
@@ -35,6 +38,7 @@ demo = takes_keywords(DemoConfig)(_demo)
 verify = takes_keywords(VerifyConfig)(_verify)
 stability = takes_keywords(StabilityConfig)(_stability)
 study = takes_keywords(StudyConfig)(_study)
+show = takes_keywords(ShowConfig)(_show)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,11 @@ def replay(config: ReplayConfig, *, progress: bool = True) -> Any:
     return _replay(config, {name: (c.config, c.stage) for name, c in _STAGES.items()}, progress=progress)
 
 
-COMMANDS = {**_STAGES, "replay": Command(ReplayConfig, replay, printing.replayed)}
+COMMANDS = {
+    **_STAGES,
+    "show": Command(ShowConfig, show, _describe),
+    "replay": Command(ReplayConfig, replay, printing.replayed),
+}
 
 __all__ = [
     "COMMANDS",
@@ -82,6 +90,8 @@ __all__ = [
     "FinetuneConfig",
     "ReplayConfig",
     "SelectConfig",
+    "ShowConfig",
+    "Shown",
     "Stability",
     "StabilityConfig",
     "Study",
@@ -94,6 +104,7 @@ __all__ = [
     "finetune",
     "replay",
     "select",
+    "show",
     "stability",
     "study",
     "verify",

@@ -112,3 +112,60 @@ def test_errors(records, toy_tokenizer):
         tokenise(records, toy_tokenizer, max_length=1)
     with pytest.raises(DataError, match="no records"):
         tokenise(records.subset([]), toy_tokenizer)
+
+
+def chat(*texts, **fields):
+    """A conversation of alternating user and assistant texts."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[k % 2], "content": text, **fields} for k, text in enumerate(texts)]}
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_records(path)
+
+
+def test_every_turn_is_marked(tmp_path, toy_chat_tokenizer):
+    records = write(tmp_path / "f.jsonl", chat("a", "bb", "c", "dd"), chat("e", "f"))
+    data = tokenise(records, toy_chat_tokenizer)
+    for i, texts in enumerate((["bb<|end|>", "dd<|end|>"], ["f<|end|>"])):
+        tokens, start = data.tokens(i)
+        mark = data.trained(i)
+        assert toy_chat_tokenizer.decode(tokens[mark]) == "".join(texts)
+        assert toy_chat_tokenizer.decode(tokens[start:]) == texts[-1]
+        assert data.response_lengths[i] == mark.sum()
+        batch = data.collate([i], rows=2)
+        assert batch.response_mask[0, : len(tokens)].tolist() == mark.tolist()
+        assert batch.response_mask.sum() == mark.sum()
+    last = tokenise(records, toy_chat_tokenizer, loss_turns="last")
+    assert last.response_lengths.tolist() == [3, 2]
+    assert last.fingerprint != data.fingerprint
+
+
+def test_whole_turns_are_cut_from_the_front(tmp_path, toy_chat_tokenizer):
+    records = write(tmp_path / "f.jsonl", chat("a", "bb", "c", "dd", "e", "ff"))
+    whole = tokenise(records, toy_chat_tokenizer)
+    exchange = len(whole.tokens(0)[0]) // 3
+    for room, turns in ((exchange * 2 + 3, 1), (exchange * 2, 1), (exchange, 2)):
+        cut = tokenise(records, toy_chat_tokenizer, max_length=room)
+        tokens = cut.tokens(0)[0]
+        assert tokens.tolist() == whole.tokens(0)[0][turns * exchange :].tolist()
+        assert toy_chat_tokenizer.decode(tokens[cut.trained(0)]) == ["", "dd<|end|>ff<|end|>", "ff<|end|>"][turns]
+        assert (cut.report["turns_truncated"], cut.report["prompt_tokens_lost"]) == (turns, turns * exchange)
+
+
+def test_refused_records_are_skipped_by_name(tmp_path, toy_chat_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(toy_chat_tokenizer)
+    rule = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = rule + tokenizer.chat_template
+    records = write(tmp_path / "f.jsonl", chat("a", "b"), chat("no", "b"), chat("c", "d"))
+    with pytest.raises(DataError, match=r"f\.jsonl:2: record .*refuses it \(not this; roles: user, assistant\)"):
+        tokenise(records, tokenizer)
+    data = tokenise(records, tokenizer, on_bad_record="skip")
+    assert [example.prompt for example in data.records] == ["a", "c"]
+    assert (len(data), data.report["examples"], data.report["skipped"]) == (2, 2, 1)
+    assert "f.jsonl:2" in data.report["skipped_lines"][0]
+    with pytest.raises(DataError, match="no record is left"):
+        tokenise(records.subset([1]), tokenizer, on_bad_record="skip")

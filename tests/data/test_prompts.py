@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from ntkjax.data import Example, render, render_prompt
-from ntkjax.data.prompts import render_text
+from ntkjax.data.prompts import end_token, render_beginning, render_text, stop_tokens
 from ntkjax.errors import ConfigError, DataError
 
 PLAIN = Example("a", "s", "Why is 1 é?", None, "So the answer is yes.", "yes", ("yes", "no"))
@@ -124,3 +124,62 @@ def test_a_date_in_the_template_stays_the_same(toy_tokenizer):
     assert toy_tokenizer.decode(render_prompt(tokenizer, PLAIN)) == "26 Jul 2024>"
     assert not writes_the_date(tokenizer)
     assert writes_the_date(with_template(toy_tokenizer, "{{ strftime_now('%c') }}"))
+
+
+TURNS = (
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "First."},
+    {"role": "user", "content": "Two?"},
+)
+
+
+def learned(tokenizer, rendered):
+    return [tokenizer.decode(rendered.tokens[a:b]) for a, b in rendered.trained]
+
+
+def test_every_assistant_turn_is_learned_with_its_end_token(toy_chat_tokenizer):
+    example = Example("c", "s", "x", TURNS, "Second.")
+    assert learned(toy_chat_tokenizer, render(toy_chat_tokenizer, example)) == ["First.<|end|>", "Second.<|end|>"]
+    assert learned(toy_chat_tokenizer, render(toy_chat_tokenizer, example, loss_turns="last")) == ["Second.<|end|>"]
+
+
+@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_turn_without_weight_is_not_learned(toy_chat_tokenizer, field):
+    turns = [dict(turn, **field) if turn["role"] == "assistant" else turn for turn in TURNS]
+    example = Example("c", "s", "x", tuple(turns), "Second.")
+    assert learned(toy_chat_tokenizer, render(toy_chat_tokenizer, example)) == ["Second.<|end|>"]
+    last = Example("c", "s", "x", TURNS, "Second.", response_fields=field)
+    assert learned(toy_chat_tokenizer, render(toy_chat_tokenizer, last)) == ["First.<|end|>"]
+
+
+def test_the_turns_of_plain_text(toy_tokenizer):
+    prompt = "system: Be kind.\nuser: One?\nassistant: First.\nuser: Two?"
+    rendered = render(toy_tokenizer, Example("c", "s", prompt, TURNS, "Second."))
+    assert toy_tokenizer.decode(rendered.tokens) == f"{prompt}\nSecond.<|end|>"
+    assert learned(toy_tokenizer, rendered) == ["First.", "Second.<|end|>"]
+
+
+def test_generation_stops_where_training_ends(toy_tokenizer):
+    written = with_template(
+        toy_tokenizer,
+        "{% for m in messages %}<|user|>{{ m['content'] }}<|assistant|>{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}",
+    )
+    assert stop_tokens(written) == {written.convert_tokens_to_ids("<|assistant|>"), written.eos_token_id}
+    assert render(written, PLAIN).tokens[-1] == end_token(written) != written.eos_token_id
+    assert stop_tokens(toy_tokenizer, (7,)) == {toy_tokenizer.eos_token_id, 7}
+
+
+def test_a_response_goes_on_where_it_was_left(toy_chat_tokenizer):
+    begun = render_beginning(toy_chat_tokenizer, PLAIN, "So the")
+    assert begun == render(toy_chat_tokenizer, PLAIN).tokens[: len(begun)]
+    assert toy_chat_tokenizer.decode(begun).endswith("<|assistant|>\nSo the")
+
+
+def test_arguments_of_tools_are_objects(toy_tokenizer):
+    template = "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls %}{{ call.function.arguments.city }}"
+    tokenizer = with_template(toy_tokenizer, template + "{% endfor %}<|end|>{% endfor %}")
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
+    rendered = render(tokenizer, Example("t", "s", "How warm?", None, "Look: ", response_fields={"tool_calls": calls}))
+    assert learned(tokenizer, rendered) == ["Look: Rome<|end|>"]
