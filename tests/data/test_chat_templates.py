@@ -135,11 +135,11 @@ def test_a_refused_conversation_is_an_error_that_names_the_record(family):
 
 @families
 def test_what_is_not_refused_by_the_template_is_rendered(family):
-    """But for words beside a call of which the template drops one: behind the prompt the call could not stand."""
+    """But for words beside a call where the template drops the words: put behind the prompt, the call would be lost."""
     for name in zoo.SITUATIONS:
         found = outcome(family, name)
         if name == "words and a call" and found.refused is None:
-            whole = squeeze(found.situation.example.response) in squeeze(found.full) and "Lagoon" in found.full
+            whole = squeeze(found.situation.example.response) in squeeze(found.full)
             assert (found.error is None) == whole, (found.error, found.full)
             assert whole or (found.error or "").startswith(f"record {name!r}: the chat template")
         else:
@@ -185,8 +185,7 @@ def test_apart_the_response_follows_the_generation_prompt(family):
         if rendered.apart:
             example = found.situation.example
             prompt = reference(family, example, example.conversation()[:-1], add_generation_prompt=True)
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            if not rendered.crossing and rendered.tokens[: len(ids)] != ids:
+            if not squeeze(tokenizer.decode(rendered.tokens)).startswith(squeeze(prompt)):
                 wrong.append((name, prompt, tokenizer.decode(rendered.tokens)))
     assert not wrong, "\n".join(map(str, wrong))
 
@@ -210,7 +209,7 @@ def test_the_response_survives_whole_and_once(family):
         response = plain(found.situation.example.response)
         if name == "words and a call":
             learnt = texts(family, rendered.tokens, rendered.trained)[-1]
-            if response not in learnt or "Lagoon" not in learnt:
+            if response not in learnt or ("Lagoon" in found.full and "Lagoon" not in learnt):
                 wrong.append((name, learnt, found.full))
             continue
         lead = turn.removesuffix(response)
@@ -362,7 +361,7 @@ def test_where_it_can_the_prompt_is_what_transformers_gives_for_generation(famil
     for name, found, rendered in rendered_ones(family):
         example = found.situation.example
         prompt = reference(family, example, example.conversation()[:-1], add_generation_prompt=True)
-        if rendered.apart or (found.full.startswith(prompt) and not opens_thought):
+        if (rendered.apart or found.full.startswith(prompt)) and not opens_thought:
             compared += 1
             if list(found.prompt) != tokenizer(prompt, add_special_tokens=False)["input_ids"]:
                 wrong.append((name, tokenizer.decode(found.prompt), prompt))
@@ -397,7 +396,7 @@ def cell(family: Any, name: str) -> str:
     """One word of the table: ok, apart, refused; and what is lost."""
     found = outcome(family, name)
     if found.rendered is None:
-        return "refused" if found.refused is not None else "refused, drops words or call"
+        return "refused" if found.refused is not None else "refused, drops the words"
     words = ["apart" if found.rendered.apart else "ok"]
     if found.rendered.turns_lost:
         words.append(f"{found.rendered.turns_lost} turns lost")
