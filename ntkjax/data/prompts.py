@@ -202,6 +202,11 @@ class _Chat:
     def apply(self, messages: list[Message], **options: Any) -> str:
         return _apply_template(self.tokenizer, self.example, messages, **options)
 
+    def rendered(self, message: Message, k: int) -> str:
+        """``full`` with ``message`` in the place of message ``k``."""
+        messages = [*self.messages[:k], message, *self.messages[k + 1 :]]
+        return self.apply(messages) if self.complete else self.apply(messages[:-1], add_generation_prompt=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
@@ -268,10 +273,7 @@ def _locate(chat: _Chat, k: int) -> _Turn | None:
     message, full, last = chat.messages[k], chat.full, k == len(chat.messages) - 1
     if message.get("tool_calls") and not message["content"].strip():
         return _calls(chat, k)
-    messages = chat.messages if chat.complete else chat.messages[:-1]
-    options = {} if chat.complete else {"add_generation_prompt": True}
-    marked = chat.apply([*messages[:k], {**message, "content": _MARK}, *messages[k + 1 :]], **options)
-    before, mark, after = marked.partition(_MARK)
+    before, mark, after = chat.rendered({**message, "content": _MARK}, k).partition(_MARK)
     if not mark or _MARK in after:
         return None
     header = _header_end(chat, k, before)
@@ -285,25 +287,53 @@ def _locate(chat: _Chat, k: int) -> _Turn | None:
     # In turns that are answered already, reasoning in front of the answer may go.
     if stop < header or not (whole or (not last and body and written.endswith(body))):
         return None
-    end = _end_of_turn(chat, message, before, after)
+    if message.get("tool_calls"):
+        length, ended = _end_of_calls(chat, k, after)
+        return _Turn(header, stop + length, ended)
+    end = _end_of_turn(chat.tokenizer, before, after)
     return _Turn(header, stop + (end or 0), end is not None)
 
 
 def _calls(chat: _Chat, k: int) -> _Turn | None:
-    """Where message ``k``, calls of tools without text, stands in ``chat.full``; None where nothing of it is written.
+    """Where message ``k``, calls of tools without text, stands in ``chat.full``; None where the template writes none.
 
-    It ends where the conversation up to there ends, rendered without a generation prompt.
+    As `_locate`, with the mark in the arguments of the last call.
     """
-    header = _header_end(chat, k, chat.full)
-    stop = _shared(chat.apply(chat.messages[: k + 1]), chat.full)
-    written = chat.full[header:stop].rstrip()
-    ends = [name for name in _turn_ends(chat.tokenizer).known if chat.full.startswith(name, stop)]
-    if ends:  # the last turn ends with another token than earlier ones
-        written = chat.full[header : stop + len(ends[0])]
-    end = next((name for name in _added_texts(chat.tokenizer) if written.endswith(name)), "")
-    if not written.removesuffix(end).strip():
+    message, full = chat.messages[k], chat.full
+    calls = [dict(call) for call in message["tool_calls"]]
+    inner = calls[-1].get("function")
+    target = dict(inner) if isinstance(inner, dict) else calls[-1]
+    target["arguments"] = {"mark": _MARK}
+    calls[-1] = {**calls[-1], "function": target} if isinstance(inner, dict) else target
+    before, mark, after = chat.rendered({**message, "tool_calls": calls}, k).partition(_MARK)
+    if not mark or _MARK in after:
         return None
-    return _Turn(header, header + len(written), bool(end))
+    header = _header_end(chat, k, before)
+    length, ended = _end_of_calls(chat, k, after)
+    stop = len(full) - len(after) + length
+    if not full.startswith(before[:header]) or not full.endswith(after[length:]) or stop <= header:
+        return None
+    return _Turn(header, stop, ended)
+
+
+def _end_of_calls(chat: _Chat, k: int, after: str) -> tuple[int, bool]:
+    """Length of what is turn ``k``'s in ``after``, which begins in its last call, and whether an end token is in it.
+
+    That is all up to a known end token; else up to the first added token, with it unless it opens the next message.
+    """
+    following = chat.messages[k + 1]["content"] if k + 1 < len(chat.messages) else ""
+    limit = after.find(following) if following and following in after else len(after)
+    known = "|".join(map(re.escape, sorted(_turn_ends(chat.tokenizer).known)))
+    found = re.compile(known).search(after, 0, limit) if known else None
+    if found is not None:
+        return found.end(), True
+    added = [(after.index(name), -len(name), name) for name in _added_texts(chat.tokenizer) if name in after[:limit]]
+    if not added:
+        return len(after[:limit].rstrip()), False
+    start, _, name = min(added)
+    if following and name == _last_added(chat.tokenizer, after[:limit]):
+        return start, False
+    return start + len(name), True
 
 
 def _header_end(chat: _Chat, k: int, before: str) -> int:
@@ -330,16 +360,10 @@ def _header_end(chat: _Chat, k: int, before: str) -> int:
     return ours + len(shared)
 
 
-def _end_of_turn(chat: _Chat, message: Message, before: str, after: str) -> int | None:
-    """Length of ``after`` up to and with the token that ends the turn; None where none is written."""
-    known, calls = set(_turn_ends(chat.tokenizer).known), message.get("tool_calls")
-    if not calls:
-        known |= {_written_end(chat.tokenizer, before, after, ())} - {None}
-    if not known:
-        return None
-    options = "|".join(map(re.escape, sorted(known)))
-    # Between the text and the token stand blanks, or the calls of tools.
-    found = re.search(options, after) if calls else re.match(rf"\s*(?:{options})", after)
+def _end_of_turn(tokenizer: Any, before: str, after: str) -> int | None:
+    """Length of ``after``, what follows a turn's text, up to and with the token that ends it; None: none is written."""
+    known = {*_turn_ends(tokenizer).known, _written_end(tokenizer, before, after, ())} - {None}
+    found = re.match(rf"\s*(?:{'|'.join(map(re.escape, sorted(known)))})", after) if known else None
     return None if found is None else found.end()
 
 
