@@ -29,6 +29,7 @@ from ntkjax.data.batches import plan_batches
 from ntkjax.data.buckets import round_up
 from ntkjax.data.prompts import encode, render_text
 from ntkjax.errors import ConfigError, DataError, UserError
+from ntkjax.evaluation.answers import find_choices
 from ntkjax.evaluation.packing import Packed, PackedBatch, collate, pack
 from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32
 
@@ -188,23 +189,26 @@ def pack_choices(
 def gold_choice(example: Any) -> int | None:
     """Index of the example's answer among its choices; None without choices or answer.
 
-    Compared as written, then without regard to case and surrounding blanks.
+    Compared as written first, then ever less strictly, as long as one choice alone is meant (`find_choices`).
 
     Raises:
-      DataError: an answer that is not among the choices, or fewer than two choices.
+      DataError: an answer that is not among the choices or could be several of them, or fewer than two choices.
     """
-    if example.choices is None or len(example.choices) == 0 or example.answer is None:
+    if not example.choices or example.answer is None or not example.answer.strip():
         return None
     choices = list(example.choices)
     if len(choices) < 2:
-        raise DataError(f"example {example.id!r}: expected at least two choices, got {choices}")
-    for form in (str, lambda s: s.strip().casefold()):
-        wanted = form(example.answer)
-        matches = [c for c, choice in enumerate(choices) if form(choice) == wanted]
-        if matches:
-            return matches[0]
+        raise DataError(
+            f"example {example.id!r}: found the choices {choices}; expected at least two; add the others, or remove "
+            "the field 'choices'"
+        )
+    found = find_choices(example.answer, choices)
+    if len(found) == 1:
+        return found[0]
+    meant = f"could be any of {[choices[c] for c in found]}," if found else "is not"
     raise DataError(
-        f"example {example.id!r}: the answer {example.answer!r} is not among the choices {choices}; mend the record"
+        f"example {example.id!r}: the answer {example.answer!r} {meant} among the choices {choices}; expected one of "
+        "them as it is written there; mend the record"
     )
 
 

@@ -23,6 +23,7 @@ from ntkjax.evaluation.answers import (
     last_answer,
     match_choice,
     normalise_answer,
+    read_choice,
     same_answer,
 )
 from ntkjax.evaluation.choices import DEFAULT_TEMPLATE, check_template, pack_choices, pick, score_packed
@@ -60,12 +61,12 @@ class GeneratedAnswer:
 
 
 def gold_answer(example: Any, pattern: re.Pattern[str]) -> str | None:
-    """The example's answer, or, where the field is empty, the one its response ends on; None where neither
-    is there.
+    """The example's answer, or, where the field is empty, the one its response ends on (a choice as written where it
+    is one); None where neither is there.
     """
     if example.answer is not None and example.answer.strip():
         return example.answer
-    return last_answer(example.response or "", pattern)
+    return _read(example, example.response or "", pattern)[0]
 
 
 def _reserve(tokenizer: Any, examples: Sequence[Any], answer_template: str) -> int:
@@ -117,13 +118,15 @@ def _content_length(model: Any, tokens: Sequence[int]) -> int:
 
 
 def _read(example: Any, text: str, pattern: re.Pattern[str]) -> tuple[str | None, str]:
+    """(the answer in the text, how it came about); a choice as written where it is one."""
+    if example.choices:
+        choice = read_choice(text, pattern, example.choices)
+        if choice is not None:
+            return example.choices[choice], "parsed"
     answer = last_answer(text, pattern)
     if answer is None:
         return None, "forced"
-    if not example.choices:
-        return answer, "parsed"
-    choice = match_choice(answer, example.choices)
-    return (answer, "unmatched") if choice is None else (example.choices[choice], "parsed")
+    return answer, "unmatched" if example.choices else "parsed"
 
 
 def forced_text(text: str, answer_template: str, choice: str | None = None) -> str:
@@ -254,7 +257,12 @@ def _force(
 
 
 def _is_correct(example: Any, predicted: str | None, pattern: re.Pattern[str]) -> bool | None:
+    """Whether the answer is the gold one: the same choice where the gold answer is a choice, else an equal text; None
+    where there is no gold answer."""
     gold = gold_answer(example, pattern)
     if gold is None or not normalise_answer(gold):
         return None
-    return predicted is not None and same_answer(predicted, gold)
+    if predicted is None:
+        return False
+    right = match_choice(gold, example.choices or ())
+    return same_answer(predicted, gold) if right is None else match_choice(predicted, example.choices) == right

@@ -138,7 +138,7 @@ class _Job:
                 rows=todo,
             )
 
-        self._run("choices", rows, run, _choice_piece)
+        self._run("choices", rows, run, lambda scores, base: _choice_piece(scores, base, self.records[scores.row]))
 
     def likelihood(self, rows: list[int]) -> None:
         self._likelihood_from_choices(rows)
@@ -254,23 +254,18 @@ def _finite(values: Any, what: str, base: Outcome) -> None:
         )
 
 
-def _choice_piece(scores: ChoiceScores, base: Outcome) -> dict[str, Any]:
+def _choice_piece(scores: ChoiceScores, base: Outcome, example: Any) -> dict[str, Any]:
     assert base.choices is not None
+    gold = gold_choice(example)
     _finite(scores.raw, "the log-probability of its choices", base)
     piece: dict[str, Any] = {
         "logprobs": [float(x) for x in scores.raw],
         "logprob_tokens": [int(x) for x in scores.tokens],
         "dropped_choices": scores.dropped,
     }
-    gold = str(base.gold).strip().casefold()
     for kind, values in (("raw", scores.raw), ("norm", scores.norm)):
         best, tie = pick(values)
-        predicted = base.choices[best]
-        piece |= {
-            f"predicted_{kind}": predicted,
-            f"tie_{kind}": tie,
-            f"correct_{kind}": predicted.strip().casefold() == gold,
-        }
+        piece |= {f"predicted_{kind}": base.choices[best], f"tie_{kind}": tie, f"correct_{kind}": best == gold}
     return piece
 
 

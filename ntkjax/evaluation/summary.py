@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkjax.evaluation.answers import count_answers
 from ntkjax.evaluation.likelihood import summarise_nll
 from ntkjax.evaluation.outcomes import Outcome
 from ntkjax.evaluation.significance import bootstrap_mean, wilson_interval
@@ -53,14 +54,16 @@ def _accuracy(name: str, correct: Sequence[bool | None], level: float) -> dict[s
     return {name: interval.estimate, f"{name}_interval": [interval.low, interval.high]}
 
 
-def _shares(values: Sequence[str | None]) -> dict[str, float]:
-    counts = Counter(v if v is not None else "" for v in values)
-    return {value: count / len(values) for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+def _shares(answers: Sequence[tuple[str | None, Sequence[str] | None]]) -> dict[str, float]:
+    """answer -> share, of (answer, choices of its question); an answer that could not be read counts as ""."""
+    counts = count_answers((answer or "", choices) for answer, choices in answers)
+    return {answer: count / len(answers) for answer, count in counts.items()}
 
 
-def _majority(outcomes: Sequence[Outcome]) -> tuple[str, int]:
-    gold = Counter(str(o.gold) for o in outcomes)
-    return min(gold.items(), key=lambda item: (-item[1], item[0]))
+def majority(outcomes: Sequence[Outcome]) -> tuple[str, int]:
+    """The commonest gold answer of the outcomes and how often it is right (ties: the first by text)."""
+    counts = count_answers((str(o.gold), o.choices) for o in outcomes)
+    return next(iter(counts.items()))
 
 
 def _by_source(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -82,7 +85,7 @@ def summarise_choices(outcomes: Sequence[Outcome], *, level: float = 0.95) -> di
         return None
     n = len(scored)
     sources = _by_source(scored)
-    answer, count = _majority(scored)
+    answer, count = majority(scored)
     return {
         "n": n,
         "without_choices": len(outcomes) - n,
@@ -92,11 +95,11 @@ def summarise_choices(outcomes: Sequence[Outcome], *, level: float = 0.95) -> di
         "ties_norm": sum(bool(o.tie_norm) for o in scored),
         "majority_answer": answer,
         "majority_accuracy": count / n,
-        "majority_accuracy_by_source": sum(_majority(group)[1] for group in sources.values()) / n,
+        "majority_accuracy_by_source": sum(majority(group)[1] for group in sources.values()) / n,
         "chance": float(np.mean([1 / len(o.choices or [""]) for o in scored])),
-        "gold_shares": _shares([o.gold for o in scored]),
-        "predicted_raw_shares": _shares([o.predicted_raw for o in scored]),
-        "predicted_norm_shares": _shares([o.predicted_norm for o in scored]),
+        "gold_shares": _shares([(o.gold, o.choices) for o in scored]),
+        "predicted_raw_shares": _shares([(o.predicted_raw, o.choices) for o in scored]),
+        "predicted_norm_shares": _shares([(o.predicted_norm, o.choices) for o in scored]),
         "truncated_prompts": sum(bool(o.dropped_choices) for o in scored),
         "by_source": {
             name: {
@@ -149,7 +152,7 @@ def summarise_generation(outcomes: Sequence[Outcome], *, level: float = 0.95) ->
         "unreadable": sum(o.predicted_generated is None for o in generated),
         "tokens_per_answer": float(np.mean([o.generated_tokens or 0 for o in generated])),
         "truncated_prompts": sum(bool(o.dropped_generated) for o in generated),
-        "predicted_shares": _shares([o.predicted_generated for o in generated])
+        "predicted_shares": _shares([(o.predicted_generated, o.choices) for o in generated])
         if any(o.choices for o in generated)
         else None,
     }

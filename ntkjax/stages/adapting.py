@@ -24,6 +24,7 @@ from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation import Outcome
+from ntkjax.evaluation.summary import majority
 from ntkjax.models import LanguageModel
 from ntkjax.selection.base import check_size
 from ntkjax.selection.random import random_rows
@@ -264,8 +265,8 @@ def _results(
 
 
 def _majority(outcomes: list[Outcome]) -> float | None:
-    gold = [o.gold for o in outcomes if o.correct_raw is not None]
-    return max(gold.count(answer) for answer in set(gold)) / len(gold) if gold else None
+    scored = [o for o in outcomes if o.correct_raw is not None]
+    return majority(scored)[1] / len(scored) if scored else None
 
 
 def _read_json(path: Path) -> dict:

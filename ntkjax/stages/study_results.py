@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.evaluation import Outcome, hierarchical_bootstrap, hierarchical_p, holm, paired_values, read_outcomes
+from ntkjax.evaluation.answers import count_answers
+from ntkjax.evaluation.choices import gold_choice
 from ntkjax.stages.comparison import METRICS, summarise_method, values
 from ntkjax.stages.study_arms import BASE, RANDOM, Arm, has_kernel
 from ntkjax.stages.study_compute import multiplied_weights
@@ -169,8 +171,8 @@ def _failure(found: Found) -> dict[str, Any]:
 
 
 def _majority(test: Any) -> float | None:
-    answers = [example.answer for example in test.records if example.choices and example.answer is not None]
-    return max(answers.count(answer) for answer in set(answers)) / len(answers) if answers else None
+    asked = [(example.answer, example.choices) for example in test.records if gold_choice(example) is not None]
+    return next(iter(count_answers(asked).values())) / len(asked) if asked else None
 
 
 class _Cells:

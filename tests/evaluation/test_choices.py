@@ -158,8 +158,13 @@ def test_gold_choice():
     assert gold_choice(example(answer=None)) is None
     with pytest.raises(DataError, match=r"'a'.*'Maybe' is not among"):
         gold_choice(example(answer="Maybe"))
-    with pytest.raises(DataError, match="at least two choices"):
+    with pytest.raises(DataError, match="expected at least two"):
         gold_choice(example(choices=["Yes"]))
+    assert gold_choice(example(answer=" ")) is None
+    assert gold_choice(example(answer="5 mW", choices=["5 MW", "5 mW"])) == 1
+    assert gold_choice(example(answer="1,000", choices=["100", "1000"])) == 1
+    with pytest.raises(DataError, match=r"'a'.*'5 mw' could be any of \['5 MW', '5 mW'\], among"):
+        gold_choice(example(answer="5 mw", choices=["5 MW", "5 mW"]))
 
 
 def test_no_choices_anywhere_is_refused(model, write_records):

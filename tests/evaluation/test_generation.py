@@ -78,6 +78,20 @@ def test_parsed_unmatched_and_wrong(monkeypatch, stub, write_records):
     assert len(script.calls) == 1
 
 
+def test_choices_that_differ_in_case_or_signs(monkeypatch, stub, write_records):
+    rows = [row | {"choices": ["<5 mW", "<5 MW", ">5 mW"]} for row in rows_of(4, choices=None, answer="<5 mW")]
+    say = by_prompt(
+        "So the answer is <5 mW, since.",
+        "So the answer is **<5 MW**.",
+        "So the answer is >5 mW.",
+        "So the answer is <5 mw",
+    )
+    answers, _ = run(monkeypatch, stub, write_records(rows), say)
+    assert [answers[i].predicted for i in range(4)] == ["<5 mW", "<5 MW", ">5 mW", "<5 mw"]
+    assert [answers[i].how for i in range(4)] == ["parsed", "parsed", "parsed", "unmatched"]
+    assert [answers[i].correct for i in range(4)] == [True, False, False, False]
+
+
 def test_forced_choice_takes_the_likeliest(monkeypatch, stub, write_records):
     records = write_records(rows_of(2, answer="no"))
     answers, script = run(monkeypatch, stub, records, by_prompt("I do not know", ""))
@@ -146,10 +160,12 @@ def test_gold_answer():
     from ntkjax.evaluation.answers import compile_pattern, default_pattern
 
     pattern = compile_pattern(default_pattern("So the answer is {}."))
-    example = lambda answer, response: SimpleNamespace(answer=answer, response=response)
+    example = lambda answer, response, choices=None: SimpleNamespace(answer=answer, response=response, choices=choices)
     assert gold_answer(example("7", "So the answer is 8."), pattern) == "7"
     assert gold_answer(example(None, "So the answer is 8."), pattern) == "8"
     assert gold_answer(example(None, ""), pattern) is None
+    assert gold_answer(example(None, "So the answer is U.S. Army."), pattern) == "U.S. Army"
+    assert gold_answer(example(None, "So the answer is rr, not Rr.", ["Rr", "rr"]), pattern) == "rr"
 
 
 def test_no_room_is_refused(monkeypatch, stub, write_records):

@@ -92,6 +92,16 @@ def test_likelihood_is_the_same_with_and_without_choices(stub, write_records, mo
         assert a.nll == pytest.approx(b.nll, rel=1e-5)
 
 
+def test_by_likelihood_the_index_decides(stub, write_records):
+    """Choices that differ in case only: one of them is right, whichever the gold answer is."""
+    rows = [{**row, "choices": ["YES", "yes"], "answer": answer} for row, answer in zip(yes_no(2), ("YES", "yes"))]
+    result = evaluate_model(stub, {}, write_records(rows), **SETTINGS)
+    assert [o.predicted_raw for o in result.outcomes] == ["yes", "yes"]
+    assert [(o.correct_raw, o.correct_norm) for o in result.outcomes] == [(False, False), (True, True)]
+    c = result.summary["choices"]
+    assert c["majority_accuracy"] == 0.5 and c["gold_shares"] == {"YES": 0.5, "yes": 0.5}
+
+
 def test_ties_and_truncation_are_counted(toys, tokenizer, write_records):
     flat = toys.unigram_stub(tokenizer, jnp.zeros(len(tokenizer)))
     rows = [{**row, "choices": ["ab", "cd"], "answer": "cd"} for row in yes_no(3)]
