@@ -32,7 +32,7 @@ from ntkjax.data.sources import is_hub_id, iter_source, list_sources, source_nam
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.rng import numpy_rng
 
-VERSION = 1
+VERSION = 2
 """Part of the name of a prepared file: raise it when what is written changes."""
 HUB_FILE = "hf://datasets/"
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

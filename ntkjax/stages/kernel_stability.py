@@ -166,6 +166,7 @@ class Study:
     pool: Loaded | None
     test: Questions | None
     progress: bool
+    test_report: dict[str, Any] | None = None
 
     def training_rows(self, seed: int) -> np.ndarray:
         """The rows of the training files that a seed trains on, in random order."""
@@ -256,21 +257,22 @@ def _load(config: StabilityConfig, progress: bool) -> tuple[LanguageModel, Study
     if pool is not None:
         drawn = numpy_rng(config.seed, "stability", "pool").permutation(len(pool))[: config.pool_n]
         pool = pool.subset(np.sort(drawn))
-    test = _test_questions(config, model) if config.test else None
+    test, test_report = _test_questions(config, model) if config.test else (None, None)
     scored = config.probe if pool is None else len(pool)
     if config.top is not None and not 1 <= config.top <= scored:
         raise ConfigError(f"top must be from 1 to the {scored} examples that are scored, got {config.top}")
     run = RunDir.create(config.out, "stability", config, ignore=("memory_gib", "keep_checkpoints"))
-    return model, Study(config, run, data, pool, test, progress)
+    return model, Study(config, run, data, pool, test, progress, test_report)
 
 
-def _test_questions(config: StabilityConfig, model: LanguageModel) -> Questions:
-    records = load_data(config.test, model, config.reading).records
+def _test_questions(config: StabilityConfig, model: LanguageModel) -> tuple[Questions, dict[str, Any]]:
+    loaded = load_data(config.test, model, config.reading)
+    records = loaded.records
     records = records.subset(np.arange(min(len(records), config.test_n)))
     found = as_questions(config, model, records)
     if found is None:
         raise ConfigError(f"{', '.join(config.test)}: no example has choices and an answer, so there is no accuracy")
-    return found
+    return found, loaded.report()
 
 
 def as_questions(config: StabilityConfig, model: LanguageModel, records: Any) -> Questions | None:

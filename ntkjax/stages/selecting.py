@@ -29,6 +29,7 @@ from ntkjax.stages.loading import Loaded, load_data, load_model, trained_paramet
 from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir, package_version
 from ntkjax.stages.sampling import Sampler
+from ntkjax.stages.selected import SelectedFormat, write_selected
 from ntkjax.stages.warming import WarmUp, needs_checkpoints, warm_up
 from ntkjax.store import atomic_write
 from ntkjax.training import TrainConfig
@@ -44,6 +45,8 @@ SCORES = pa.schema(
         ("selected", pa.bool_()),
         ("source", pa.string()),
         ("response_tokens", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
     ]
 )
 
@@ -61,6 +64,9 @@ class SelectConfig:
     """N: examples to select (paper: 9,000)."""
     out: str
     """Run directory: scores.parquet, selected.jsonl, selection.json, duplicates.json. A stopped run goes on there."""
+    selected_format: SelectedFormat = "original"
+    """original: selected.jsonl holds the records as they were, with all fields, beside id, score, rank, file and line;
+    ntkjax: as ntkjax reads them; parquet: selected.parquet, as they were; hf: OUT/selected for load_from_disk."""
     test: tuple[str, ...] = ()
     """Files of the test set: nothing is measured on them, but pool examples that repeat one are leakage."""
     seed: int = 0
@@ -110,8 +116,10 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
         seed=config.seed,
         out=run.path,
         progress=progress,
+        selected_format=config.selected_format,
     )
-    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report()})
+    asides = {name: {"records": records.report} for name, records in held_out.items()}
+    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report(), **asides})
     return result
 
 
@@ -168,6 +176,7 @@ def choose(
     progress: bool = True,
     shared: Path | None = None,
     warmed: WarmUp | None = None,
+    selected_format: SelectedFormat = "original",
 ) -> Selection:
     """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
 
@@ -180,6 +189,7 @@ def choose(
         None: each in its own ``out``. Selections that run at the same time need folders of their own.
       warmed: a warm-up made before (see `ntkjax.stages.warming.warm_up`, with ``checkpoints`` where the method
         `needs_checkpoints`); then ``params`` and ``warmup`` are not used.
+      selected_format: how the selected records are written (see `ntkjax.stages.selected.write_selected`).
 
     Raises:
       ConfigError: a method that looks at the warm-up's epochs, and none to look at.
@@ -207,7 +217,7 @@ def choose(
         size=options.sketch_size,
     )
     if is_primary():
-        write_selection(out, result, pool)
+        write_selection(out, result, pool, selected_format)
     return result
 
 
@@ -300,10 +310,11 @@ def fingerprints(model: LanguageModel, params: Params) -> dict[str, str | None]:
     }
 
 
-def write_selection(out: Path, result: Selection, pool: Loaded) -> None:
-    """scores.parquet (every pool row), selected.jsonl (best first), and last selection.json: the mark of the end."""
+def write_selection(out: Path, result: Selection, pool: Loaded, selected_format: SelectedFormat = "original") -> None:
+    """scores.parquet (every pool row), the selected records (best first), and last selection.json: the mark of the
+    end."""
     _write_scores(out, result, pool)
-    pool.records.write_jsonl(out / "selected.jsonl", result.selected)
+    write_selected(out, pool.records, result, selected_format)
     content = {
         "method": result.method,
         "selected": result.selected.tolist(),
@@ -323,6 +334,7 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
         for start in range(0, len(pool), ROW_GROUP):
             rows = slice(start, min(start + ROW_GROUP, len(pool)))
             records = pool.records.subset(np.arange(rows.start, rows.stop))
+            files, lines = pool.records.locations(np.arange(rows.start, rows.stop))
             columns = {
                 "id": pa.array([str(name) for name in records.ids]),
                 "score": pa.array(result.scores[rows], mask=~scored[rows]),
@@ -331,6 +343,8 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
                 "selected": pa.array(chosen[rows]),
                 "source": pa.array([str(name) for name in records.sources]),
                 "response_tokens": pa.array(np.asarray(pool.tokens.response_lengths[rows])),
+                "file": pa.array(files),
+                "line": pa.array(lines),
             }
             file.write_table(pa.table(columns).cast(SCORES))
     partial.replace(out / "scores.parquet")
