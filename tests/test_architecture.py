@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # data, training and selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng"),
-    ("store", "parallel"),
+    ("store", "parallel", "fingerprint"),
     ("data", "models"),
     ("ntk",),
     ("training", "evaluation", "selection"),
