@@ -21,16 +21,16 @@ def weights_fingerprint(*trees: Params) -> str:
     hasher = hashlib.blake2b(digest_size=8)
     for tree in trees:
         found = jax.tree_util.tree_leaves_with_path(tree)
-        for (path, leaf), sums in zip(found, _checksums([leaf for _, leaf in found])):
+        for (path, leaf), sums in zip(found, [_checksums(leaf) for _, leaf in found]):
             hasher.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
             hasher.update(np.asarray(sums).tobytes())
     return hasher.hexdigest()
 
 
 @jax.jit
-def _checksums(leaves: list[Array]) -> list[Array]:
-    """Of each leaf two sums mod 2^32 over hashes of (bits, place), uint32 [2]."""
-    return [jnp.stack([_checksum(leaf, 0x9E3779B9), _checksum(leaf, 0x85EBCA77)]) for leaf in leaves]
+def _checksums(leaf: Array) -> Array:
+    """Two sums mod 2^32 over hashes of (bits, place), uint32 [2]. Compiled once for each shape, whatever the tree."""
+    return jnp.stack([_checksum(leaf, 0x9E3779B9), _checksum(leaf, 0x85EBCA77)])
 
 
 def _checksum(leaf: Array, salt: int) -> Array:

@@ -317,7 +317,7 @@ def _check_inputs(path: Path, inputs: Inputs) -> None:
         raise ConfigError(
             f"{path}: holds results of other inputs (digests of their content):\n  "
             + "\n  ".join(changed)
-            + f"\nNothing was computed or changed. {anew} With its inputs put back this run goes on."
+            + f"\nIts results are left as they are. {anew} With its inputs put back this run goes on."
         )
 
 
