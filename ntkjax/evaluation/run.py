@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ntkjax.data.encode import tokenise
+from ntkjax.data.encode import tokenise, tokenizer_digest
 from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import UserError
 from ntkjax.evaluation.answers import compile_pattern, default_pattern
@@ -25,8 +25,9 @@ from ntkjax.evaluation.choices import (
 )
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers, gold_answer
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll
-from ntkjax.evaluation.outcomes import Outcome, OutcomeLog, weights_fingerprint
+from ntkjax.evaluation.outcomes import Outcome, OutcomeLog
 from ntkjax.evaluation.summary import summarise
+from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.types import Params
 
 
@@ -96,6 +97,8 @@ def evaluate_model(
     if path is not None:
         settings["examples"] = _records_fingerprint(records)
         settings["weights"] = weights_fingerprint(getattr(model, "params", {}), params)
+        tokenizer = getattr(model, "tokenizer", None)  # its template decides what is read and where answers end
+        settings["tokenizer"] = None if tokenizer is None else tokenizer_digest(tokenizer)[:16]
     log = OutcomeLog(path, settings)
     outcomes = log.finished
     if outcomes is None:

@@ -32,6 +32,7 @@ from ntkjax.stages.comparison import compare_methods, summarise_method
 from ntkjax.stages.deduplicating import deduplicate, totals
 from ntkjax.stages.evaluating import evaluate_on
 from ntkjax.stages.finetuning import save_result, summary, train_on
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.stages.options import DataOptions, DedupOptions, EvaluationOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir
@@ -161,10 +162,13 @@ def _load(config: AdaptConfig, progress: bool) -> _Study:
     check_size(config.n, len(pool))
     dev = read(config.dev) if config.dev else None
     domain, test = read(config.domain), read(config.test)
+    inputs = inputs_of(model, config.model, domain=domain, pool=pool, test=test, dev=dev)
+    RunDir.check(config.out, "adapt", config, inputs=inputs)  # before the search for duplicates, which takes time
     held_out = {"test": test.records} | ({} if dev is None else {"dev": dev.records})
     found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
     found.check_size(config.n)
-    run = RunDir.create(config.out, "adapt", config)
+    run = RunDir.create(config.out, "adapt", config, inputs=inputs)
+    run.tell("results.json", progress)
     found.write(run)
     return _Study(config, run, model, domain, found.pool, test, dev, progress, totals(found.report))
 

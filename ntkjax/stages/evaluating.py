@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from ntkjax.evaluation import Evaluation, compare, evaluate_model, read_outcomes
 from ntkjax.models import LanguageModel
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, load_data, load_model, longest
 from ntkjax.stages.options import DataOptions, EvaluationOptions, ModelOptions
 from ntkjax.stages.rundir import RunDir
@@ -44,7 +45,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     RunDir.check(config.out, "evaluate", config)
     model = load_model(config.model, seed=config.seed)
     test = load_data(config.test, model, config.data)
-    run = RunDir.create(config.out, "evaluate", config)
+    run = RunDir.create(config.out, "evaluate", config, inputs=inputs_of(model, config.model, test=test))
+    run.tell("evaluation.json", progress)
     result = evaluate_on(
         model,
         {},

@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel
-from ntkjax.models.lm import paths
 from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.selection import METHODS, NtkSelector, Selection, SelectionProblem, Selector
 from ntkjax.selection.base import check_size
@@ -25,6 +23,7 @@ from ntkjax.selection.diagnostics import examples
 from ntkjax.selection.diversity import diversify
 from ntkjax.stages.deduplicating import deduplicate, read_held_out
 from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
+from ntkjax.stages.inputs import adapter_digests, inputs_of, model_digests
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
 from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir, package_version
@@ -100,9 +99,12 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     check_warmup(config.select.method, given=not config.skip_warmup)
     check_size(config.n, len(pool))
     held_out = read_held_out(config.data, test=config.test)
+    inputs = inputs_of(model, config.model, domain=domain, pool=pool, **held_out)
+    RunDir.check(config.out, "select", config, inputs=inputs)  # before the search for duplicates, which takes time
     found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
     found.check_size(config.n)
-    pool, run = found.pool, RunDir.create(config.out, "select", config)
+    pool, run = found.pool, RunDir.create(config.out, "select", config, inputs=inputs)
+    run.tell("selection.json", progress)
     found.write(run)
     result = choose(
         model,
@@ -181,6 +183,8 @@ def choose(
     """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
 
     A selection that ``out`` already holds is read back instead; one that was stopped goes on from its finished rows.
+    That it is of the same inputs is for the caller to know: from inputs.json of its run directory, or because ``out``
+    is named from them.
 
     Args:
       params: theta before warm-up.
@@ -301,12 +305,12 @@ def problem_of(
 def fingerprints(model: LanguageModel, params: Params) -> dict[str, str | None]:
     """What scores depend on besides data and options: the package, the frozen weights, the adapter (None: all the
     weights are trained, and are the model)."""
-    own, lora = model.with_params(params), model.lora_config is not None
-    frozen = {path: leaf for path, leaf in paths(own.params).items() if not (lora and path in paths(own.lora))}
+    own = model.with_params(params)
+    weights = model_digests(own)
     return {
         "ntkjax": package_version(),
-        "model": weights_fingerprint(frozen),
-        "adapter": weights_fingerprint(own.lora) if lora else None,
+        "model": f"{weights['weights']}/{weights['configuration']}",  # the tokenizer is in the digests of the data
+        "adapter": "/".join(adapter_digests(own, own.lora).values()) or None,
     }
 
 
