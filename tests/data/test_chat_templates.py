@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from ntkjax.data.prompts import TEMPLATE_DATE, Rendered, render, render_prompt, stop_tokens
+from ntkjax.data.prompts import Rendered, render, render_prompt, stop_tokens
+from ntkjax.data.turns import TEMPLATE_DATE
 from ntkjax.data.records import Example
 from ntkjax.errors import DataError
 
