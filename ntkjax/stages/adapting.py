@@ -246,14 +246,15 @@ def _means(outcomes: list[Outcome]) -> dict[str, float]:
 def _results(
     study: _Study, outcomes: dict[str, list[list[Outcome]]], details: list[dict], selected: dict[int, np.ndarray]
 ) -> dict[str, Any]:
-    seed = study.config.seed
+    seed, one = study.config.seed, next(iter(outcomes.values()))[0]
     methods = {name: summarise_method(runs, seed=seed) for name, runs in outcomes.items()}
     return {
         "methods": methods,
         "comparisons": compare_methods(outcomes, PAIRS, seed=seed),
         "runs": details,
         "selections": {str(s): _read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
-        "majority_accuracy": _majority(next(iter(outcomes.values()))[0]),
+        "majority_accuracy": _majority(one),
+        "examples": {"all": len(one), "with_choices": sum(o.correct_raw is not None for o in one)},
         "duplicates": study.duplicates,
         "data": {
             name: loaded.report()

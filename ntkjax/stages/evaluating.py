@@ -25,7 +25,7 @@ class EvaluateConfig:
 
     model: Annotated[ModelOptions, arg(name="")]
     test: tuple[str, ...]
-    """Files with prompt and response; answer and choices for accuracy over choices."""
+    """Files with prompt and response: their likelihood; and accuracy of the records that have answer and choices."""
     out: str
     against: str | None = None
     """Run directory of an earlier evaluate on the same file: adds paired bootstrap intervals and McNemar's test."""
@@ -79,9 +79,9 @@ def evaluate_on(
     path: Path | None,
     seed: int = 0,
     progress: bool = True,
-    choices: bool | None = None,
 ) -> Evaluation:
-    """``evaluate_model`` with a stage's options; ``choices`` as there."""
+    """``evaluate_model`` with a stage's options: accuracy of the examples that have choices and an answer, and the
+    likelihood of all."""
     return evaluate_model(
         model,
         params,
@@ -89,7 +89,6 @@ def evaluate_on(
         max_length=longest(model, data),
         token_budget=data.token_budget,
         answer_template=options.answer_template,
-        choices=choices,
         generation=options.generation,
         max_new_tokens=options.max_new_tokens,
         loss_turns=data.loss_turns,

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ntkjax.evaluation.summary import describe_choices
 from ntkjax.report.tables import to_markdown
-from ntkjax.stages.adapt_report import difference_rows, flat_diagnostics, method_rows
+from ntkjax.stages.adapt_report import choices_line, difference_rows, flat_diagnostics, method_rows
 from ntkjax.stages.deduplicating import read_summary, summary
 from ntkjax.stages.reading import reading
 from ntkjax.stages.selected import FILES
@@ -60,15 +61,21 @@ def evaluation(config: Any, result: Any) -> str:
         rows.append(
             {"measure": "accuracy, generated answers", "value": f"{100 * summary['generation']['accuracy']:.1f}%"}
         )
-    said = f"{to_markdown(rows)}\n{_read(config, 'evaluation.json', 'test')}"
-    return f"{said}\n{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
+    unjudged = (summary["generation"] or {"without_gold": 0})["without_gold"]
+    judged = f"generated answers: {unjudged} of {summary['n']} examples have no answer to judge them by" * bool(
+        unjudged
+    )
+    asked = describe_choices((summary["choices"] or {"n": 0})["n"], summary["n"])
+    found = f"{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
+    read = _read(config, "evaluation.json", "test")
+    return "\n".join([to_markdown(rows), *filter(None, [asked, judged]), read, found])
 
 
 def adaptation(config: Any, result: Any) -> str:
     """The table of methods, differences and the report's path."""
     results = result.results
     differences = [row for row in difference_rows(results) if row["metric"] != "accuracy norm"]
-    parts = [to_markdown(method_rows(results)), to_markdown(differences)]
+    parts = [to_markdown(method_rows(results)), to_markdown(differences), *filter(None, [choices_line(results)])]
     parts += [summary(results["duplicates"]), reading(results["data"])]
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
@@ -97,13 +104,14 @@ def stability(config: Any, result: Any) -> str:
 
 def study(config: Any, result: Any) -> str:
     """What is done, failed and left; after a run the main table, the failures and the report's path."""
-    from ntkjax.stages.study_tables import failure_table, main_table
+    from ntkjax.stages.study_tables import choices_lines, failure_table, main_table
 
     if config.list:
         return to_markdown(result.rows())
     counts, parts = result.results["counts"], [to_markdown(main_table(result.results))]
     if counts["failed"]:
         parts.append("Failed (--retry-failed tries again):\n" + to_markdown(failure_table(result.results)))
+    parts += choices_lines(result.results)
     done = f"{counts['done']} runs done, {counts['failed']} failed, {counts['left']} left"
     parts.append(_read(config, "data.json"))
     return "\n".join(parts) + f"\n{done}\nreport: {Path(config.out) / 'report.html'}"
