@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng"),
-    ("store", "parallel"),
+    ("store", "parallel", "fingerprint"),
     ("data",),
     ("models",),
     ("ntk",),
@@ -32,7 +32,7 @@ ONLY = {
 FORBIDDEN = ("torch", "tensorflow")
 PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core")
 JAX_ADAPTER = "ntk/neural_tangents.py"
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 50
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ntkjax.errors import DataError
 
-# Below this size a file is recognised by its content, above it by path, size and modification time.
+# Below this size a file is recognised by its content, above it by path, size, inode and times.
 HASHED_FILE_BYTES = 64 * 2**20
 
 
@@ -37,12 +37,13 @@ def digest(*parts: Any) -> str:
 
 
 def file_signature(path: Path) -> list[Any]:
-    """What changes when the file does: its content's hash, or (large files) path, size and time in
-    nanoseconds.
+    """What changes when the file does: its content's hash, or (large files) path, size, inode, and the times of its
+    last modification and last change in nanoseconds. The last one is set by the system alone: a file that is written in
+    place, or put in the place of another with its old time, has a new one.
     """
     stat = path.stat()
     if stat.st_size > HASHED_FILE_BYTES:
-        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+        return [str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     with path.open("rb") as file:
         return [hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.data.schema import KNOWN_FIELDS, RecordProblem, Row, parse_record
-from ntkjax.data.sources import iter_source, source_name
+from ntkjax.data.schema import RecordProblem, Row, parse_record
+from ntkjax.data.sources import fills_nulls, iter_source, source_name
 from ntkjax.data.table import Table, TableWriter
 from ntkjax.errors import DataError
 
-VERSION = 1  # part of the cache key: raise it when what is stored, or what is accepted, changes
+VERSION = 2  # part of the cache key: raise it when what is stored, or what is accepted, changes
 TABLE, REPORT = "records.arrow", "report.json"
 LISTED_SKIPS = 10_000
 
@@ -47,73 +47,86 @@ class _Skips:
             self.lines.append(f"{place}: {problem}")
 
 
-def ingest(sources: Sequence[str], options: Options, folder: Path) -> None:
+def ingest(sources: Sequence[str], signatures: Sequence[list[Any]], options: Options, folder: Path) -> None:
     """Validate every record of ``sources`` into ``folder``: ``records.arrow`` and ``report.json``.
 
-    Memory does not depend on the number of records but for 9 bytes each: a 64-bit hash of the id and
-    whether the id was given.
+    ``signatures`` of the sources go into the report.
+
+    Memory does not depend on the number of records but for 13 bytes each: a 64-bit hash of the id, whether the id was
+    given, and the file.
 
     Raises:
       DataError: the first bad record, unless ``options.skip_bad``; an unreadable file; no usable record at
         all.
     """
-    skips, ignored, keys, given = _Skips(options.skip_bad), Counter(), array("Q"), array("b")
+    pass_ = _FirstPass(sources, options, _Skips(options.skip_bad))
     first = folder / "first-pass.arrow"
     with TableWriter(first) as writer:
-        for number, source in enumerate(sources):
-            if options.limit is not None and len(keys) >= options.limit:
+        for number in range(len(sources)):
+            if options.limit is not None and len(pass_.keys) >= options.limit:
                 break
-            _ingest_source(number, source, options, writer, skips, ignored, keys, given)
-    if not keys:
+            pass_.read(number, writer)
+    skips = pass_.skips
+    if not pass_.keys:
         why = f"; the first of {skips.count} bad records is {skips.lines[0]}" if skips.count else ""
         raise DataError(f"{sources[0]}: no usable record{why}; check that this is the right file")
-    flags = np.frombuffer(given, np.int8).astype(bool)
-    repeated = _make_unique(Table(first), sources, np.frombuffer(keys, np.uint64), flags, skips, folder)
+    repeated, qualified = _make_unique(Table(first), pass_, folder)
     kept = len(Table(folder / TABLE))
     unlisted = skips.count - len(skips.lines)
     report = {
         "records": kept,
         "files": list(sources),
+        "signatures": list(signatures),
         "skipped": skips.count,
         "skipped_lines": skips.lines + ([f"and {unlisted} more, not listed"] if unlisted else []),
         "duplicate_contents": repeated,
-        "made_ids": int((~flags).sum()),
-        "ignored_fields": dict(sorted(ignored.items())),
+        "made_ids": len(pass_.given) - sum(pass_.given),
+        "renamed_ids": qualified,
+        "ignored_fields": dict(sorted(pass_.unused.items())),
     }
     (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
 
 
-def _ingest_source(
-    number: int,
-    source: str,
-    options: Options,
-    writer: TableWriter,
-    skips: _Skips,
-    ignored: Counter[str],
-    keys: array[int],
-    given: array[int],
-) -> None:
-    default, before = source_name(source), len(keys) + skips.count
-    for line, value in iter_source(source, options.split):
-        try:
-            if isinstance(value, RecordProblem):
-                raise value
-            row = parse_record(value, allow_missing_response=options.allow_missing_response)
-            made_id = row.id if row.id is not None else content_id(row.prompt, row.response)
-            writer.add(_stored(row, made_id, row.source or default, number, line))
-        except UnicodeEncodeError:
-            lone = RecordProblem("a text holds half a surrogate pair", "text in UTF-8", "mend the escape in it")
-            skips.note(f"{source}:{line}", lone)
-        except RecordProblem as problem:
-            skips.note(f"{source}:{line}", problem)
-        else:
-            keys.append(_hash64(made_id))
-            given.append(row.id is not None)
-            ignored.update(str(name) for name in value if name not in KNOWN_FIELDS)
-            if len(keys) == options.limit:
-                return
-    if len(keys) + skips.count == before:
-        raise DataError(f"{source}: the file holds no records; expected at least one; check how it was written")
+class _FirstPass:
+    """Records to a table as they come, and what is needed to make their ids unique.
+
+    Attributes:
+      keys, given, files: of every good record the hash of its id, whether it was given, and the number of its file.
+      unused: how many records have each field that is not used.
+    """
+
+    def __init__(self, sources: Sequence[str], options: Options, skips: _Skips):
+        self.sources, self.options, self.skips = sources, options, skips
+        self.keys, self.given, self.files = array("Q"), array("b"), array("i")
+        self.unused: Counter[str] = Counter()
+
+    def read(self, number: int, writer: TableWriter) -> None:
+        """Add the records of one source."""
+        source, options, skips = self.sources[number], self.options, self.skips
+        default, before = source_name(source), len(self.keys) + skips.count
+        optional, filled = options.allow_missing_response, fills_nulls(source)
+        for item, (line, value) in enumerate(iter_source(source, options.split)):
+            try:
+                if isinstance(value, RecordProblem):
+                    raise value
+                row = parse_record(value, allow_missing_response=optional, filled=filled)
+                made_id = row.id if row.id is not None else content_id(row.prompt, row.response)
+                writer.add(_stored(row, made_id, row.source or default, number, line, item))
+            except UnicodeEncodeError:
+                lone = RecordProblem("a text holds half a surrogate pair", "text in UTF-8", "mend the escape in it")
+                skips.note(f"{source}:{line}", lone)
+            except RecordProblem as problem:
+                skips.note(f"{source}:{line}", problem)
+            else:
+                self.keys.append(_hash64(made_id))
+                self.given.append(row.id is not None)
+                self.files.append(number)
+                if row.unused:
+                    self.unused.update(dict.fromkeys(row.unused, 1))
+                if len(self.keys) == options.limit:
+                    return
+        if len(self.keys) + skips.count == before:
+            raise DataError(f"{source}: the file holds no records; expected at least one; check how it was written")
 
 
 def content_id(prompt: str, response: str) -> str:
@@ -125,11 +138,13 @@ def _hash64(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _stored(row: Row, name: str, source: str, number: int, line: int) -> tuple[Any, ...]:
-    messages = json.dumps(row.messages, ensure_ascii=False) if row.messages is not None else None
-    fields = (name, source, row.prompt, messages, row.response, row.answer, row.choices)
-    # repr separates the fields without ambiguity and is faster than JSON.
-    return (*fields, number, line, _hash64(_encodable(repr(fields), fields)))
+def _stored(row: Row, name: str, source: str, number: int, line: int, item: int) -> tuple[Any, ...]:
+    as_json = lambda value: None if value is None else json.dumps(value, ensure_ascii=False)
+    fields = (name, source, row.prompt, as_json(row.messages), row.response, row.answer, row.choices)
+    more = (as_json(row.response_fields), as_json(row.tools))
+    # repr separates the fields without ambiguity and is faster than JSON; where there is no more, it is left out.
+    content = fields if more == (None, None) else (*fields, *more)
+    return (*fields, *more, number, line, item, _hash64(_encodable(repr(content), content)))
 
 
 def _encodable(text: str, fields: tuple[Any, ...]) -> str:
@@ -141,56 +156,126 @@ def _encodable(text: str, fields: tuple[Any, ...]) -> str:
     return text
 
 
-def _make_unique(
-    table: Table, sources: Sequence[str], keys: np.ndarray, given: np.ndarray, skips: _Skips, folder: Path
-) -> int:
-    """Write the final table; returns how many records repeat the content of an earlier one (both without
-    id).
+def _make_unique(table: Table, read: _FirstPass, folder: Path) -> tuple[int, int]:
+    """Write the final table, in which every id occurs once.
+
+    An id that a file gives twice is a bad record. One that two files give stays as it is in the first, and the others
+    put the name of the file in front of it.
+
+    Returns:
+      (how many records repeat the content of an earlier one, both without id; how many ids were renamed).
     """
-    drop, renamed, repeated = [], {}, 0
-    taken = np.sort(keys)
-    new: set[int] = set()
+    keys, given = np.frombuffer(read.keys, np.uint64), np.frombuffer(read.given, np.int8).astype(bool)
+    again, first_of, elsewhere = _given_twice(keys, given, _distinct(read)[np.frombuffer(read.files, np.int32)])
+    drop = []
+    for i, first in sorted(zip(again.tolist(), first_of.tolist())):
+        name = table.value("id", i)
+        if name == table.value("id", first):  # else two hashes coincide
+            read.skips.note(_place(table, read.sources, i), _duplicate(name, _place(table, read.sources, first)))
+            drop.append(i)
+    new_names, repeated = _numbered(table, keys, given)
+    qualify = np.zeros(len(keys), bool)
+    qualify[elsewhere] = True
+    qualify[drop] = False
+    first, final = folder / "first-pass.arrow", folder / TABLE
+    if not (drop or new_names or qualify.any()):
+        first.rename(final)
+        return repeated, 0
+    names, taken = _file_names(read.sources), _Taken(keys)
 
-    def is_taken(name: str) -> bool:
+    def rename(i: int, name: str) -> str:
+        if not qualify[i]:
+            return new_names.get(i, name)
+        qualified = f"{names[read.files[i]]}:{name}"
+        return taken.free(qualified) if qualified in taken else qualified
+
+    table.rewrite(final, np.asarray(drop, np.int64), rename)
+    first.unlink()
+    return repeated, int(qualify.sum())
+
+
+def _distinct(read: _FirstPass) -> np.ndarray:
+    """For every source the number of the first that is the same file."""
+    places: dict[str, int] = {}
+    return np.asarray([places.setdefault(str(Path(s).resolve()), k) for k, s in enumerate(read.sources)], np.int64)
+
+
+def _given_twice(keys: np.ndarray, given: np.ndarray, files: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows whose id its own file gave before, the rows where it did, and rows whose id another file gave before."""
+    rows = np.flatnonzero(given)
+    rows = rows[np.lexsort((rows, files[rows], keys[rows]))]
+    same_id, same_file = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+    same_id[1:], same_file[1:] = np.diff(keys[rows]) == 0, np.diff(files[rows]) == 0
+    same = same_id & same_file
+    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(rows))))
+    return rows[same], rows[first[same]], rows[_after_first_file(same_id, same)]
+
+
+def _after_first_file(same_id: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """Of rows sorted by id and file: those that lie in another file than the first row with their id."""
+    run = np.cumsum(~same_id)
+    changes = np.cumsum(same_id & ~same)
+    starts = np.flatnonzero(~same_id)
+    return changes > changes[starts][run - 1]
+
+
+class _Taken:
+    """Names that are in use, by their hashes."""
+
+    def __init__(self, keys: np.ndarray):
+        self.sorted, self.new = np.sort(keys), set[int]()
+
+    def __contains__(self, name: str) -> bool:
         key = _hash64(name)
-        place = int(np.searchsorted(taken, np.uint64(key)))
-        return key in new or (place < len(taken) and int(taken[place]) == key)
+        place = int(np.searchsorted(self.sorted, np.uint64(key)))
+        return key in self.new or (place < len(self.sorted) and int(self.sorted[place]) == key)
 
-    for rows in _equal_runs(keys):
+    def free(self, name: str, suffix: int = 2) -> str:
+        """The first of ``name-2``, ``name-3``, ... that is not in use; now it is."""
+        while f"{name}-{suffix}" in self:
+            suffix += 1
+        self.new.add(_hash64(f"{name}-{suffix}"))
+        return f"{name}-{suffix}"
+
+
+def _numbered(table: Table, keys: np.ndarray, given: np.ndarray) -> tuple[dict[int, str], int]:
+    """New names for made ids that are in use already, and how many records repeat an earlier one's content."""
+    renamed, repeated, taken = {}, 0, _Taken(keys)
+    for rows in _equal_runs(keys, given):
         by_id: dict[str, list[int]] = {}
         for i in rows:
             by_id.setdefault(table.value("id", i), []).append(i)
         for name, same in by_id.items():
-            explicit = [i for i in same if given[i]]
-            for i in explicit[1:]:
-                skips.note(_place(table, sources, i), _duplicate(name, _place(table, sources, explicit[0])))
-                drop.append(i)
             made = [i for i in same if not given[i]]
             repeated += max(0, len(made) - 1)
             suffix = 2
-            for i in made if explicit else made[1:]:
-                while is_taken(f"{name}-{suffix}"):
-                    suffix += 1
-                renamed[i] = f"{name}-{suffix}"
-                new.add(_hash64(renamed[i]))
-    first, final = folder / "first-pass.arrow", folder / TABLE
-    if drop or renamed:
-        table.rewrite(final, np.asarray(drop, np.int64), renamed)
-        first.unlink()
-    else:
-        first.rename(final)
-    return repeated
+            for i in made if len(made) < len(same) else made[1:]:
+                renamed[i] = taken.free(name, suffix)
+                suffix = int(renamed[i].rpartition("-")[2]) + 1
+    return renamed, repeated
 
 
-def _equal_runs(keys: np.ndarray) -> list[list[int]]:
-    """Rows that share a key, for every key that occurs more than once, in order of first occurrence."""
-    _, start, counts = np.unique(keys, return_index=True, return_counts=True)
-    if len(start) == len(keys):
+def _equal_runs(keys: np.ndarray, given: np.ndarray) -> list[list[int]]:
+    """Rows that share a key, for every key that occurs more than once and has a made id; by first occurrence."""
+    _, start, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    if len(start) == len(keys) or given.all():
         return []
+    wanted = (counts > 1) & (np.bincount(inverse[~given], minlength=len(counts)) > 0)
     order = np.argsort(keys, kind="stable")
     ends = np.cumsum(counts)
-    runs = [order[end - count : end].tolist() for end, count in zip(ends, counts) if count > 1]
-    return sorted(runs)
+    return sorted(order[end - count : end].tolist() for end, count in zip(ends[wanted], counts[wanted]))
+
+
+def _file_names(sources: Sequence[str]) -> list[str]:
+    """A name for every source, different for different ones: what its records' source defaults to, without colons."""
+    names: dict[str, str] = {}
+    for source in sources:
+        name = base = source_name(source).replace(":", "_")
+        suffix = 2
+        while source not in names and name in names.values():
+            name, suffix = f"{base}-{suffix}", suffix + 1
+        names.setdefault(source, name)
+    return [names[source] for source in sources]
 
 
 def _place(table: Table, sources: Sequence[str], i: int) -> str:

@@ -32,7 +32,7 @@ from ntkjax.data.sources import is_hub_id, iter_source, list_sources, source_nam
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.rng import numpy_rng
 
-VERSION = 1
+VERSION = 2
 """Part of the name of a prepared file: raise it when what is written changes."""
 HUB_FILE = "hf://datasets/"
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -167,26 +167,28 @@ def prepare(
     Raises:
       DataError: ``FILE:LINE:`` of the first record that does not fit (unless skipped), a source without any.
     """
-    paths, reports = [], []
+    paths, reports, skip = [], [], on_bad_record == "skip"
     for source in sources:
         if source.plain:
             paths.append(source.path)
             continue
-        made = Path(folder) / f"{re.sub(r'[^A-Za-z0-9]+', '-', source.path).strip('-')[-40:]}-{_key(source)}.jsonl"
+        made = (
+            Path(folder) / f"{re.sub(r'[^A-Za-z0-9]+', '-', source.path).strip('-')[-40:]}-{_key(source, skip)}.jsonl"
+        )
         report = made.with_suffix(".json")
         if not (made.exists() and report.exists()):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            found = _write(source, made, on_bad_record == "skip")
+            found = _write(source, made, skip)
             report.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
         paths.append(str(made))
         reports.append({"path": source.path, "file": str(made), **json.loads(report.read_text(encoding="utf-8"))})
     return paths, reports
 
 
-def _key(source: Source) -> str:
+def _key(source: Source, skip: bool) -> str:
     remote = is_hub_id(source.path) or source.path.startswith(HUB_FILE)
     files = [] if remote else [file_signature(Path(name)) for name in list_sources(source.path)]
-    return digest(VERSION, dataclasses.asdict(source), files)[:16]
+    return digest(VERSION, dataclasses.asdict(source), files, skip)[:16]
 
 
 def _write(source: Source, path: Path, skip: bool) -> dict[str, Any]:

@@ -16,14 +16,15 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data import ingest
-from ntkjax.data.cache import build_once, digest, file_signature
+from ntkjax.data.cache import build_once, digest
 from ntkjax.data.indices import Positions, as_indices
+from ntkjax.data.originals import Originals
 from ntkjax.data.schema import Message
-from ntkjax.data.sources import hub_signature, is_hub_id, list_sources
+from ntkjax.data.sources import list_sources, source_signature
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
 
-_FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices")
+_FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices", "response_fields", "tools")
 _BLOCK = 512
 
 
@@ -33,8 +34,8 @@ class Example:
 
     Attributes:
       messages: the chat before the response, each message with ``role``, ``content`` and whatever other fields it
-        came with (``reasoning_content``, ``tool_calls``, ``weight``, ...); None where it is one user message with the
-        text ``prompt``.
+        came with (``reasoning_content``, ``tool_calls``, ``weight``, ...); None where it is one user message, the
+        text ``prompt`` and no other field.
       response: the text of the last assistant message; empty where the data was read with
         ``allow_missing_response`` and has none.
       response_fields: fields of the last assistant message besides role and content; None where it has none.
@@ -62,9 +63,11 @@ class Example:
     def to_json(self) -> dict[str, Any]:
         """The record as ``read_records`` reads it: fields that are absent are left out."""
         text: dict[str, Any] = {"prompt": self.prompt, "response": self.response}
-        if self.messages is not None:
-            text = {"messages": [*self.messages, {"role": "assistant", "content": self.response}]}
+        if self.messages is not None or self.response_fields is not None:
+            text = {"messages": self.conversation()}
         record = {"id": self.id, "source": self.source, **text}
+        if self.tools is not None:
+            record["tools"] = list(self.tools)
         if self.answer is not None:
             record["answer"] = self.answer
         if self.choices is not None:
@@ -102,11 +105,11 @@ def read_records(
         and hub data, and the line on which the record starts in JSON.
     """
     _check_options(on_bad_record, limit)
-    sources = list_sources(paths)
+    sources = list_sources(paths, split)
     options = ingest.Options(split, on_bad_record == "skip", limit, allow_missing_response)
-    signatures = [_signature(source, split) for source in sources]
+    signatures = [source_signature(source, split) for source in sources]
     key = digest(ingest.VERSION, dataclasses.astuple(options), signatures)
-    made = build_once("records", key, cache_dir, lambda folder: ingest.ingest(sources, options, folder))
+    made = build_once("records", key, cache_dir, lambda folder: ingest.ingest(sources, signatures, options, folder))
     table = Table(made / ingest.TABLE)
     report = json.loads((made / ingest.REPORT).read_text(encoding="utf-8"))
     rows = np.arange(len(table), dtype=np.int64)
@@ -120,10 +123,6 @@ def _check_options(on_bad_record: str, limit: int | None) -> None:
         raise ConfigError(f"limit is {limit}; expected at least 1, or None for all records")
 
 
-def _signature(source: str, split: str) -> list[Any]:
-    return [source, *(hub_signature(source, split) if is_hub_id(source) else file_signature(Path(source)))]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
     """A view of memory-mapped records: ``len``, ``[i] -> Example``, iteration, ``subset``, ``concat``,
@@ -133,8 +132,9 @@ class Records:
       tables: the Arrow files behind the view.
       part: int16 [N], which of ``tables`` a row lies in.
       row: int64 [N], where in it.
-      report: what reading found: records, files, skipped (count), skipped_lines (``FILE:LINE: why``),
-        duplicate_contents, made_ids, ignored_fields (name: count).
+      report: what reading found: records, files, signatures (of the files), skipped (count), skipped_lines
+        (``FILE:LINE: why``), duplicate_contents, made_ids, renamed_ids (given by two files), ignored_fields (name of a
+        column or of a field of messages: in how many records).
     """
 
     tables: tuple[Table, ...]
@@ -192,9 +192,33 @@ class Records:
 
     def location(self, i: int) -> str:
         """``FILE:LINE`` that record ``i`` was read from."""
-        table = self.tables[self.part[i]]
-        row, offset = int(self.row[i]), self.report.get("file_offsets", [0])[self.part[i]]
-        return f"{self.report['files'][offset + table.value('file', row)]}:{table.value('line', row)}"
+        (file,), (line,) = self.locations([range(len(self))[i]])
+        return f"{file}:{line}"
+
+    def locations(self, indices: Positions) -> tuple[list[str], np.ndarray]:
+        """The file of each record at ``indices``, and the line [n] on which it starts (in tables its row, from 1)."""
+        files, lines = self._places(as_indices(indices, len(self)), "line")
+        return [self.report["files"][number] for number in files.tolist()], lines
+
+    def originals(self, indices: Positions) -> Originals:
+        """The records at ``indices`` as their files hold them, with all fields; read again in one pass, flat in memory.
+
+        Raises:
+          DataError: a file has changed since it was read, or is gone.
+        """
+        files, items = self._places(as_indices(indices, len(self)), "item")
+        return Originals(self.report["files"], self.report["signatures"], files, items)
+
+    def _places(self, chosen: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """For rows of this view the position of their file in the report's list, and the column ``name``."""
+        part, row = self.part[chosen], self.row[chosen]
+        files, found = np.zeros(len(chosen), np.int64), np.zeros(len(chosen), np.int64)
+        offsets = self.report.get("file_offsets", [0])
+        for number in np.unique(part).tolist():
+            here, table = part == number, self.tables[number]
+            files[here] = np.asarray(table.take("file", row[here]), np.int64) + offsets[number]
+            found[here] = table.take(name, row[here])
+        return files, found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -250,11 +274,23 @@ class Records:
 
 
 def _example(
-    name: str, source: str, prompt: str, messages: str | None, response: str, answer: str | None, choices: Any
+    name: str,
+    source: str,
+    prompt: str,
+    messages: str | None,
+    response: str,
+    answer: str | None,
+    choices: Any,
+    fields: str | None,
+    tools: str | None,
 ) -> Example:
     chat = tuple(json.loads(messages)) if messages is not None else None
     options = tuple(choices) if choices is not None else None
-    return Example(name, source, prompt, chat, response, answer, options)
+    if fields is None and tools is None:
+        return Example(name, source, prompt, chat, response, answer, options)
+    own = json.loads(fields) if fields is not None else None
+    known = tuple(json.loads(tools)) if tools is not None else None
+    return Example(name, source, prompt, chat, response, answer, options, own, known)
 
 
 def _runs(part: np.ndarray) -> tuple[list[int], list[slice]]:
@@ -277,11 +313,13 @@ def concat_records(first: Records, second: Records) -> Records:
     report = {
         "records": len(first) + len(second),
         "files": a["files"] + b["files"],
+        "signatures": a["signatures"] + b["signatures"],
         "file_offsets": offsets + [len(a["files"]) + k for k in b.get("file_offsets", [0])],
         "skipped": a["skipped"] + b["skipped"],
         "skipped_lines": a["skipped_lines"] + b["skipped_lines"],
         "duplicate_contents": a["duplicate_contents"] + b["duplicate_contents"],
         "made_ids": a["made_ids"] + b["made_ids"],
+        "renamed_ids": a["renamed_ids"] + b["renamed_ids"],
         "ignored_fields": _add_counts(a["ignored_fields"], b["ignored_fields"]),
     }
     return Records(

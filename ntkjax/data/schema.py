@@ -1,24 +1,56 @@
 """One raw record, whatever its format, to the one form that the rest of ntkjax knows; or a plain statement of
 what is wrong with it.
 
-Formats: ``prompt``/``response``; ``instruction``/``input``/``output``; chat ``messages`` (role, content) or
-``conversations`` (from, value), whose last message is the response. Optional fields: ``id``, ``source``,
-``answer``, ``choices``. A field that is null counts as absent.
+Formats: ``prompt``/``response`` (or ``completion``); ``instruction``/``input``/``output``; ``question`` or ``query``
+and ``response``; ``input``/``output``; chat ``messages``, ``conversations`` or ``conversation``, each message with
+role and content, from and value, or speaker and text. Optional fields: ``system`` and ``history``
+(``[[question, answer], ...]``), which become messages; ``tools``; ``id``, ``source``, ``answer``, ``choices``. A field
+that is null or NaN counts as absent. Every other field is named in ``Row.unused``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from ntkjax.errors import DataError
 
-KNOWN_FIELDS = frozenset(
-    ("id", "source", "prompt", "response", "instruction", "input", "output")
-    + ("messages", "conversations", "answer", "choices")
+OWN_ID = "ntkjax_id"
+"""The id where a record written by ``ntkjax select`` has another one of its own in ``id``."""
+CUT_MESSAGES = "messages after the last that is trained (weight > 0)"
+"""What ``Row.unused`` calls messages behind the last assistant message that is trained: no loss can depend on them."""
+
+_BASE = frozenset(("id", OWN_ID, "source", "answer", "choices"))
+_AROUND = _BASE | {"system", "history"}
+# A pair of texts: names of the prompt and of the response, those first that are looked for first.
+_PAIRS = (
+    ("prompt", ("response", "completion")),
+    ("instruction", ("output", "response", "completion")),
+    ("question", ("response", "output", "completion")),
+    ("query", ("response", "output", "completion")),
+    ("input", ("output",)),
+    ("prompt", ("output",)),
 )
-_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_ASKED = ("prompt", "instruction", "question", "query")  # what may stand without a response
+_CHATS = ("messages", "conversations", "conversation")
+_PLAIN = _AROUND | {"prompt", "response"}
+_CONTEXTS = ("input", "context")  # texts that belong to an instruction
+KNOWN_FIELDS = _AROUND.union(
+    _CHATS, _CONTEXTS, ("tools",), *([prompt, *responses] for prompt, responses in _PAIRS)
+)  # fmt: skip
+
+ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_CALLS = ("function_call", "tool_call")  # speakers of ShareGPT whose text is the JSON of a call
+_USER, _ASSISTANT = ("user", "human", "prompter"), ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot")
+SPEAKERS = {
+    **dict.fromkeys(_USER, "user"),
+    **dict.fromkeys((*_ASSISTANT, *_CALLS), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
+    **{name: name for name in ("system", "developer", "function", "ipython", "document", "context", "control")},
+}
+"""Who speaks, as data calls them (in any case) -> the role of the message."""
 
 Message = dict[str, Any]
 
@@ -36,8 +68,15 @@ class RecordProblem(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A validated record. ``id`` and ``source`` are None where the data gives none; ``messages`` is the
-    context before the response, None where it is one user message with the text ``prompt``.
+    """A validated record.
+
+    Attributes:
+      id, source: None where the data gives none.
+      messages: the context before the response; None where it is one user message with the text ``prompt``.
+      response_fields: fields of the last assistant message besides role and content; None where it has none.
+      tools: None where the record names none.
+      unused: names of the fields that nothing here uses: columns, fields of messages (``messages[].name``) and
+        ``tools``, which only a chat template may read, and `CUT_MESSAGES`.
     """
 
     id: str | None
@@ -47,13 +86,28 @@ class Row:
     response: str
     answer: str | None
     choices: list[str] | None
+    response_fields: Message | None = None
+    tools: list[Any] | None = None
+    unused: tuple[str, ...] | list[str] = ()
 
 
-def parse_record(value: Any, *, allow_missing_response: bool = False) -> Row:
-    """Validate one decoded JSON value or Parquet row.
+@dataclasses.dataclass
+class _Talk:
+    """Context, response and what was used while a record is read; ``unused`` are names besides columns."""
+
+    context: list[Message]
+    response: str
+    used: frozenset[str]
+    response_fields: Message | None = None
+    unused: list[str] = dataclasses.field(default_factory=list)
+
+
+def parse_record(value: Any, *, allow_missing_response: bool = False, filled: bool = False) -> Row:
+    """Validate one decoded JSON value or table row.
 
     With ``allow_missing_response`` (data to generate answers for) the response may be absent or empty and
-    becomes the empty string.
+    becomes the empty string. ``filled``: the value comes from a table, where every object of a column has all fields
+    that one of them has, absent ones as null: such nulls are left out.
 
     Raises:
       RecordProblem: the record cannot be used.
@@ -62,96 +116,332 @@ def parse_record(value: Any, *, allow_missing_response: bool = False) -> Row:
         raise RecordProblem(
             f"the record is {_kind(value)}", "an object with named fields", "write one JSON object per record"
         )
-    record = {name: field for name, field in value.items() if field is not None}
-    prompt, messages, response = _prompt_and_response(record, allow_missing_response)
+    record = {name: field for name, field in value.items() if not _absent(field)}
+    talk = _talk(record, allow_missing_response, filled)
+    if "system" in record or "history" in record:
+        _surround(talk, record)
+    prompt, messages = _prompt(talk.context)
     if not prompt.strip():
         raise RecordProblem("the prompt is empty", "some text", "fill it in or remove the record")
-    if not response.strip() and not allow_missing_response:
+    calls = talk.response_fields is not None and _calls(talk.response_fields)
+    if not (talk.response.strip() or calls or allow_missing_response):
         raise RecordProblem("the response is empty", "some text to learn", "fill it in or remove the record")
     answer, choices = _answer_and_choices(record)
+    tools = _tools(record["tools"], filled) if "tools" in record else None
     return Row(
-        id=_label(record, "id", (str, int)),
+        id=_label(record, OWN_ID if OWN_ID in record else "id", (str, int, float)),
         source=_label(record, "source", (str,)),
         prompt=prompt,
         messages=messages,
-        response=response,
+        response=talk.response,
         answer=answer,
         choices=choices,
+        response_fields=talk.response_fields,
+        tools=tools,
+        unused=talk.unused + [n for n in record if n not in talk.used and not _blank(record[n])],
     )
 
 
-def _prompt_and_response(record: dict[str, Any], optional: bool) -> tuple[str, list[Message] | None, str]:
-    if "prompt" in record and "response" in record:
-        return _text(record, "prompt"), None, _text(record, "response")
-    if "messages" in record:
-        return _chat(record, "messages", "role", "content", optional)
-    if "conversations" in record:
-        return _chat(record, "conversations", "from", "value", optional)
-    if "instruction" in record and ("output" in record or (optional and "prompt" not in record)):
-        extra = _text(record, "input") if "input" in record else ""
-        prompt = _text(record, "instruction") + (f"\n{extra}" if extra.strip() else "")
-        return prompt, None, _text(record, "output") if "output" in record else ""
-    if "prompt" in record and optional:
-        return _text(record, "prompt"), None, ""
-    missing = {"prompt": "response", "response": "prompt", "instruction": "output", "output": "instruction"}
-    absent = next((missing[name] for name in missing if name in record), "prompt")
-    seen = ", ".join(sorted(map(str, record))) or "none"
-    raise RecordProblem(
-        f"the field {absent!r} is missing (fields seen: {seen})",
-        "prompt and response, or instruction (and input) and output, or messages",
-        "rename the fields or add the missing one",
+def _absent(value: Any) -> bool:
+    return value is None or (type(value) is float and value != value)
+
+
+def _blank(value: Any) -> bool:
+    """Whether a column says nothing: an empty text, list or object."""
+    return isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
+
+
+def _talk(record: dict[str, Any], optional: bool, filled: bool) -> _Talk:
+    if "prompt" in record and "response" in record and isinstance(record["prompt"], str):
+        return _Talk([{"role": "user", "content": record["prompt"]}], _text(record, "response"), _PLAIN)
+    for prompt, responses in _PAIRS[:1]:
+        response = next((name for name in responses if name in record), None)
+        if prompt in record and response is not None:
+            return _pair(record, prompt, response, filled)
+    for name in _CHATS:
+        if name in record:
+            return _chat(_messages(record, name, filled), name, optional)
+    for prompt, responses in _PAIRS[1:]:
+        response = next((name for name in responses if name in record), None)
+        if prompt in record and response is not None:
+            return _pair(record, prompt, response, filled)
+    for prompt in _ASKED:
+        if optional and prompt in record:
+            return _pair(record, prompt, None, filled)
+    raise _missing(record)
+
+
+def _missing(record: dict[str, Any]) -> RecordProblem:
+    absent = "prompt"
+    if not any(name in record for _, responses in _PAIRS for name in responses) or "prompt" in record:
+        absent = next((responses[0] for prompt, responses in _PAIRS if prompt in record and prompt in _ASKED), absent)
+    elif "output" in record:
+        absent = "instruction"
+    remedy = "rename the fields or add the missing one"
+    if absent != "prompt" and "answer" in record:
+        remedy = f"if 'answer' is the text to learn, rename it to {absent!r} (answer is what evaluation compares with)"
+    return RecordProblem(
+        f"the field {absent!r} is missing (fields seen: {', '.join(sorted(map(str, record))) or 'none'})",
+        "prompt and response (or completion), instruction (and input) and output, question and response, or messages",
+        remedy,
     )
 
 
-def _chat(
-    record: dict[str, Any], name: str, role_key: str, text_key: str, optional: bool
-) -> tuple[str, list[Message] | None, str]:
+def _pair(record: dict[str, Any], prompt: str, response: str | None, filled: bool) -> _Talk:
+    """A prompt and a response that are texts, or lists of messages each."""
+    names = [name for name in (prompt, response) if name is not None]
+    if prompt == "prompt" and isinstance(record[prompt], list) and record[prompt]:
+        context = _messages(record, prompt, filled)
+        for message in context:  # only the completion of such data is trained
+            if message["role"] == "assistant":
+                message["train"] = False
+        if response is None:
+            return _Talk(context, "", _AROUND | set(names))
+        ending = record[response]
+        if isinstance(ending, list) and ending:
+            return _chat(context + _messages(record, response, filled), "messages", False, _AROUND | set(names))
+        return _Talk(context, _text(record, response), _AROUND | set(names))
+    text = _text(record, prompt)
+    if prompt == "instruction":
+        extra = next((name for name in _CONTEXTS if isinstance(record.get(name), str)), None)
+        if extra is None and "input" in record:
+            extra = "input"
+        if extra is not None:
+            names.append(extra)
+            text += f"\n{more}" if (more := _text(record, extra)).strip() else ""
+    answer = "" if response is None else _text(record, response)
+    return _Talk([{"role": "user", "content": text}], answer, _AROUND | set(names))
+
+
+def _surround(talk: _Talk, record: dict[str, Any]) -> None:
+    """The ``system`` and ``history`` columns as messages before the last one of ``talk``."""
+    turns: list[Message] = []
+    history = record.get("history", []) if "history" in talk.used else []
+    pairs = isinstance(history, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
+        raise RecordProblem(
+            f"'history' is {_kind(history)}" + (" with an item that is no pair of texts" if history else ""),
+            "earlier turns as [[question, answer], ...]",
+            "write it so, or rename the column",
+        )
+    for question, answer in history:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    system = _text(record, "system") if "system" in record else ""
+    own = talk.context[0] if talk.context and talk.context[0]["role"] == "system" else None
+    if own is not None and system.strip() and own["content"] != system:
+        talk.unused.append("system")  # the conversation brings another one
+    if own is None and system.strip():
+        talk.context.insert(0, {"role": "system", "content": system})
+    start = 1 if talk.context and talk.context[0]["role"] == "system" else 0
+    talk.context[start:start] = turns
+
+
+def _prompt(context: list[Message]) -> tuple[str, list[Message] | None]:
+    """The context as one text; the context itself unless it is one plain user message."""
+    if len(context) == 1 and context[0]["role"] == "user":
+        return context[0]["content"], context if len(context[0]) > 2 else None
+    if not any(message["content"].strip() for message in context):
+        return "", None
+    return "\n".join(f"{m['role']}: {m['content']}" for m in context), context
+
+
+# -- messages --
+
+
+def _messages(record: dict[str, Any], name: str, filled: bool) -> list[Message]:
     raw = record[name]
     if not isinstance(raw, list) or not raw:
+        keys = ("from", "value") if name.startswith("conversation") else ("role", "content")
         raise RecordProblem(
             f"{name!r} is {_kind(raw) if raw != [] else 'an empty list'}",
             "a list of messages",
-            f'write {name} as [{{"{role_key}": ..., "{text_key}": ...}}, ...]',
+            f'write {name} as [{{"{keys[0]}": ..., "{keys[1]}": ...}}, ...]',
         )
-    messages = [_message(item, f"{name}[{k}]", role_key, text_key) for k, item in enumerate(raw)]
-    answered = messages[-1]["role"] == "assistant"
-    if not answered and not optional:
+    return [_message(item, name, k, filled) for k, item in enumerate(raw)]
+
+
+def _chat(messages: list[Message], name: str, optional: bool, used: frozenset[str] | None = None) -> _Talk:
+    """The last assistant message that is trained is the response; what follows it is cut off and counted."""
+    used = _BASE | {name, "system"} if used is None else used
+    extra = any(len(message) > 2 for message in messages)
+    unused = _unused_fields(messages, name) if extra else []
+    if messages[-1]["role"] != "assistant":
+        if optional:
+            return _Talk(messages, "", used, None, unused)
         raise RecordProblem(
             f"the last message comes from {messages[-1]['role']!r}",
             "an assistant message at the end, the response",
-            "remove what follows the last assistant message",
+            "remove what follows the last assistant message, or name its speaker assistant",
         )
-    response = messages[-1]["content"] if answered else ""
-    context = messages[:-1] if answered else messages
-    if len(context) == 1 and context[0]["role"] == "user":
-        return context[0]["content"], None, response
-    if not any(message["content"].strip() for message in context):
-        return "", None, response
-    return "\n".join(f"{m['role']}: {m['content']}" for m in context), context, response
+    if extra:
+        trained = [k for k, m in enumerate(messages) if m["role"] == "assistant" and is_trained(m)]
+        if not trained:
+            raise RecordProblem(
+                "no assistant message is to be trained (weight 0 or train false on each)",
+                "at least one with weight 1, or without weight and train",
+                "mend the weights or remove the record",
+            )
+        if trained[-1] + 1 < len(messages):
+            unused.append(CUT_MESSAGES)
+            messages = messages[: trained[-1] + 1]
+    last = messages[-1]
+    fields = {key: value for key, value in last.items() if key not in ("role", "content")} if extra else None
+    return _Talk(messages[:-1], last["content"], used, fields or None, unused)
 
 
-def _message(item: Any, where: str, role_key: str, text_key: str) -> Message:
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant message is learned: not where ``weight`` is 0 or ``train`` is false."""
+    return message.get("weight") != 0 and message.get("train") is not False
+
+
+def _unused_fields(messages: list[Message], name: str) -> list[str]:
+    """Names of the fields of messages, ``messages[].field``, that only a chat template may read."""
+    found: dict[str, None] = {}
+    for message in messages:
+        for key, value in message.items():
+            # weight and train say what is trained of an assistant; of others nothing is, whatever they say.
+            settled = key in ("weight", "train") and (message["role"] == "assistant" or not value)
+            if key not in ("role", "content") and not settled:
+                found[f"{name}[].{key}"] = None
+    return list(found)
+
+
+def _message(item: Any, name: str, k: int, filled: bool) -> Message:
+    if type(item) is dict and len(item) == 2:
+        role, text = item.get("role"), item.get("content")
+        if isinstance(role, str) and SPEAKERS.get(role) == role and isinstance(text, str):
+            return {"role": role, "content": text}
+    where = f"{name}[{k}]"
     if not isinstance(item, Mapping):
         raise RecordProblem(
             f"{where} is {_kind(item)}",
-            f"an object with {role_key} and {text_key}",
+            "an object with role and content (or from and value)",
             "write messages as objects",
         )
-    for key in (role_key, text_key):
-        if not isinstance(item.get(key), str):
-            found = f"{where}.{key} is {_kind(item[key]) if key in item else 'missing'}"
-            raise RecordProblem(found, "text", "only messages of plain text can be used")
-    if not item[role_key].strip():
-        raise RecordProblem(f"{where}.{role_key} is empty", "system, user or assistant", "name the speaker")
-    role, text = str(item[role_key]), str(item[text_key])
-    return {"role": _SPEAKERS.get(role, role), "content": text}
+    fields = {str(key): value for key, value in item.items() if not _absent(value)}
+    role_key = next((key for key in ROLE_KEYS if key in fields), "from" if "value" in fields else "role")
+    text_key = next((key for key in TEXT_KEYS if key in fields), "value" if role_key == "from" else "content")
+    speaker = fields.pop(role_key, None)
+    role = _role(speaker, f"{where}.{role_key}")
+    if text_key not in fields and _calls(fields):
+        text = ""
+    else:
+        text = _content(fields.pop(text_key, None), f"{where}.{text_key}", text_key in item)
+    if str(speaker).strip().lower() in _CALLS and (calls := _parsed_calls(text)) is not None:
+        text, fields["tool_calls"] = "", calls
+    for key in ("weight", "train"):
+        if key in fields:
+            _check_switch(fields[key], key, where)
+    return {"role": role, "content": text} | {key: _storable(v, f"{where}.{key}", filled) for key, v in fields.items()}
+
+
+def _role(speaker: Any, where: str) -> str:
+    if not isinstance(speaker, str):
+        found = "missing" if speaker is None else _kind(speaker)
+        raise RecordProblem(
+            f"{where} is {found}", "the name of the speaker", 'write messages as {"role": ..., "content": ...}'
+        )
+    if not speaker.strip():
+        raise RecordProblem(f"{where} is empty", "system, user or assistant", "name the speaker")
+    role = SPEAKERS.get(speaker) or SPEAKERS.get(speaker.strip().lower())
+    if role is None:
+        raise RecordProblem(
+            f"{where} is {speaker!r}, an unknown speaker",
+            f"one of {', '.join(SPEAKERS)}",
+            "rename the speaker to one of these, such as user or assistant",
+        )
+    return role
+
+
+def _content(value: Any, where: str, given: bool) -> str:
+    """The text of a message, whose content may be a list of parts of text."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        what = f"{_kind(value)}{' without parts' if value == [] else ''}" if given else "missing"
+        raise RecordProblem(f"{where} is {what}", "text", "write the text of the message there")
+    texts = []
+    for k, part in enumerate(value):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text" or not isinstance(text, str):
+            raise RecordProblem(
+                f"{where}[{k}] is {f'of type {kind!r}' if kind != 'text' else 'without text'}",
+                "parts of type text: images, audio and files cannot be read",
+                "remove such parts or the record",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(fields: Mapping[str, Any]) -> bool:
+    """Whether a message calls a tool, and so may be without text."""
+    return bool(fields.get("tool_calls") or fields.get("function_call"))
+
+
+def _parsed_calls(text: str) -> list[Any] | None:
+    """The calls that a ShareGPT function_call message writes as JSON; None where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    calls = found if isinstance(found, list) else [found]
+    good = all(isinstance(c, dict) and set(c) == {"name", "arguments"} and isinstance(c["name"], str) for c in calls)
+    return [{"type": "function", "function": call} for call in calls] if calls and good else None
+
+
+def _check_switch(value: Any, key: str, where: str) -> None:
+    good = isinstance(value, bool) if key == "train" else not isinstance(value, bool) and value in (0, 1)
+    if not good:
+        shown = f"{value!r}" if isinstance(value, int | float) else _kind(value)
+        expected = "true or false" if key == "train" else "0 (not trained) or 1"
+        raise RecordProblem(f"{where}.{key} is {shown}", expected, f"mend it or leave {key} out")
+
+
+def _tools(value: Any, filled: bool) -> list[Any] | None:
+    """The tools of a record: a list, or the JSON text of one; None where there are none."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, list):
+        raise RecordProblem(
+            f"'tools' is {_kind(value)}{' that is no JSON list' if isinstance(value, str) else ''}",
+            "a list of tools, or the JSON text of one",
+            "mend it, or rename the column if it is about something else",
+        )
+    return _storable(found, "tools", filled) or None
+
+
+def _storable(value: Any, where: str, filled: bool) -> Any:
+    """``value`` as JSON can say it: NaN is left out of objects, and null too where ``filled``; dates become text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, Mapping):
+        left_out = lambda field: field is None if filled else False
+        return {
+            str(key): _storable(field, f"{where}.{key}", filled)
+            for key, field in value.items()
+            if not left_out(field) and not (isinstance(field, float) and field != field)
+        }
+    if isinstance(value, list | tuple):
+        return [_storable(item, where, filled) for item in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise RecordProblem(f"{where} is {_kind(value)}", "text, numbers, lists or objects", "convert it or leave it out")
+
+
+# -- labels --
 
 
 def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:
-    answer = _label(record, "answer", (str, int, float))
     choices = record.get("choices")
     if choices is None:
-        return answer, None
+        return _label(record, "answer", (str, int, float)), None
     if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
         detail = " with an item that is no text" if isinstance(choices, list) else ""
         raise RecordProblem(
@@ -165,11 +455,21 @@ def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] |
             "at least two different texts",
             "mend the choices or leave the field out",
         )
+    answer = record.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        raise RecordProblem(
+            f"the answer is the number {answer}, which may be a place among the choices {choices!r}",
+            "the text of one of them",
+            f'write the text of the choice, such as "answer": {json.dumps(choices[0], ensure_ascii=False)}',
+        )
+    answer = _label(record, "answer", (str,))
     if answer is not None and answer not in choices:
+        place = answer.strip().strip("().").upper()
+        letter = len(place) == 1 and "A" <= place <= "Z"
         raise RecordProblem(
             f"the answer {answer!r} is not among the choices {choices!r}",
             "an answer that equals one of them exactly",
-            "mend the answer or the choices",
+            "write the text of the choice in place of its letter" if letter else "mend the answer or the choices",
         )
     return answer, choices
 
@@ -186,6 +486,8 @@ def _label(record: dict[str, Any], name: str, types: tuple[type, ...]) -> str | 
         return None
     if isinstance(value, bool) or not isinstance(value, types):
         raise RecordProblem(f"{name!r} is {_kind(value)}", "text", "write it as a string")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # whole numbers of a column with gaps
     text = str(value)
     if not text.strip():
         raise RecordProblem(f"{name!r} is empty", "some text", "fill it in or leave the field out")

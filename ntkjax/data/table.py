@@ -22,9 +22,12 @@ SCHEMA = pa.schema(
         ("response", pa.string()),
         ("answer", pa.string()),
         ("choices", pa.list_(pa.string())),
+        ("response_fields", pa.string()),  # JSON of the fields of the last message, null where it has none
+        ("tools", pa.string()),  # JSON of a list
         ("file", pa.int32()),  # position in the report's list of files
         ("line", pa.int64()),
-        ("digest", pa.uint64()),  # of everything above but file and line
+        ("item", pa.int64()),  # place among all the records of its file, from 0: many may start on one line of JSON
+        ("digest", pa.uint64()),  # of everything above but file, line and item
     ]
 )
 
@@ -89,17 +92,15 @@ class Table:
         """A whole column of numbers."""
         return self._table.column(name).to_numpy()
 
-    def rewrite(self, path: Path, drop: np.ndarray, renamed: dict[int, str]) -> None:
-        """A copy without the rows in ``drop`` and with the ids in ``renamed``, block by block."""
+    def rewrite(self, path: Path, drop: np.ndarray, rename: Callable[[int, str], str]) -> None:
+        """A copy without the rows in ``drop`` and with the id ``rename(row, id)`` in every row, block by block."""
         dropped = set(drop.tolist())
         with TableWriter(path) as writer:
             for start in range(0, len(self), BLOCK_ROWS):
                 columns = self._table.slice(start, BLOCK_ROWS).to_pydict().values()
                 for i, row in enumerate(zip(*columns), start):
-                    if i in renamed:
-                        row = (renamed[i], *row[1:])
                     if i not in dropped:
-                        writer.add(row)
+                        writer.add((rename(i, row[0]), *row[1:]))
 
 
 def _consecutive(rows: np.ndarray) -> bool:

@@ -242,10 +242,8 @@ def score_choices(
     ]
     if not chosen:
         raise UserError(
-            f"none of the {len(rows)} examples has choices and an answer, so there is no accuracy over "
-            f"choices; give "
-            "records with the fields 'choices' and 'answer', or evaluate generated answers or likelihood "
-            "instead"
+            f"none of the {len(rows)} examples has choices and an answer, so there is no accuracy over choices; "
+            "expected records with the fields 'choices' and 'answer'; add them to the records"
         )
     kept, examples = zip(*chosen)
     responses = [[answer_template.format(choice) for choice in example.choices] for example in examples]

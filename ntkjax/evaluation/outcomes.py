@@ -8,20 +8,13 @@ of the records.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
-
 from ntkjax.errors import ConfigError, DataError
-from ntkjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,40 +96,6 @@ def read_outcomes(path: str | Path) -> list[Outcome]:
             except (ValueError, TypeError) as error:
                 raise DataError(f"{path}:{number}: not an outcome ({error}); evaluate again") from None
     return outcomes
-
-
-def weights_fingerprint(*trees: Params) -> str:
-    """16 hex digits over names, shapes, types and every bit of every weight.
-
-    The weights stay where they are: each is summed up on its devices, in integers, so that the digits are the same on
-    every device and every mesh.
-    """
-    hasher = hashlib.blake2b(digest_size=8)
-    for tree in trees:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        for (path, leaf), sums in zip(found, _checksums([leaf for _, leaf in found])):
-            hasher.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-            hasher.update(np.asarray(sums).tobytes())
-    return hasher.hexdigest()
-
-
-@jax.jit
-def _checksums(leaves: list[Array]) -> list[Array]:
-    """Of each leaf two sums mod 2^32 over hashes of (bits, place), uint32 [2]."""
-    return [jnp.stack([_checksum(leaf, 0x9E3779B9), _checksum(leaf, 0x85EBCA77)]) for leaf in leaves]
-
-
-def _checksum(leaf: Array, salt: int) -> Array:
-    bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-    bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * min(bits.dtype.itemsize, 4)}")).astype(jnp.uint32)
-    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):  # not by flattening, which would gather a sharded leaf
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    mixed = bits ^ (place * jnp.uint32(salt))
-    for factor in (0x7FEB352D, 0x846CA68B):  # the mixing steps of a 32-bit integer hash
-        mixed = (mixed ^ (mixed >> jnp.uint32(16))) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
 
 
 class OutcomeLog:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ntkjax.data.encode import tokenise
+from ntkjax.data.encode import tokenise, tokenizer_digest
 from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import UserError
 from ntkjax.evaluation.answers import compile_pattern, default_pattern
@@ -25,8 +25,9 @@ from ntkjax.evaluation.choices import (
 )
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers, gold_answer
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll
-from ntkjax.evaluation.outcomes import Outcome, OutcomeLog, weights_fingerprint
+from ntkjax.evaluation.outcomes import Outcome, OutcomeLog
 from ntkjax.evaluation.summary import summarise
+from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.types import Params
 
 
@@ -65,8 +66,8 @@ def evaluate_model(
       token_budget: tokens in a batch, padding included.
       answer_template: the response for a choice; exactly one ``{}``.
       answer_pattern: regular expression for reading generated answers; None derives it from the template.
-      choices: accuracy over choices. None: where there are any (an error if there are none and nothing is
-        generated).
+      choices: accuracy over choices. None: of the examples that have choices and an answer, which may be none; True: an
+        error if there are none.
       likelihood: NLL of the records' own responses.
       generation: generate answers greedily, at most ``max_new_tokens``, and judge them.
       loss_turns: which assistant turns of a conversation the NLL is taken over, see `ntkjax.data.tokenise`.
@@ -75,9 +76,8 @@ def evaluate_model(
       seed: of the bootstrap intervals; nothing else is random.
 
     Raises:
-      UserError: nothing to evaluate, or a score that is not finite. ConfigError: settings that cannot work,
-        or a path that
-      holds other outcomes (the changed setting is named).
+      UserError: nothing to evaluate, or a score that is not finite. ConfigError: settings that cannot work, or a path
+        that holds other outcomes (the changed setting is named).
     """
     if len(records) == 0:
         raise UserError("there are no examples to evaluate; check the test file and the limit")
@@ -96,12 +96,15 @@ def evaluate_model(
     if path is not None:
         settings["examples"] = _records_fingerprint(records)
         settings["weights"] = weights_fingerprint(getattr(model, "params", {}), params)
+        tokenizer = getattr(model, "tokenizer", None)  # its template decides what is read and where answers end
+        settings["tokenizer"] = None if tokenizer is None else tokenizer_digest(tokenizer)[:16]
     log = OutcomeLog(path, settings)
     outcomes = log.finished
     if outcomes is None:
         bases, choice_rows, response_rows = _bases(records, pattern)
         job = _Job(model, params, records, bases, log, max_length, token_budget, answer_template, loss_turns, progress)
-        if _wants_choices(choices, generation, len(choice_rows), len(records)):
+        _check_any(choices, likelihood, generation, choice_rows, response_rows, len(records))
+        if choices is not False:
             job.choices(choice_rows)
         if likelihood:
             job.likelihood(response_rows)
@@ -221,17 +224,20 @@ def _bases(records: Any, pattern: str | None) -> tuple[list[Outcome], list[int],
     return bases, choice_rows, response_rows
 
 
-def _wants_choices(choices: bool | None, generation: bool, with_choices: int, n: int) -> bool:
-    if choices is False or (choices is None and with_choices == 0 and generation):
-        return False
-    if with_choices == 0:
+def _check_any(
+    choices: bool | None, likelihood: bool, generation: bool, choice_rows: list[int], response_rows: list[int], n: int
+) -> None:
+    if choices and not choice_rows:
         raise UserError(
-            f"none of the {n} examples has choices and an answer, so there is no accuracy over choices; "
-            f"give records with the "
-            "fields 'choices' and 'answer', switch generation on, or switch choices off for the likelihood "
-            "alone"
+            f"none of the {n} examples has choices and an answer, so there is no accuracy over choices; expected "
+            "records with the fields 'choices' and 'answer'; add them to the records"
         )
-    return True
+    if not (generation or (likelihood and response_rows) or (choices is not False and choice_rows)):
+        raise UserError(
+            f"there is nothing to evaluate: of {n} examples {len(response_rows)} have a response, and "
+            f"{len(choice_rows)} have choices and an answer; expected one or the other; fill in the field "
+            "'response', or 'choices' and 'answer'"
+        )
 
 
 def _records_fingerprint(records: Any) -> str:

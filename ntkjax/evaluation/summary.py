@@ -60,6 +60,15 @@ def _shares(answers: Sequence[tuple[str | None, Sequence[str] | None]]) -> dict[
     return {answer: count / len(answers) for answer, count in counts.items()}
 
 
+def describe_choices(with_choices: int, n: int) -> str:
+    """How many of ``n`` examples accuracy over choices is about, in one line; "" where it is about all."""
+    if with_choices == n:
+        return ""
+    if not with_choices:
+        return "no example has choices and an answer: there is no accuracy over choices"
+    return f"{with_choices} of {n} examples have choices and an answer: accuracy over choices is about them"
+
+
 def majority(outcomes: Sequence[Outcome]) -> tuple[str, int]:
     """The commonest gold answer of the outcomes and how often it is right (ties: the first by text)."""
     counts = count_answers((str(o.gold), o.choices) for o in outcomes)

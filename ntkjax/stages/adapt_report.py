@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ntkjax.evaluation.summary import describe_choices
 from ntkjax.report import plots
 from ntkjax.report.comparison import comparison_page
 from ntkjax.report.page import write_page
@@ -17,7 +18,13 @@ from ntkjax.report.tables import format_estimate, format_spread, to_csv, to_late
 from ntkjax.stages.deduplicating import summary
 from ntkjax.stages.rundir import RunDir
 
-HEADLINE = "accuracy"
+HEADLINES = ("accuracy", "accuracy_generated", "nll")
+"""The metric that stands first: the first of these that every method has."""
+LABELS = {
+    "accuracy": "accuracy (%)",
+    "accuracy_generated": "accuracy, generated (%)",
+    "nll": "response NLL (nats per token)",
+}
 
 
 def write_report(run: RunDir, results: Mapping[str, Any], *, extra: list[dict] | None = None) -> None:
@@ -36,9 +43,20 @@ def write_report(run: RunDir, results: Mapping[str, Any], *, extra: list[dict] |
     write_page(run.path / "report.html", comparison_page(content))
 
 
+def headline(results: Mapping[str, Any]) -> str | None:
+    """The metric that stands first; None where the methods share none."""
+    return next((name for name in HEADLINES if all(name in entry for entry in results["methods"].values())), None)
+
+
+def choices_line(results: Mapping[str, Any]) -> str:
+    """How many test examples accuracy over choices is about, where it is not all; "" else."""
+    found = results.get("examples")
+    return "" if found is None else describe_choices(found["with_choices"], found["all"])
+
+
 def method_rows(results: Mapping[str, Any]) -> list[dict]:
     """One row a method: every metric as mean ± sd over seeds, and the headline's 95% interval."""
-    rows = []
+    rows, first = [], headline(results)
     for method, entry in results["methods"].items():
         row: dict[str, Any] = {"method": method}
         for name in ("accuracy", "accuracy_norm", "accuracy_generated", "nll"):
@@ -46,9 +64,9 @@ def method_rows(results: Mapping[str, Any]) -> list[dict]:
                 percent = name != "nll"
                 label = f"{name.replace('_', ' ')} (%)" if percent else "response NLL (nats/token)"
                 row[label] = format_spread(entry[name]["mean"], entry[name]["sd"], percent=percent)
-        head = entry.get(HEADLINE) or entry.get("accuracy_generated")
-        if head is not None:
-            row["95% interval"] = f"{100 * head['low']:.1f} to {100 * head['high']:.1f}"
+        if first is not None:
+            head, (scale, digits) = entry[first], (1, 4) if first == "nll" else (100, 1)
+            row["95% interval"] = f"{scale * head['low']:.{digits}f} to {scale * head['high']:.{digits}f}"
         steps = [r["steps"] for r in results["runs"] if r["arm"] == method]
         row["steps"] = steps[0] if steps else 0
         row["seeds"] = entry["seeds"]
@@ -85,6 +103,7 @@ def markdown(results: Mapping[str, Any], extra: list[dict]) -> str:
     parts = ["# Results", to_markdown(method_rows(results))]
     if majority is not None:
         parts.append(f"Always giving the commonest answer: {100 * majority:.1f}% accuracy.")
+    parts += [f"{line[0].upper()}{line[1:]}." for line in filter(None, [choices_line(results)])]
     parts += ["## Paired differences", to_markdown(difference_rows(results))]
     for seed, selection in results["selections"].items():
         rows = [{"diagnostic": k, "value": v} for k, v in flat_diagnostics(selection["diagnostics"]).items()]
@@ -102,8 +121,8 @@ def flat_diagnostics(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
 def page_content(run: RunDir, results: Mapping[str, Any], extra: list[dict]) -> dict[str, Any]:
     """The dict that ``comparison_page`` reads."""
     config = _yaml(run.path / "config.yaml")
-    percent = all(HEADLINE in entry for entry in results["methods"].values())
-    metric, key = ("accuracy (%)", HEADLINE) if percent else ("response NLL (nats per token)", "nll")
+    key = headline(results) or "nll"
+    percent = key != "nll"
     methods = [
         {
             "method": method,
@@ -118,10 +137,10 @@ def page_content(run: RunDir, results: Mapping[str, Any], extra: list[dict]) -> 
         "lead": "Fine-tuning on the domain alone, with random pool data, and with what the tangent kernel chose.",
         "command": f"ntkjax replay {run.path.name}",
         "settings": config,
-        "metric": metric,
+        "metric": LABELS[key],
         "methods": methods,
         "columns": {"nll": "response NLL (nats per token)"} if percent else {},
-        "chance": results.get("majority_accuracy") if percent else None,
+        "chance": results.get("majority_accuracy") if key == "accuracy" else None,
         "highlight": ["ntk-selector"],
         "extra": [{"heading": "Paired differences", "rows": difference_rows(results)}, *extra],
         "selections": [_selection(run, seed, found) for seed, found in list(results["selections"].items())[:1]],
@@ -169,6 +188,7 @@ def _caveats(results: Mapping[str, Any]) -> list[str]:
     ]
     if results.get("duplicates") is not None:
         notes += [line[0].upper() + line[1:] + "." for line in summary(results["duplicates"]).splitlines()]
+    notes += [f"{line[0].upper()}{line[1:]}." for line in filter(None, [choices_line(results)])]
     if results.get("majority_accuracy") is not None:
         notes.append(f"Always giving the commonest answer would score {100 * results['majority_accuracy']:.1f}%.")
     return notes

@@ -32,6 +32,7 @@ from ntkjax.stages.comparison import compare_methods, summarise_method
 from ntkjax.stages.deduplicating import deduplicate, totals
 from ntkjax.stages.evaluating import evaluate_on
 from ntkjax.stages.finetuning import save_result, summary, train_on
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.stages.options import DataOptions, DedupOptions, EvaluationOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir
@@ -161,10 +162,13 @@ def _load(config: AdaptConfig, progress: bool) -> _Study:
     check_size(config.n, len(pool))
     dev = read(config.dev) if config.dev else None
     domain, test = read(config.domain), read(config.test)
+    inputs = inputs_of(model, config.model, domain=domain, pool=pool, test=test, dev=dev)
+    RunDir.check(config.out, "adapt", config, inputs=inputs)  # before the search for duplicates, which takes time
     held_out = {"test": test.records} | ({} if dev is None else {"dev": dev.records})
     found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
     found.check_size(config.n)
-    run = RunDir.create(config.out, "adapt", config)
+    run = RunDir.create(config.out, "adapt", config, inputs=inputs)
+    run.tell("results.json", progress)
     found.write(run)
     return _Study(config, run, model, domain, found.pool, test, dev, progress, totals(found.report))
 
@@ -242,14 +246,15 @@ def _means(outcomes: list[Outcome]) -> dict[str, float]:
 def _results(
     study: _Study, outcomes: dict[str, list[list[Outcome]]], details: list[dict], selected: dict[int, np.ndarray]
 ) -> dict[str, Any]:
-    seed = study.config.seed
+    seed, one = study.config.seed, next(iter(outcomes.values()))[0]
     methods = {name: summarise_method(runs, seed=seed) for name, runs in outcomes.items()}
     return {
         "methods": methods,
         "comparisons": compare_methods(outcomes, PAIRS, seed=seed),
         "runs": details,
         "selections": {str(s): _read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
-        "majority_accuracy": _majority(next(iter(outcomes.values()))[0]),
+        "majority_accuracy": _majority(one),
+        "examples": {"all": len(one), "with_choices": sum(o.correct_raw is not None for o in one)},
         "duplicates": study.duplicates,
         "data": {
             name: loaded.report()

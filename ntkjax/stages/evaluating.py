@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from ntkjax.evaluation import Evaluation, compare, evaluate_model, read_outcomes
 from ntkjax.models import LanguageModel
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, load_data, load_model, longest
 from ntkjax.stages.options import DataOptions, EvaluationOptions, ModelOptions
 from ntkjax.stages.rundir import RunDir
@@ -24,7 +25,7 @@ class EvaluateConfig:
 
     model: Annotated[ModelOptions, arg(name="")]
     test: tuple[str, ...]
-    """Files with prompt and response; answer and choices for accuracy over choices."""
+    """Files with prompt and response: their likelihood; and accuracy of the records that have answer and choices."""
     out: str
     against: str | None = None
     """Run directory of an earlier evaluate on the same file: adds paired bootstrap intervals and McNemar's test."""
@@ -44,7 +45,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     RunDir.check(config.out, "evaluate", config)
     model = load_model(config.model, seed=config.seed)
     test = load_data(config.test, model, config.data)
-    run = RunDir.create(config.out, "evaluate", config)
+    run = RunDir.create(config.out, "evaluate", config, inputs=inputs_of(model, config.model, test=test))
+    run.tell("evaluation.json", progress)
     result = evaluate_on(
         model,
         {},
@@ -77,9 +79,9 @@ def evaluate_on(
     path: Path | None,
     seed: int = 0,
     progress: bool = True,
-    choices: bool | None = None,
 ) -> Evaluation:
-    """``evaluate_model`` with a stage's options; ``choices`` as there."""
+    """``evaluate_model`` with a stage's options: accuracy of the examples that have choices and an answer, and the
+    likelihood of all."""
     return evaluate_model(
         model,
         params,
@@ -87,7 +89,6 @@ def evaluate_on(
         max_length=longest(model, data),
         token_budget=data.token_budget,
         answer_template=options.answer_template,
-        choices=choices,
         generation=options.generation,
         max_new_tokens=options.max_new_tokens,
         loss_turns=data.loss_turns,

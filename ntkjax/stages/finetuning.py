@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from ntkjax.data import concat
 from ntkjax.models import LanguageModel, save_adapter, save_merged
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
 from ntkjax.stages.options import DataOptions, ModelOptions
 from ntkjax.stages.rundir import RunDir
@@ -52,7 +53,9 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FitResult:
     domain = load_data(config.domain, model, config.data)
     auxiliary = load_data(config.auxiliary, model, config.data) if config.auxiliary else None
     dev = load_data(config.dev, model, config.data) if config.dev else None
-    run = RunDir.create(config.out, "finetune", config)
+    data = {"domain": domain, "auxiliary": auxiliary, "dev": dev}
+    run = RunDir.create(config.out, "finetune", config, inputs=inputs_of(model, config.model, **data))
+    run.tell("finetune.json", progress)
     result = train_on(
         model,
         trained_parameters(model, config.model),
@@ -65,7 +68,6 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FitResult:
         progress=progress,
     )
     save_result(run.path, model, result.params, merge=config.merge)
-    data = {"domain": domain, "auxiliary": auxiliary, "dev": dev}
     run.write_json(
         "finetune.json", summary(result) | {"data": {k: v.report() for k, v in data.items() if v is not None}}
     )

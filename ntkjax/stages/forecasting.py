@@ -7,14 +7,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkjax.data.sources import is_hub_id, list_sources
+from ntkjax.data.formats import unpacked_bytes
+from ntkjax.data.sources import count_records, is_hub_id, list_sources
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.approx import KernelFunctions, build
 from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
@@ -26,8 +26,8 @@ from ntkjax.types import Params
 SAMPLE_ROWS = 256
 """Records read of each data set: enough for a few batches, whatever the size of the pool."""
 TIMED = 3
-SCORE_ROW_BYTES = 64
-"""A row of scores.parquet, uncompressed: id, score, votes, rank, selected, source, length."""
+SCORE_ROW_BYTES = 76
+"""A row of scores.parquet, uncompressed: id, score, votes, rank, selected, source, length, file (a number), line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +124,16 @@ def size(count: int) -> str:
 
 
 def count_examples(paths: Sequence[str], sample: Loaded) -> tuple[int, bool]:
-    """(examples in the files, whether that is a count): lines of JSONL, rows of Parquet, else estimated by size."""
+    """(examples in the files, whether that is a count): counted where the format allows it, else estimated by size."""
     total, exact = 0, True
     lengths = [len(sample.records[i].prompt) + len(sample.records[i].response) for i in range(len(sample))]
     for source in list_sources(list(paths)):
         if is_hub_id(source):
             return len(sample), False
-        path = Path(source)
-        if path.suffix in (".jsonl", ".ndjson"):
-            with path.open("rb") as file:
-                total += sum(1 for line in file if line.strip())
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            total += pq.ParquetFile(path).metadata.num_rows
-        else:
-            total, exact = total + math.ceil(path.stat().st_size / (np.mean(lengths) + 60)), False
+        counted = count_records(source)
+        if counted is None:
+            counted, exact = math.ceil(unpacked_bytes(source) / (np.mean(lengths) + 60)), False
+        total += counted
     return total, exact
 
 

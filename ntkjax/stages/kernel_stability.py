@@ -25,12 +25,15 @@ from ntkjax.ntk.approx import parse
 from ntkjax.ntk.regression import FORMULAS
 from ntkjax.rng import numpy_rng
 from ntkjax.stages.choice_outputs import Questions, questions
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, load_data, load_model, longest
 from ntkjax.stages.options import DataOptions, ModelOptions
 from ntkjax.stages.rundir import RunDir
 from ntkjax.training import TrainConfig
 
 USUAL_EPOCHS = (1, 2, 4, 8, 12, 16, 20)
+NO_EFFECT = ("memory_gib", "keep_checkpoints")
+"""Options that change no result: they may differ between a run and its continuation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +169,7 @@ class Study:
     pool: Loaded | None
     test: Questions | None
     progress: bool
+    test_report: dict[str, Any] | None = None
 
     def training_rows(self, seed: int) -> np.ndarray:
         """The rows of the training files that a seed trains on, in random order."""
@@ -208,7 +212,7 @@ def stability(config: StabilityConfig, *, progress: bool = True) -> Stability:
     from ntkjax.stages.stability_run import follow, regress
 
     began = time.monotonic()
-    RunDir.check(config.out, "stability", config, ignore=("memory_gib", "keep_checkpoints"))
+    RunDir.check(config.out, "stability", config, ignore=NO_EFFECT)
     model, study = _load(config, progress)
     runs, regressions = [], []
     for arm in arms_of(config):
@@ -248,29 +252,32 @@ def _first_of_its_kind(config: StabilityConfig, arm: Arm) -> bool:
 
 
 def _load(config: StabilityConfig, progress: bool) -> tuple[LanguageModel, Study]:
-    model = load_model(model_options(config, arms_of(config)[0].rank), seed=config.seed)
+    own = model_options(config, arms_of(config)[0].rank)
+    model = load_model(own, seed=config.seed)
     data = load_data(config.data, model, config.reading)
+    pool = load_data(config.pool, model, config.reading) if config.pool else None
+    asked = load_data(config.test, model, config.reading) if config.test else None
+    inputs = inputs_of(model, own, data=data, pool=pool, test=asked)
     if len(data) < config.n:
         raise ConfigError(f"n = {config.n} training examples, but the files hold {len(data)}; lower --n or add files")
-    pool = load_data(config.pool, model, config.reading) if config.pool else None
     if pool is not None:
         drawn = numpy_rng(config.seed, "stability", "pool").permutation(len(pool))[: config.pool_n]
         pool = pool.subset(np.sort(drawn))
-    test = _test_questions(config, model) if config.test else None
+    test = _test_questions(config, model, asked) if asked else None
     scored = config.probe if pool is None else len(pool)
     if config.top is not None and not 1 <= config.top <= scored:
         raise ConfigError(f"top must be from 1 to the {scored} examples that are scored, got {config.top}")
-    run = RunDir.create(config.out, "stability", config, ignore=("memory_gib", "keep_checkpoints"))
-    return model, Study(config, run, data, pool, test, progress)
+    run = RunDir.create(config.out, "stability", config, inputs=inputs, ignore=NO_EFFECT)
+    run.tell("results.json", progress)
+    return model, Study(config, run, data, pool, test, progress, None if asked is None else asked.report())
 
 
-def _test_questions(config: StabilityConfig, model: LanguageModel) -> Questions:
-    records = load_data(config.test, model, config.reading).records
-    records = records.subset(np.arange(min(len(records), config.test_n)))
+def _test_questions(config: StabilityConfig, model: LanguageModel, asked: Loaded) -> Questions:
+    records = asked.records.subset(np.arange(min(len(asked), config.test_n)))
     found = as_questions(config, model, records)
     if found is None:
         raise ConfigError(f"{', '.join(config.test)}: no example has choices and an answer, so there is no accuracy")
-    return found
+    return found, loaded.report()
 
 
 def as_questions(config: StabilityConfig, model: LanguageModel, records: Any) -> Questions | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from ntkjax.evaluation.summary import describe_choices
 from ntkjax.report.tables import to_markdown
-from ntkjax.stages.adapt_report import difference_rows, flat_diagnostics, method_rows
+from ntkjax.stages.adapt_report import choices_line, difference_rows, flat_diagnostics, method_rows
 from ntkjax.stages.deduplicating import read_summary, summary
+from ntkjax.stages.reading import reading
+from ntkjax.stages.selected import FILES
 
 
 def selection(config: Any, result: Any) -> str:
@@ -15,18 +19,24 @@ def selection(config: Any, result: Any) -> str:
     if config.dry_run:
         return to_markdown(result.rows()) + "\n" + result.text()
     rows = [{"diagnostic": name, "value": value} for name, value in flat_diagnostics(result.diagnostics).items()]
-    chosen = f"selected {len(result.selected)} examples: {Path(config.out) / 'selected.jsonl'}"
-    return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{chosen}"
+    chosen = f"selected {len(result.selected)} examples: {Path(config.out) / FILES[config.selected_format]}"
+    return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{_read(config, 'data.json')}\n{chosen}"
+
+
+def _read(config: Any, name: str, role: str | None = None) -> str:
+    """What was read, skipped, cut and not used of each data set (of the only one, ``role``), from a file of the run."""
+    content = json.loads((Path(config.out) / name).read_text(encoding="utf-8"))
+    data = content.get("data", content)
+    return reading(data if role is None else {role: data})
 
 
 def finetuning(config: Any, result: Any) -> str:
     """Steps, speed and where the weights are."""
     kept = "adapter" if config.model.parameters == "lora" else "merged"
     early = " (stopped early)" if result.stopped_early else ""
-    return (
-        f"{result.steps} steps{early}, weights of step {result.best_step}, {result.tokens_per_second:.0f} tokens/s, "
-        f"{result.clipped_steps} steps clipped\nweights: {Path(config.out) / kept}"
-    )
+    speed = f"{result.tokens_per_second:.0f} tokens/s, {result.clipped_steps} steps clipped"
+    said = f"{result.steps} steps{early}, weights of step {result.best_step}, {speed}"
+    return f"{_read(config, 'finetune.json')}\n{said}\nweights: {Path(config.out) / kept}"
 
 
 def evaluation(config: Any, result: Any) -> str:
@@ -51,15 +61,23 @@ def evaluation(config: Any, result: Any) -> str:
         rows.append(
             {"measure": "accuracy, generated answers", "value": f"{100 * summary['generation']['accuracy']:.1f}%"}
         )
-    return f"{to_markdown(rows)}\n{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
+    unjudged = (summary["generation"] or {"without_gold": 0})["without_gold"]
+    judged = f"generated answers: {unjudged} of {summary['n']} examples have no answer to judge them by" * bool(
+        unjudged
+    )
+    asked = describe_choices((summary["choices"] or {"n": 0})["n"], summary["n"])
+    found = f"{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
+    read = _read(config, "evaluation.json", "test")
+    return "\n".join([to_markdown(rows), *filter(None, [asked, judged]), read, found])
 
 
 def adaptation(config: Any, result: Any) -> str:
     """The table of methods, differences and the report's path."""
     results = result.results
     differences = [row for row in difference_rows(results) if row["metric"] != "accuracy norm"]
-    parts = [to_markdown(method_rows(results)), to_markdown(differences)]
-    return "\n".join([*parts, summary(results["duplicates"])]) + f"\nreport: {Path(config.out) / 'report.html'}"
+    parts = [to_markdown(method_rows(results)), to_markdown(differences), *filter(None, [choices_line(results)])]
+    parts += [summary(results["duplicates"]), reading(results["data"])]
+    return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
 def demonstration(config: Any, result: Any) -> str:
@@ -70,6 +88,7 @@ def demonstration(config: Any, result: Any) -> str:
     found = precision_table(result.precision, result.useful_share, n)
     return (
         f"{to_markdown(method_rows(result.adaptation.results))}\n{found['text']}\n\n{to_markdown(found['rows'])}\n"
+        f"{reading(result.adaptation.results['data'])}\n"
         f"report: {Path(config.out) / 'adapt' / 'report.html'}"
     )
 
@@ -79,19 +98,22 @@ def stability(config: Any, result: Any) -> str:
     from ntkjax.stages.stability_report import accuracy_rows, kernel_rows, linear_rows
 
     tables = [rows(result.results) for rows in (kernel_rows, linear_rows, accuracy_rows)]
-    return "\n".join(map(to_markdown, filter(None, tables))) + f"\nreport: {Path(config.out) / 'report.html'}"
+    parts = [*map(to_markdown, filter(None, tables)), reading(result.results["data"])]
+    return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
 def study(config: Any, result: Any) -> str:
     """What is done, failed and left; after a run the main table, the failures and the report's path."""
-    from ntkjax.stages.study_tables import failure_table, main_table
+    from ntkjax.stages.study_tables import choices_lines, failure_table, main_table
 
     if config.list:
         return to_markdown(result.rows())
     counts, parts = result.results["counts"], [to_markdown(main_table(result.results))]
     if counts["failed"]:
         parts.append("Failed (--retry-failed tries again):\n" + to_markdown(failure_table(result.results)))
+    parts += choices_lines(result.results)
     done = f"{counts['done']} runs done, {counts['failed']} failed, {counts['left']} left"
+    parts.append(_read(config, "data.json"))
     return "\n".join(parts) + f"\n{done}\nreport: {Path(config.out) / 'report.html'}"
 
 
@@ -105,7 +127,7 @@ def verification(config: Any, result: Any) -> str:
         rows = [row for row in table(result.results, "top", column) if "sketched" not in row["rung"]]
         title = "All parameters" if column == "all" else "LoRA"
         parts.append(f"{title}, against the exact trace\n\n{to_markdown(rows, shown)}")
-    parts.append(to_markdown(cross_table(result.results)))
+    parts += [to_markdown(cross_table(result.results)), reading(result.results["data"])]
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 

@@ -1,8 +1,10 @@
-"""A run directory: what was asked (config.yaml, replayable), with what (versions.json), and what came of it.
+"""A run directory: what was asked (config.yaml, replayable), of what (inputs.json), with what (versions.json), and what
+came of it.
 
 ::
 
     config.yaml     ntkjax version, command, config: `ntkjax replay RUN` repeats the run from this file alone
+    inputs.json     digests of the data, the weights, the tokenizer and the adapter that all results here come from
     versions.json   library versions, platform, devices, git commit, every seed of the config
     metrics.jsonl   one JSON object a line, flushed as it is written
 """
@@ -15,6 +17,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,12 +37,24 @@ _LIBRARIES = (
 )
 
 
-class RunDir:
-    """The directory of one run. Make it with ``RunDir.create``; ``run.path / "name"`` names a file in it. In a job of
-    several processes only the first one writes."""
+Inputs = dict[str, dict[str, str | None]]
+"""What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version). See
+`ntkjax.stages.inputs`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+INPUTS = "inputs.json"
+
+
+class RunDir:
+    """The directory of one run. Make it with ``RunDir.create``; ``run.path / "name"`` names a file in it.
+    In a job of several processes only the first one writes.
+
+    Attributes:
+      path: where it lies.
+      held: whether it held this run before.
+    """
+
+    def __init__(self, path: Path, held: bool = False):
+        self.path, self.held = path, held
 
     @classmethod
     def create(
@@ -48,31 +63,36 @@ class RunDir:
         command: str,
         config: Any,
         *,
+        inputs: Inputs | None = None,
         resume: bool = True,
         ignore: Sequence[str] = (),
     ) -> RunDir:
-        """Make the directory, or go on with one that holds the same command and config.
+        """Make the directory, or go on with one that holds the same command, config and inputs.
 
         Args:
           command: the command's name, e.g. ``"adapt"``.
           config: its config dataclass.
+          inputs: digests of all that the results depend on besides the config; kept in inputs.json. None: they depend
+            on nothing else, or lie in folders named from what they depend on.
           resume: False refuses a directory that already holds a run.
           ignore: dotted keys that may differ from an earlier run, since they change no result, such as
             ``("progress",)``.
 
         Raises:
-          ConfigError: the directory holds another run (each differing key is named), or any run where
-            ``resume`` is False.
+          ConfigError: the directory holds another run (each differing key is named), or one of other inputs (each
+            differing file, weights, ... is named), or any run where ``resume`` is False.
           UserError: ``path`` is a file or cannot be written; config.yaml there is damaged.
         """
         path = Path(path)
         wanted = {"command": command, "config": config_to_dict(config)}
-        cls.check(path, command, config, resume=resume, ignore=ignore)
-        run = cls(path)
+        cls.check(path, command, config, inputs=inputs, resume=resume, ignore=ignore)
+        run = cls(path, (path / "config.yaml").exists())
         if not is_primary():
             return run
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if inputs is not None and not (path / INPUTS).exists():  # before config.yaml, which no run has without it
+                run.write_json(INPUTS, inputs)
             if not (path / "config.yaml").exists():
                 content = {"ntkjax": _version("ntkjax"), **wanted}
                 run.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -84,17 +104,36 @@ class RunDir:
 
     @staticmethod
     def check(
-        path: str | os.PathLike, command: str, config: Any, *, resume: bool = True, ignore: Sequence[str] = ()
+        path: str | os.PathLike,
+        command: str,
+        config: Any,
+        *,
+        inputs: Inputs | None = None,
+        resume: bool = True,
+        ignore: Sequence[str] = (),
     ) -> None:
         """Raise what ``create`` would for a path that holds something else; writes nothing.
 
-        For the start of a stage, before its inputs are read: a mistake in them then leaves no run directory behind.
+        For the start of a stage, before its inputs are read (without ``inputs``) and when they are: a mistake in them
+        then leaves no run directory behind.
         """
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; the output of a run is a directory. Choose another path.")
         if (path / "config.yaml").exists():
             _check_same(path, {"command": command, "config": config_to_dict(config)}, resume, ignore)
+        if inputs is not None:
+            _check_inputs(path, inputs)
+
+    def tell(self, result: str, progress: bool) -> None:
+        """Say on stderr, before the work, that the directory holds this run and whether it was finished: ``result`` is
+        the file that a finished run has."""
+        if self.held and progress and is_primary():
+            if (self.path / result).exists():
+                what = "holds the results of this command, of the same inputs: what is finished is read back"
+            else:
+                what = "holds the beginning of this run, of the same inputs: it goes on"
+            print(f"{self.path}: {what}", file=sys.stderr)
 
     def log(self, **fields: Any) -> None:
         """Append one line to metrics.jsonl and flush it. NaN and infinities are written as strings.
@@ -254,8 +293,47 @@ def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -
         raise ConfigError(
             f"{path}: holds a run with other settings:\n  "
             + "\n  ".join(changed)
-            + "\nUse a new --out directory, or give the settings of that run to go on with it."
+            + f"\nUse a new --out directory, give the settings of that run to go on with it, or remove {path}."
         )
+
+
+def _check_inputs(path: Path, inputs: Inputs) -> None:
+    """Raise ConfigError where the directory holds results of other inputs, or it cannot be known of which."""
+    anew = f"Use a new --out directory, or remove {path} to compute everything anew."
+    file = path / INPUTS
+    if not file.exists():
+        if (path / "config.yaml").exists():
+            raise ConfigError(f"{path}: holds a run without {INPUTS}, so it is unknown of what data and weights it is "
+                              f"(an earlier version wrote none). {anew}")  # fmt: skip
+        return
+    try:
+        old = {name: dict(parts) for name, parts in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: not the inputs of a run ({error}), so it is unknown of what the results are. {anew}"
+        ) from None
+    changed = input_changes(old, inputs)
+    if changed:
+        raise ConfigError(
+            f"{path}: holds results of other inputs (digests of their content):\n  "
+            + "\n  ".join(changed)
+            + f"\nIts results are left as they are. {anew} With its inputs put back this run goes on."
+        )
+
+
+def input_changes(old: Inputs, new: Inputs) -> list[str]:
+    """One line ``INPUT: PART was OLD, is now NEW`` for every digest that differs, in 8 digits each (versions whole)."""
+    pairs = lambda inputs: {(name, part): value for name, parts in inputs.items() for part, value in parts.items()}
+    before, now = pairs(old), pairs(new)
+
+    def shown(found: dict, key: tuple[str, str]) -> str:
+        return "absent" if key not in found else str(found[key])[: None if key[0] == "ntkjax" else 8]
+
+    return [
+        f"{key[0]}: {key[1]} was {shown(before, key)}, is now {shown(now, key)}"
+        for key in dict.fromkeys([*now, *before])
+        if key not in before or key not in now or before[key] != now[key]
+    ]
 
 
 def _seeds(config: dict) -> dict:

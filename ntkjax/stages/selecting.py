@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel
-from ntkjax.models.lm import paths
 from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.selection import METHODS, NtkSelector, Selection, SelectionProblem, Selector
 from ntkjax.selection.base import check_size
@@ -25,10 +23,12 @@ from ntkjax.selection.diagnostics import examples
 from ntkjax.selection.diversity import diversify
 from ntkjax.stages.deduplicating import deduplicate, read_held_out
 from ntkjax.stages.forecasting import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
+from ntkjax.stages.inputs import adapter_digests, inputs_of, model_digests
 from ntkjax.stages.loading import Loaded, load_data, load_model, trained_parameters
 from ntkjax.stages.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import RunDir, package_version
 from ntkjax.stages.sampling import Sampler
+from ntkjax.stages.selected import SelectedFormat, write_selected
 from ntkjax.stages.warming import WarmUp, needs_checkpoints, warm_up
 from ntkjax.store import atomic_write
 from ntkjax.training import TrainConfig
@@ -44,6 +44,8 @@ SCORES = pa.schema(
         ("selected", pa.bool_()),
         ("source", pa.string()),
         ("response_tokens", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
     ]
 )
 
@@ -61,6 +63,9 @@ class SelectConfig:
     """N: examples to select (paper: 9,000)."""
     out: str
     """Run directory: scores.parquet, selected.jsonl, selection.json, duplicates.json. A stopped run goes on there."""
+    selected_format: SelectedFormat = "original"
+    """original: selected.jsonl holds the records as they were, with all fields, beside id, score, rank, file and line;
+    ntkjax: as ntkjax reads them; parquet: selected.parquet, as they were; hf: OUT/selected for load_from_disk."""
     test: tuple[str, ...] = ()
     """Files of the test set: nothing is measured on them, but pool examples that repeat one are leakage."""
     seed: int = 0
@@ -94,9 +99,12 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     check_warmup(config.select.method, given=not config.skip_warmup)
     check_size(config.n, len(pool))
     held_out = read_held_out(config.data, test=config.test)
+    inputs = inputs_of(model, config.model, domain=domain, pool=pool, **held_out)
+    RunDir.check(config.out, "select", config, inputs=inputs)  # before the search for duplicates, which takes time
     found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
     found.check_size(config.n)
-    pool, run = found.pool, RunDir.create(config.out, "select", config)
+    pool, run = found.pool, RunDir.create(config.out, "select", config, inputs=inputs)
+    run.tell("selection.json", progress)
     found.write(run)
     result = choose(
         model,
@@ -110,8 +118,10 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
         seed=config.seed,
         out=run.path,
         progress=progress,
+        selected_format=config.selected_format,
     )
-    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report()})
+    asides = {name: {"records": records.report} for name, records in held_out.items()}
+    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report(), **asides})
     return result
 
 
@@ -168,10 +178,13 @@ def choose(
     progress: bool = True,
     shared: Path | None = None,
     warmed: WarmUp | None = None,
+    selected_format: SelectedFormat = "original",
 ) -> Selection:
     """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
 
     A selection that ``out`` already holds is read back instead; one that was stopped goes on from its finished rows.
+    That it is of the same inputs is for the caller to know: from inputs.json of its run directory, or because ``out``
+    is named from them.
 
     Args:
       params: theta before warm-up.
@@ -180,6 +193,7 @@ def choose(
         None: each in its own ``out``. Selections that run at the same time need folders of their own.
       warmed: a warm-up made before (see `ntkjax.stages.warming.warm_up`, with ``checkpoints`` where the method
         `needs_checkpoints`); then ``params`` and ``warmup`` are not used.
+      selected_format: how the selected records are written (see `ntkjax.stages.selected.write_selected`).
 
     Raises:
       ConfigError: a method that looks at the warm-up's epochs, and none to look at.
@@ -207,7 +221,7 @@ def choose(
         size=options.sketch_size,
     )
     if is_primary():
-        write_selection(out, result, pool)
+        write_selection(out, result, pool, selected_format)
     return result
 
 
@@ -291,19 +305,20 @@ def problem_of(
 def fingerprints(model: LanguageModel, params: Params) -> dict[str, str | None]:
     """What scores depend on besides data and options: the package, the frozen weights, the adapter (None: all the
     weights are trained, and are the model)."""
-    own, lora = model.with_params(params), model.lora_config is not None
-    frozen = {path: leaf for path, leaf in paths(own.params).items() if not (lora and path in paths(own.lora))}
+    own = model.with_params(params)
+    weights = model_digests(own)
     return {
         "ntkjax": package_version(),
-        "model": weights_fingerprint(frozen),
-        "adapter": weights_fingerprint(own.lora) if lora else None,
+        "model": f"{weights['weights']}/{weights['configuration']}",  # the tokenizer is in the digests of the data
+        "adapter": "/".join(adapter_digests(own, own.lora).values()) or None,
     }
 
 
-def write_selection(out: Path, result: Selection, pool: Loaded) -> None:
-    """scores.parquet (every pool row), selected.jsonl (best first), and last selection.json: the mark of the end."""
+def write_selection(out: Path, result: Selection, pool: Loaded, selected_format: SelectedFormat = "original") -> None:
+    """scores.parquet (every pool row), the selected records (best first), and last selection.json: the mark of the
+    end."""
     _write_scores(out, result, pool)
-    pool.records.write_jsonl(out / "selected.jsonl", result.selected)
+    write_selected(out, pool.records, result, selected_format)
     content = {
         "method": result.method,
         "selected": result.selected.tolist(),
@@ -323,6 +338,7 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
         for start in range(0, len(pool), ROW_GROUP):
             rows = slice(start, min(start + ROW_GROUP, len(pool)))
             records = pool.records.subset(np.arange(rows.start, rows.stop))
+            files, lines = pool.records.locations(np.arange(rows.start, rows.stop))
             columns = {
                 "id": pa.array([str(name) for name in records.ids]),
                 "score": pa.array(result.scores[rows], mask=~scored[rows]),
@@ -331,6 +347,8 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
                 "selected": pa.array(chosen[rows]),
                 "source": pa.array([str(name) for name in records.sources]),
                 "response_tokens": pa.array(np.asarray(pool.tokens.response_lengths[rows])),
+                "file": pa.array(files),
+                "line": pa.array(lines),
             }
             file.write_table(pa.table(columns).cast(SCORES))
     partial.replace(out / "scores.parquet")

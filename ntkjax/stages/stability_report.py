@@ -62,7 +62,8 @@ def summarise(study: Study, runs: list[dict], regressions: list[dict]) -> tuple[
         "epochs": study.config.epochs,
         "training_losses": {f"{run['label']}, seed {run['seed']}": run["losses"] for run in runs},
         "regressions": [_without_right(entry) for entry in regressions],
-        "data": {"training": study.data.report(), "pool": None if study.pool is None else study.pool.report()},
+        "data": {"training": study.data.report(), "pool": None if study.pool is None else study.pool.report()}
+        | ({} if study.test_report is None else {"test": study.test_report}),
     }
     if study.test is not None:
         gold = study.test.gold

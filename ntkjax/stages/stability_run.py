@@ -126,25 +126,7 @@ def _begin(study: Study, model: LanguageModel, arm: Arm, seed: int) -> _Followed
     train = study.data.subset(study.training_rows(seed))
     path = folder(study, arm, seed)
     path.mkdir(parents=True, exist_ok=True)
-    _check_inputs(path / "inputs.json", study, train)
     return _Followed(study, model, arm, seed, train, start, path)
-
-
-def _check_inputs(path: Path, study: Study, train: Loaded) -> None:
-    """What was measured here before was measured on the same examples."""
-    now = {"train": train.tokens.fingerprint, "pool": None, "test": None}
-    if study.pool is not None:
-        now["pool"] = study.pool.tokens.fingerprint
-    if study.test is not None:
-        now["test"] = [int(np.sum(study.test.rows.batch.tokens, dtype=np.int64)), len(study.test)]
-    if not path.exists():
-        _write(path, now)
-        return
-    changed = [name for name, old in json.loads(path.read_text(encoding="utf-8")).items() if old != now[name]]
-    if changed:
-        raise ConfigError(
-            f"{path.parent}: the {', '.join(changed)} data have changed since this run began; use a new --out"
-        )
 
 
 def _train(followed: _Followed) -> list[dict]:

@@ -140,6 +140,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     for name, value in results["majority"].items():
         if value is not None:
             notes.append(f"{name}: always giving the commonest answer would score {100 * value:.1f}%.")
+    notes += [f"{line}." for line in tables.choices_lines(results)]
     for name, text in results.get("duplicates", {}).items():
         notes.append(f"{name}: {text}.")
     return notes

@@ -159,6 +159,7 @@ def analyse(runner: Runner, found: Sequence[Found]) -> dict[str, Any]:
         "failures": [_failure(f) for f in found if f.status == "failed"],
         "counts": {status: sum(f.status == status for f in found) for status in ("done", "failed", "left")},
         "majority": {name: _majority(data.test) for name, data in bench.domains.items()} if trained else {},
+        "choices": {name: _with_choices(data.test) for name, data in bench.domains.items()} if trained else {},
         "seeds": list(bench.spec.seeds),
     }
 
@@ -173,6 +174,11 @@ def _failure(found: Found) -> dict[str, Any]:
 def _majority(test: Any) -> float | None:
     asked = [(example.answer, example.choices) for example in test.records if gold_choice(example) is not None]
     return next(iter(count_answers(asked).values())) / len(asked) if asked else None
+
+
+def _with_choices(test: Any) -> dict[str, int]:
+    """How many test examples there are, and how many of them have choices and an answer."""
+    return {"all": len(test.records), "with_choices": sum(gold_choice(e) is not None for e in test.records)}
 
 
 class _Cells:

@@ -249,10 +249,9 @@ class Runner:
         return found | {"seconds": {"evaluation": time.monotonic() - began}}
 
     def _outcomes(self, model: LanguageModel, params: Params, data: Loaded, path: Path) -> list[Outcome]:
-        spec, choices = self.bench.spec, any(example.choices for example in data.records)
+        spec = self.bench.spec
         return evaluate_on(
-            model, params, data, spec.data, spec.evaluation,
-            path=path, progress=False, choices=None if choices or spec.evaluation.generation else False,
+            model, params, data, spec.data, spec.evaluation, path=path, progress=False
         ).outcomes  # fmt: skip
 
     # -- what many runs stand on --

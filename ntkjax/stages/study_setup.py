@@ -15,13 +15,13 @@ from ntkjax.data.buckets import bucket_lengths
 from ntkjax.data.cache import digest
 from ntkjax.data.mapping import Source, prepare
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.evaluation.outcomes import weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import check_size
 from ntkjax.stages.config import config_to_dict
 from ntkjax.stages.deduplicating import deduplicate
+from ntkjax.stages.inputs import adapter_digests, model_digests
 from ntkjax.stages.loading import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.stages.options import ModelOptions, SelectorOptions
 from ntkjax.stages.rundir import package_version
@@ -87,7 +87,8 @@ class DomainData:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What every run of a study shares. ``fingerprint``: of the model's weights; ``reports``: what reading found."""
+    """What every run of a study shares. ``fingerprint``: of the model, its tokenizer and the adapter given;
+    ``reports``: what reading found."""
 
     spec: StudySpec
     arms: tuple[Arm, ...]
@@ -183,6 +184,8 @@ class Bench:
         domain = data.subset(task.place.size, task.seed).tokens.fingerprint
         train = _train_dict(self.train_config(task, rate))
         own = {"parameters": arm.parameters, "seed": task.seed, "domain": domain, "train": train}
+        if arm.select is not None and data.useful is not None:  # precision at N is kept with the run
+            own["truth"] = digest(np.flatnonzero(data.useful).tolist())[:16]
         # How many steps there are says what kind an arm without chosen data is.
         return key | own | {"kind": "trained", "selection": self.selection_key(task)}
 
@@ -241,9 +244,9 @@ def set_up(spec: StudySpec, out: Path, where: str) -> Bench:
                   for key in ("train", "dev", "test")}  # fmt: skip
         sizes = entry.sizes or spec.domain_sizes
         made[name], reports[f"{name} duplicates"] = _domain_data(name, splits, whole, entry.truth, sizes, spec)
-    frozen = {path: leaf for path, leaf in paths(model.params).items() if path not in paths(model.lora)}
-    given = [weights_fingerprint(frozen)] + ([weights_fingerprint(model.lora)] if options.adapter else [])
-    return Bench(spec, arms, focus_of(spec, arms), out, options, model, "/".join(given), made, reports)
+    given = model_digests(model).values(), adapter_digests(model, model.lora).values() if options.adapter else ()
+    fingerprint = "/".join([*given[0], *given[1]])
+    return Bench(spec, arms, focus_of(spec, arms), out, options, model, fingerprint, made, reports)
 
 
 def _inputs(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[str, Any], tuple[Source, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ntkjax.evaluation.summary import describe_choices
 from ntkjax.report.tables import format_estimate, format_spread
 
 Row = dict[str, Any]
@@ -25,6 +26,12 @@ def label_of(metric: str | None) -> str:
 def is_percent(metric: str | None) -> bool:
     """Whether a metric is a share, shown times 100."""
     return metric is not None and metric.startswith("accuracy")
+
+
+def choices_lines(results: Mapping[str, Any]) -> list[str]:
+    """For each domain whose test examples have not all choices and an answer: how many have."""
+    found = {name: describe_choices(n["with_choices"], n["all"]) for name, n in results.get("choices", {}).items()}
+    return [f"{name}: {line}" for name, line in found.items() if line]
 
 
 def places(results: Mapping[str, Any]) -> list[Row]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ntkjax.data import TokenisedDataset
-from ntkjax.evaluation.outcomes import weights_fingerprint
+from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.approx import EXACT, KernelFunctions, build, parse
 from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines

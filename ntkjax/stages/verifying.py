@@ -22,6 +22,7 @@ from ntkjax.data import TokenisedDataset, concat
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import LanguageModel
 from ntkjax.rng import numpy_rng
+from ntkjax.stages.inputs import inputs_of
 from ntkjax.stages.loading import Loaded, load_data, load_model
 from ntkjax.stages.options import DataOptions, ModelOptions
 from ntkjax.stages.rundir import RunDir
@@ -162,7 +163,8 @@ def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
     model = load_model(config.model, seed=config.seed)
     sample = draw_sample(config, model)
     check_sizes(config, model)
-    run = RunDir.create(config.out, "verify", config)
+    run = RunDir.create(config.out, "verify", config, inputs=inputs_of(model, config.model, **sample.sources))
+    run.tell("results.json", progress)
     lab = Lab(config, run, model, sample, progress)
     columns = [lab.measure(column) for column in lab.columns()]
     results = compare(config, lab, columns, progress=progress)

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.errors import CheckpointError
+from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.training.config import TrainConfig
 from ntkjax.types import Batch
 
 _NO_EFFECT = ("save_every", "keep_checkpoints")
 """Settings that change no number: they may differ between a run and its resumption."""
-
-_CORNER = 16
-"""Entries per axis of every weight that enter its fingerprint: enough to tell two models apart."""
 
 
 @runtime_checkable
@@ -51,19 +50,9 @@ class TrainingData(Protocol):
         ...
 
 
-@jax.jit
-def _corners(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [leaf[tuple(slice(0, _CORNER) for _ in leaf.shape)] for leaf in leaves]
-
-
 def fingerprint_tree(tree: Any) -> str:
-    """SHA-256 over the path, shape, dtype and leading corner of every leaf, in 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0] or [((), np.zeros(0, np.float32))])
-    for path, leaf, corner in zip(paths, leaves, _corners([jax.numpy.asarray(leaf) for leaf in leaves])):
-        digest.update(f"{jax.tree_util.keystr(path)} {np.shape(leaf)} {corner.dtype}".encode())
-        digest.update(np.asarray(corner).tobytes())
-    return digest.hexdigest()[:16]
+    """16 hexadecimal digits over the path, shape, dtype and every bit of every leaf."""
+    return weights_fingerprint(jax.tree.map(jnp.asarray, tree))
 
 
 def make_manifest(
@@ -115,5 +104,5 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path.parent}: this run cannot be resumed: "
             + "; ".join(changed)
-            + ". Put them back, use another output folder, or start over with resume off"
+            + ". Put them back, use another output folder, or remove this one to start over"
         )

@@ -25,7 +25,9 @@ BAD_LINES = {
     "no response": ({"prompt": "p", "text": 1}, r"'response' is missing \(fields seen: prompt, text\)"),
     "no prompt": ({"response": "r"}, "'prompt' is missing"),
     "no output": ({"instruction": "i", "input": "x"}, "'output' is missing"),
-    "nothing known": ({"question": "q"}, r"'prompt' is missing \(fields seen: question\)"),
+    "nothing known": ({"text": "q"}, r"'prompt' is missing \(fields seen: text\)"),
+    "a question alone": ({"question": "q"}, r"'response' is missing \(fields seen: question\)"),
+    "an answer for a response": ({"question": "q", "answer": "a"}, "if 'answer' is the text to learn, rename it"),
     "no fields": ({}, r"fields seen: none"),
     "null response": ({"prompt": "p", "response": None}, "'response' is missing"),
     "prompt is a number": ({"prompt": 1, "response": "r"}, "'prompt' is a number"),
@@ -96,11 +98,10 @@ def test_invalid_utf8(tmp_path):
         read_records(path.with_suffix(".json"))
 
 
-def test_a_duplicate_in_another_file_names_both(tmp_path):
-    for name in ("f.jsonl", "g.jsonl"):
-        (tmp_path / name).write_text(json.dumps(GOOD))
-    with pytest.raises(DataError, match=r"g\.jsonl:1: the id 'a' was already used at .*f\.jsonl:1"):
-        read_records([tmp_path / "f.jsonl", tmp_path / "g.jsonl"])
+def test_a_file_given_twice_repeats_its_ids(tmp_path):
+    (tmp_path / "f.jsonl").write_text(json.dumps(GOOD))
+    with pytest.raises(DataError, match=r"f\.jsonl:1: the id 'a' was already used at .*f\.jsonl:1"):
+        read_records([tmp_path / "f.jsonl", tmp_path / "f.jsonl"])
 
 
 BAD_FILES = {

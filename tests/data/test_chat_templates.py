@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from ntkjax.data.prompts import TEMPLATE_DATE, Rendered, render, render_prompt, stop_tokens
+from ntkjax.data.prompts import Rendered, render, render_prompt, stop_tokens
 from ntkjax.data.records import Example
+from ntkjax.data.turns import TEMPLATE_DATE
 from ntkjax.errors import DataError
 
 _spec = importlib.util.spec_from_file_location("chat_templates", Path(__file__).with_name("chat_templates.py"))

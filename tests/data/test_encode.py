@@ -169,3 +169,13 @@ def test_refused_records_are_skipped_by_name(tmp_path, toy_chat_tokenizer):
     assert "f.jsonl:2" in data.report["skipped_lines"][0]
     with pytest.raises(DataError, match="no record is left"):
         tokenise(records.subset([1]), tokenizer, on_bad_record="skip")
+
+
+def test_fields_that_the_template_reads_are_counted(tmp_path, toy_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.mood }}{{ m.content }}<|end|>{% endfor %}"
+    records = write(tmp_path / "f.jsonl", chat("a", "b", mood="glad"), chat("a", "c"))
+    assert tokenise(records, tokenizer).report["template_fields"] == {"mood": 1}
+    assert tokenise(records, toy_tokenizer).report["template_fields"] == {}

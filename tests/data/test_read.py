@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from ntkjax.data import Example, concat_records, read_records, sources
+from ntkjax.data import Example, concat_records, formats, read_records
 from ntkjax.data.table import BLOCK_ROWS
 from ntkjax.errors import DataError
 
@@ -88,7 +88,7 @@ def test_json_array_longer_than_the_buffer(tmp_path, monkeypatch):
     path = tmp_path / "f.json"
     path.write_text(json.dumps(many, indent=1), encoding="utf-8")
     for chunk in (1, 7, 64, 300):
-        monkeypatch.setattr("ntkjax.data.sources._JSON_CHUNK", chunk)
+        monkeypatch.setattr("ntkjax.data.formats._JSON_CHUNK", chunk)
         records = read_records(path, cache_dir=tmp_path / str(chunk))
         assert [example.to_json() for example in records] == many
         lines = path.read_text().splitlines()
@@ -97,7 +97,7 @@ def test_json_array_longer_than_the_buffer(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 def test_an_object_of_numbered_records_is_read_like_an_array(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("ntkjax.data.sources._JSON_CHUNK", max(chunk, 32))
+    monkeypatch.setattr("ntkjax.data.formats._JSON_CHUNK", max(chunk, 32))
     rows = {str(i): {"prompt": f"p{i} {{}}", "response": 'r "x"', "n": {"m": [i]}} for i in range(40)}
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     records = read_records(tmp_path / "a.json", cache_dir=tmp_path / "cache")
@@ -117,13 +117,13 @@ def test_json_arrays_read_as_json_reads_them(monkeypatch):
         i = rng.randrange(1, len(text) + 1)
         spoilt = [text, text[:i], text[:i] + rng.choice('],[{}x" 1') + text[i:], text[:i] + text[i + 1 :]]
         text = rng.choice(spoilt)
-        monkeypatch.setattr(sources, "_JSON_CHUNK", rng.choice([1, 3, 10, 100]))
+        monkeypatch.setattr(formats, "_JSON_CHUNK", rng.choice([1, 3, 10, 100]))
         try:
             expected = json.loads(text)
         except ValueError:
             expected = None
         try:
-            found = [element for _, element in sources._JsonArray("f", io.StringIO(text))]
+            found = [element for _, element in formats._JsonArray("f", io.StringIO(text))]
         except DataError:
             found = None
         assert found == expected, text

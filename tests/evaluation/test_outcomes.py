@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from ntkjax.errors import ConfigError, DataError
-from ntkjax.evaluation.outcomes import Outcome, OutcomeLog, read_outcomes, weights_fingerprint, write_outcomes
+from ntkjax.evaluation.outcomes import Outcome, OutcomeLog, read_outcomes, write_outcomes
+from ntkjax.fingerprint import weights_fingerprint
 
 BASES = [Outcome("a", "s", "yes", ["no", "yes"]), Outcome("b", "s"), Outcome("ü", "s")]
 

@@ -156,11 +156,15 @@ def test_another_model_at_the_same_path_is_refused(stub, write_records, tmp_path
 
 
 def test_no_choices(stub, write_records):
+    """Without choices the likelihood stands alone; only where they are asked for is it an error."""
     records = write_records([{"id": "a", "prompt": "why?", "response": "Because."}])
-    with pytest.raises(UserError, match=r"none of the 1 examples .* switch choices off"):
-        evaluate_model(stub, {}, records, **SETTINGS)
-    result = evaluate_model(stub, {}, records, choices=False, **SETTINGS)
+    result = evaluate_model(stub, {}, records, **SETTINGS)
     assert result.summary["accuracy"] is None and result.summary["likelihood"]["n"] == 1
+    assert evaluate_model(stub, {}, records, choices=False, **SETTINGS).outcomes == result.outcomes
+    with pytest.raises(UserError, match=r"none of the 1 examples has choices and an answer"):
+        evaluate_model(stub, {}, records, choices=True, **SETTINGS)
+    with pytest.raises(UserError, match=r"nothing to evaluate: of 1 examples 1 have a response, and 0 have choices"):
+        evaluate_model(stub, {}, records, likelihood=False, **SETTINGS)
 
 
 def test_broken_weights_are_reported(toys, tokenizer, write_records):

@@ -106,7 +106,7 @@ def test_rows_on_disk_belong_to_what_was_left(files, pool, tmp_path, capsys):
     """A store made with the duplicates in is refused by the fingerprint of the pool, not read row by row."""
     out, method = tmp_path / "run", ["--method", "embedding"]
     assert select(files, pool, out, "--dedup.mode", "report", *method) == 0
-    for name in ("config.yaml", "selection.json"):  # so that only the stores can object
+    for name in ("config.yaml", "inputs.json", "selection.json"):  # so that only the stores can object
         (out / name).unlink()
     code = select(files, pool, out, *method)
     if code == 2:

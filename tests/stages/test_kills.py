@@ -165,6 +165,12 @@ def change_line(name: str) -> Callable[[Path], None]:
     return change
 
 
+def forget(out: Path) -> None:
+    """Remove what says which command and inputs the directory is of."""
+    for name in ("config.yaml", "inputs.json"):
+        (out / name).unlink()
+
+
 CHANGES = {
     "model": change_model,
     "adapter": change_adapter,
@@ -193,7 +199,7 @@ def test_a_changed_input_is_refused_by_name_and_goes_on_when_put_back(files, tmp
     shutil.copytree(root, inputs)
     assert main([*command, "--kernel", "loss"]) == 2
     assert 'select.kernel: was "sum_logits", is now "loss"' in capsys.readouterr().err
-    (out / "config.yaml").unlink()  # from here on only the stores can object
+    forget(out)  # from here on only the stores can object
     for changed, change in CHANGES.items():
         change(root)
         with monkeypatch.context() as patch:
@@ -206,6 +212,6 @@ def test_a_changed_input_is_refused_by_name_and_goes_on_when_put_back(files, tmp
         assert rows_of(out) == before
         shutil.rmtree(root)
         shutil.copytree(inputs, root)
-        (out / "config.yaml").unlink()
+        forget(out)
     assert main(command) == 0
     assert rows_of(out) == before

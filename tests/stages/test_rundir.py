@@ -72,6 +72,60 @@ def test_the_same_run_goes_on_and_another_is_refused(tmp_path):
         RunDir.create(tmp_path / "run", "adapt", Config(), resume=False)
 
 
+GIVEN = {"ntkjax": {"version": "1.0.0"}, "pool": {"a.jsonl": "0" * 16, "b.jsonl": "1" * 16}}
+
+
+def test_a_run_of_other_inputs_is_refused_and_each_is_named(tmp_path):
+    out = tmp_path / "run"
+    assert not RunDir.create(out, "select", Config(), inputs=GIVEN).held
+    assert RunDir.create(out, "select", Config(), inputs=GIVEN).held
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    others = {"ntkjax": {"version": "1.0.1"}, "pool": {"a.jsonl": "0" * 15 + "1", "c.jsonl": "1" * 16}}
+    for refuse in (RunDir.check, RunDir.create):
+        with pytest.raises(ConfigError) as caught:
+            refuse(out, "select", Config(), inputs=others)
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(f"{out}: holds results of other inputs")
+        assert lines[1:-1] == [
+            "  ntkjax: version was 1.0.0, is now 1.0.1",
+            "  pool: a.jsonl was 00000000, is now 00000000",  # the digits that differ are further on
+            "  pool: c.jsonl was absent, is now 11111111",
+            "  pool: b.jsonl was 11111111, is now absent",
+        ]
+        assert "--out" in lines[-1] and f"remove {out}" in lines[-1]
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_inputs_are_on_disk_before_anything_else_and_cannot_be_lost(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "write_text", write_one(RunDir.write_text))
+        with pytest.raises(KeyboardInterrupt):
+            RunDir.create(out, "select", Config(), inputs=GIVEN)
+    assert [path.name for path in out.iterdir()] == ["inputs.json"]
+    RunDir.create(out, "select", Config(), inputs=GIVEN)
+    for content in ("{", "[1]", '{"pool": 3}'):
+        (out / "inputs.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"inputs\.json: not the inputs of a run .* remove"):
+            RunDir.create(out, "select", Config(), inputs=GIVEN)
+    (out / "inputs.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds a run without inputs\.json.* remove"):
+        RunDir.create(out, "select", Config(), inputs=GIVEN)
+
+
+def write_one(write):
+    """``write`` for the first time it is called; the second is interrupted."""
+    calls = []
+
+    def call(self, name, text):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(name)
+        return write(self, name, text)
+
+    return call
+
+
 def test_metrics_are_flushed_line_by_line_and_a_cut_line_is_dropped(tmp_path):
     run = RunDir.create(tmp_path / "run", "adapt", Config())
     assert run.metrics() == []

@@ -20,6 +20,7 @@ import pytest
 from ntkjax.errors import CheckpointError, UserError
 from ntkjax.training import TrainConfig, fit, saved_params
 from ntkjax.training.checkpoint import Checkpoints
+from ntkjax.training.manifest import fingerprint_tree
 
 TOY = Path(__file__).with_name("toy_problem.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,6 +169,16 @@ def test_a_changed_run_is_refused_by_name(run, toy):
             run(**change)
     run(save_every=3, keep_checkpoints=1)  # neither changes a number
     assert run(resume=False, learning_rate=0.2).history[1]["lr"] == pytest.approx(0.2)
+
+
+def test_a_fingerprint_sees_every_weight_of_a_tree():
+    """A corrected row of an embedding is one of thousands; bits count, not values: -0.0 is not 0.0."""
+    tree = {"embed": np.zeros((400, 33), np.float32), "scale": np.ones(3, np.float32)}
+    last, sign = tree["embed"].copy(), tree["embed"].copy()
+    last[-1, -1], sign[200, 20] = 1e-30, -0.0
+    others = [tree | {"embed": last}, tree | {"embed": sign}, {"embed": tree["embed"], "norm": tree["scale"]}]
+    found = [fingerprint_tree(other) for other in (tree, *others)]
+    assert len(set(found)) == 4 and fingerprint_tree({name: leaf.copy() for name, leaf in tree.items()}) == found[0]
 
 
 def test_damage_is_named(run):
