@@ -8,6 +8,7 @@ import importlib.util
 import os
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mkdocs.structure.files import File
 _spec = importlib.util.spec_from_file_location("generate", Path(__file__).with_name("generate.py"))
 assert _spec is not None and _spec.loader is not None
 generate = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = generate  # dataclasses look themselves up there
 _spec.loader.exec_module(generate)
 
 OUTSIDE = {
