@@ -31,7 +31,7 @@ ONLY = {
 FORBIDDEN = ("torch", "tensorflow")
 PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core")
 JAX_ADAPTER = "ntk/neural_tangents.py"
-MAX_FILE_LINES = 600
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 
 

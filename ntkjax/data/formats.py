@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ntkjax.data.schema import KNOWN_FIELDS, RecordProblem
+from ntkjax.data.problems import RecordProblem
+from ntkjax.data.schema import KNOWN_FIELDS
 from ntkjax.errors import DataError
 
 Item = tuple[int, Any]
