@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng"),
-    ("store", "parallel", "fingerprint"),
+    ("store", "parallel", "fingerprint", "tangents"),
     ("data",),
     ("models",),
     ("ntk",),
@@ -26,13 +26,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FREE_GROUPS = {0, 1}
 # ntk sees functions, never a model class or a tokenizer; report reads files only.
 ONLY = {
-    "ntk": {"errors", "types", "rng", "store", "parallel"},
+    "ntk": {"errors", "types", "rng", "store", "parallel", "tangents"},
     "report": {"errors", "types"},
 }
 FORBIDDEN = ("torch", "tensorflow")
-PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core")
+PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core", "jax.extend.core")
+# What a traced program is made of: its parts and their names change from one jax to the next.
+PROGRAM_PARTS = ("eqns", "jaxpr", "jaxprs", "invars", "outvars", "constvars", "primitive")
 JAX_ADAPTER = "ntk/neural_tangents.py"
-MAX_FILE_LINES = 600
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 
 
@@ -141,9 +143,13 @@ def import_faults(root: Path) -> list[str]:
             if private and where != JAX_ADAPTER:
                 faults.append(f"{where}:{line}: private jax name {name}")
         for node in ast.walk(tree):
-            reached = isinstance(node, ast.Attribute) and ast.unparse(node).startswith("jax._")
-            if reached and where != JAX_ADAPTER:
-                faults.append(f"{where}:{node.lineno}: private jax name {ast.unparse(node)}")
+            if not isinstance(node, ast.Attribute) or where == JAX_ADAPTER:
+                continue
+            name = ast.unparse(node)
+            if name.startswith("jax._") or name in PRIVATE_JAX:
+                faults.append(f"{where}:{node.lineno}: private jax name {name}")
+            if node.attr in PROGRAM_PARTS:
+                faults.append(f"{where}:{node.lineno}: reads .{node.attr} of a traced program")
     return faults
 
 
@@ -232,6 +238,7 @@ BAD = {
     "models/lm.py": '"""."""\nimport jax\ndef f():\n    from ntkjax.selection.rows import x\n    jax._src.y\n',
     "data/records.py": '"""x."""\nfrom ..cli import main\nimport torch.nn\nfrom jax.interpreters import ad\n',
     "ntk/scores.py": '"""x."""\nimport ntkjax.models.load\n',
+    "ntk/repeated.py": '"""x."""\nfrom jax.extend import core\nx = jax.extend.core.Jaxpr\nfor e in x.jaxpr.eqns: e\n',
     "ntk/neural_tangents.py": '"""x."""\nfrom jax._src import core\n',
     "training/loop.py": '"""x."""\nfrom ntkjax.selection import base\nfrom ntkjax.data import records\n',
     "report/page.py": '"""x."""\nfrom ntkjax.store import y\n',
@@ -267,6 +274,10 @@ def test_the_rules_catch_a_bad_package(bad_package):
         "data/records.py:4: private jax name jax.interpreters.ad",
         "models/lm.py:5: private jax name jax._src.y",
         "models/lm.py:5: private jax name jax._src",
+        "ntk/repeated.py:2: private jax name jax.extend.core",
+        "ntk/repeated.py:4: reads .eqns of a traced program",
+        "ntk/repeated.py:3: private jax name jax.extend.core",
+        "ntk/repeated.py:4: reads .jaxpr of a traced program",
         "types.py:3: private jax name jax._src.core",
     ]
     assert length_faults(bad_package) == ["cli.py:1: main has 61 lines", "long.py: 402 lines"]

@@ -1,20 +1,26 @@
 """Duplicates and leakage: the same text, or nearly the same, in the pool, the domain and the held-out sets.
 
-Two examples are ``exact`` duplicates where prompt and response are equal after Unicode NFKC, case folding and with
-every run of white space made one space; ``near`` duplicates where the Jaccard similarity |A n B| / |A u B| of their
-sets of word ``shingle``-grams is at least ``threshold``. A word is a run of letters and digits, one ideograph, or one
-other sign, so that ``3 + 4`` and ``3 - 4`` differ. Five words at 0.8 keep what a template made of other numbers: one
-word changed in the middle of a text of w words leaves (w - 9) / (w + 1), below 0.8 up to 48 words; a text of fewer
-words than a shingle is one shingle. The same is asked of the prompts alone against held-out sets (``prompt``,
-``near-prompt``): a test question with another's answer, or a longer one, is still a test question. Long boilerplate
-shared by two prompts counts like any other text there.
+Two examples are ``exact`` duplicates where prompt and response are the same characters; ``re-spaced`` where their words
+are the same (they differ in white space, case, width or punctuation); ``near`` duplicates where the Jaccard similarity
+|A n B| / |A u B| of their sets of word ``shingle``-grams is at least ``threshold`` and neither the prompts nor the
+responses differ in what they ask and say: `ntkjax.data.differences` has the words and the rule. Different questions on
+one document, the same question with another answer, and what a template made of other numbers are therefore kept,
+however long the text they share; how many rows were is counted (``apart``). Five words at 0.8: one word changed in the
+middle of w leaves (w - 9) / (w + 1), below 0.8 up to 48 words; a text of fewer words than a shingle is one shingle. The
+same is asked of the prompts alone against held-out sets (``prompt``: equal words, ``near-prompt``): a test question
+with another's answer, or a longer one, is still a test question.
 
 Candidates come from MinHash (datasketch) and locality-sensitive hashing: b bands of r of the ``permutations`` minima, r
 the largest for which a pair at the threshold shares a band with probability 1 - (1 - threshold^r)^b >= `RECALL`. Their
 true similarity is computed from the text, so nothing that is listed is a false alarm; what banding misses is measured
-in the tests. Keys of 8 (b + 1) bytes a row, twice that with held-out sets, lie in mapped files of the data cache while
-the search lasts; memory holds what sorting one column of them takes, and no text. Time is linear: a row is compared
-with the last `CROWD` rows of each bucket, and what fell out of a crowded one is counted. (MinHashLSH of the same
+in the tests. Texts on one document fill a bucket, and comparing all with all would take quadratic time. The rows of
+buckets of more than `CROWD` are joined into groups, and each gets keys of what sets it apart: bands of minima of its
+words outside the runs that it shares with the group's first row. Where those keys crowd too, the words of the first of
+the new group are taken away as well, up to `LEVELS` times. A row is compared with the first row of its groups and with
+at most `CROWD` of each bucket; what fell out of a bucket of the last level is counted (``crowded``).
+
+Keys of 8 (b + 1) bytes a row and level, twice that with held-out sets, lie in mapped files of the data cache while the
+search lasts; memory holds what sorting one column of them takes, and the text of a few rows. (MinHashLSH of the same
 library would hold b Python objects a row instead.)
 
 A pool row is a duplicate where it matches a row of another set, or an earlier pool row that is none: each group keeps
@@ -27,10 +33,8 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
-import unicodedata
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -40,17 +44,19 @@ from jaxtyping import Bool, Int, UInt64
 from tqdm import tqdm
 
 from ntkjax.data.cache import build_once, digest
+from ntkjax.data.differences import Words, changed_words, combine, difference, runs, uncovered, words_of
 from ntkjax.data.records import Records
 from ntkjax.errors import ConfigError
 
-IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]+|[^\w\s]")
-"""One ideograph, kana or hangul syllable; a run of other letters, digits and underscores; one sign."""
 RECALL = 0.99
-CROWD = 64
-CACHED_WORDS, CACHED_TEXTS = 1 << 15, 1 << 12
+CROWD = 8
+LEVELS = 3
+DETAIL_BANDS, DETAIL_ROWS = 12, 4
+"""Bands and minima a band of what sets a row apart: 0.95 of pairs with 0.69 of those words in common meet, 0.998 with
+0.8, 0.01 with 0.15."""
+CACHED_WORDS, CACHED_TEXTS, CACHED_RESTS = 1 << 15, 1 << 10, 1 << 14
 POOL = "pool"
-VERSION = 1  # part of the cache key: raise it when the same records would give other pairs
+VERSION = 2  # part of the cache key: raise it when the same records would give other pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Pair:
     """Row ``row`` of the set ``name`` repeats row ``of_row`` of the set ``of``.
 
     Attributes:
-      kind: ``exact``, ``near``, ``prompt`` or ``near-prompt``.
+      kind: ``exact``, ``re-spaced``, ``near``, ``prompt`` or ``near-prompt``.
       similarity: Jaccard similarity of the texts (of the prompts for the two last kinds).
     """
 
@@ -106,11 +112,15 @@ class Duplicates:
     Attributes:
       sizes: rows of every set.
       pairs: pool rows last; in row order.
-      crowded: how often a row fell out of a bucket of more than `CROWD`, to be compared through its others only.
+      apart: ``{"pool in pool": {"other question": 60, ...}, ...}``: rows whose most similar text reaches the threshold
+        and is no duplicate, by what differs: ``other question``, ``other numbers`` (both in the prompts) or ``other
+        response`` (the prompts say the same). Of the pairs that were compared.
+      crowded: how often a row fell out of a bucket of the last level, to be compared through its others only.
     """
 
     sizes: dict[str, int]
     pairs: tuple[Pair, ...]
+    apart: dict[str, dict[str, int]]
     crowded: int
 
     @property
@@ -158,24 +168,26 @@ def find_duplicates(
     search = functools.partial(_search, sets, frozenset(held_out), settings, progress)
     content = json.loads((build_once("duplicates", key, cache_dir, search) / "pairs.json").read_text(encoding="utf-8"))
     pairs = tuple(Pair(*values) for values in content["pairs"])
-    return Duplicates({name: len(records) for name, records in sets.items()}, pairs, content["crowded"])
+    sizes = {name: len(records) for name, records in sets.items()}
+    return Duplicates(sizes, pairs, content["apart"], content["crowded"])
 
 
 def _search(
     sets: Mapping[str, Records], held_out: Collection[str], settings: DedupSettings, progress: bool, folder: Path
 ) -> None:
     text_keys, prompt_keys = _sketch(sets, settings, bool(held_out), progress, folder)
-    texts = _Matcher(sets, text_keys, settings, prompts=False)
+    texts = _Matcher(sets, text_keys, settings, folder, prompts=False)
     pairs = list(texts.within(progress))
     crowded = texts.crowded
     if prompt_keys is not None:
-        prompts = _Matcher(sets, prompt_keys, settings, prompts=True)
+        prompts = _Matcher(sets, prompt_keys, settings, folder, prompts=True)
         known = {(p.name, p.row, p.of) for p in pairs}
         pairs += [p for p in prompts.against(held_out, progress) if (p.name, p.row, p.of) not in known]
         crowded += prompts.crowded
     place = {name: k for k, name in enumerate(sets)}
     pairs.sort(key=lambda p: (place[p.name], p.row, place[p.of]))
-    content = {"pairs": [dataclasses.astuple(p) for p in pairs], "crowded": crowded}
+    apart = {where: dict(sorted(why.items())) for where, why in sorted(texts.apart.items())}
+    content = {"pairs": [dataclasses.astuple(p) for p in pairs], "apart": apart, "crowded": crowded}
     (folder / "pairs.json").write_text(json.dumps(content), encoding="utf-8")
     _word_hash.cache_clear()
 
@@ -183,42 +195,22 @@ def _search(
 # -- a text as numbers --
 
 
-def normalise(text: str) -> str:
-    """NFKC, case folded, one space for every run of white space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
 # Words repeat; the bound keeps memory independent of the text, and what most texts say fits into it.
 _word_hash = functools.lru_cache(maxsize=CACHED_WORDS)(_hash)
 
 
-def word_hashes(normalised: str) -> UInt64[np.ndarray, " w"]:
-    """64 bits for every word of a normalised text, in order."""
-    return np.asarray([_word_hash(word) for word in WORD.findall(normalised)], np.uint64)
-
-
-def _combine(columns: Sequence[UInt64[np.ndarray, " n"]]) -> UInt64[np.ndarray, " n"]:
-    """One 64-bit number for each ordered row: a polynomial, then the finaliser of splitmix64, a bijection whose every
-    output bit depends on every input bit."""
-    x = np.zeros(len(columns[0]), np.uint64)
-    for column in columns:
-        x = x * np.uint64(0x9E3779B97F4A7C15) + column
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def word_hashes(words: Iterable[str]) -> UInt64[np.ndarray, " w"]:
+    """64 bits for every word, in order."""
+    return np.asarray([_word_hash(word) for word in words], np.uint64)
 
 
 def shingles(words: UInt64[np.ndarray, " w"], size: int) -> UInt64[np.ndarray, " s"]:
     """The distinct ``size``-grams of a sequence of word hashes, ascending; the whole where it is shorter."""
-    if len(words) == 0:
-        return words
-    size = min(size, len(words))
-    count = len(words) - size + 1
-    return np.unique(_combine([words[k : k + count] for k in range(size)]))
+    return np.unique(runs(words, size))
 
 
 def jaccard(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> float:
@@ -237,73 +229,198 @@ def _mapped(file: Path, rows: int, width: int) -> UInt64[np.ndarray, "rows width
     return mapped.view(np.ndarray)
 
 
+class _Minima:
+    """MinHash of one set after another."""
+
+    def __init__(self, permutations: int, seed: int):
+        from datasketch import MinHash
+
+        self._minima = MinHash(permutations, seed=seed, hashfunc=int)
+
+    def bands(self, members: UInt64[np.ndarray, " s"], bands: int, width: int) -> UInt64[np.ndarray, " b"]:
+        """A key for each of ``bands`` bands of ``width`` minima; none is 0."""
+        self._minima.clear()
+        self._minima.update_batch((members >> np.uint64(32)).tolist())
+        minima = self._minima.hashvalues[: bands * width].astype(np.uint64).reshape(width, bands)
+        return np.maximum(combine(list(minima)), np.uint64(1))
+
+
 def _sketch(
     sets: Mapping[str, Records], settings: DedupSettings, prompts: bool, progress: bool, folder: Path
 ) -> tuple[UInt64[np.ndarray, "n k"], UInt64[np.ndarray, "n k"] | None]:
-    """One pass over all texts: for every row the hash of its text and a key for each band [n, 1 + b]; the same of its
+    """One pass over all texts: for every row the hash of its words and a key for each band [n, 1 + b]; the same of its
     prompt, or None. Both lie in files of ``folder``."""
-    from datasketch import MinHash
-
     bands, width = settings.banding
-    minima = MinHash(settings.permutations, seed=settings.seed, hashfunc=int)
+    minima = _Minima(settings.permutations, settings.seed)
     total = sum(len(records) for records in sets.values())
     text_keys = _mapped(folder / "text-keys", total, 1 + bands)
     prompt_keys = _mapped(folder / "prompt-keys", total, 1 + bands) if prompts else None
 
-    def fill(keys: np.ndarray, normalised: str, words: np.ndarray) -> None:
-        minima.clear()
-        minima.update_batch((shingles(words, settings.shingle) >> np.uint64(32)).tolist())
-        keys[0] = _hash(normalised)
-        keys[1:] = _combine(list(minima.hashvalues[: bands * width].astype(np.uint64).reshape(width, bands)))
+    def fill(keys: np.ndarray, text: str, words: np.ndarray) -> None:
+        keys[0] = _hash(text)
+        keys[1:] = minima.bands(shingles(words, settings.shingle), bands, width)
 
     both = ((p, r) for records in sets.values() for p, r in zip(records.prompts, records.responses))
     bar = tqdm(both, total=total, desc="read for duplicates", disable=not progress, unit="example")
-    for row, (prompt, response) in enumerate(bar):
-        prompt, response = normalise(prompt), normalise(response)
-        words = word_hashes(prompt)
-        fill(text_keys[row], f"{prompt} {response}", np.concatenate([words, word_hashes(response)]))
+    for row, texts in enumerate(bar):
+        prompt, response = (words_of(text) for text in texts)
+        hashes = word_hashes(prompt)
+        fill(text_keys[row], "\n".join([" ".join(prompt), " ".join(response)]),
+             np.concatenate([hashes, word_hashes(response)]))  # fmt: skip
         if prompt_keys is not None:
-            fill(prompt_keys[row], prompt, words)
+            fill(prompt_keys[row], " ".join(prompt), hashes)
     return text_keys, prompt_keys
+
+
+# -- keys that few rows have --
+
+
+def _groups(column: UInt64[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " g"]]:
+    """(rows by key, ascending within one; where each key's rows start in it). Rows with key 0 have none."""
+    order = np.argsort(column, kind="stable")
+    order = order[np.searchsorted(column[order], 1) :]
+    keys = column[order]
+    first = np.ones(len(keys), bool)
+    first[1:] = keys[1:] != keys[:-1]
+    return order, np.flatnonzero(first)
+
+
+def _crowds(keys: UInt64[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
+    """For every row the first row of the crowd it is in, -1 for none: rows that share a key with more than `CROWD`
+    belong together, and so do those that share another such key with one of them (two rounds of passing on)."""
+    first = np.full(len(keys), -1, np.int64)
+    for _ in range(2):
+        for column in keys.T:
+            order, starts = _groups(column)
+            sizes = np.diff(np.append(starts, len(order)))
+            if not (sizes > CROWD).any():
+                continue
+            label = np.where(first[order] < 0, order, first[order])
+            least = np.repeat(np.minimum.reduceat(label, starts), sizes)
+            inside = np.repeat(sizes > CROWD, sizes)
+            first[order[inside]] = least[inside]
+    return first
+
+
+def _thin(keys: UInt64[np.ndarray, "n k"], crowd: int | None) -> None:
+    """Set keys to 0 that one row alone has, and those that more than ``crowd`` have."""
+    for column in keys.T:
+        order, starts = _groups(column)
+        sizes = np.diff(np.append(starts, len(order)))
+        useless = sizes == 1
+        if crowd is not None:
+            useless |= sizes > crowd
+        column[order[np.repeat(useless, sizes)]] = 0
 
 
 # -- finding pairs --
 
 
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A row as it is compared: the hash of its characters, its sides (prompt, response) as words and as hashes, and
+    the shingles of both together."""
+
+    characters: int
+    sides: tuple[Words, ...]
+    hashes: tuple[np.ndarray, ...]
+    shingles: np.ndarray
+
+
 class _Buckets:
-    """Rows by key: the whole text's hash, then one table for each band."""
+    """Rows by key, one table for each column of keys; 0 is none."""
 
     def __init__(self, tables: int):
         self.tables: list[dict[int, deque[int]]] = [{} for _ in range(tables)]
+        self.rows: set[int] = set()
         self.crowded = 0
 
     def add(self, row: int, keys: list[int]) -> None:
+        self.rows.add(row)
         for table, key in zip(self.tables, keys):
-            bucket = table.setdefault(key, deque(maxlen=CROWD))
-            self.crowded += len(bucket) == CROWD
-            bucket.append(row)
+            if key:
+                bucket = table.setdefault(key, deque(maxlen=CROWD))
+                self.crowded += len(bucket) == CROWD
+                bucket.append(row)
 
-    def candidates(self, keys: list[int]) -> set[int]:
-        return {row for table, key in zip(self.tables, keys) for row in table.get(key, ())}
+    def candidates(self, keys: list[int], firsts: list[int]) -> set[int]:
+        found = {row for table, key in zip(self.tables, keys) if key for row in table.get(key, ())}
+        return found | self.rows.intersection(firsts)
 
 
 class _Matcher:
     """Rows of all sets, numbered one after another, and their comparison."""
 
-    def __init__(self, sets: Mapping[str, Records], keys: np.ndarray, settings: DedupSettings, *, prompts: bool):
+    def __init__(
+        self, sets: Mapping[str, Records], keys: np.ndarray, settings: DedupSettings, folder: Path, *, prompts: bool
+    ):
         self.names, self.records = list(sets), list(sets.values())
         self.starts = np.concatenate([[0], np.cumsum([len(r) for r in self.records])])
-        self.settings, self.prompts, self.keys, self.crowded = settings, prompts, keys, 0
-        self.kinds = ("prompt", "near-prompt") if prompts else ("exact", "near")
-        self._words = functools.lru_cache(maxsize=CACHED_TEXTS)(self._read)
+        self.settings, self.prompts, self.crowded = settings, prompts, 0
+        self.apart: dict[str, Counter[str]] = {}
+        self._text = functools.lru_cache(maxsize=CACHED_TEXTS)(self._read)
+        self._rest = functools.lru_cache(maxsize=CACHED_RESTS)(self._make_rest)
+        self._hashes = functools.lru_cache(maxsize=CACHED_TEXTS)(self._make_hashes)
+        self.firsts: list[np.ndarray] = []
+        self.keys = [keys]
+        self._refine(folder)
+
+    def _refine(self, folder: Path) -> None:
+        """Take crowded keys away and give their rows keys of what sets them apart, level by level."""
+        minima = _Minima(DETAIL_BANDS * DETAIL_ROWS, self.settings.seed)
+        whole, bands = self.keys[0][:, :1], self.keys[0][:, 1:]
+        _thin(whole, None)
+        for level in range(LEVELS):
+            first = _crowds(bands)
+            _thin(bands, CROWD)
+            if (first < 0).all():
+                return
+            self.firsts.append(first)
+            bands = _mapped(folder / f"keys-{level}", len(first), DETAIL_BANDS)
+            for row in np.flatnonzero(first >= 0).tolist():
+                rest = self._rest(row, level)
+                if len(rest):
+                    bands[row] = minima.bands(rest, DETAIL_BANDS, DETAIL_ROWS)
+            self.keys.append(bands)
+        _thin(bands, None)
+
+    def _make_rest(self, row: int, level: int) -> UInt64[np.ndarray, " s"]:
+        """Hashes of the words that set ``row`` apart from the first rows of its crowds of levels up to ``level``."""
+        first = int(self.firsts[level][row])
+        if level > 0:
+            before = self._rest(row, level - 1)
+            return before if first < 0 else np.setdiff1d(before, self._rest(first, level - 1), assume_unique=True)
+        if first < 0:
+            return np.zeros(0, np.uint64)
+        sides = zip(self._hashes(row), self._hashes(first))
+        alone = [a[uncovered(a, b, self.settings.shingle)[0]] for a, b in sides]
+        return np.unique(np.concatenate(alone))
+
+    def _row(self, row: int) -> tuple[list[int], list[int]]:
+        """(keys, first rows of its crowds)."""
+        keys = [key for level in self.keys for key in level[row].tolist()]
+        return keys, [int(first[row]) for first in self.firsts if first[row] >= 0]
+
+    def _linked(self) -> Bool[np.ndarray, " n"]:
+        """Rows that have a key or a crowd in common with another."""
+        linked = np.zeros(len(self.keys[0]), bool)
+        for level in self.keys:
+            for column in level.T:
+                linked |= column != 0
+        for first in self.firsts:
+            linked |= first >= 0
+        return linked
+
+    def _buckets(self) -> _Buckets:
+        return _Buckets(sum(level.shape[1] for level in self.keys))
 
     def within(self, progress: bool) -> Iterator[Pair]:
         """Pairs of all sets: a row of the pool is compared with pool rows that repeat nothing, others with all."""
-        others, kept = _Buckets(self.keys.shape[1]), _Buckets(self.keys.shape[1])
+        others, kept = self._buckets(), self._buckets()
         first = int(self.starts[-2])
-        for row in self._bar(np.flatnonzero(_shared(self.keys)), progress):
-            keys = self.keys[row].tolist()
-            found = self._best(row, others.candidates(keys) | kept.candidates(keys))
+        for row in self._bar(np.flatnonzero(self._linked()), progress):
+            keys, firsts = self._row(row)
+            found = self._best(row, others.candidates(keys, firsts) | kept.candidates(keys, firsts))
             yield from found
             if row < first:
                 others.add(row, keys)
@@ -313,64 +430,75 @@ class _Matcher:
 
     def against(self, held_out: Collection[str], progress: bool) -> Iterator[Pair]:
         """Pairs of every row outside ``held_out`` with rows in it."""
-        inside = np.zeros(len(self.keys), bool)
+        inside = np.zeros(len(self.keys[0]), bool)
         for name in held_out:
             place = self.names.index(name)
             inside[self.starts[place] : self.starts[place + 1]] = True
-        buckets = _Buckets(self.keys.shape[1])
-        for row in np.flatnonzero(inside).tolist():
-            buckets.add(row, self.keys[row].tolist())
-        hit = np.zeros(len(self.keys), bool)
-        for column in self.keys.T:
-            hit |= np.isin(column, column[inside])
-        for row in self._bar(np.flatnonzero(hit & ~inside), progress):
-            yield from self._best(row, buckets.candidates(self.keys[row].tolist()))
+        buckets, linked = self._buckets(), self._linked()
+        for row in np.flatnonzero(inside & linked).tolist():
+            buckets.add(row, self._row(row)[0])
+        for row in self._bar(np.flatnonzero(linked & ~inside), progress):
+            yield from self._best(row, buckets.candidates(*self._row(row)))
         self.crowded = buckets.crowded
 
     def _best(self, row: int, candidates: set[int]) -> list[Pair]:
-        """The best match of ``row`` in each set that has one."""
-        best: dict[int, tuple[tuple[bool, float], int]] = {}
+        """The best match of ``row`` in each set that has one; why there is none is counted for the others."""
+        best: dict[int, tuple[tuple[int, float], int]] = {}
+        apart: dict[int, tuple[float, str]] = {}
         for other in sorted(candidates):
-            found = self._compare(row, other)
+            kind, similarity, why = self._compare(row, other)
             place = self._place(other)
-            if (found[0] or found[1] >= self.settings.threshold) and (place not in best or found > best[place][0]):
-                best[place] = (found, other)
+            if similarity < self.settings.threshold:
+                continue
+            if why is not None:
+                apart[place] = max(apart.get(place, (0.0, "")), (similarity, why))
+            elif place not in best or (kind, similarity) > best[place][0]:
+                best[place] = (kind, similarity), other
+        for place in apart.keys() - best.keys():
+            where = f"{self.names[self._place(row)]} in {self.names[place]}"
+            self.apart.setdefault(where, Counter())[apart[place][1]] += 1
         return [self._pair(row, other, *found) for _, (found, other) in sorted(best.items())]
 
     def _place(self, row: int) -> int:
         """Which set a row lies in."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def _pair(self, row: int, other: int, same: bool, similarity: float) -> Pair:
+    def _pair(self, row: int, other: int, kind: int, similarity: float) -> Pair:
         (mine, k), (theirs, j) = ((p := self._place(r), r - int(self.starts[p])) for r in (row, other))
-        return Pair(self.names[mine], k, self.names[theirs], j, self.kinds[0 if same else 1], similarity)
+        kinds = ("near-prompt", "prompt", "prompt") if self.prompts else ("near", "re-spaced", "exact")
+        return Pair(self.names[mine], k, self.names[theirs], j, kinds[kind], similarity)
 
-    def _compare(self, a: int, b: int) -> tuple[bool, float]:
-        """(whether the normalised texts are equal, Jaccard similarity)."""
-        (text_a, words_a), (text_b, words_b) = self._words(a), self._words(b)
-        return (True, 1.0) if text_a == text_b else (False, jaccard(words_a, words_b))
+    def _compare(self, a: int, b: int) -> tuple[int, float, str | None]:
+        """(2: equal characters, 1: equal words, 0: neither; Jaccard similarity; what differs, None for nothing)."""
+        mine, theirs = self._text(a), self._text(b)
+        if all(map(np.array_equal, mine.hashes, theirs.hashes)):
+            return 1 + (mine.characters == theirs.characters), 1.0, None
+        similarity = jaccard(mine.shingles, theirs.shingles)
+        why = None
+        if similarity >= self.settings.threshold:
+            sides = zip(mine.sides, theirs.sides, zip(mine.hashes, theirs.hashes))
+            found = [difference(x, y, changed_words(x, y, h, self.settings.shingle)) for x, y, h in sides]
+            named = {"words": "other question", "numbers": "other numbers"}
+            why = named[found[0]] if found[0] else "other response" if any(found) else None
+        return 0, similarity, why
 
-    def _read(self, row: int) -> tuple[str, np.ndarray]:
+    def _sides(self, row: int) -> tuple[str, ...]:
         place = self._place(row)
         records, k = self.records[place], row - int(self.starts[place])
-        text = normalise(records.prompts[k])
-        if not self.prompts:
-            text = f"{text} {normalise(records.responses[k])}"
-        return text, shingles(word_hashes(text), self.settings.shingle)
+        return (records.prompts[k],) if self.prompts else (records.prompts[k], records.responses[k])
+
+    def _make_hashes(self, row: int) -> tuple[UInt64[np.ndarray, " w"], ...]:
+        return tuple(word_hashes(words_of(text)) for text in self._sides(row))
+
+    def _read(self, row: int) -> _Text:
+        texts = self._sides(row)
+        sides = tuple(Words.of(text) for text in texts)
+        hashes = tuple(word_hashes(side.words) for side in sides)
+        return _Text(_hash("\0".join(texts)), sides, hashes, shingles(np.concatenate(hashes), self.settings.shingle))
 
     def _bar(self, rows: np.ndarray, progress: bool) -> Iterator[int]:
         what = "compare prompts" if self.prompts else "compare candidates"
         yield from tqdm(rows.tolist(), desc=what, disable=not progress, unit="example")
-
-
-def _shared(keys: UInt64[np.ndarray, "n k"]) -> Bool[np.ndarray, " n"]:
-    """Rows that have a key in common with another row, in some column."""
-    shared = np.zeros(len(keys), bool)
-    for column in keys.T:
-        order = np.argsort(column, kind="stable")
-        same = column[order][1:] == column[order][:-1]
-        shared[order[1:][same]] = shared[order[:-1][same]] = True
-    return shared
 
 
 def report(found: Duplicates, ids: Mapping[str, Any], settings: DedupSettings) -> dict[str, Any]:
@@ -384,6 +512,7 @@ def report(found: Duplicates, ids: Mapping[str, Any], settings: DedupSettings) -
         "examples": found.sizes,
         "repeated": found.sizes[POOL] - len(found.kept),
         "counts": found.counts,
+        "apart": found.apart,
         "crowded": found.crowded,
         "pairs": [
             {

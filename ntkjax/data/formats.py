@@ -18,9 +18,10 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ntkjax.data.schema import KNOWN_FIELDS, RecordProblem
+from ntkjax.data.problems import RecordProblem
+from ntkjax.data.schema import KNOWN_FIELDS
 from ntkjax.errors import DataError
 
 Item = tuple[int, Any]
@@ -68,7 +69,7 @@ def unpacked_bytes(path: str) -> int:
 # -- bytes --
 
 
-def _open_zstd(path: str) -> IO[bytes]:
+def _open_zstd(path: str) -> io.BufferedIOBase:
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path, "rb"), "zstd"))  # type: ignore[arg-type]
@@ -82,7 +83,7 @@ _OPENERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _opened(path: str) -> IO[bytes]:
+def _opened(path: str) -> io.BufferedIOBase:
     """The decompressed bytes of a file."""
     opener = _OPENERS.get(Path(path).suffix.lower())
     return Path(path).open("rb") if opener is None else opener(path)

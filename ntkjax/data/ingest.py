@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.data.schema import RecordProblem, Row, parse_record
+from ntkjax.data.problems import RecordProblem
+from ntkjax.data.schema import Row, parse_record
 from ntkjax.data.sources import fills_nulls, iter_source, source_name
 from ntkjax.data.table import Table, TableWriter
 from ntkjax.errors import DataError

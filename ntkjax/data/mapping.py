@@ -26,9 +26,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ntkjax.data.cache import digest, file_signature
-from ntkjax.data.schema import RecordProblem
-from ntkjax.data.sources import is_hub_id, iter_source, list_sources, source_name
+from ntkjax.data.cache import digest
+from ntkjax.data.messages import is_absent
+from ntkjax.data.problems import RecordProblem
+from ntkjax.data.sources import is_hub_id, iter_source, list_sources, source_name, source_signature
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.rng import numpy_rng
 
@@ -112,6 +113,7 @@ class FieldMapping:
         text = fill(self.answer or "", record).strip()
         if self.answer_is == "text":
             return self._label(text)
+        text = text.removesuffix(".0")  # of a column of numbers with gaps
         if not text.isdecimal() or int(text) >= len(choices):
             raise RecordProblem(
                 f"the answer's place is {text!r}", f"a whole number from 0 to {len(choices) - 1}",
@@ -187,7 +189,7 @@ def prepare(
 
 def _key(source: Source, skip: bool) -> str:
     remote = is_hub_id(source.path) or source.path.startswith(HUB_FILE)
-    files = [] if remote else [file_signature(Path(name)) for name in list_sources(source.path)]
+    files = [] if remote else [source_signature(name, source.split) for name in list_sources(source.path, source.split)]
     return digest(VERSION, dataclasses.asdict(source), files, skip)[:16]
 
 
@@ -266,7 +268,7 @@ def _raw(source: Source) -> Iterator[tuple[tuple[str, str], int, Any]]:
         name, _, config = source_name(source.path), *source.path.partition(":")[1:]
         found = [(source.path, name, "-".join(filter(None, (name, config, source.split))))]
     else:
-        found = [(path, source_name(path), source_name(path)) for path in list_sources(source.path)]
+        found = [(path, source_name(path), source_name(path)) for path in list_sources(source.path, source.split)]
     for path, name, part in found:
         for row, value in iter_source(path, source.split, source.revision):
             yield (name, part), row, value
@@ -325,7 +327,7 @@ def value_at(record: Mapping[str, Any], name: str) -> Any:
     """The value at a dotted name, ``context.contexts``; RecordProblem where there is none."""
     value: Any = record
     for key in [name] if name in record else name.split("."):
-        if not isinstance(value, Mapping) or value.get(key) is None:
+        if not isinstance(value, Mapping) or is_absent(value.get(key)):
             seen = ", ".join(sorted(map(str, value))) if isinstance(value, Mapping) else "none"
             raise RecordProblem(
                 f"the field {name!r} is missing (fields seen: {seen})", "the fields that the mapping names",

@@ -30,7 +30,7 @@ class Originals:
         self.names: dict[str, None] = {}
         self._offsets = np.zeros(len(files), np.int64)
         self._spool = tempfile.TemporaryFile(prefix="ntkjax-")  # noqa: SIM115  # lives as long as this object
-        for number in np.unique(files).tolist():
+        for number in map(int, np.unique(files)):
             rows = np.flatnonzero(files == number)
             _check(sources[number], signatures[number])
             self._read(sources[number], signatures[number], rows[np.argsort(items[rows], kind="stable")], items)

@@ -18,8 +18,8 @@ import numpy as np
 from ntkjax.data import ingest
 from ntkjax.data.cache import build_once, digest
 from ntkjax.data.indices import Positions, as_indices
+from ntkjax.data.messages import Message
 from ntkjax.data.originals import Originals
-from ntkjax.data.schema import Message
 from ntkjax.data.sources import list_sources, source_signature
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError

@@ -15,7 +15,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ntkjax.errors import DataError
+from ntkjax.data.messages import (
+    Message,
+    calls_a_tool,
+    is_absent,
+    is_trained,
+    read_messages,
+    storable,
+    unused_fields,
+)
+from ntkjax.data.problems import RecordProblem, kind_of
 
 OWN_ID = "ntkjax_id"
 """The id where a record written by ``ntkjax select`` has another one of its own in ``id``."""
@@ -40,30 +49,6 @@ _CONTEXTS = ("input", "context")  # texts that belong to an instruction
 KNOWN_FIELDS = _AROUND.union(
     _CHATS, _CONTEXTS, ("tools",), *([prompt, *responses] for prompt, responses in _PAIRS)
 )  # fmt: skip
-
-ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
-_CALLS = ("function_call", "tool_call")  # speakers of ShareGPT whose text is the JSON of a call
-_USER, _ASSISTANT = ("user", "human", "prompter"), ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot")
-SPEAKERS = {
-    **dict.fromkeys(_USER, "user"),
-    **dict.fromkeys((*_ASSISTANT, *_CALLS), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
-    **{name: name for name in ("system", "developer", "function", "ipython", "document", "context", "control")},
-}
-"""Who speaks, as data calls them (in any case) -> the role of the message."""
-
-Message = dict[str, Any]
-
-
-class RecordProblem(Exception):
-    """What is wrong with one record: what was found, what was expected, what to do."""
-
-    def __init__(self, found: str, expected: str, remedy: str):
-        super().__init__(f"{found}; expected {expected}; {remedy}")
-
-    def at(self, place: str) -> DataError:
-        """The error for the user, with its place in front: ``FILE:LINE: ...``."""
-        return DataError(f"{place}: {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +99,16 @@ def parse_record(value: Any, *, allow_missing_response: bool = False, filled: bo
     """
     if not isinstance(value, Mapping):
         raise RecordProblem(
-            f"the record is {_kind(value)}", "an object with named fields", "write one JSON object per record"
+            f"the record is {kind_of(value)}", "an object with named fields", "write one JSON object per record"
         )
-    record = {name: field for name, field in value.items() if not _absent(field)}
+    record = {name: field for name, field in value.items() if not is_absent(field)}
     talk = _talk(record, allow_missing_response, filled)
     if "system" in record or "history" in record:
         _surround(talk, record)
     prompt, messages = _prompt(talk.context)
     if not prompt.strip():
         raise RecordProblem("the prompt is empty", "some text", "fill it in or remove the record")
-    calls = talk.response_fields is not None and _calls(talk.response_fields)
+    calls = talk.response_fields is not None and calls_a_tool(talk.response_fields)
     if not (talk.response.strip() or calls or allow_missing_response):
         raise RecordProblem("the response is empty", "some text to learn", "fill it in or remove the record")
     answer, choices = _answer_and_choices(record)
@@ -142,10 +127,6 @@ def parse_record(value: Any, *, allow_missing_response: bool = False, filled: bo
     )
 
 
-def _absent(value: Any) -> bool:
-    return value is None or (type(value) is float and value != value)
-
-
 def _blank(value: Any) -> bool:
     """Whether a column says nothing: an empty text, list or object."""
     return isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
@@ -160,7 +141,7 @@ def _talk(record: dict[str, Any], optional: bool, filled: bool) -> _Talk:
             return _pair(record, prompt, response, filled)
     for name in _CHATS:
         if name in record:
-            return _chat(_messages(record, name, filled), name, optional)
+            return _chat(read_messages(record, name, filled), name, optional)
     for prompt, responses in _PAIRS[1:]:
         response = next((name for name in responses if name in record), None)
         if prompt in record and response is not None:
@@ -191,7 +172,7 @@ def _pair(record: dict[str, Any], prompt: str, response: str | None, filled: boo
     """A prompt and a response that are texts, or lists of messages each."""
     names = [name for name in (prompt, response) if name is not None]
     if prompt == "prompt" and isinstance(record[prompt], list) and record[prompt]:
-        context = _messages(record, prompt, filled)
+        context = read_messages(record, prompt, filled)
         for message in context:  # only the completion of such data is trained
             if message["role"] == "assistant":
                 message["train"] = False
@@ -199,7 +180,7 @@ def _pair(record: dict[str, Any], prompt: str, response: str | None, filled: boo
             return _Talk(context, "", _AROUND | set(names))
         ending = record[response]
         if isinstance(ending, list) and ending:
-            return _chat(context + _messages(record, response, filled), "messages", False, _AROUND | set(names))
+            return _chat(context + read_messages(record, response, filled), "messages", False, _AROUND | set(names))
         return _Talk(context, _text(record, response), _AROUND | set(names))
     text = _text(record, prompt)
     if prompt == "instruction":
@@ -220,7 +201,7 @@ def _surround(talk: _Talk, record: dict[str, Any]) -> None:
     pairs = isinstance(history, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in history)
     if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
         raise RecordProblem(
-            f"'history' is {_kind(history)}" + (" with an item that is no pair of texts" if history else ""),
+            f"'history' is {kind_of(history)}" + (" with an item that is no pair of texts" if history else ""),
             "earlier turns as [[question, answer], ...]",
             "write it so, or rename the column",
         )
@@ -245,26 +226,14 @@ def _prompt(context: list[Message]) -> tuple[str, list[Message] | None]:
     return "\n".join(f"{m['role']}: {m['content']}" for m in context), context
 
 
-# -- messages --
-
-
-def _messages(record: dict[str, Any], name: str, filled: bool) -> list[Message]:
-    raw = record[name]
-    if not isinstance(raw, list) or not raw:
-        keys = ("from", "value") if name.startswith("conversation") else ("role", "content")
-        raise RecordProblem(
-            f"{name!r} is {_kind(raw) if raw != [] else 'an empty list'}",
-            "a list of messages",
-            f'write {name} as [{{"{keys[0]}": ..., "{keys[1]}": ...}}, ...]',
-        )
-    return [_message(item, name, k, filled) for k, item in enumerate(raw)]
+# -- chats and labels --
 
 
 def _chat(messages: list[Message], name: str, optional: bool, used: frozenset[str] | None = None) -> _Talk:
     """The last assistant message that is trained is the response; what follows it is cut off and counted."""
     used = _BASE | {name, "system"} if used is None else used
     extra = any(len(message) > 2 for message in messages)
-    unused = _unused_fields(messages, name) if extra else []
+    unused = unused_fields(messages, name) if extra else []
     if messages[-1]["role"] != "assistant":
         if optional:
             return _Talk(messages, "", used, None, unused)
@@ -289,115 +258,6 @@ def _chat(messages: list[Message], name: str, optional: bool, used: frozenset[st
     return _Talk(messages[:-1], last["content"], used, fields or None, unused)
 
 
-def is_trained(message: Mapping[str, Any]) -> bool:
-    """Whether an assistant message is learned: not where ``weight`` is 0 or ``train`` is false."""
-    return message.get("weight") != 0 and message.get("train") is not False
-
-
-def _unused_fields(messages: list[Message], name: str) -> list[str]:
-    """Names of the fields of messages, ``messages[].field``, that only a chat template may read."""
-    found: dict[str, None] = {}
-    for message in messages:
-        for key, value in message.items():
-            # weight and train say what is trained of an assistant; of others nothing is, whatever they say.
-            settled = key in ("weight", "train") and (message["role"] == "assistant" or not value)
-            if key not in ("role", "content") and not settled:
-                found[f"{name}[].{key}"] = None
-    return list(found)
-
-
-def _message(item: Any, name: str, k: int, filled: bool) -> Message:
-    if type(item) is dict and len(item) == 2:
-        role, text = item.get("role"), item.get("content")
-        if isinstance(role, str) and SPEAKERS.get(role) == role and isinstance(text, str):
-            return {"role": role, "content": text}
-    where = f"{name}[{k}]"
-    if not isinstance(item, Mapping):
-        raise RecordProblem(
-            f"{where} is {_kind(item)}",
-            "an object with role and content (or from and value)",
-            "write messages as objects",
-        )
-    fields = {str(key): value for key, value in item.items() if not _absent(value)}
-    role_key = next((key for key in ROLE_KEYS if key in fields), "from" if "value" in fields else "role")
-    text_key = next((key for key in TEXT_KEYS if key in fields), "value" if role_key == "from" else "content")
-    speaker = fields.pop(role_key, None)
-    role = _role(speaker, f"{where}.{role_key}")
-    if text_key not in fields and _calls(fields):
-        text = ""
-    else:
-        text = _content(fields.pop(text_key, None), f"{where}.{text_key}", text_key in item)
-    if str(speaker).strip().lower() in _CALLS and (calls := _parsed_calls(text)) is not None:
-        text, fields["tool_calls"] = "", calls
-    for key in ("weight", "train"):
-        if key in fields:
-            _check_switch(fields[key], key, where)
-    return {"role": role, "content": text} | {key: _storable(v, f"{where}.{key}", filled) for key, v in fields.items()}
-
-
-def _role(speaker: Any, where: str) -> str:
-    if not isinstance(speaker, str):
-        found = "missing" if speaker is None else _kind(speaker)
-        raise RecordProblem(
-            f"{where} is {found}", "the name of the speaker", 'write messages as {"role": ..., "content": ...}'
-        )
-    if not speaker.strip():
-        raise RecordProblem(f"{where} is empty", "system, user or assistant", "name the speaker")
-    role = SPEAKERS.get(speaker) or SPEAKERS.get(speaker.strip().lower())
-    if role is None:
-        raise RecordProblem(
-            f"{where} is {speaker!r}, an unknown speaker",
-            f"one of {', '.join(SPEAKERS)}",
-            "rename the speaker to one of these, such as user or assistant",
-        )
-    return role
-
-
-def _content(value: Any, where: str, given: bool) -> str:
-    """The text of a message, whose content may be a list of parts of text."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        what = f"{_kind(value)}{' without parts' if value == [] else ''}" if given else "missing"
-        raise RecordProblem(f"{where} is {what}", "text", "write the text of the message there")
-    texts = []
-    for k, part in enumerate(value):
-        text = part.get("text") if isinstance(part, Mapping) else part
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text" or not isinstance(text, str):
-            raise RecordProblem(
-                f"{where}[{k}] is {f'of type {kind!r}' if kind != 'text' else 'without text'}",
-                "parts of type text: images, audio and files cannot be read",
-                "remove such parts or the record",
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _calls(fields: Mapping[str, Any]) -> bool:
-    """Whether a message calls a tool, and so may be without text."""
-    return bool(fields.get("tool_calls") or fields.get("function_call"))
-
-
-def _parsed_calls(text: str) -> list[Any] | None:
-    """The calls that a ShareGPT function_call message writes as JSON; None where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    calls = found if isinstance(found, list) else [found]
-    good = all(isinstance(c, dict) and set(c) == {"name", "arguments"} and isinstance(c["name"], str) for c in calls)
-    return [{"type": "function", "function": call} for call in calls] if calls and good else None
-
-
-def _check_switch(value: Any, key: str, where: str) -> None:
-    good = isinstance(value, bool) if key == "train" else not isinstance(value, bool) and value in (0, 1)
-    if not good:
-        shown = f"{value!r}" if isinstance(value, int | float) else _kind(value)
-        expected = "true or false" if key == "train" else "0 (not trained) or 1"
-        raise RecordProblem(f"{where}.{key} is {shown}", expected, f"mend it or leave {key} out")
-
-
 def _tools(value: Any, filled: bool) -> list[Any] | None:
     """The tools of a record: a list, or the JSON text of one; None where there are none."""
     found = value
@@ -408,34 +268,11 @@ def _tools(value: Any, filled: bool) -> list[Any] | None:
             found = None
     if not isinstance(found, list):
         raise RecordProblem(
-            f"'tools' is {_kind(value)}{' that is no JSON list' if isinstance(value, str) else ''}",
+            f"'tools' is {kind_of(value)}{' that is no JSON list' if isinstance(value, str) else ''}",
             "a list of tools, or the JSON text of one",
             "mend it, or rename the column if it is about something else",
         )
-    return _storable(found, "tools", filled) or None
-
-
-def _storable(value: Any, where: str, filled: bool) -> Any:
-    """``value`` as JSON can say it: NaN is left out of objects, and null too where ``filled``; dates become text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return None if value != value else value
-    if isinstance(value, Mapping):
-        left_out = lambda field: field is None if filled else False
-        return {
-            str(key): _storable(field, f"{where}.{key}", filled)
-            for key, field in value.items()
-            if not left_out(field) and not (isinstance(field, float) and field != field)
-        }
-    if isinstance(value, list | tuple):
-        return [_storable(item, where, filled) for item in value]
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise RecordProblem(f"{where} is {_kind(value)}", "text, numbers, lists or objects", "convert it or leave it out")
-
-
-# -- labels --
+    return storable(found, "tools", filled) or None
 
 
 def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:
@@ -445,7 +282,7 @@ def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] |
     if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
         detail = " with an item that is no text" if isinstance(choices, list) else ""
         raise RecordProblem(
-            f"'choices' is {_kind(choices)}{detail}",
+            f"'choices' is {kind_of(choices)}{detail}",
             "a list of texts",
             "write the choices as strings, or leave the field out",
         )
@@ -476,7 +313,7 @@ def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] |
 
 def _text(record: dict[str, Any], name: str) -> str:
     if not isinstance(record[name], str):
-        raise RecordProblem(f"{name!r} is {_kind(record[name])}", "text", "write it as a string")
+        raise RecordProblem(f"{name!r} is {kind_of(record[name])}", "text", "write it as a string")
     return record[name]
 
 
@@ -485,16 +322,10 @@ def _label(record: dict[str, Any], name: str, types: tuple[type, ...]) -> str | 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, types):
-        raise RecordProblem(f"{name!r} is {_kind(value)}", "text", "write it as a string")
+        raise RecordProblem(f"{name!r} is {kind_of(value)}", "text", "write it as a string")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # whole numbers of a column with gaps
     text = str(value)
     if not text.strip():
         raise RecordProblem(f"{name!r} is empty", "some text", "fill it in or leave the field out")
     return text
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number"}
-    names |= {list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), f"of type {type(value).__name__}")

@@ -23,7 +23,8 @@ from ntkjax.models.attention import attend
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
 from ntkjax.parallel import ROW_PARALLEL
-from ntkjax.types import at_least_float32, float32_or_better
+from ntkjax.tangents import unbatched_tangents
+from ntkjax.types import at_least_float32, float32_or_better, forward_mode_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,14 +339,16 @@ def scan_layers(
     """Run ``block``, whose parameters are stacked [L, ...], as L layers: one compiled body, scanned."""
     graph, stacked = nnx.split(block)
 
-    def body(carry, inputs):
-        state, cached = inputs
+    def one(carry, state, cached, context):
         layer: Any = nnx.merge(graph, state)
         return layer(carry, context, cached)
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    if forward_mode_only.value:
+        one = unbatched_tangents(one)
+    elif remat:
+        one = jax.checkpoint(one, prevent_cse=False)
     pairs = None if cache is None else (cache.keys, cache.values)
-    x, pairs = jax.lax.scan(body, x, (stacked, pairs))
+    x, pairs = jax.lax.scan(lambda carry, inputs: one(carry, *inputs, context), x, (stacked, pairs))
     if cache is None or pairs is None:
         return x, None
     return x, KVCache(pairs[0], pairs[1], cache.lengths + x.shape[1])

@@ -29,9 +29,9 @@ from jaxtyping import Array, Float
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.repeated import repeated
 from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
 from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
+from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode_only
 
 METHODS = ("forward", "sketch")
@@ -141,7 +141,7 @@ def directional_derivatives(output_fn: Callable, params: Params, tangents: Param
     def push(tangent: Params) -> Array:
         return jax.jvp(lambda p: at_least_float32(output_fn(p, batch)), (params,), (tangent,))[1]
 
-    return _in_turns(repeated(push), (tangents,)).T
+    return _in_turns(push, (tangents,)).T
 
 
 @jax.jit
@@ -155,7 +155,7 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
     sets, m = jax.tree.leaves(stacked.outputs)[0].shape[:2]
     columns = jnp.tile(jnp.arange(m), sets)
     tangents = jax.tree.map(lambda u, p: u.astype(p.dtype).reshape(-1, *p.shape), stacked.outputs, params)
-    moved = _in_turns(repeated(push), (tangents, columns))
+    moved = _in_turns(push, (tangents, columns))
     scores = moved.reshape(sets, m, -1).sum(axis=1).T
     head = kernel.remainder(params, batch)
     if head is None:
@@ -163,17 +163,17 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
     return scores + jnp.matmul(head, stacked.head.T, precision=jax.lax.Precision.HIGHEST).astype(scores.dtype)
 
 
-def _in_turns(pushed: Callable[..., Array], stacked: tuple) -> Float[Array, "n B"]:
-    """``pushed`` on n ``stacked`` arguments, in forward mode alone, `MAX_TANGENTS` at a time."""
+def _in_turns(push: Callable[..., Array], stacked: tuple) -> Float[Array, "n B"]:
+    """``push`` on n ``stacked`` arguments, in forward mode alone, `MAX_TANGENTS` at a time."""
     count = len(jax.tree.leaves(stacked)[0])
     turns, rest = divmod(count, MAX_TANGENTS)
     parts = []
     with forward_mode_only(True):
         if turns:
             whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
-            parts.append(jax.lax.map(lambda args: pushed(*args), whole).reshape(count - rest, -1))
+            parts.append(jax.lax.map(lambda args: stacked_jvp(push, args), whole).reshape(count - rest, -1))
         if rest:
-            parts.append(pushed(*jax.tree.map(lambda x: x[count - rest :], stacked)))
+            parts.append(stacked_jvp(push, jax.tree.map(lambda x: x[count - rest :], stacked)))
     return jnp.concatenate(parts)
 
 

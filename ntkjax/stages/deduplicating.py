@@ -101,6 +101,9 @@ def summary(content: Mapping[str, Any] | None) -> str:
     lines = [f"duplicates: {content['repeated']} of {content['examples'][POOL]} {done}"]
     if in_pool:
         lines[0] += f" ({shown(in_pool)})"
+    alike = {where: kinds for where, kinds in content.get("apart", {}).items() if where.startswith(f"{POOL} in ")}
+    if alike:
+        lines.append(f"alike and no duplicates, kept: {shown(alike)}")
     leaks = {where: kinds for where, kinds in content["counts"].items() if where in ("domain in test", "domain in dev")}
     if leaks:
         lines.append(f"leakage that is yours to mend: {shown(leaks)}")

@@ -10,6 +10,7 @@ computed beside them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import numpy as np
@@ -34,7 +35,7 @@ def inputs_of(model: LanguageModel, options: ModelOptions, **data: Loaded | Reco
       model: as loaded; LoRA factors count where they come from ``options.adapter``: fresh ones follow from the options.
       data: data sets by the name of their flag, before duplicates are removed; None: not given.
     """
-    found: Inputs = {"ntkjax": {"version": package_version()}}
+    found: dict[str, Mapping[str, str | None]] = {"ntkjax": {"version": package_version()}}
     found["model"] = {f"{part} of {options.model}": value for part, value in model_digests(model).items()}
     if options.adapter is not None:
         adapter = adapter_digests(model, model.lora)

@@ -25,7 +25,10 @@ def selection(config: Any, result: Any) -> str:
 
 def _read(config: Any, name: str, role: str | None = None) -> str:
     """What was read, skipped, cut and not used of each data set (of the only one, ``role``), from a file of the run."""
-    content = json.loads((Path(config.out) / name).read_text(encoding="utf-8"))
+    file = Path(config.out) / name
+    if not file.exists():  # of several processes the first writes it
+        return ""
+    content = json.loads(file.read_text(encoding="utf-8"))
     data = content.get("data", content)
     return reading(data if role is None else {role: data})
 

@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _LIBRARIES = (
 )
 
 
-Inputs = dict[str, dict[str, str | None]]
+Inputs = Mapping[str, Mapping[str, str | None]]
 """What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version). See
 `ntkjax.stages.inputs`."""
 

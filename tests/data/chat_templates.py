@@ -323,6 +323,7 @@ TOOL = {
     },
 }
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lagoon"}}}
+OFFERED = "required"  # a word of the tool's description
 THOUGHT = "I recall the pendulum."
 
 

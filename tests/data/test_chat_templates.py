@@ -73,7 +73,7 @@ def outcome(family: Any, name: str) -> Outcome:
         full=full,
         ids=tuple(tokenizer(full, add_special_tokens=False)["input_ids"]),
         rendered=rendered,
-        last=render(tokenizer, situation.example, loss_turns="last"),
+        last=render(tokenizer, situation.example, loss_turns="last") if len(situation.said) > 1 else None,
         prompt=tuple(render_prompt(tokenizer, situation.example)),
     )
 
@@ -152,7 +152,7 @@ def test_the_templates_differ_in_what_they_refuse():
     cells = [cell(family, name) for family in zoo.FAMILIES.values() for name in zoo.SITUATIONS]
     assert len(zoo.FAMILIES) >= 35 and len(zoo.SITUATIONS) >= 20
     assert sum(value == "ok" for value in cells) > 0.75 * len(cells)
-    assert {"ok", "apart", "refused"} <= {value.split(",")[0] for value in cells}
+    assert {"ok", "apart", "refused"} <= {re.split("[;:]", value)[0] for value in cells}
 
 
 @families
@@ -248,10 +248,34 @@ def test_every_assistant_turn_is_a_span_and_nobody_elses_words_are(family):
         if len(trained) != len(kept) or not all(word in squeeze(text) for word, text in zip(kept, trained)):
             wrong.append((name, "spans", kept, trained))
         wrong += [(name, word, text) for word in found.situation.others for text in trained if word in text]
+        # A span begins where the header ends, or where the template has opened the reasoning behind it.
+        for start, _ in rendered.trained:
+            before = squeeze(zoo.tokenizer_of(family.name).decode(rendered.tokens[:start])).removesuffix("<think>")
+            if not before.endswith(tuple(squeeze(opens) for opens in family.opens)):
+                wrong.append((name, "begins", before[-60:]))
         edges = [edge for span in rendered.trained for edge in span]
         if edges != sorted(edges) or edges[-1] != len(rendered.tokens) or edges[-2] != rendered.response_start:
             wrong.append((name, "edges", rendered.trained, rendered.response_start, len(rendered.tokens)))
     assert not wrong, "\n".join(map(str, wrong))
+
+
+@families
+def test_what_the_template_leaves_out_is_counted(family):
+    wrong = []
+    for name, found, rendered in rendered_ones(family):
+        written = zoo.tokenizer_of(family.name).decode(rendered.tokens)
+        missing = sum(word not in written for word in found.situation.others if word != zoo.OFFERED)
+        if rendered.messages_lost != missing:
+            wrong.append((name, rendered.messages_lost, missing, written))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@families
+def test_a_conversation_can_be_cut_behind_every_turn(family):
+    for name, found, rendered in rendered_ones(family):
+        ends = [stop for _, stop in rendered.trained[:-1]]
+        assert set(ends) <= set(rendered.turn_ends) and rendered.turn_ends == sorted(rendered.turn_ends), name
+        assert len(rendered.turn_ends) <= len(found.situation.said) - 1, name
 
 
 @families
@@ -291,26 +315,26 @@ def test_generation_stops_where_spans_end(family, generation_config):
 @families
 def test_the_last_turn_alone(family):
     for name, found, rendered in rendered_ones(family):
-        assert found.last is not None
-        assert (found.last.tokens, found.last.trained) == (rendered.tokens, rendered.trained[-1:]), name
+        if found.last is not None:
+            assert (found.last.tokens, found.last.trained) == (rendered.tokens, rendered.trained[-1:]), name
 
 
 @families
-@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": 0.0}, {"train": False}], ids=str)
-def test_a_message_of_no_weight_is_not_trained(family, field):
-    found = outcome(family, "three turns")
+def test_a_message_of_no_weight_is_not_trained(family):
+    found, tokenizer = outcome(family, "three turns"), zoo.tokenizer_of(family.name)
     assert found.rendered is not None
-    tokenizer, example = zoo.tokenizer_of(family.name), found.situation.example
-    for k in (1, 3, 5):
-        messages = tuple(m | field if i == k else m for i, m in enumerate(example.messages))
-        changed = dataclasses.replace(example, messages=messages, response_fields=field if k == 5 else None)
-        rendered = render(tokenizer, changed)
-        expected = list(found.rendered.trained)
-        del expected[k // 2]
-        assert rendered.tokens == found.rendered.tokens
-        assert rendered.trained == expected
-        kept = dataclasses.replace(changed, messages=tuple(m | {"weight": 1, "train": True} for m in example.messages))
-        assert render(tokenizer, dataclasses.replace(kept, response_fields=None)).trained == found.rendered.trained
+    weights = ({"weight": 0}, {"train": False}, {"weight": 0.0})
+    for gone, field in enumerate(weights):
+        fields = [field if turn == gone else {"weight": 1, "train": True} for turn in range(3)]
+        turns = iter(fields)
+        messages = tuple(
+            message | next(turns) if message["role"] == "assistant" else message
+            for message in found.situation.example.messages
+        )
+        changed = dataclasses.replace(found.situation.example, messages=messages, response_fields=fields[-1])
+        rendered, expected = render(tokenizer, changed), list(found.rendered.trained)
+        del expected[gone]
+        assert (rendered.tokens, rendered.trained) == (found.rendered.tokens, expected)
 
 
 @pytest.mark.parametrize("family", [f for f in zoo.FAMILIES.values() if f.marks], ids=lambda f: f.name)
@@ -374,10 +398,10 @@ def test_where_it_can_the_prompt_is_what_transformers_gives_for_generation(famil
 def test_the_prompt_is_the_same_for_every_response(family):
     """Likelihoods of several answers are compared: they must be given the same prompt."""
     tokenizer = zoo.tokenizer_of(family.name)
-    for name in ("one turn", "three turns", "system"):
+    for name in ("one turn", "system, three turns"):
         found = outcome(family, name)
         if found.refused is None:
-            answers = ("A", "B)", "yes", "It is the first", "<think>\nhm\n</think>\n\nA", "assistant")
+            answers = ("A", "B)", "It is the first", "<think>\nhm\n</think>\n\nA", "assistant")
             several = [render(tokenizer, found.situation.example, text) for text in answers]
             prompts = {tuple(item.tokens[: item.response_start]) for item in several if not item.crossing}
             assert len(prompts) == 1 or (not prompts and family.name == "qwen3_thinking"), name
@@ -393,24 +417,30 @@ def test_an_end_token_within_the_response_does_not_end_it(family):
     assert squeeze(learnt).endswith(squeeze(f"four{end} five{end}"))
 
 
+LEFT_OUT = {"zebra": "system", "drizzle": "result of a tool", zoo.OFFERED: "tools"}
+
+
 def cell(family: Any, name: str) -> str:
-    """One word of the table: ok, apart, refused; and what is lost."""
+    """One cell of the table: ok, apart or refused; and what is lost or counted."""
     found = outcome(family, name)
     if found.rendered is None:
-        return "refused" if found.refused is not None else "refused, drops the words"
-    words = ["apart" if found.rendered.apart else "ok"]
+        return "refused" if found.refused is not None else "refused: words dropped"
+    notes, written = [], zoo.tokenizer_of(family.name).decode(found.rendered.tokens)
     if found.rendered.turns_lost:
-        words.append(f"{found.rendered.turns_lost} turns lost")
-    missing = [word for word in found.situation.others if word not in found.full]
-    if missing:
-        words.append("not written: " + " ".join(missing))
-    if found.rendered.crossing:
-        words.append(f"{found.rendered.crossing} across")
-    return ", ".join(words)
+        notes.append("call")
+    notes += [LEFT_OUT[word] for word in found.situation.others if word not in written]
+    words = ["apart" if found.rendered.apart else "ok"]
+    words += ["without " + ", ".join(notes)] if notes else []
+    words += [f"{found.rendered.crossing} across"] if found.rendered.crossing else []
+    return "; ".join(words)
 
 
 def table() -> str:
-    """Family x conversation as Markdown."""
+    """Family x conversation as Markdown.
+
+    apart: the template does not write the response whole behind its prompt, so it is put there as text. refused: an
+    error names the record. without: what the template does not write. across: tokens half prompt, half response.
+    """
     lines = ["| template | " + " | ".join(zoo.SITUATIONS) + " |", "|---" * (len(zoo.SITUATIONS) + 1) + "|"]
     for family in zoo.FAMILIES.values():
         lines.append(f"| {family.name} | " + " | ".join(cell(family, name) for name in zoo.SITUATIONS) + " |")

@@ -66,9 +66,26 @@ def test_duplicates_are_removed_before_anything_is_scored(files, pool, tmp_path,
         "nearly": ("pool", "long", "near"),
     }
     near = next(p for p in found["pairs"] if p["id"] == "nearly")
-    assert near["similarity"] == pytest.approx((66 - 9) / (66 + 1), abs=1e-4)  # 60 words and "so the answer is red ."
+    assert near["similarity"] == pytest.approx((65 - 9) / (65 + 1), abs=1e-4)  # 60 words and "so the answer is red"
     chosen = {row["id"] for row in lines(str(out / "selected.jsonl"))}
     assert "long" in chosen and "nearly" not in chosen
+
+
+def test_questions_on_one_document_stay_and_are_counted(files, tmp_path, capsys):
+    document = " ".join(f"w{i}" for i in range(200))
+    questions = ["Who wrote the letter", "Where do ships arrive", "What burned down", "When does the fair begin"]
+    rows = [{"prompt": f"{document}\n{q}?", "response": "So the answer is red."} for q in questions]
+    path = tmp_path / "pool.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "prompt": rows[0]["prompt"].upper()}])
+    )
+    assert select(files, str(path), tmp_path / "run", "--n", "4") == 0
+    printed = capsys.readouterr().out
+    assert "1 of 5 removed from the pool (pool in pool: 1 re-spaced)" in printed
+    assert "alike and no duplicates, kept: pool in pool: 3 other question" in printed
+    found = json.loads((tmp_path / "run" / "duplicates.json").read_text())
+    assert found["counts"] == {"pool in pool": {"re-spaced": 1}}
+    assert found["apart"] == {"pool in pool": {"other question": 3}}
 
 
 def test_without_test_files_only_the_pool_and_the_domain_are_compared(files, pool, tmp_path):

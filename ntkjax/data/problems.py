@@ -1,0 +1,25 @@
+"""What is wrong with one record, said so that the user can mend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ntkjax.errors import DataError
+
+
+class RecordProblem(Exception):
+    """What is wrong with one record: what was found, what was expected, what to do."""
+
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(f"{found}; expected {expected}; {remedy}")
+
+    def at(self, place: str) -> DataError:
+        """The error for the user, with its place in front: ``FILE:LINE: ...``."""
+        return DataError(f"{place}: {self}")
+
+
+def kind_of(value: Any) -> str:
+    """What a decoded value is, for a message: ``text``, ``a list``, ..."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), f"of type {type(value).__name__}")
