@@ -104,7 +104,7 @@ notebooks: $(STAMP)
 
 # The site, into build/docs. Sources are parsed, not imported, so ntkjax need not be installed.
 docs: $(DOCS_STAMP)
-	$(DOCS_VENV)/bin/mkdocs build --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean
 
 $(DOCS_STAMP): requirements/docs.txt
 	@echo "Installing requirements/docs.txt into $(DOCS_VENV)"

@@ -1,6 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: the generated pages, the pages that lie outside docs/, and what to do with links to
-files that are not on the site.
-"""
+"""What mkdocs is told beyond mkdocs.yml: generated pages, pages from elsewhere, links off the site."""
 
 from __future__ import annotations
 

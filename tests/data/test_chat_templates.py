@@ -447,5 +447,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def test_the_page_of_the_documentation_shows_this_table():
+    page = Path(__file__).resolve().parents[2] / "docs" / "chat-templates.md"
+    assert table() in page.read_text(), "put what `python tests/data/test_chat_templates.py` prints in its place"
+
+
 if __name__ == "__main__":
     print(table())
