@@ -34,8 +34,8 @@ PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core", "jax.extend
 # What a traced program is made of: its parts and their names change from one jax to the next.
 PROGRAM_PARTS = ("eqns", "jaxpr", "jaxprs", "invars", "outvars", "constvars", "primitive")
 JAX_ADAPTER = "ntk/neural_tangents.py"
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 50
+MAX_FILE_LINES = 700
+MAX_FUNCTION_LINES = 80
 
 
 def sources(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
