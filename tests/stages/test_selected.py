@@ -69,7 +69,7 @@ def test_every_format_is_written_as_it_was_and_reads_back_the_same(tmp_path, nam
         loaded = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "hub"))["train"]
     elif kind == "hf":
         loaded = datasets.load_from_disk(str(path))
-        found = loaded.to_list()
+        found = [dict(row) for row in loaded]  # pyright: ignore[reportArgumentType, reportCallIssue]
     else:
         found = pq.read_table(path).to_pylist()
         loaded = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path / "hub"))["train"]
