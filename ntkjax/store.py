@@ -36,7 +36,7 @@ _CHUNK_BYTES = 256 * 1024
 _BUFFER_BYTES = 64 * 1024 * 1024
 _FLUSH_SECONDS = 30.0  # what a kill can cost at most
 _CHUNKS_PER_PROCESS = 16  # at least, where several share a store: rows differ in length, and many parts even that out
-_ANEW = "Use a new output directory, or --overwrite to compute the rows again."
+_ANEW = "Use a new output directory, or remove this one to compute the rows again."
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -282,7 +282,7 @@ def _remove_store(path: Path) -> None:
         return
     if not (path / "manifest.json").exists() and any(path.iterdir()):
         raise ConfigError(
-            f"{path}: is not a row store (no manifest.json in it), so --overwrite leaves it alone. "
+            f"{path}: is not a row store (no manifest.json in it), so overwrite leaves it alone. "
             "Choose another directory."
         )
     shutil.rmtree(path)
@@ -297,9 +297,7 @@ def _prepare(path: Path, wanted: dict) -> None:
         changed = differences(_read_manifest(file), wanted)
         if changed:
             raise ConfigError(
-                f"{path}: holds rows computed with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nUse a new output directory, or --overwrite to compute them again."
+                f"{path}: holds rows computed with other settings:\n  " + "\n  ".join(changed) + "\n" + _ANEW
             )
         return
     # A kill during creation leaves at most the temporary manifest.

@@ -116,7 +116,7 @@ def test_a_changed_manifest_names_each_changed_key_with_both_values(tmp_path):
     assert "manifest.train.lr: was 0.1, is now 0.2" in message
     assert "manifest.new: was absent, is now 1" in message
     assert "shape.width: was 3, is now 4" in message
-    assert "seeds" not in message and "--overwrite" in message and "new output directory" in message
+    assert "seeds" not in message and "new output directory, or remove this one" in message
     assert open_store(tmp_path / "s").done().sum() == 1, "the refusal changed nothing"
     assert not open_store(tmp_path / "s", manifest=changed, overwrite=True).done().any()
 

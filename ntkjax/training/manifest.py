@@ -115,5 +115,5 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path.parent}: this run cannot be resumed: "
             + "; ".join(changed)
-            + ". Put them back, use another output folder, or start over with resume off"
+            + ". Put them back, use another output folder, or remove this one to start over"
         )
