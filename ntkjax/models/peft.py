@@ -271,7 +271,7 @@ def _split(
     if a.shape[-1] != rank * len(targets) or not in_blocks:
         raise CheckpointError(
             f"{where}: the adapter has rank {a.shape[-1]}, the model's has rank {rank}; load the model with "
-            f"LoraConfig(rank={a.shape[-1]})"
+            f"rank {a.shape[-1]} (--lora-rank {a.shape[-1]}), or give its directory as --adapter"
         )
     return blocks
 
