@@ -19,12 +19,14 @@ else
 VENV ?= .venv-$(VERSION)
 endif
 TORCH_VENV ?= $(VENV)-torch
+DOCS_VENV ?= $(VENV)-docs
 
 # One lock for each Python that is tested; a newer Python takes the newest lock.
 LOCK := $(firstword $(wildcard requirements/py$(subst .,,$(VERSION)).txt) requirements/py312.txt)
 # The stamp's name holds the version: an environment of another Python is made anew.
 STAMP := $(VENV)/.installed-$(VERSION)
 TORCH_STAMP := $(TORCH_VENV)/.installed-$(VERSION)
+DOCS_STAMP := $(DOCS_VENV)/.installed-$(VERSION)
 # Cores that this process may use, which on a shared machine are fewer than there are.
 WORKERS := $(shell $(PYTHON) -c 'import os; own = getattr(os, "sched_getaffinity", None); print(min(4, len(own(0)) if own else os.cpu_count() or 1))')
 PIP := -m pip --disable-pip-version-check install --quiet
@@ -32,7 +34,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
 	|| $(PYTHON) -m venv --clear $(1)
 
-.PHONY: setup demo test test-slow test-torch lint bench bench-gpu peers notebooks lock clean
+.PHONY: setup demo test test-slow test-torch lint bench bench-gpu peers notebooks docs lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -100,6 +102,16 @@ bench-gpu: $(if $(filter $(VENV)/bin/python,$(BENCH_PYTHON)),$(STAMP))
 notebooks: $(STAMP)
 	cd notebooks && $(abspath $(VENV))/bin/jupytext --quiet --to ipynb *.py && $(abspath $(VENV))/bin/jupyter-execute --inplace *.ipynb
 
+# The site, into build/docs. Sources are parsed, not imported, so ntkjax need not be installed.
+docs: $(DOCS_STAMP)
+	$(DOCS_VENV)/bin/mkdocs build --strict --clean
+
+$(DOCS_STAMP): requirements/docs.txt
+	@echo "Installing requirements/docs.txt into $(DOCS_VENV)"
+	@$(call fresh_venv,$(DOCS_VENV))
+	@$(DOCS_VENV)/bin/python $(PIP) -r requirements/docs.txt
+	@touch $@
+
 # Resolve pyproject.toml afresh for this Python and write what came out, names and versions only.
 lock:
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
@@ -109,4 +121,4 @@ lock:
 	@echo "Wrote requirements/py$(subst .,,$(VERSION)).txt"
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TORCH_VENV) $(DOCS_VENV) build dist *.egg-info .pytest_cache .ruff_cache

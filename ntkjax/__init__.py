@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     )
     from ntkjax.training import TrainConfig, fit
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "ntkjax.data": ("read_records", "tokenise"),
     "ntkjax.errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
