@@ -1,4 +1,4 @@
-"""The command line: ``ntkjax COMMAND --flags``. One command is one stage; its flags are the fields of its config.
+"""The command line: ``ntkjax COMMAND`` and flags. One command is one stage; its flags are the fields of its config.
 
 Exit codes: 0 done, 1 done but for runs of a study that failed, 2 something the user can mend (printed in a line or two,
 no traceback), 130 interrupted.

@@ -193,7 +193,7 @@ def _iter_json(source: str, wanted: Wanted = None) -> Iterator[Item]:
     """An array of records or an object of them, ``{"a": {...}, "b": {...}}`` (both read piece by piece), a single
     object over several lines, or JSON lines all the same.
     """
-    open_text = lambda: io.TextIOWrapper(_opened(source), encoding="utf-8-sig")
+    open_text = lambda: io.TextIOWrapper(_opened(source), encoding="utf-8-sig")  # pyright: ignore[reportArgumentType]
     try:
         with open_text() as file:
             head = file.read(_JSON_CHUNK)

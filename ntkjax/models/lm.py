@@ -28,9 +28,14 @@ from ntkjax.types import Params
 class LoadReport:
     """What a checkpoint held: where from, how many tensors and parameters, and how many tensors of each
     dtype.
+
+    Attributes:
+      source: the directory that was read. name: what transformers finds the model by from anywhere: its id on the hub,
+      or the directory's absolute path.
     """
 
     source: str = ""
+    name: str = ""
     tensors: int = 0
     parameters: int = 0
     dtypes: dict[str, int] = dataclasses.field(default_factory=dict)

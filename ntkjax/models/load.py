@@ -28,6 +28,7 @@ from ntkjax.models.safetensors_file import TensorInfo, read_header
 from ntkjax.parallel import put, weight_sharding
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SETTINGS = "tokenizer_config.json"
 _NEEDED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _FILE_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -59,6 +60,7 @@ def load_lm(
     UserError where a hub id cannot be fetched, ConfigError for an unknown dtype or LoRA target.
     """
     directory = find_directory(path)
+    _refuse_adapter(directory)
     hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
     config = ModelConfig.from_hf(hf_config, str(directory / "config.json"))
     stops = dict.fromkeys((*config.eos_token_ids, *_generation_ends(directory)))
@@ -69,6 +71,8 @@ def load_lm(
         lora.matches(spec.linears())
     params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)
     tokenizer = load_tokenizer(directory, config)
+    local = Path(path).expanduser()
+    report = dataclasses.replace(report, name=str(local.resolve()) if local.is_dir() else str(path))
     return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
 
 
@@ -105,6 +109,20 @@ def find_directory(path: str | Path) -> Path:
             f"({type(error).__name__}): check the name, connect (unset HF_HUB_OFFLINE), or download it "
             "elsewhere and give the directory's path"
         ) from error
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """CheckpointError where a directory holds an adapter and no model."""
+    file = directory / "adapter_config.json"
+    weights = ("config.json", "model.safetensors"), ("config.json", "model.safetensors.index.json")
+    if not file.is_file() or any(all((directory / name).is_file() for name in names) for names in weights):
+        return
+    base = read_json(file, "").get("base_model_name_or_path")
+    named = f"the model that it was trained on ({base!r}, says {file.name})" if base else "the model it was trained on"
+    raise CheckpointError(
+        f"{directory}: holds a PEFT adapter ({file.name}) and no model; expected a directory with config.json and "
+        f"model.safetensors: give {named} as --model and this directory as --adapter"
+    )
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
@@ -174,7 +192,7 @@ def _load_params(
             leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, rule)
     counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(info.name))
     parameters = sum(int(np.prod(flat[path].shape)) for path in table)
-    return unflatten(leaves), LoadReport(where, counts.total(), parameters, dict(counts))
+    return unflatten(leaves), LoadReport(where, "", counts.total(), parameters, dict(counts))
 
 
 def _without_prefix(table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
@@ -294,14 +312,67 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    where = directory
+    if {name for name in _TOKENIZER_FILES if (directory / name).is_file()} <= {"tokenizer.model", _SETTINGS}:
+        where = (
+            directory / "tokenizer.model"
+        )  # transformers reads it by means of sentencepiece, where that is installed
+    remedy = (
+        ": a SentencePiece model without tokenizer.json. Convert it once where transformers and sentencepiece are "
+        "installed: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        if where != directory and not getattr(tokenizer, "is_fast", False):
+            raise CheckpointError("no fast tokenizer can be made of it here")
     except Exception as error:  # transformers and tokenizers raise many kinds for a bad file
-        raise CheckpointError(f"{directory}: the tokenizer files cannot be read: {error}") from error
-    pad = tokenizer.pad_token_id
-    if pad is not None and pad >= config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer's pad token has id {pad} and the embedding only {config.vocab_size} "
-            "rows: name a token that the model has as pad_token in tokenizer_config.json"
-        )
+        hint = "" if where == directory else remedy
+        raise CheckpointError(f"{where}: the tokenizer files cannot be read{hint} ({_one_line(error)})") from error
+    _check_special(tokenizer, config.vocab_size, directory)
     return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _check_special(tokenizer: Any, rows: int, directory: Path) -> None:
+    """CheckpointError where a token that every text may get (end, beginning, padding, the template's) has no row."""
+    beyond = ids_beyond(tokenizer, rows)
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    for role in ("pad", "eos", "bos"):
+        if (token := getattr(tokenizer, f"{role}_token_id")) in beyond:
+            remedy = f"name a token that the model has as {role}_token in {_SETTINGS}, or "
+            raise CheckpointError(_no_row(f"{directory / _SETTINGS}: the {role} token", beyond, token, rows, remedy))
+    for token in sorted(beyond):
+        if beyond[token] in template:
+            where = f"{directory / 'tokenizer.json'}: the chat template's token"
+            raise CheckpointError(_no_row(where, beyond, token, rows, ""))
+
+
+def ids_beyond(tokenizer: Any, rows: int) -> dict[int, str]:
+    """Tokens that the tokenizer can give and an embedding of ``rows`` rows has none for, by id."""
+    known = {token: str(text) for text, token in tokenizer.get_vocab().items()}
+    known |= {token: str(added) for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    return {token: text for token, text in known.items() if token >= rows}
+
+
+def check_ids(max_id: int, rows: int, tokenizer: Any, where: str = "") -> None:
+    """CheckpointError naming the token where the id ``max_id`` of tokenised text has no row in the embedding.
+
+    Args:
+      where: the record that it is in, as FILE:LINE.
+    """
+    if max_id >= rows:
+        place = f"{where}: its text holds a token without a row:" if where else "token"
+        raise CheckpointError(_no_row(place, ids_beyond(tokenizer, rows), max_id, rows, ""))
+
+
+def _no_row(what: str, texts: dict[int, str], token: int, rows: int, remedy: str) -> str:
+    return (
+        f"{what} {texts.get(token, '?')!r} has id {token} and the embedding only {rows} rows (vocab_size of "
+        f"config.json); {remedy}give the embedding a row for it (transformers: "
+        "model.resize_token_embeddings(len(tokenizer)), save_pretrained, train), or take the token out of "
+        "tokenizer.json and of the template"
+    )

@@ -53,9 +53,13 @@ class LoraConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
-            raise ConfigError(f"LoRA rank = {self.rank}: expected at least 1 (use lora=None for no adapter)")
+            raise ConfigError(
+                f"LoRA rank = {self.rank}: expected at least 1 (for no adapter: lora=None, or --parameters all)"
+            )
         if not self.targets:
-            raise ConfigError("LoRA targets are empty: name at least one layer, or use lora=None for no adapter")
+            raise ConfigError(
+                "LoRA targets are empty: name at least one layer (for no adapter: lora=None, or --parameters all)"
+            )
 
     @property
     def scale(self) -> float:

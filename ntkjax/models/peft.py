@@ -6,6 +6,13 @@ three, while ours have one each. An adapter read from PEFT gives all three the s
 exact. Writing is exact too: one A of rank r where the three coincide, otherwise the three A under one another
 and a block-diagonal B, an adapter of rank 3 r for c_attn (rank_pattern, and alpha_pattern so that its scale
 is unchanged), which is read back as it was.
+
+Our layers all have one rank and one scale. What PEFT keeps apart (rank_pattern, alpha_pattern) is read without changing
+the function: a module of smaller rank gets zero columns in A and zero rows in B, its scale goes into B, and a layer
+that has none (layers_to_transform, layers_pattern, exclude_modules, target_modules that name some layers) gets zeros
+in both. Where both are zero both gradients are, so what was absent stays absent in training and adds nothing to a
+kernel. A scale in B is a change of parameters: gradients with respect to that module's B and A differ by that factor
+from PEFT's.
 """
 
 from __future__ import annotations
@@ -80,6 +87,19 @@ _HARMLESS = (
 # Initialisations that do not move the base weights (pissa, olora, corda and loftq do).
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+_REASONS = {
+    "use_dora": "DoRA scales every column of W + A B by a vector of its own",
+    "modules_to_save": "whole layers were trained beside the adapter",
+    "trainable_token_indices": "rows of the embedding were trained beside the adapter",
+    "target_parameters": "parameters of no linear layer are adapted",
+    "lora_bias": "B has a bias",
+    "layer_replication": "the model has other layers than its checkpoint",
+}
+_MERGE = (
+    "merge it into its model where torch and peft are installed (AutoPeftModelForCausalLM.from_pretrained(DIR)"
+    ".merge_and_unload().save_pretrained(NEW_DIR)) and give NEW_DIR as --model"
+)
+
 Factors = tuple[np.ndarray, np.ndarray]
 """A [L, in, r] and B [L, r, out] of one of our linear layers, or of one of PEFT's."""
 
@@ -115,8 +135,8 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
 def load_adapter(directory: str | Path, model: LanguageModel) -> Params:
     """Read a PEFT directory as parameters of ``model``: every lora_a and lora_b of its tree, in its dtype.
 
-    The model must have an adapter of the same rank on the same layers (``adapter_lora_config`` reads it from
-    the directory). Where alpha differs, B is scaled so that the product stays the same.
+    The model must have an adapter of at least its rank on the same layers (``adapter_lora_config`` reads it from
+    the directory). Where alpha or the rank differs, the product stays the same: see the module.
 
     Raises CheckpointError naming the file, option or tensor: no adapter in the model, weights only in pickle
     form, another rank, a missing, unused or misshapen tensor, an option whose mathematics we do not have.
@@ -142,26 +162,43 @@ def load_adapter(directory: str | Path, model: LanguageModel) -> Params:
 
 def adapter_lora_config(directory: str | Path) -> LoraConfig:
     """The LoraConfig to load a model with, so that ``load_adapter`` fits: rank, alpha and layers of a PEFT
-    directory.
+    directory; the largest rank of its modules, and the alpha that gives it the scale of those no pattern names.
 
     Raises CheckpointError as ``load_adapter`` does for options and files that cannot be used.
     """
     folder = Path(directory)
     config = _read_config(folder)
     targets: set[str] = set()
-    for key in _read_tensors(folder):
+    rank = 1
+    for key, tensor in (tensors := _read_tensors(folder)).items():
         found = re.fullmatch(r".*\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", key)
         names = {**_DECODER_MODULES, **_GPT2_MODULES}.get(found[1]) if found else None
         if names is None:
-            raise CheckpointError(f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts")
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts, so the adapter is not "
+                f"supported; {_MERGE}"
+            )
         targets.update(names)
-    return LoraConfig(config.rank, config.alpha, tuple(sorted(targets)), config.rslora)
+        if key.endswith(".lora_B.weight") and tensor.ndim == 2:
+            rank = max(rank, _rank_needed(tensor, len(names), config.rank))
+    del tensors
+    size = lambda r: math.sqrt(r) if config.rslora else r
+    alpha = config.alpha if rank == config.rank else config.alpha * size(rank) / size(config.rank)
+    return LoraConfig(rank, alpha, tuple(sorted(targets)), config.rslora)
+
+
+def _rank_needed(b: np.ndarray, parts: int, rank: int) -> int:
+    """The rank of each of ``parts`` layers that share B [out, r]: ``rank`` where B is block-diagonal (``_fuse``)."""
+    if parts == 1 or b.shape[1] != parts * rank or b.shape[0] % parts:
+        return b.shape[1]
+    blocks = b.reshape(parts, b.shape[0] // parts, parts, rank)
+    return b.shape[1] if any(blocks[i, :, j].any() for i in range(parts) for j in range(parts) if i != j) else rank
 
 
 @dataclasses.dataclass(frozen=True)
 class _PeftConfig:
-    """What adapter_config.json says about scale; patterns are matched against a module's full name, as PEFT
-    does.
+    """What adapter_config.json says about scale and about which modules have an adapter; patterns are matched against a
+    module's full name, as PEFT does.
     """
 
     rank: int
@@ -169,6 +206,22 @@ class _PeftConfig:
     rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    targets: str | tuple[str, ...]
+    excluded: str | tuple[str, ...]
+
+    def adapts(self, module: str) -> bool:
+        """Whether the module of this full name, one of those that some layer adapts, has an adapter."""
+        if self.excluded and _names(self.excluded, module):
+            return False
+        if self.targets and self.targets != "all-linear" and not _names(self.targets, module):
+            return False
+        if self.layers is None:
+            return True
+        patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*\.[^.]*\.(\d+)\."]
+        found = next((m for pattern in patterns if (m := re.match(pattern, module))), None)
+        return found is not None and int(found[1]) in self.layers
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
@@ -180,6 +233,13 @@ class _PeftConfig:
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _names(modules: str | tuple[str, ...], module: str) -> bool:
+    """Whether a regular expression or a list of (ends of) names holds the module."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in modules)
 
 
 def _lora_of(model: LanguageModel) -> LoraConfig:
@@ -263,7 +323,8 @@ def _split(
     for name in names:
         if name not in targets and b[..., columns[name]].any():
             raise CheckpointError(f"{where}: adapts {name}, where the model has no adapter: load it with that target")
-    if a.shape[-1] == rank:
+    if a.shape[-1] <= rank:
+        a, b = _padded(a, b, rank)
         return {name: (a, b[..., columns[name]]) for name in targets}
     rows = {name: slice(i * rank, (i + 1) * rank) for i, name in enumerate(targets)}
     blocks = {name: (a[..., rows[name]], b[:, rows[name], columns[name]]) for name in targets}
@@ -271,9 +332,16 @@ def _split(
     if a.shape[-1] != rank * len(targets) or not in_blocks:
         raise CheckpointError(
             f"{where}: the adapter has rank {a.shape[-1]}, the model's has rank {rank}; load the model with "
-            f"LoraConfig(rank={a.shape[-1]})"
+            f"rank {a.shape[-1]} (--lora-rank {a.shape[-1]}), or give its directory as --adapter"
         )
     return blocks
+
+
+def _padded(a: np.ndarray, b: np.ndarray, rank: int) -> Factors:
+    """A [..., in, r] and B [..., r, out] with zeros up to ``rank``: the product is the same."""
+    more = rank - a.shape[-1]
+    front = [(0, 0)] * (a.ndim - 2)
+    return np.pad(a, [*front, (0, 0), (0, more)]), np.pad(b, [*front, (0, more), (0, 0)])
 
 
 def _stack(
@@ -285,31 +353,36 @@ def _stack(
     where: Path,
 ) -> Factors:
     """Take one module's tensors of all layers out of ``tensors``: A [L, in, r], B [L, r, out] at the model's
-    scale.
+    scale, r the largest of its layers; zeros where the directory adapts other layers only.
     """
     names = _modules(model)[module]
     inputs, outputs = _node(model.params, names[0])["kernel"].shape[1], sum(_widths(model, names))
-    stacked: list[Factors] = []
+    stacked: list[Factors | None] = []
     for i in range(model.config.num_layers):
         full = f"{_layer_prefix(model)}.{i}.{module}"
+        keys = [f"{_PREFIX}{full}.lora_{part}.weight" for part in "AB"]
+        if not config.adapts(full) and not any(key in tensors for key in keys):
+            stacked.append(None)
+            continue
         rank = config.rank_of(full)
-        a = _take(tensors, f"{_PREFIX}{full}.lora_A.weight", (rank, inputs), where)
-        b = _take(tensors, f"{_PREFIX}{full}.lora_B.weight", (outputs, rank), where)
+        a = _take(tensors, keys[0], (rank, inputs), where)
+        b = _take(tensors, keys[1], (outputs, rank), where)
         factor = config.scale_of(full) / lora.scale
         stacked.append((a.T, b.T if factor == 1 else b.T * b.dtype.type(factor)))
-        if stacked[0][0].shape != a.T.shape:
-            raise CheckpointError(
-                f"{where}: {full} has rank {rank}, layer 0 has {stacked[0][0].shape[-1]}: ranks that "
-                "differ between layers are not supported"
-            )
-    return np.stack([a for a, _ in stacked]), np.stack([b for _, b in stacked])
+    present = [part for part in stacked if part is not None]
+    rank = max((a.shape[1] for a, _ in present), default=1)
+    dtype = np.result_type(np.float32, *(x for part in present for x in part))
+    none = np.zeros((inputs, rank), dtype), np.zeros((rank, outputs), dtype)
+    whole = [none if part is None else _padded(*part, rank) for part in stacked]
+    return np.stack([a for a, _ in whole]), np.stack([b for _, b in whole])
 
 
 def _take(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int], where: Path) -> np.ndarray:
     if key not in tensors:
         raise CheckpointError(
-            f"{where}: tensor {key!r} is missing; the model has an adapter there: load it with "
-            "lora=adapter_lora_config(directory), whose layers are the directory's"
+            f"{where}: tensor {key!r} is missing, although the model has an adapter there and {CONFIG} names "
+            "the layer: save the adapter again with PEFT, or load the model with lora=adapter_lora_config(directory), "
+            "whose layers are the directory's"
         )
     if tensors[key].shape != shape:
         raise CheckpointError(f"{where}: tensor {key!r} has shape {tensors[key].shape}, expected {shape}")
@@ -339,7 +412,7 @@ def _peft_config(model: LanguageModel, lora: LoraConfig, ranks: dict[str, int]) 
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": model.report.name or None,
         "r": lora.rank,
         "lora_alpha": plain(lora.alpha),
         "use_rslora": lora.rslora,
@@ -358,26 +431,62 @@ def _peft_config(model: LanguageModel, lora: LoraConfig, ranks: dict[str, int]) 
 
 def _read_config(folder: Path) -> _PeftConfig:
     file = folder / CONFIG
-    config = read_json(file, "every PEFT adapter directory has one")
+    model = (folder / "config.json").is_file() and not file.is_file()
+    config = read_json(
+        file, "a model is there: give it as --model" if model else "every PEFT adapter directory has one"
+    )
     fail = lambda text: CheckpointError(f"{file}: {text}")
     if config.get("peft_type") != "LORA":
-        raise fail(f"peft_type = {config.get('peft_type')!r}: only 'LORA' is supported")
+        raise fail(f"peft_type = {config.get('peft_type')!r} is not supported, only 'LORA'; {_MERGE}")
     if config.get("bias", "none") != "none":
-        raise fail(f"bias = {config['bias']!r}: only 'none' is supported")
+        raise fail(f"bias = {config['bias']!r} is not supported, only 'none': biases were trained too; {_MERGE}")
     if config.get("init_lora_weights") not in _PLAIN_INITS:
         raise fail(
-            f"init_lora_weights = {config['init_lora_weights']!r} moves the base weights: convert the "
-            "adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights = {config['init_lora_weights']!r} is not supported, it moves the base weights: convert "
+            "the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for key, value in config.items():
-        if key not in _HARMLESS and value and not (key == "megatron_config"):
-            raise fail(f"{key} = {value!r} is not supported")
+        if key not in _HARMLESS and value and key != "megatron_config":
+            why = f" ({_REASONS[key]})" if key in _REASONS else ""
+            raise fail(f"{key} = {value!r} is not supported{why}; {_MERGE}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
-    ranks = config.get("rank_pattern") or {}
-    alphas = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    return _PeftConfig(rank, float(alpha), bool(config.get("use_rslora")), ranks, alphas)
+    layers = config.get("layers_to_transform")
+
+    def listed(key: str) -> str | tuple[str, ...]:
+        value = config.get(key) or ()
+        if isinstance(value, str):
+            return value
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError(f"{key} = {value!r}")
+        return tuple(value)
+
+    try:
+        pattern = listed("layers_pattern")
+        found = _PeftConfig(
+            rank,
+            float(alpha),
+            bool(config.get("use_rslora")),
+            {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()},
+            {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+            None
+            if layers is None or layers == []
+            else tuple(map(int, [layers] if isinstance(layers, int) else layers)),
+            (pattern,) if isinstance(pattern, str) else pattern,
+            listed("target_modules"),
+            listed("exclude_modules"),
+        )
+        found.adapts("model.layers.0.self_attn.q_proj")  # the patterns are regular expressions
+        found.scale_of("model.layers.0.self_attn.q_proj")
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        names = "rank_pattern, alpha_pattern, layers_to_transform, layers_pattern, target_modules and exclude_modules"
+        raise fail(
+            f"{names} cannot be read: {error}; expected what PEFT writes: save the adapter again with it"
+        ) from None
+    if (least := min([rank, *found.rank_pattern.values()])) < 1:
+        raise fail(f"rank_pattern holds rank {least}: expected positive integers")
+    return found
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 from ntkjax.data import Records, TokenisedDataset, read_records, tokenise
 from ntkjax.errors import ConfigError
 from ntkjax.models import LanguageModel, LoraConfig, adapter_lora_config, load_adapter, load_lm
-from ntkjax.parallel import mesh_of
+from ntkjax.models.load import check_ids, ids_beyond
+from ntkjax.parallel import is_primary, mesh_of
 from ntkjax.stages.options import DataOptions, ModelOptions
 from ntkjax.types import Params
 
@@ -65,6 +67,14 @@ def load_model(options: ModelOptions, *, seed: int) -> LanguageModel:
         raise ConfigError(
             f"{options.model}: no tokenizer files (tokenizer.json) beside the weights; add them to the directory"
         )
+    beyond = ids_beyond(model.tokenizer, model.config.vocab_size)
+    if beyond and is_primary():
+        shown = ", ".join(f"{text!r} ({token})" for token, text in sorted(beyond.items())[:3])
+        print(
+            f"warning: {options.model}: {len(beyond)} of the tokenizer's tokens have no row in the embedding of "
+            f"{model.config.vocab_size} rows: {shown}{', ...' if len(beyond) > 3 else ''}; text with one is refused",
+            file=sys.stderr,
+        )
     if options.adapter is not None:
         model = model.with_params(load_adapter(options.adapter, model))
     return model
@@ -105,7 +115,23 @@ def load_data(
         on_bad_record=options.on_bad_record,
     )
     assert tokens.records is not None
+    check_tokens(tokens, model)
     return Loaded(tokens.records, tokens.on(model.mesh))  # without the records that were skipped
+
+
+def check_tokens(tokens: TokenisedDataset, model: LanguageModel) -> None:
+    """Raise CheckpointError, with FILE:LINE of the first record, where a token has no row in the embedding.
+
+    Only read through where the tokenizer has such tokens at all.
+    """
+    rows = model.config.vocab_size
+    if not ids_beyond(model.tokenizer, rows):
+        return
+    for row in range(len(tokens)):
+        largest = int(tokens.tokens(row)[0].max(initial=0))
+        if largest >= rows:
+            where = "" if tokens.records is None else tokens.records.location(row)
+            check_ids(largest, rows, model.tokenizer, where)
 
 
 def longest(model: LanguageModel, options: DataOptions) -> int:

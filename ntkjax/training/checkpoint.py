@@ -90,7 +90,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to"
-                " resume from the one before it, or start over with resume off"
+                f" resume from the one before it, or {self.folder} to start over"
             ) from error
         return jax.tree.map(_placed, found["arrays"], like), found["progress"]
 

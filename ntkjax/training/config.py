@@ -130,7 +130,7 @@ def _check_ranges(config: TrainConfig) -> None:
     if config.weight_decay < 0:
         raise _fail("weight_decay", config.weight_decay, "a number of at least 0")
     if config.clip_norm is not None and config.clip_norm <= 0:
-        raise _fail("clip_norm", config.clip_norm, "a number above 0, or none to switch clipping off")
+        raise _fail("clip_norm", config.clip_norm, "a number above 0, or none for no clipping")
     for name in ("b1", "b2", "warmup_ratio"):
         if not 0 <= getattr(config, name) < 1:
             raise _fail(name, getattr(config, name), "a number in [0, 1)")

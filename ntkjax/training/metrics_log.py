@@ -54,7 +54,7 @@ class MetricsLog:
 
 def _kept_lines(path: Path, keep_bytes: int) -> list[dict[str, Any]]:
     data = path.read_bytes()[:keep_bytes] if path.exists() else b""
-    remedy = "Use another output folder, or start over with resume off"
+    remedy = "Use another output folder, or remove this one to start over"
     if len(data) < keep_bytes:
         raise CheckpointError(
             f"{path}: the checkpoint was saved with {keep_bytes} bytes, only {len(data)} are left. {remedy}"

@@ -7,6 +7,7 @@ marks what is generated) and from distinct words in every message, never from th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -89,8 +90,9 @@ def texts(family: Any, tokens: Any, spans: Any) -> list[str]:
     return [zoo.tokenizer_of(family.name).decode(tokens[a:b]) for a, b in spans]
 
 
-def token_id(family: Any, text: str | None) -> int | None:
-    return None if text is None else zoo.tokenizer_of(family.name).convert_tokens_to_ids(text)
+def token_id(family: Any, text: str | None) -> int:
+    """The id of a token; -1, which is no token, for None."""
+    return -1 if text is None else zoo.tokenizer_of(family.name).convert_tokens_to_ids(text)
 
 
 def last_turn(family: Any, text: str) -> str:
@@ -360,6 +362,25 @@ def test_marked_templates_train_what_transformers_masks(family):
         assert left == "", (name, tokenizer.decode(spare))
         compared += 1
     assert compared > 10
+
+
+LAST_ALONE = ("message.role == 'assistant'", "message.role == 'assistant' and loop.last")
+BEHIND_A_LEAD = ("        {%- generation %}", "        {{- 'Answer: ' }}{%- generation %}")
+
+
+@pytest.mark.parametrize("old, new", [LAST_ALONE, BEHIND_A_LEAD], ids=["the last alone", "behind a lead"])
+def test_what_a_template_leaves_unmarked_is_not_trained(old, new):
+    tokenizer = copy.deepcopy(zoo.tokenizer_of("chatml_marked"))
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    example = zoo.SITUATIONS["three turns"].example
+    masked = tokenizer.apply_chat_template(
+        example.conversation(), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    rendered = render(tokenizer, example)
+    ours = {i for a, b in rendered.trained for i in range(a, b)}
+    assert ours == {i for i, inside in enumerate(masked["assistant_masks"]) if inside}
+    assert len(rendered.trained) == (1 if old == LAST_ALONE[0] else 3)
 
 
 # Conversations in which a token lies across the border between prompt and response: the response (or the reasoning that

@@ -126,12 +126,12 @@ def test_calls_of_tools_need_no_text(tmp_path):
     turns = [("human", "p"), ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "1"), ("gpt", "r")]
     example, unused = one(tmp_path, {"conversations": [{"from": who, "value": text} for who, text in turns]})
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    assert [m["role"] for m in example.messages] == ["user", "assistant", "tool"]
+    assert example.messages is not None and [m["role"] for m in example.messages] == ["user", "assistant", "tool"]
     assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert unused == {"conversations[].tool_calls": 1}
     turns[1] = ("function_call", "call f")
     example, _ = one(tmp_path, {"conversations": [{"from": who, "value": text} for who, text in turns]})
-    assert example.messages[1] == {"role": "assistant", "content": "call f"}
+    assert example.messages is not None and example.messages[1] == {"role": "assistant", "content": "call f"}
 
 
 def test_nulls_that_a_table_fills_in_are_left_out(tmp_path):

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from ntkjax.errors import CheckpointError, ConfigError, UserError
 from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm
 from ntkjax.models.lm import paths
+from ntkjax.models.load import check_ids, ids_beyond
 from ntkjax.models.names import sources
 
 QWEN3 = ModelConfig(
@@ -256,6 +257,104 @@ def test_tokenizer_files_that_cannot_be_read(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_lm(tmp_path)
+
+
+@pytest.mark.parametrize("base", [None, "owner/base-model"])
+@pytest.mark.parametrize("config", [False, True])
+def test_an_adapter_given_as_model(base, config, tmp_path):
+    """Some adapter directories hold the model's config.json too, but none its weights."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(QWEN3.to_hf()))
+    with pytest.raises(CheckpointError, match=r"holds a PEFT adapter.*--model.*--adapter") as caught:
+        load_lm(tmp_path)
+    assert (base or "'") in str(caught.value) or base is None
+    write(tmp_path)  # a whole model with an adapter beside it is a model
+    assert load_lm(tmp_path).config.family == "qwen3"
+
+
+def test_a_sentencepiece_model_alone_says_how_to_convert_it(tmp_path):
+    write(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no such model")
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model: .*without tokenizer\.json.*save_pretrained"
+    ) as caught:
+        load_lm(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    """``with_tokenizer(rows, added, template, **settings)``: a model with ``rows`` rows and a tokenizer of ten words
+    and further ``added`` tokens with ids from 10 on."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    def build(rows, added, template=None, **settings):
+        backend = Tokenizer(
+            WordLevel(
+                {word: i for i, word in enumerate(["<unk>", "</s>", "a", "b", "c", "d", "e", "f", "g", "h"])}, "<unk>"
+            )
+        )
+        backend.pre_tokenizer = Whitespace()
+        backend.add_special_tokens(added)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+        tokenizer.chat_template = template
+        for name, token in settings.items():
+            setattr(tokenizer, name, token)
+        tokenizer.save_pretrained(tmp_path)
+        write(tmp_path, dataclasses.replace(QWEN3, vocab_size=rows))
+        return tmp_path
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "words"),
+    [
+        (None, {"eos_token": "<|end|>"}, r"tokenizer_config\.json: the eos token '<\|end\|>' has id 11 .* 11 rows"),
+        (None, {"pad_token": "<|end|>"}, r"tokenizer_config\.json: the pad token '<\|end\|>' has id 11"),
+        (None, {"bos_token": "<|end|>"}, r"tokenizer_config\.json: the bos token '<\|end\|>' has id 11"),
+        ("{% for m in messages %}{{ '<|end|>' }}{% endfor %}", {},
+         r"tokenizer\.json: the chat template's token '<\|end\|>' has id 11"),
+    ],
+)  # fmt: skip
+def test_tokens_beyond_the_embedding_that_every_text_may_get(template, settings, words, with_tokenizer):
+    directory = with_tokenizer(11, ["<|start|>", "<|end|>"], template, **settings)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_lm(directory)
+    assert "resize_token_embeddings" in str(caught.value)
+
+
+def test_unused_tokens_beyond_the_embedding_are_left_to_the_text(with_tokenizer):
+    directory = with_tokenizer(11, ["<|start|>", "<|end|>"], "{{ '<|start|>' }}")
+    tokenizer = load_lm(directory).tokenizer
+    assert ids_beyond(tokenizer, 11) == {11: "<|end|>"} and ids_beyond(tokenizer, 12) == {}
+    check_ids(10, 11, tokenizer)
+    with pytest.raises(
+        CheckpointError, match=r"^pool\.jsonl:7: its text holds a token without a row: '<\|end\|>' has id 11 .* 11 rows"
+    ):
+        check_ids(11, 11, tokenizer, "pool.jsonl:7")
+
+
+def test_data_with_a_token_beyond_the_embedding_is_refused_by_file_and_line(with_tokenizer, tmp_path, capsys):
+    from ntkjax.stages.loading import load_data, load_model
+    from ntkjax.stages.options import DataOptions, ModelOptions
+
+    directory = with_tokenizer(11, ["<|start|>", "<|end|>"])
+    model = load_model(ModelOptions(model=str(directory)), seed=0)
+    assert "warning" in (said := capsys.readouterr().err) and "'<|end|>' (11)" in said and "1 of the" in said
+    rows = [{"prompt": "a b", "response": "c"}, {"prompt": "a <|end|> b", "response": "c"}]
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(json.dumps(rows[0]) + "\n")
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_data(str(good), model, DataOptions())) == 1
+    with pytest.raises(
+        CheckpointError, match=r"bad\.jsonl:2: its text holds a token without a row: '<\|end\|>'.*id 11"
+    ):
+        load_data(str(bad), model, DataOptions())
 
 
 def test_the_real_checkpoint_knows_its_own_kind_of_text(shared_dir):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ntkjax.errors import CheckpointError
-from ntkjax.models import LanguageModel, LoraConfig, ModelConfig, init_lm
+from ntkjax.models import LanguageModel, LoraConfig, ModelConfig, init_lm, load_lm
+from ntkjax.models.export import save_merged
 from ntkjax.models.peft import adapter_lora_config, load_adapter, save_adapter
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -233,7 +236,7 @@ def test_options_with_other_mathematics_are_named(option: str, value, tmp_path: 
 def test_models_and_adapters_that_do_not_fit(tmp_path: Path) -> None:
     model = make(LLAMA, LoraConfig(4, 8.0))
     save_adapter(tmp_path / "a", model, model.lora)
-    with pytest.raises(CheckpointError, match=r"rank 4, the model's has rank 2.*LoraConfig\(rank=4\)"):
+    with pytest.raises(CheckpointError, match=r"rank 4, the model's has rank 2.*--lora-rank 4"):
         load_adapter(tmp_path / "a", make(LLAMA, LoraConfig(2, 8.0)))
     with pytest.raises(CheckpointError, match="has no place in the model's adapter"):
         load_adapter(tmp_path / "a", make(LLAMA, LoraConfig(4, 8.0, ("q", "v"))))
@@ -268,3 +271,205 @@ def test_missing_and_pickled_files(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickle"):
         load_adapter(tmp_path, model)
+
+
+LLAMA4 = dataclasses.replace(LLAMA, num_layers=4)
+PATTERNS = {
+    "layers_to_transform": {"layers_to_transform": [0, 2]},
+    "layers_to_transform, a number": {"layers_to_transform": 3},
+    "layers_pattern": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "target_modules, a regular expression": {"target_modules": r".*layers\.(0|3)\..*(q_proj|down_proj)"},
+    "target_modules, whole names": {"target_modules": ["layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"]},
+    "exclude_modules": {"exclude_modules": r".*layers\.[12]\..*"},
+    "rank_pattern": {"rank_pattern": {"down_proj": 2}},
+    "rank_pattern, larger, rslora": {"rank_pattern": {"q_proj": 7}, "use_rslora": True},
+    "ranks of layers": {"rank_pattern": {r"layers\.2\.self_attn\.q_proj": 5, "layers.1.mlp.down_proj": 1}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 64, r"layers\.3\.mlp\.down_proj": 0.7}},
+    "all": {"layers_to_transform": [0, 3], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 9},
+            "use_rslora": True},
+}  # fmt: skip
+
+
+def by_peft_s_rules(options: dict, folder: Path) -> dict[str, np.ndarray]:
+    """An adapter directory in float64 with these options; scale B A of every full module name, made without ntkjax.
+
+    What PEFT does with the options is written out for each module here: fullmatch of expressions, ends of names.
+    """
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **options}
+    random, tensors, deltas = np.random.default_rng(2), {}, {}
+    named = lambda keys, full: (
+        re.fullmatch(keys, full) if isinstance(keys, str) else any(f".{full}".endswith(f".{key}") for key in keys)
+    )
+    first = lambda key, full, value: next(
+        (v for k, v in config.get(key, {}).items() if re.match(rf"(.*\.)?({k})$", full)), value
+    )
+    layers = config.get("layers_to_transform", range(4))
+    for i in range(4):
+        for module, shape in (("self_attn.q_proj", (8, 8)), ("mlp.down_proj", (8, 12))):
+            full = f"model.layers.{i}.{module}"
+            inside = i in ([layers] if isinstance(layers, int) else layers)
+            if (
+                not named(config["target_modules"], full)
+                or not inside
+                or named(config.get("exclude_modules", []), full)
+            ):
+                continue
+            rank = first("rank_pattern", full, 4)
+            a, b = random.normal(size=(rank, shape[1])), random.normal(size=(shape[0], rank))
+            key = f"base_model.model.{full}.lora"
+            tensors |= {f"{key}_A.weight": a, f"{key}_B.weight": b}
+            size = np.sqrt(rank) if config.get("use_rslora") else rank
+            deltas[full] = first("alpha_pattern", full, 6) / size * b @ a
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return deltas
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_adapters_of_some_layers_ranks_and_scales_are_w_plus_scale_b_a(name: str, tmp_path: Path, x64) -> None:
+    expected = by_peft_s_rules(PATTERNS[name], tmp_path / "a")
+    assert 1 < len(expected) <= 8
+    lora = adapter_lora_config(tmp_path / "a")
+    model = init_lm(LLAMA4, seed=0, lora=lora, dtype="float64")
+    found = products(model, load_adapter(tmp_path / "a", model))
+    assert set(found) == {"q", "down"}
+    for i in range(4):
+        for short, module in (("q", "self_attn.q_proj"), ("down", "mlp.down_proj")):
+            delta = expected.get(f"model.layers.{i}.{module}", np.zeros(1))
+            np.testing.assert_allclose(found[short][i].T, delta + np.zeros_like(found[short][i].T), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["layers_to_transform", "rank_pattern", "alpha_pattern"])
+def test_logits_are_those_of_the_merged_weights_and_writing_keeps_them(name: str, tmp_path: Path, x64) -> None:
+    deltas = by_peft_s_rules(PATTERNS[name], tmp_path / "a")
+    model = init_lm(LLAMA4, seed=0, lora=adapter_lora_config(tmp_path / "a"), dtype="float64")
+    model = model.with_params(load_adapter(tmp_path / "a", model))
+    plain = init_lm(LLAMA4, seed=0, dtype="float64")
+    tree = jax.tree.map(np.array, plain.params)
+    for full, delta in deltas.items():
+        _, _, i, group, module = full.split(".")
+        short = module.removesuffix("_proj")
+        tree["layers"]["attention" if group == "self_attn" else "mlp"][short]["kernel"][int(i)] += delta.T
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    expected = np.asarray(plain.with_params(tree).logits(tokens))
+    np.testing.assert_allclose(model.logits(tokens), expected, rtol=0, atol=1e-10)
+    assert np.abs(expected - np.asarray(plain.logits(tokens))).max() > 1e-3
+    save_adapter(tmp_path / "b", model, model.lora)
+    again = init_lm(LLAMA4, seed=0, lora=adapter_lora_config(tmp_path / "b"), dtype="float64")
+    again = again.with_params(load_adapter(tmp_path / "b", again))
+    np.testing.assert_allclose(again.logits(tokens), expected, rtol=0, atol=1e-10)
+
+
+def test_a_tensor_of_a_layer_that_the_config_names_is_still_missing(tmp_path: Path) -> None:
+    by_peft_s_rules({"layers_to_transform": [0, 2]}, tmp_path)
+    edit(tmp_path, layers_to_transform=[0, 1, 2])
+    model = init_lm(LLAMA4, seed=0, lora=adapter_lora_config(tmp_path))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight' is missing.*PEFT"):
+        load_adapter(tmp_path, model)
+
+
+def test_gpt2_s_fused_layer_with_a_rank_of_its_own(tmp_path: Path) -> None:
+    """c_attn of rank 5 beside layers of rank 2: all of q, k and v get 5."""
+    model = make(GPT2, LoraConfig(2, 3.0, ("c_attn", "c_fc")))
+    save_adapter(tmp_path / "a", model, model.lora)
+    assert adapter_lora_config(tmp_path / "a").rank == 2  # three blocks of rank 2, as we write them
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    random, expected = np.random.default_rng(3), []
+    for i in range(2):
+        key = f"base_model.model.transformer.h.{i}.attn.c_attn.lora"
+        a, b = (random.normal(size=s).astype(np.float32) for s in ((5, 8), (24, 5)))
+        tensors |= {f"{key}_A.weight": a, f"{key}_B.weight": b}
+        expected.append(10 / 5 * (b @ a).T)
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    edit(tmp_path / "a", rank_pattern={"attn.c_attn": 5}, alpha_pattern={"attn.c_attn": 10})
+    lora = adapter_lora_config(tmp_path / "a")
+    assert (lora.rank, lora.scale) == (5, 1.5)
+    other = init_lm(GPT2, seed=0, lora=lora)
+    got = products(other, load_adapter(tmp_path / "a", other))
+    np.testing.assert_allclose(np.concatenate([got[n] for n in "qkv"], -1), np.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("layers_to_transform", ["x"]),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"(": 2}),
+        ("alpha_pattern", {"q_proj": "much"}),
+        ("target_modules", "(q_proj"),
+        ("target_modules", 3),
+        ("layers_pattern", [1]),
+    ],
+)
+def test_patterns_that_cannot_be_read(option: str, value, tmp_path: Path) -> None:
+    by_peft_s_rules({"layers_to_transform": [0]}, tmp_path)
+    edit(tmp_path, **{option: value})
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: .*{option}.*expected"):
+        adapter_lora_config(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "modules_to_save", "bias", "trainable_token_indices", "peft_type"])
+def test_what_is_not_supported_says_so_and_what_to_do(option: str, tmp_path: Path) -> None:
+    by_peft_s_rules({}, tmp_path)
+    edit(tmp_path, **{option: "all"})
+    with pytest.raises(CheckpointError, match=rf"{option} = 'all' is not supported.*merge_and_unload.*--model"):
+        adapter_lora_config(tmp_path)
+
+
+def test_an_adapted_embedding_is_not_supported(tmp_path: Path) -> None:
+    by_peft_s_rules({}, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    more = {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((4, 20), np.float32)}
+    save_file(load_file(file) | more, file)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.*not supported.*merge_and_unload"):
+        adapter_lora_config(tmp_path)
+
+
+def test_a_model_given_as_adapter(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: missing .*--model"):
+        adapter_lora_config(tmp_path)
+
+
+def test_the_base_model_is_named_so_that_the_adapter_finds_it(tmp_path: Path, monkeypatch) -> None:
+    """The absolute path of a directory, however it was given; nothing for a model that was never on disk."""
+    model = make(LLAMA, LoraConfig(4, 8.0))
+    save_adapter(tmp_path / "a", model, {})
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    save_merged(tmp_path / "model", make(LLAMA, None), {})
+    monkeypatch.chdir(tmp_path)
+    loaded = load_lm("model", lora=LoraConfig(4, 8.0))
+    save_adapter(tmp_path / "b", loaded, {})
+    named = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(tmp_path / "model") and named["task_type"] == "CAUSAL_LM"
+
+
+def test_a_hub_id_is_named_as_it_was_given(tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    save_merged(tmp_path / "snapshot", make(LLAMA, None), {})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "snapshot"))
+    assert load_lm("owner/model-that-is-nowhere", lora=None).report.name == "owner/model-that-is-nowhere"
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_torch_agrees_on_patterns_and_auto_peft_loads_what_we_write(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    by_peft_s_rules(PATTERNS[name], tmp_path / "a")
+    model = make(LLAMA4, None)
+    save_merged(tmp_path / "model", model, {})
+    edit(tmp_path / "a", base_model_name_or_path=str(tmp_path / "model"), task_type="CAUSAL_LM")
+    ours = load_lm(tmp_path / "model", lora=adapter_lora_config(tmp_path / "a"))
+    ours = ours.with_params(load_adapter(tmp_path / "a", ours))
+    save_adapter(tmp_path / "b", ours, ours.lora)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    expected = np.asarray(ours.logits(tokens))
+    assert np.abs(expected - np.asarray(model.logits(tokens))).max() > 1e-3
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            logits = theirs(torch.tensor(tokens).long()).logits.float().numpy()
+        np.testing.assert_allclose(expected, logits, rtol=0, atol=2e-5)

@@ -24,7 +24,8 @@ def without_choices(path: str, out: Path, keep: int = 0) -> str:
     """The records of a file; all but the first ``keep`` lose answer and choices."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     for row in rows[keep:]:
-        row.pop("answer", None), row.pop("choices", None)
+        for name in ("answer", "choices"):
+            row.pop(name, None)
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(out)
 
@@ -82,7 +83,7 @@ def test_the_tables_of_adapt_do_with_the_likelihood():
     rows = method_rows(results)
     assert [list(row)[:3] for row in rows] == [["method", "response NLL (nats/token)", "95% interval"]] * 2
     low, high = map(float, rows[1]["95% interval"].split(" to "))
-    assert 0 < low < np.mean([o.nll for r in outcomes["random"] for o in r]) < high < 1
+    assert 0 < low < np.mean([o.nll or 0.0 for r in outcomes["random"] for o in r]) < high < 1
     (difference,) = difference_rows(results)
     assert difference["metric"] == "nll" and difference["McNemar p, each seed"] is None
     assert NONE[1:] in markdown(results, []) and "accuracy (%)" not in markdown(results, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import datasets
 import numpy as np
@@ -63,13 +64,14 @@ def test_every_format_is_written_as_it_was_and_reads_back_the_same(tmp_path, nam
     assert list(again.ids) == [records.ids[i] for i in (3, 1, 0)] and list(again.sources) == ["pool"] * 3
     if kind == "ntkjax":
         return
+    found: list[Any]
     if kind == "original":
         found = lines(path)
         assert [list(row)[: len(rows[0])] for row in found] == [list(rows[0])] * 3
         loaded = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "hub"))["train"]
     elif kind == "hf":
         loaded = datasets.load_from_disk(str(path))
-        found = loaded.to_list()
+        found = list(loaded)
     else:
         found = pq.read_table(path).to_pylist()
         loaded = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path / "hub"))["train"]
