@@ -103,8 +103,8 @@ def value_of(module: str, name: str) -> ast.expr:
 def public_names(module: str) -> list[str]:
     """The names in ``__all__``; of the package itself those it imports for type checkers."""
     if module == "ntkjax":
-        lazy = (node for node in parse(module).body if isinstance(node, ast.If))
-        return sorted(alias.name for block in lazy for node in block.body for alias in node.names)  # type: ignore
+        lazy = (node for block in parse(module).body if isinstance(block, ast.If) for node in block.body)
+        return sorted(alias.name for node in lazy if isinstance(node, ast.ImportFrom) for alias in node.names)
     return list(ast.literal_eval(value_of(module, "__all__")))
 
 
@@ -127,7 +127,7 @@ def methods() -> dict[str, Definition]:
 
 def kernels() -> dict[str, Definition]:
     """Name of a kernel (``spectral:m`` where it has a size) -> the function that makes it."""
-    named = {group: ast.literal_eval(value_of(KERNELS, group)) for group in KERNEL_NAMES}
+    named: dict[str, tuple[str, ...]] = {group: ast.literal_eval(value_of(KERNELS, group)) for group in KERNEL_NAMES}
     return {
         f"{name}:m" if group == "WITH_SIZE" else name: definition(KERNELS, KERNEL_FUNCTIONS.get(name, name))
         for group, names in named.items()
@@ -208,6 +208,14 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def shown_default(field: Field) -> str:
+    """A default as one would give it on the command line."""
+    if field.default is None:
+        return "required"
+    value = {"False": "off", "True": "on", "()": "none", "None": "none"}.get(field.default, field.default)
+    return f"`{value.strip(chr(39))}`" if value == field.default else value
+
+
 def flag_table(config: Definition, prefix: str = "") -> list[str]:
     """The fields that hold no further options, as a table."""
     lines = [row("flag", "default", "what"), "|---|---|---|"]
@@ -215,7 +223,7 @@ def flag_table(config: Definition, prefix: str = "") -> list[str]:
         if field.group is None:
             positional = field.annotation.startswith("Positional")
             name = field.name.upper() if positional else f"--{prefix}{flag(field)}"
-            lines.append(row(f"`{name}`", "required" if field.default is None else f"`{field.default}`", field.help))
+            lines.append(row(f"`{name}`", shown_default(field), field.help))
     return lines if len(lines) > 2 else []
 
 

@@ -233,9 +233,8 @@ def test_the_table_of_methods_in_the_guide_is_complete():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_has_its_entry_in_the_reference(package, pages):
     module = importlib.import_module(f"ntkjax.{package}")
-    entries = dict(
-        reversed(path.rsplit(".", 1)) for path in re.findall(r"^::: (\S+)$", pages[f"reference/{package}.md"], re.M)
-    )
+    paths = re.findall(r"^::: (\S+)$", pages[f"reference/{package}.md"], re.M)
+    entries = {path.rpartition(".")[2]: path.rpartition(".")[0] for path in paths}
     wanted = set(module.__all__)
     assert wanted - set(entries) == set()
     for name, home in entries.items():
