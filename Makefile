@@ -2,6 +2,8 @@
 #
 #   PYTHON=python3.12 make test    another interpreter, in an environment of its own (.venv-3.12)
 #   VENV=some/dir make test        an environment somewhere else
+#   LOCK=requirements/py312-jax011.txt VENV=.venv-3.12-jax011 PYTHON=python3.12 make test    other versions than that Python's
+#   make test-matrix               the suite on every Python and jax that is supported, as far as the Pythons are found
 #   make test ARGS="-k store -x"   arguments for pytest, or for the benchmark (make bench ARGS="--rounds 5")
 
 SHELL := /bin/bash
@@ -21,20 +23,21 @@ endif
 TORCH_VENV ?= $(VENV)-torch
 DOCS_VENV ?= $(VENV)-docs
 
-# One lock for each Python that is tested; a newer Python takes the newest lock.
-LOCK := $(firstword $(wildcard requirements/py$(subst .,,$(VERSION)).txt) requirements/py312.txt)
+# One lock for each Python that is tested, and one for each older jax (py312-jax011.txt); a newer Python takes the newest.
+LOCK ?= $(firstword $(wildcard requirements/py$(subst .,,$(VERSION)).txt) requirements/py313.txt)
 # The stamp's name holds the version: an environment of another Python is made anew.
 STAMP := $(VENV)/.installed-$(VERSION)
 TORCH_STAMP := $(TORCH_VENV)/.installed-$(VERSION)
 DOCS_STAMP := $(DOCS_VENV)/.installed-$(VERSION)
 # Cores that this process may use, which on a shared machine are fewer than there are.
 WORKERS := $(shell $(PYTHON) -c 'import os; own = getattr(os, "sched_getaffinity", None); print(min(4, len(own(0)) if own else os.cpu_count() or 1))')
-PIP := -m pip --disable-pip-version-check install --quiet
+# Errors alone (--quiet twice): pip warns of every place that its settings name and that is not there.
+PIP := -m pip --disable-pip-version-check install --quiet --quiet
 # $(call fresh_venv,DIR): keep the environment of this Python, replace one of another
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
 	|| $(PYTHON) -m venv --clear $(1)
 
-.PHONY: setup demo test test-slow test-torch lint bench bench-gpu peers notebooks docs lock clean
+.PHONY: setup demo test test-slow test-torch test-matrix lint bench bench-gpu peers notebooks docs lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -57,6 +60,19 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+
+# Each supported Python with its lock, and Python 3.12 with the older jax, in environments of their own under build/matrix.
+# A Python that is not found is skipped, with a word; one failure stops no other, and fails the whole.
+MATRIX := 3.11:py311 3.12:py312-jax011 3.12:py312 3.13:py313
+
+test-matrix:
+	@failed=; for entry in $(MATRIX); do \
+		version=$${entry%%:*}; name=$${entry##*:}; \
+		python=$$(bash .ci/find_python $$version) || { echo "test-matrix: $$name skipped: no Python $$version found"; continue; }; \
+		echo "test-matrix: $$name"; \
+		$(MAKE) --no-print-directory test PYTHON="$$python" LOCK=requirements/$$name.txt VENV=build/matrix/$$name \
+			|| failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "test-matrix: failed:$$failed"; exit 1; }
 
 # The comparisons with torch, transformers and peft run only where those are installed: here.
 test-torch: $(TORCH_STAMP)
@@ -112,13 +128,16 @@ $(DOCS_STAMP): requirements/docs.txt
 	@$(DOCS_VENV)/bin/python $(PIP) -r requirements/docs.txt
 	@touch $@
 
-# Resolve pyproject.toml afresh for this Python and write what came out, names and versions only.
+# Resolve pyproject.toml afresh for this Python and write what came out, names and versions only. An older jax in a lock of
+# its own: PYTHON=python3.12 JAX=0.11.2 make lock writes requirements/py312-jax011.txt.
+JAX ?=
+LOCKED := requirements/py$(subst .,,$(VERSION))$(if $(JAX),-jax$(subst .,,$(basename $(JAX)))).txt
 lock:
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
-	@build/lock/bin/python $(PIP) '.[dev,nt]'
-	@build/lock/bin/python -m pip freeze --exclude ntkjax > build/lock.txt
-	@mv build/lock.txt requirements/py$(subst .,,$(VERSION)).txt && rm -rf build/lock
-	@echo "Wrote requirements/py$(subst .,,$(VERSION)).txt"
+	@build/lock/bin/python $(PIP) '.[dev,nt]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
+	@build/lock/bin/python -m pip --disable-pip-version-check freeze --exclude ntkjax > build/lock.txt
+	@mv build/lock.txt $(LOCKED) && rm -rf build/lock
+	@echo "Wrote $(LOCKED)"
 
 clean:
 	rm -rf $(VENV) $(TORCH_VENV) $(DOCS_VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -28,6 +28,7 @@ OTHER_PROGRAMS = {"--no-deps": "pip", "--porcelain": "git"}
 OTHER_PACKAGES = {
     *("JAX_COORDINATOR_ADDRESS", "JAX_ENABLE_X64", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),  # the environment, of jax
     *("safe_serialization", "max_shard_size", "pad_token", "eos_token", "tokenizer_config", "lm_head"),  # transformers
+    "to_parquet",  # datasets
 }
 MESSAGES = {
     "RecordProblem",

@@ -40,7 +40,7 @@ def test_the_pattern_refuses_anything_else(line):
     assert not PINNED.fullmatch(line)
 
 
-@pytest.mark.parametrize("name", ["py311.txt", "py312.txt"])
+@pytest.mark.parametrize("name", ["py311.txt", "py312-jax011.txt", "py312.txt", "py313.txt"])
 def test_the_locks_hold_every_requirement_and_no_tensorflow(name):
     locked = {normalised(line) for line in (ROOT / "requirements" / name).read_text().splitlines()}
     extras = project()["optional-dependencies"]
@@ -55,3 +55,25 @@ def test_every_requirement_has_a_line_that_says_why():
     extras = project()["optional-dependencies"]
     wanted = {normalised(r) for r in project()["dependencies"] + extras["dev"] + extras["nt"]}
     assert wanted - reasons == set()
+
+
+def locked_jax(lock: Path) -> str:
+    """The minor version of jax in ``lock``; jaxlib's is the same."""
+    found = dict(line.split("==") for line in lock.read_text().splitlines())
+    minor = [".".join(found[name].split(".")[:2]) for name in ("jax", "jaxlib")]
+    assert minor[0] == minor[1]
+    return minor[0]
+
+
+def test_the_bounds_say_what_the_matrix_tests():
+    """Every Python and every jax between the bounds of pyproject.toml has a lock, and the matrix takes every lock."""
+    makefile = (ROOT / "Makefile").read_text()
+    matrix = dict(reversed(entry.split(":")) for entry in re.search(r"^MATRIX := (.*)$", makefile, re.M)[1].split())
+    locks = {lock.stem: lock for lock in LOCKS if lock.name.startswith("py")}
+    assert set(matrix) == set(locks)
+    prefix = "Programming Language :: Python :: "
+    pythons = {line.removeprefix(prefix) for line in project()["classifiers"] if line.startswith(prefix)}
+    assert set(matrix.values()) == pythons
+    assert all(name.startswith("py" + version.replace(".", "")) for name, version in matrix.items())
+    low, high = re.search(r"jax>=0\.(\d+),<0\.(\d+)", " ".join(project()["dependencies"])).groups()
+    assert {locked_jax(lock) for lock in locks.values()} == {f"0.{minor}" for minor in range(int(low), int(high))}

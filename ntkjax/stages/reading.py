@@ -9,8 +9,8 @@ from ntkjax.data.schema import CUT_MESSAGES
 
 SHOWN_COLUMNS = 12
 # Counts of tokens.report that say something was lost or changed on the way to tokens; others are plain sizes.
-_LOSS = ("truncated", "lost", "cut", "apart", "border", "inside", "empty", "dated", "dropped", "refused", "skipped")
-_CUT = ("prompt_truncated", "response_truncated", "turns_cut")
+_LOSS = ("truncated", "lost", "apart", "border", "inside", "empty", "dated", "dropped", "refused", "skipped")
+_CUT = ("prompt_truncated", "response_truncated")
 
 
 def reading(reports: Mapping[str, Any]) -> str:
