@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation", "stages")
+PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation")
 """Packages with a page of the reference, by the names in their ``__all__``."""
 ERRORS = "ntkjax.errors"
-COMMANDS, METHODS, KERNELS, EXACT = "ntkjax.stages", "ntkjax.selection", "ntkjax.ntk.approx", "ntkjax.ntk.exact"
+COMMANDS, METHODS, KERNELS, EXACT = "ntkjax.commands", "ntkjax.selection", "ntkjax.ntk.approx", "ntkjax.ntk.exact"
 """The modules that hold the tables of commands, methods and kernels, and the exact kernels."""
 KERNEL_FUNCTIONS = {"sum_logits": "summed", "centred_spectral": "spectral"}
 """Name of a kernel -> the function that makes it, where the two differ."""
@@ -101,10 +101,7 @@ def value_of(module: str, name: str) -> ast.expr:
 
 
 def public_names(module: str) -> list[str]:
-    """The names in ``__all__``; of the package itself those it imports for type checkers."""
-    if module == "ntkjax":
-        lazy = (node for block in parse(module).body if isinstance(block, ast.If) for node in block.body)
-        return sorted(alias.name for node in lazy if isinstance(node, ast.ImportFrom) for alias in node.names)
+    """The names in ``__all__``."""
     return list(ast.literal_eval(value_of(module, "__all__")))
 
 
@@ -137,16 +134,29 @@ def kernels() -> dict[str, Definition]:
 
 def commands() -> dict[str, Definition]:
     """Name of a command -> its config class."""
+    return {name: config for name, (_, config) in command_parts().items()}
+
+
+def command_parts() -> dict[str, tuple[Definition, Definition]]:
+    """Name of a command -> the function that does its work, and its config class."""
     found = {}
-    for node in statements(COMMANDS):
-        table = node.value if isinstance(node, ast.Assign) else None
-        if isinstance(table, ast.Dict):
-            for key, value in zip(table.keys, table.values, strict=True):
-                if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "Command" and key is not None:
-                    config = value.args[0]
-                    assert isinstance(config, ast.Name)
-                    found[ast.literal_eval(key)] = definition(COMMANDS, config.id)
+    for name, module in ast.literal_eval(value_of(COMMANDS, "COMMANDS")).items():
+        made = value_of(f"{COMMANDS}.{module}", "COMMAND")
+        assert isinstance(made, ast.Call)
+        config, run = made.args[:2]
+        assert isinstance(config, ast.Name) and isinstance(run, ast.Name)
+        found[name] = definition(f"{COMMANDS}.{module}", run.id), definition(f"{COMMANDS}.{module}", config.id)
     return found
+
+
+def public_definitions() -> dict[str, Definition]:
+    """Every name of ``ntkjax`` itself: those it imports for type checkers, and the commands with their configs."""
+    lazy = (node for block in parse("ntkjax").body if isinstance(block, ast.If) for node in block.body)
+    names = [alias.name for node in lazy if isinstance(node, ast.ImportFrom) for alias in node.names]
+    found = {name: definition("ntkjax", name) for name in names}
+    for name, (run, config) in command_parts().items():
+        found |= {name: run, f"{name.capitalize()}Config": config}
+    return dict(sorted(found.items()))
 
 
 def fields(config: Definition) -> list[Field]:
@@ -293,12 +303,15 @@ def reference_pages() -> dict[str, str]:
         for name in public_names(module):
             lines += block(definition(module, name).path, 2, members=True)
         found[f"reference/{package}.md"] = "\n".join(lines)
+    lines = [f"# {COMMANDS}", "", ast.get_docstring(parse(COMMANDS)) or "", ""]
+    for run, config in command_parts().values():
+        lines += [*block(run.path, 2), *block(config.path, 2, members=True)]
+    found["reference/commands.md"] = "\n".join(lines)
     errors = [node.name for node in parse(ERRORS).body if isinstance(node, ast.ClassDef)]
     lines = [f"# {ERRORS}", "", ast.get_docstring(parse(ERRORS)) or "", ""]
     found["reference/errors.md"] = "\n".join([*lines, *(x for n in errors for x in block(f"{ERRORS}.{n}", 2))])
     lines = ["# ntkjax", "", ast.get_docstring(parse("ntkjax")) or "", "", row("name", "what"), "|---|---|"]
-    for name in public_names("ntkjax"):
-        home = definition("ntkjax", name)
+    for name, home in public_definitions().items():
         lines.append(row(f"[`ntkjax.{name}`][{home.path}]", summary(home.node)))
     lines += [
         "",

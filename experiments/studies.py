@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkjax.stages.study_command import Study, run_study
-from ntkjax.stages.study_file import normalised, spec_of
+from ntkjax.commands.study.command import Study, run_study
+from ntkjax.commands.study.spec import normalised, spec_of
 
 RESULTS = Path(__file__).parent / "results"
 NEAREST = {"method": "ntk", "kernel": "loss", "stage1": "off", "scores": "sketch", "direction": "cosine",

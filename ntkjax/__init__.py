@@ -1,8 +1,9 @@
 """ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
 
-Everything public is here: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``, ``study``, ``verify``,
-``stability``, ``show``, ``replay`` and ``demo`` are the commands as functions; ``load_lm`` gives a model whose
-functions feed ``ntkjax.ntk`` and ``ntkjax.selection``.
+Everything public is here. The commands are functions: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``,
+``study``, ``verify``, ``stability``, ``show``, ``replay`` and ``demo``, each with its config class (``SelectConfig``,
+...); they come from the table ``ntkjax.commands.COMMANDS``. ``load_lm`` gives a model whose functions feed
+``ntkjax.ntk`` and ``ntkjax.selection``.
 """
 
 from __future__ import annotations
@@ -10,32 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ntkjax.commands import COMMANDS, load_command
+
 if TYPE_CHECKING:
     from ntkjax.data import read_records, tokenise
     from ntkjax.errors import CheckpointError, ConfigError, DataError, UserError
     from ntkjax.models import LanguageModel, LoraConfig, init_lm, load_lm
-    from ntkjax.stages import (
-        AdaptConfig,
-        DemoConfig,
-        EvaluateConfig,
-        FinetuneConfig,
-        ReplayConfig,
-        SelectConfig,
-        ShowConfig,
-        StabilityConfig,
-        StudyConfig,
-        VerifyConfig,
-        adapt,
-        demo,
-        evaluate,
-        finetune,
-        replay,
-        select,
-        show,
-        stability,
-        study,
-        verify,
-    )
     from ntkjax.training import TrainConfig, fit
 
 __version__ = "0.1.0"
@@ -45,23 +26,23 @@ _PUBLIC = {
     "ntkjax.errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
     "ntkjax.models": ("LanguageModel", "LoraConfig", "init_lm", "load_lm"),
     "ntkjax.training": ("TrainConfig", "fit"),
-    "ntkjax.stages": (
-        *("AdaptConfig", "DemoConfig", "EvaluateConfig", "FinetuneConfig", "ReplayConfig", "SelectConfig"),
-        *("ShowConfig", "StabilityConfig", "StudyConfig", "VerifyConfig"),
-        *("adapt", "demo", "evaluate", "finetune", "replay", "select", "show", "stability", "study", "verify"),
-    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+_CONFIGS = {f"{name.capitalize()}Config": name for name in COMMANDS}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *COMMANDS, *_CONFIGS])
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use, so that `import ntkjax` does not start JAX and the command line answers --help at once.
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
+    if name in COMMANDS:
+        return load_command(name).function
+    if name in _CONFIGS:
+        return load_command(_CONFIGS[name]).config
     raise AttributeError(f"module 'ntkjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])

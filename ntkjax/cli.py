@@ -1,4 +1,4 @@
-"""The command line: ``ntkjax COMMAND`` and flags. One command is one stage; its flags are the fields of its config.
+"""The command line: ``ntkjax COMMAND`` and flags. Its flags are the fields of the command's config.
 
 Exit codes: 0 done, 1 done but for runs of a study that failed, 2 something the user can mend (printed in a line or two,
 no traceback), 130 interrupted.
@@ -11,34 +11,31 @@ import os
 import sys
 from collections.abc import Sequence
 
-DIVIDED = ("select",)
-"""Commands whose work several processes divide (jax.distributed); the others run in one."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv`` (default: the process's) and run the stage; returns the exit code."""
+    """Parse ``argv`` (default: the process's) and run the command; returns the exit code."""
     # transformers warns at import that there is no torch; nothing here wants it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import tyro
 
+    from ntkjax.commands import COMMANDS, load_command
     from ntkjax.errors import ConfigError, UserError
     from ntkjax.parallel import barrier, is_primary, start
-    from ntkjax.stages import COMMANDS
 
-    configs = {name: command.config for name, command in COMMANDS.items()}
+    commands = {name: load_command(name) for name in COMMANDS}
     code = 0
     try:
         config = tyro.extras.subcommand_cli_from_dict(
-            configs,
+            {name: command.config for name, command in commands.items()},
             args=list(sys.argv[1:] if argv is None else argv),
             prog="ntkjax",
             description="Tangent-kernel data selection for language models.",
         )
-        name, command = next((n, c) for n, c in COMMANDS.items() if type(config) is c.config)
+        name, command = next((n, c) for n, c in commands.items() if type(config) is c.config)
         _, count = start()
-        if count > 1 and name not in DIVIDED:
+        if count > 1 and not command.divides:
             raise ConfigError(f"{name} runs in one process, and this job has {count}; start one")
-        text, code = command.run(config)
+        text, code = command.from_command_line(config)
         barrier("end")  # whoever leaves first would end the others
         if is_primary():
             print(text)

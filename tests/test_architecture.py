@@ -20,7 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ntk",),
     ("training", "evaluation", "selection"),
     ("report", "assets"),  # assets: the embedded model's recipe trains it
-    ("stages",),
+    ("pipeline",),
+    ("commands",),
     ("cli",),
 )
 FREE_GROUPS = {0, 1}
@@ -44,22 +45,18 @@ def sources(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
         yield path, text, ast.parse(text)
 
 
-def imports(path: Path, tree: ast.Module, root: Path) -> Iterator[tuple[int, str, bool]]:
-    """(line, absolute dotted name, imported at module level) of every import, lazy ones included."""
-    top_level = {id(node) for node in ast.walk(tree) if isinstance(node, ast.stmt)}
-    for outer in ast.walk(tree):
-        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef):
-            top_level -= {id(node) for node in ast.walk(outer)}
+def imports(path: Path, tree: ast.Module, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import, lazy ones included."""
     package = [root.name, *path.relative_to(root).parts[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield node.lineno, alias.name, id(node) in top_level
+                yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
             for alias in node.names:
-                yield node.lineno, f"{module}.{alias.name}", id(node) in top_level
+                yield node.lineno, f"{module}.{alias.name}"
 
 
 def part_of(path: Path, root: Path) -> str:
@@ -87,15 +84,34 @@ def layer_faults(root: Path) -> list[str]:
         if part not in known:
             faults.append(f"{where}: {part} has no place in LAYERS")
             continue
-        for line, name, _ in imports(path, tree, root):
+        for line, name in imports(path, tree, root):
             pieces = name.split(".")
             if pieces[0] == root.name and len(pieces) > 1 and pieces[1] not in allowed(part):
                 faults.append(f"{where}:{line}: {part} must not import {'.'.join(pieces[:2])}")
     return faults
 
 
+# Of the commands only these import others.
+COMMANDS_OF = {"demo": {"adapt", "select"}}
+
+
+def command_faults(root: Path) -> list[str]:
+    """Imports of one command by another, but for those of `COMMANDS_OF`."""
+    faults, folder = [], root / "commands"
+    every = {path.stem for path in folder.iterdir() if path.stem not in ("__init__", "base", "__pycache__")}
+    for path, _, tree in sources(folder):
+        own = path.relative_to(folder).parts[0].removesuffix(".py")
+        for line, name in imports(path, tree, root):
+            pieces = name.split(".")
+            if pieces[:2] != [root.name, "commands"] or len(pieces) < 3 or pieces[2] not in every:
+                continue
+            if pieces[2] != own and pieces[2] not in COMMANDS_OF.get(own, set()):
+                faults.append(f"commands/{path.relative_to(folder)}:{line}: {own} must not import {pieces[2]}")
+    return faults
+
+
 def module_graph(root: Path) -> dict[str, set[str]]:
-    """Imports between the modules of the package, as they run at import time."""
+    """Imports between the modules of the package, lazy ones included: an import inside a function hides a circle."""
     names = {}
     for path, _, _ in sources(root):
         parts = [root.name, *path.relative_to(root).with_suffix("").parts]
@@ -103,9 +119,7 @@ def module_graph(root: Path) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {name: set() for name in names}
     for name, path in names.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for _, target, at_import_time in imports(path, tree, root):
-            if not at_import_time:
-                continue
+        for _, target in imports(path, tree, root):
             # `from a.b import c` means the module a.b.c if there is one, else the name c of a.b.
             module = target if target in names else target.rpartition(".")[0]
             if module in names and module != name:
@@ -135,7 +149,7 @@ def import_faults(root: Path) -> list[str]:
     faults = []
     for path, _, tree in sources(root):
         where = str(path.relative_to(root))
-        for line, name, _ in imports(path, tree, root):
+        for line, name in imports(path, tree, root):
             within = lambda banned, name=name: name == banned or name.startswith(banned + ".")
             if any(map(within, FORBIDDEN)):
                 faults.append(f"{where}:{line}: imports {name}")
@@ -214,6 +228,10 @@ def test_imports_point_downwards_only():
     assert layer_faults(PACKAGE) == []
 
 
+def test_no_command_imports_another():
+    assert command_faults(PACKAGE) == []
+
+
 def test_no_import_cycles():
     graph = module_graph(PACKAGE)
     assert len(graph) > 5 and any(graph.values()), "the walk found no package: the test has tested nothing"
@@ -241,6 +259,9 @@ BAD = {
     "ntk/repeated.py": '"""x."""\nfrom jax.extend import core\nx = jax.extend.core.Jaxpr\nfor e in x.jaxpr.eqns: e\n',
     "ntk/neural_tangents.py": '"""x."""\nfrom jax._src import core\n',
     "training/loop.py": '"""x."""\nfrom ntkjax.selection import base\nfrom ntkjax.data import records\n',
+    "commands/b/work.py": '"""x."""\nfrom ntkjax.commands.adapt import x\n',
+    "commands/demo.py": '"""x."""\nfrom ntkjax.commands.adapt import x\nfrom ntkjax.commands.b import work\n',
+    "commands/adapt.py": '"""x."""\n',
     "report/page.py": '"""x."""\nfrom ntkjax.store import y\n',
     "cli.py": "def main():\n    "
     + "x = 1\n    " * 90
@@ -267,7 +288,20 @@ def test_the_rules_catch_a_bad_package(bad_package):
         "report/page.py:2: report must not import ntkjax.store",
         "training/loop.py:2: training must not import ntkjax.selection",
     ]
-    assert unpackaged_faults(bad_package) == [".", "data", "models", "ntk", "report", "training"]
+    assert command_faults(bad_package) == [
+        "commands/b/work.py:2: b must not import adapt",
+        "commands/demo.py:3: demo must not import b",
+    ]
+    assert unpackaged_faults(bad_package) == [
+        ".",
+        "commands",
+        "commands/b",
+        "data",
+        "models",
+        "ntk",
+        "report",
+        "training",
+    ]
     assert find_cycle(module_graph(bad_package)) == ["ntkjax.errors", "ntkjax.types", "ntkjax.errors"]
     assert import_faults(bad_package) == [
         "data/records.py:3: imports torch.nn",

@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 import ntkjax
+from ntkjax.commands import COMMANDS, load_command
 from ntkjax.ntk import approx
 from ntkjax.selection import METHODS
-from ntkjax.stages import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation", "stages")
+PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation")
 PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [
     *PROSE,
@@ -127,7 +127,7 @@ def test_every_command_and_flag_that_is_named_exists(path):
     text = path.read_text()
     code = "\n".join(re.findall(r"`[^`\n]+`|```.*?```", text, re.DOTALL))
     assert set(COMMAND.findall(code)) - set(COMMANDS) == set()
-    known = set().union(*(dataclass_flags(command.config) for command in COMMANDS.values()))
+    known = set().union(*(dataclass_flags(load_command(name).config) for name in COMMANDS))
     assert set(FLAG.findall(text)) - known - OF_OTHER_PROGRAMS == set()
 
 
@@ -209,7 +209,7 @@ def test_the_generated_tables_are_those_of_the_package(generate, pages):
     }
     assert {name.removesuffix(":m") for name in generate.kernels()} == set(approx.NAMES)
     assert {name: config.name for name, config in generate.commands().items()} == {
-        name: command.config.__name__ for name, command in COMMANDS.items()
+        name: load_command(name).config.__name__ for name in COMMANDS
     }
     for page, wanted in (("methods.md", METHODS), ("kernels.md", approx.NAMES), ("commands.md", COMMANDS)):
         assert {name for name in wanted if name not in pages[page]} == set()
@@ -218,7 +218,7 @@ def test_the_generated_tables_are_those_of_the_package(generate, pages):
 def test_the_generated_flags_are_those_of_the_classes(generate, pages):
     for name, config in generate.commands().items():
         flags = generate.flags(config)
-        assert flags == dataclass_flags(COMMANDS[name].config)
+        assert flags == dataclass_flags(load_command(name).config)
         assert {flag for flag in flags if "." not in flag and f"--{flag}`" not in pages["commands.md"]} <= {
             "study",
             "run",
@@ -283,7 +283,7 @@ def test_the_licence_is_the_one_that_is_declared():
 
 def test_the_versions_of_python_and_ruff_are_the_same_everywhere():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-    locks = {path.stem.removeprefix("py3") for path in (ROOT / "requirements").glob("py3*.txt")}
+    locks = {path.stem.removeprefix("py3") for path in (ROOT / "requirements").glob("py3??.txt")}
     assert {python.removeprefix("3.") for python in jobs["test"]["strategy"]["matrix"]["python"]} == locks
     hook = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["rev"].removeprefix("v")
     assert f"ruff=={hook}" in (ROOT / "requirements/py312.txt").read_text().splitlines()

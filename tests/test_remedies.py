@@ -19,7 +19,7 @@ import tyro
 
 import ntkjax
 from ntkjax import errors
-from ntkjax.stages import COMMANDS
+from ntkjax.commands import COMMANDS, load_command
 
 PACKAGE = Path(ntkjax.__file__).parent
 OWN_PARSER = {"assets/make_tiny_lm.py"}
@@ -50,7 +50,7 @@ def trees() -> dict[str, ast.Module]:
 def actions() -> dict[str, argparse.Action]:
     """Flag -> what parses it, of every command."""
     found = {}
-    for command in COMMANDS.values():
+    for command in map(load_command, COMMANDS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             parser = tyro.extras.get_parser(command.config)
@@ -151,7 +151,7 @@ def test_there_is_something_to_check():
     assert len(said) > 300 and sum(bool(FLAG.search(text)) for text in said) > 10
     assert {"--out", "--train.micro-batch-tokens", "--dedup.mode", "--no-remat"} <= set(actions())
     layers = {where.partition("/")[0] for where, _ in messages()}
-    assert {"data", "models", "training", "evaluation", "stages", "selection", "ntk"} <= layers
+    assert {"data", "models", "training", "evaluation", "commands", "pipeline", "selection", "ntk"} <= layers
 
 
 @pytest.mark.parametrize(

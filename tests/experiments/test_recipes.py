@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ntkjax.commands.study import setup as study_setup
+from ntkjax.commands.study.arms import arms_of
+from ntkjax.commands.study.command import run_study
+from ntkjax.commands.study.spec import read_study
 from ntkjax.data import read_records
 from ntkjax.data.mapping import Source, prepare
-from ntkjax.stages import study_setup
-from ntkjax.stages.study_arms import arms_of
-from ntkjax.stages.study_command import run_study
-from ntkjax.stages.study_file import read_study
 
 RECIPES = Path(__file__).resolve().parents[2] / "experiments" / "recipes"
 MODELS = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))

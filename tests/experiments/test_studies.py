@@ -46,8 +46,8 @@ def test_the_main_table(load, small, tmp_path):
 
 
 def test_the_main_table_of_real_data_is_one_study_over_its_domains(load, shared_dir):
-    from ntkjax.stages.study_arms import arms_of
-    from ntkjax.stages.study_file import spec_of
+    from ntkjax.commands.study.arms import arms_of
+    from ntkjax.commands.study.spec import spec_of
 
     script = load("05_main_table")
     e = script.Experiment(data=shared_dir / "data", model=str(shared_dir / "models" / "cot-lm-7m"), lift=True)
@@ -61,8 +61,8 @@ def test_the_main_table_of_real_data_is_one_study_over_its_domains(load, shared_
 
 
 def test_every_group_of_ablations_is_a_study(load, small, tmp_path):
-    from ntkjax.stages.study_arms import arms_of
-    from ntkjax.stages.study_file import spec_of
+    from ntkjax.commands.study.arms import arms_of
+    from ntkjax.commands.study.spec import spec_of
 
     script = load("06_ablations")
     e = dataclasses.replace(script.Experiment(), select_only=True, out=tmp_path / "runs")

@@ -340,8 +340,8 @@ def test_unused_tokens_beyond_the_embedding_are_left_to_the_text(with_tokenizer)
 
 
 def test_data_with_a_token_beyond_the_embedding_is_refused_by_file_and_line(with_tokenizer, tmp_path, capsys):
-    from ntkjax.stages.loading import load_data, load_model
-    from ntkjax.stages.options import DataOptions, ModelOptions
+    from ntkjax.pipeline.load import load_data, load_model
+    from ntkjax.pipeline.options import DataOptions, ModelOptions
 
     directory = with_tokenizer(11, ["<|start|>", "<|end|>"])
     model = load_model(ModelOptions(model=str(directory)), seed=0)

@@ -1,0 +1,1 @@
+"""``ntkjax adapt``: base, domain only, random and selected, side by side."""

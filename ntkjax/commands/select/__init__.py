@@ -1,0 +1,1 @@
+"""``ntkjax select``: choose pool examples for a domain."""

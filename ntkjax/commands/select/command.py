@@ -1,0 +1,148 @@
+"""``ntkjax select``: warm up, score the pool, write who was chosen and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from ntkjax.commands.base import Command
+from ntkjax.commands.select.forecast import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
+from ntkjax.errors import ConfigError
+from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
+from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.load import load_data, load_model, trained_parameters
+from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
+from ntkjax.pipeline.reading import reading_of_run
+from ntkjax.pipeline.run_dir import RunDir
+from ntkjax.pipeline.select import _epochs, check_warmup, choose, make_selector
+from ntkjax.pipeline.selection_io import FILES, SelectedFormat
+from ntkjax.report.sections import flat_diagnostics
+from ntkjax.report.tables import to_markdown
+from ntkjax.selection import NtkSelector, Selection
+from ntkjax.selection.base import check_size
+from ntkjax.selection.cost import passes_of, scored_rows
+from ntkjax.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """Choose the n pool examples that the tangent kernel aligns best with the domain."""
+
+    model: Annotated[ModelOptions, arg(name="")]
+    domain: tuple[str, ...]
+    """Files of the domain (JSONL, JSON, Parquet, a directory of those, or a hub id)."""
+    pool: tuple[str, ...]
+    """Files of the general pool."""
+    n: int
+    """N: examples to select (paper: 9,000)."""
+    out: str
+    """Run directory: scores.parquet, selected.jsonl, selection.json, duplicates.json. A stopped run goes on there."""
+    selected_format: SelectedFormat = "original"
+    """original: selected.jsonl holds the records as they were, with all fields, beside id, score, rank, file and line;
+    ntkjax: as ntkjax reads them; parquet: selected.parquet, as they were; hf: OUT/selected for load_from_disk."""
+    test: tuple[str, ...] = ()
+    """Files of the test set: nothing is measured on them, but pool examples that repeat one are leakage."""
+    seed: int = 0
+    dry_run: bool = False
+    """Time a few batches, print what the selection would take, and do nothing else."""
+    skip_warmup: bool = False
+    """Score with the parameters as they are, without warming up on the domain."""
+    data: Annotated[DataOptions, arg(name="")] = DataOptions()
+    select: Annotated[SelectorOptions, arg(name="")] = SelectorOptions()
+    dedup: DedupOptions = DedupOptions()
+    warmup: TrainConfig = TrainConfig(epochs=1)
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, got {self.n}")
+
+
+def select(config: SelectConfig, *, progress: bool = True) -> Selection | Forecast:
+    """Select as ``config`` says; with ``dry_run`` forecast it instead.
+
+    Raises:
+      UserError: unusable model, data or options; scores that are not finite; a full disk.
+    """
+    if config.dry_run:
+        return forecast(config)
+    RunDir.check(config.out, "select", config)
+    model = load_model(config.model, seed=config.seed)
+    domain = load_data(config.domain, model, config.data)
+    pool = load_data(config.pool, model, config.data)
+    make_selector(config.select)
+    check_warmup(config.select.method, given=not config.skip_warmup)
+    check_size(config.n, len(pool))
+    held_out = read_held_out(config.data, test=config.test)
+    inputs = inputs_of(model, config.model, domain=domain, pool=pool, **held_out)
+    RunDir.check(config.out, "select", config, inputs=inputs)  # before the search for duplicates, which takes time
+    found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
+    found.check_size(config.n)
+    pool, run = found.pool, RunDir.create(config.out, "select", config, inputs=inputs)
+    run.tell("selection.json", progress)
+    found.write(run)
+    result = choose(
+        model,
+        trained_parameters(model, config.model),
+        domain,
+        pool,
+        config.select,
+        n=config.n,
+        warmup=None if config.skip_warmup else config.warmup,
+        data=config.data,
+        seed=config.seed,
+        out=run.path,
+        progress=progress,
+        selected_format=config.selected_format,
+    )
+    asides = {name: {"records": records.report} for name, records in held_out.items()}
+    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report(), **asides})
+    return result
+
+
+def forecast(config: SelectConfig) -> Forecast:
+    """What ``config`` would take, from the first records of each data set; makes no run directory.
+
+    Raises:
+      ConfigError: a method that does not say what it costs.
+    """
+    options, selector = config.select, make_selector(config.select)
+    model = load_model(config.model, seed=config.seed)
+    params = trained_parameters(model, config.model)
+    domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
+    sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
+    (pool_rows, exact), (domain_rows, _) = count_examples(config.pool, sample), count_examples(config.domain, domain)
+    epochs = 0.0 if config.skip_warmup else _epochs(config.warmup, domain_rows)
+    timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
+    stage1 = getattr(selector, "stage1", "off") == "on"
+    scored = scored_rows(selector, config.n, pool_rows)
+    one_pass = isinstance(selector, NtkSelector) and selector.one_pass
+    if one_pass and options.diversity == "none":
+        phases = timing.forward_scores(options.kernel, candidates=scored if stage1 else None)
+    else:
+        sizes = timing.sizes(scored, width=model.config.hidden_size)
+        diverse = 0 if options.diversity == "none" else options.diversity_factor * config.n
+        passes = passes_of(selector, sizes, diversity_rows=diverse)
+        if passes is None:
+            raise ConfigError(f"--dry-run: --method {options.method} does not say what it costs; give it `passes`")
+        phases = timing.counted(f"{options.method}, counted", passes)
+    embeds = stage1 or (getattr(selector, "uses_model", True) and not hasattr(selector, "stage1"))
+    disk = disk_bytes(
+        sample, domain_rows, pool_rows, n=config.n, embedding=model.config.hidden_size if embeds else 0,
+        features=0 if one_pass else getattr(selector, "sketch_size", 0), scored=scored,
+    )  # fmt: skip
+    return Forecast(phases, pool_rows, exact, tree_bytes(model.params), tree_bytes(params), disk)
+
+
+def describe(config: Any, result: Any) -> str:
+    """Diagnostics and files of a selection, or the forecast of a dry run."""
+    if config.dry_run:
+        return to_markdown(result.rows()) + "\n" + result.text()
+    rows = [{"diagnostic": name, "value": value} for name, value in flat_diagnostics(result.diagnostics).items()]
+    chosen = f"selected {len(result.selected)} examples: {Path(config.out) / FILES[config.selected_format]}"
+    return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{reading_of_run(config, 'data.json')}\n{chosen}"
+
+
+COMMAND = Command(SelectConfig, select, describe, divides=True)

@@ -1,0 +1,1 @@
+"""``ntkjax stability``: how far the kernel moves while the model is trained."""

@@ -1,0 +1,335 @@
+"""One run of ``ntkjax stability``: fine-tune, look at some epochs, compare. Each piece is kept on disk once done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ntkjax.commands.stability.config import Arm
+from ntkjax.commands.stability.inputs import Study, as_questions, folder
+from ntkjax.commands.stability.outputs import ChoiceOutputs, Questions, choice_outputs
+from ntkjax.data.buckets import bucket_lengths
+from ntkjax.errors import ConfigError
+from ntkjax.models import LanguageModel
+from ntkjax.ntk import KernelFunctions, NonFiniteError, build, kernel_matrix, kernel_scores
+from ntkjax.ntk.exact import CentredOutput
+from ntkjax.ntk.linearise import evaluate, linearisation_error, linearise, parameter_distance
+from ntkjax.ntk.regression import (
+    accuracy,
+    as_matrix,
+    centred_targets,
+    choose_ridge,
+    fit_kernel_regression,
+    output_kernels,
+    ridge_grid,
+    right_answers,
+)
+from ntkjax.ntk.stability import kernel_stability
+from ntkjax.pipeline.load import Loaded
+from ntkjax.pipeline.run_dir import plain
+from ntkjax.store import atomic_write
+from ntkjax.training import TrainConfig, fit, saved_params
+from ntkjax.types import Batch, Params
+
+F0_WEIGHTS = (1.0, 0.1, 0.01, 0.0)
+"""Candidates for how much f_0 weighs against the targets (1 / "f_0 scaling" of Malladi et al. 2023)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Followed:
+    """A run while it is followed."""
+
+    study: Study
+    model: LanguageModel
+    arm: Arm
+    seed: int
+    train: Loaded
+    start: Params
+    path: Path
+
+    @property
+    def title(self) -> str:
+        """For progress bars."""
+        return f"{self.arm.label}, seed {self.seed}"
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of this run's training: a checkpoint at the end of every epoch, all kept; padded lengths that seeds share."""
+        train = self.study.config.train
+        lengths = tuple(bucket_lengths(np.asarray(self.study.data.tokens.lengths), train.max_buckets))
+        own = {"learning_rate": self.arm.learning_rate, "save_every": None, "keep_checkpoints": None}
+        return dataclasses.replace(train, buckets=train.buckets or lengths, **own)
+
+    @property
+    def choices(self) -> ChoiceOutputs:
+        """The outputs of a question."""
+        return ChoiceOutputs(self.model.states_fn, self.model.head_fn, self.study.config.outputs)
+
+    @functools.cached_property
+    def f0_of_test(self) -> np.ndarray:
+        """f_0 of the test questions [n, C]."""
+        assert self.study.test is not None
+        return _choices_of(self, self.study.test)(self.choices, self.start)
+
+
+def follow(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str, Any]:
+    """Fine-tune ``arm`` with ``seed`` and measure it: the content of run.json, which a finished run is read back from.
+
+    Returns:
+      arm, seed, steps, losses, ``kernels`` {name: rows of `kernel_stability`}, ``linear`` (one row an epoch),
+      ``right`` {what: bool for each test question}.
+    """
+    followed = _begin(study, model, arm, seed)
+    done = followed.path / "run.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    history = _train(followed)
+    losses = [entry["loss"] for entry in history if entry["kind"] == "train"]
+    steps_per_epoch = len(losses) // study.config.epochs
+    looks = tqdm(
+        study.config.epochs_looked_at, desc=f"kernels, {followed.title}", unit="epoch", disable=not study.progress
+    )
+    seen = [_look(followed, epoch, epoch * steps_per_epoch) for epoch in looks]
+    content = {
+        "arm": arm.name,
+        "label": arm.label,
+        "seed": seed,
+        "steps": len(losses),
+        "steps_per_epoch": steps_per_epoch,
+        "losses": losses,
+        "kernels": {name: _stability(study, name, seen) for name in study.config.kernels},
+        "linear": [dict(look["linear"]) for look in seen],
+        "right": {name: seen[-1][f"right/{name}"].tolist() for name in _judged(study)},
+    }
+    if study.test is not None:
+        content["right"]["base"] = seen[0]["right/fine-tuned"].tolist()
+    _write(done, content)
+    study.run.log(arm=arm.name, seed=seed, **{k: v for k, v in content["linear"][-1].items() if k != "epoch"})
+    if not study.config.keep_checkpoints:
+        shutil.rmtree(followed.path / "training" / "checkpoints", ignore_errors=True)
+    return json.loads(done.read_text(encoding="utf-8"))
+
+
+def _judged(study: Study) -> list[str]:
+    return [] if study.test is None else ["fine-tuned", "linearised"]
+
+
+def _begin(study: Study, model: LanguageModel, arm: Arm, seed: int) -> _Followed:
+    start = model.params if arm.rank is None else model.fresh_lora(seed)
+    train = study.data.subset(study.training_rows(seed))
+    path = folder(study, arm, seed)
+    path.mkdir(parents=True, exist_ok=True)
+    return _Followed(study, model, arm, seed, train, start, path)
+
+
+def _train(followed: _Followed) -> list[dict]:
+    result = fit(
+        followed.model.nll_fn,
+        followed.start,
+        followed.train.tokens,
+        followed.config,
+        seed=followed.seed,
+        out_dir=followed.path / "training",
+        progress=followed.study.progress,
+    )
+    return result.history
+
+
+def _look(followed: _Followed, epoch: int, step: int) -> dict[str, Any]:
+    """Kernels, scores and linearised outputs after ``epoch``, from disk where they are there."""
+    file = followed.path / f"epoch-{epoch:03d}.npz"
+    if not file.exists():
+        params = followed.start
+        if step > 0:
+            params = saved_params(followed.path / "training", step, followed.start, followed.config)
+        found = _kernels(followed, params, epoch) | _linear(followed, params, epoch, step)
+        scratch = file.with_suffix(".tmp.npz")
+        with scratch.open("wb") as out:
+            np.savez(out, allow_pickle=False, **found)
+        scratch.replace(file)
+    with np.load(file) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    return arrays | {"linear": json.loads(str(arrays["linear"])), "step": step}
+
+
+def _kernels(followed: _Followed, params: Params, epoch: int) -> dict[str, np.ndarray]:
+    """The kernel of the probe examples, and the scores of the pool where there is one, for every name."""
+    study, model, found = followed.study, followed.model, {}
+    probe = _probe(followed)
+    functions = KernelFunctions(model.hidden_fn, model.head_fn, model.nll_fn)
+    for name in study.config.kernels:
+        kernel = build(name, functions, params, seed=study.config.seed)
+        matrix = kernel_matrix(kernel, params, probe, memory_budget=study.memory_budget)
+        bad = np.flatnonzero(~np.isfinite(matrix).all(axis=0))
+        if bad.size:
+            raise NonFiniteError(f"{name} kernel after epoch {epoch} of {followed.title}", bad.tolist())
+        found[f"kernel/{name}"] = matrix
+        if study.pool is not None:
+            found[f"scores/{name}"] = np.asarray(
+                kernel_scores(
+                    kernel,
+                    params,
+                    _train_batches(followed),
+                    _pool_batches(study),
+                    rows=len(study.pool),
+                ).scores[:, 0],
+                np.float64,
+            )
+    return found
+
+
+def _probe(followed: _Followed) -> Batch:
+    study = followed.study
+    return followed.train.tokens.collate(np.arange(study.config.probe), length=study.probe_length())
+
+
+def _train_batches(followed: _Followed) -> list[Batch]:
+    """The training examples in batches whose shapes are the same for every seed, so that seeds share programs."""
+    tokens, buckets = followed.train.tokens, followed.config.buckets
+    assert buckets is not None
+    rows = min(len(tokens), max(1, followed.study.config.reading.token_budget // buckets[-1]), 16)
+    found, which = [], np.searchsorted(buckets, tokens.lengths)
+    for place, length in enumerate(buckets):
+        members = np.flatnonzero(which == place)
+        parts = [members[start : start + rows] for start in range(0, len(members), rows)]
+        found += [tokens.collate(part, rows=rows, length=length) for part in parts]
+    return found
+
+
+def _linear(followed: _Followed, params: Params, epoch: int, step: int) -> dict[str, np.ndarray]:
+    """How the linearised model compares with the fine-tuned one after ``epoch``."""
+    probe, start = _probe(followed), followed.start
+    logits = CentredOutput(followed.model.apply_fn)
+    row: dict[str, Any] = {"epoch": epoch, "step": step}
+    row["distance"], row["relative_distance"] = parameter_distance(params, start)
+    linear = evaluate(linearise(logits, start), params, probe)
+    _add_error(row, "logits", evaluate(logits, start, probe), linear, evaluate(logits, params, probe))
+    found: dict[str, np.ndarray] = {}
+    test = followed.study.test
+    if test is not None:
+        of = _choices_of(followed, test)
+        f0, f = followed.f0_of_test, of(followed.choices, params)
+        linear = of(linearise(followed.choices, start), params)
+        _add_error(row, "choices", f0, linear, f)
+        targets = centred_targets(test.gold, test.valid)
+        for name, outputs in (("fine-tuned", f), ("linearised", linear)):
+            found[f"right/{name}"] = right_answers(outputs, targets, test.valid)
+            row[f"accuracy {name}"] = float(found[f"right/{name}"].mean())
+        row["same answer"] = accuracy(linear, np.where(test.valid, f, -np.inf), test.valid)
+    return found | {"linear": np.array(json.dumps(plain(row)))}
+
+
+def _add_error(row: dict[str, Any], what: str, f0: Any, linear: Any, f: Any) -> None:
+    for name, value in dataclasses.asdict(linearisation_error(f0, linear, f)).items():
+        row[f"{what} {name}"] = value
+
+
+def _choices_of(followed: _Followed, asked: Questions) -> Callable[[Any, Params], np.ndarray]:
+    budget = followed.study.config.reading.token_budget
+    return lambda fn, params: choice_outputs(fn, params, asked.rows, token_budget=budget)
+
+
+def _pool_batches(study: Study) -> Any:
+    """The pool in batches of at most as many shapes as training has."""
+    assert study.pool is not None
+    budget = study.config.reading.token_budget
+    return study.pool.tokens.batches(token_budget=budget, max_buckets=study.config.train.max_buckets)
+
+
+def _stability(study: Study, name: str, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    scores = [look[f"scores/{name}"] for look in seen] if study.pool is not None else None
+    rows = kernel_stability(
+        [look[f"kernel/{name}"] for look in seen],
+        [look["step"] for look in seen],
+        scores=scores,
+        top=study.config.top,
+    )
+    return [{"epoch": epoch, **row} for epoch, row in zip(study.config.epochs_looked_at, rows)]
+
+
+def regress(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str, Any]:
+    """Kernel regression over the choices with the kernel before training, for each formula; kept in regression.json.
+
+    The ridge and the weight of f_0 come from cross-validation on the training questions alone, by accuracy and then
+    squared error.
+
+    Returns:
+      parameters, seed, questions, and ``formulas``: what each chose, how accurate it was, and ``right``, a bool for
+      each test question.
+    """
+    path = study.run.path / "regression" / arm.parameters / f"seed-{seed}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    followed, test = _begin(study, model, arm, seed), study.test
+    assert test is not None
+    train = as_questions(study.config, model, followed.train.records)
+    if train is None:
+        raise ConfigError("kernel regression: no training example has choices and an answer; leave --formulas empty")
+    train = train.padded(max(train.valid.shape[1], test.valid.shape[1]))
+    test = test.padded(train.valid.shape[1])
+    kernels = {
+        where: output_kernels(
+            followed.choices,
+            followed.start,
+            x1,
+            x2,
+            formulas=study.config.formulas,
+            memory_budget=study.memory_budget,
+            progress=study.progress and f"{arm.parameters}, seed {seed}: {where} kernels",
+        )
+        for where, x1, x2 in (("training", train.rows, None), ("test", test.rows, train.rows))
+    }
+    f0, f0_test = (_choices_of(followed, asked)(followed.choices, followed.start) for asked in (train, test))
+    found = {}
+    for formula in study.config.formulas:
+        kernel, cross = (as_matrix(kernels[where][formula]) for where in ("training", "test"))
+        found[formula] = _regression(train, test, kernel, cross, f0, f0_test, seed)
+    content = {"parameters": arm.parameters, "seed": seed, "questions": len(train), "formulas": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, content)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _regression(
+    train: Questions,
+    test: Questions,
+    kernel: np.ndarray,
+    cross: np.ndarray,
+    f0: np.ndarray,
+    f0_test: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    """One formula: choose, fit on all training questions, predict the test questions."""
+    n, targets = len(train), centred_targets(train.gold, train.valid)
+    column = lambda values: values.reshape(-1, 1)
+    chosen = choose_ridge(
+        kernel, column(targets), column(f0), ridges=ridge_grid(kernel, n), f0_weights=F0_WEIGHTS, examples=n,
+        valid=train.valid, seed=seed, criterion="accuracy",
+    )  # fmt: skip
+    model = fit_kernel_regression(
+        kernel, column(targets), column(f0), ridge=chosen.ridge, f0_weight=chosen.f0_weight, examples=n
+    )
+    fitted = model.predict(kernel, column(f0)).reshape(f0.shape)
+    predicted = model.predict(cross, column(f0_test)).reshape(f0_test.shape)
+    best = next(r for r in chosen.table if (r["ridge"], r["f0_weight"]) == (chosen.ridge, chosen.f0_weight))
+    return {
+        "ridge": chosen.ridge,
+        "relative_ridge": chosen.ridge * n / float(np.mean(np.diag(kernel))),
+        "f0_weight": chosen.f0_weight,
+        "at_edge": chosen.at_edge,
+        "cross_validated": best["accuracy"],
+        "train_accuracy": accuracy(fitted, targets, train.valid),
+        "right": right_answers(predicted, centred_targets(test.gold, test.valid), test.valid).tolist(),
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    atomic_write(path, (json.dumps(plain(content), indent=1) + "\n").encode("utf-8"))

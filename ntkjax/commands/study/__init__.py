@@ -1,0 +1,1 @@
+"""``ntkjax study``: selectors x domains x sizes x budgets x seeds from one file."""

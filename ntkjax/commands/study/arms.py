@@ -1,0 +1,158 @@
+"""The arms of a study: those that are always there, and one for each method and kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from ntkjax.commands.study.spec import MethodSpec, StudySpec
+from ntkjax.errors import ConfigError
+from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
+from ntkjax.pipeline.cost import asks_the_model
+from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.selection import METHODS
+from ntkjax.training import TrainConfig
+
+BASE, DOMAIN, EQUAL, RANDOM = "base", "domain-only", "domain-only-equal-steps", "random"
+ALL = "all"
+TRAINING: dict[str, dict[str, Any]] = {
+    "loss-reweighting": {"train": {"loss_reweighting": "linupper"}},
+    "lift": {"train": {"lift_rank": 16}, "parameters": "all"},
+}
+"""Training-time methods: what they change in an arm whose data are chosen at random."""
+FIXED = ("epochs", "steps", "batch_size", "patience")
+"""Training options that no arm may have for itself: they decide how many steps are taken, and of what size."""
+
+Kind = Literal["base", "domain-only", "domain-only-equal-steps", "selected"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One line of the tables.
+
+    Attributes:
+      label: its name.
+      kind: ``base``: nothing is trained; ``domain-only``: the domain for its own epochs; ``domain-only-equal-steps``:
+        the domain for as many steps as the arms with chosen data; ``selected``: domain and chosen data.
+      select: how the data are chosen (kind ``selected``).
+      train: settings of the fine-tuning, with the first of ``rates`` as learning rate.
+      warmup: what happens before the choice; None: nothing, as for methods that do not look at the model.
+      parameters: what is fine-tuned.
+      rates: learning rates to choose from on dev.
+    """
+
+    label: str
+    kind: Kind
+    select: SelectorOptions | None
+    train: TrainConfig
+    warmup: TrainConfig | None
+    parameters: Literal["lora", "all"]
+    rates: tuple[float, ...]
+
+    @property
+    def uses_budget(self) -> bool:
+        """Whether the arm is another one for another budget."""
+        return self.kind in ("selected", EQUAL)
+
+    def steps(self, domain: int, budget: int) -> int:
+        """Optimiser steps: those of a run over domain and budget, for every arm but ``domain-only``."""
+        if self.train.steps is not None:
+            return self.train.steps
+        examples = domain if self.kind == DOMAIN else domain + budget
+        return max(1, round(self.train.epochs * math.ceil(examples / self.train.batch_size)))
+
+    def config(self, rate: float, steps: int) -> TrainConfig:
+        """The fine-tuning at a learning rate, in so many steps."""
+        return dataclasses.replace(self.train, learning_rate=rate, steps=steps)
+
+
+def arms_of(spec: StudySpec, where: str = "study") -> tuple[Arm, ...]:
+    """Every arm of the study in the order of its tables.
+
+    Raises:
+      ConfigError: an unknown method, two arms of one name, an option that does not fit; the entry is named.
+    """
+    entries = [(f"{where}: methods[{i}]", entry) for i, entry in enumerate(spec.methods)]
+    entries = [(at, made) for at, entry in entries for made in _written_out(entry)]
+    if not any(entry.label == RANDOM for _, entry in entries):
+        entries.insert(0, (where, MethodSpec(RANDOM, RANDOM)))
+    chosen = [arm for at, entry in entries for arm in _arms(spec, entry, at)]
+    always: list[Kind] = [] if spec.select_only else [BASE, DOMAIN, EQUAL]
+    arms = [_plain(spec, kind) for kind in always] + chosen
+    labels = [arm.label for arm in arms]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(f"{where}: methods: two arms are called {', '.join(twice)}; give each its own label")
+    unknown = [name for name in spec.focus if name not in labels]
+    if unknown:
+        raise ConfigError(f"{where}: focus: no arm is called {', '.join(unknown)}; there are {', '.join(labels)}")
+    return tuple(arms)
+
+
+def focus_of(spec: StudySpec, arms: tuple[Arm, ...]) -> tuple[str, ...]:
+    """Labels of the arms that are proposed; the others are baselines."""
+    if spec.focus:
+        return spec.focus
+    return tuple(arm.label for arm in arms if arm.select is not None and arm.select.method == "ntk")
+
+
+def _written_out(entry: MethodSpec) -> list[MethodSpec]:
+    if entry.method != ALL:
+        return [entry]
+    return [dataclasses.replace(entry, method=name, label=name) for name in METHODS]
+
+
+def _arms(spec: StudySpec, entry: MethodSpec, where: str) -> list[Arm]:
+    changed = TRAINING.get(entry.method, {})
+    method = RANDOM if entry.method in TRAINING else entry.method
+    if method not in METHODS:
+        names = ", ".join([ALL, *METHODS, *TRAINING])
+        raise ConfigError(f"{where}: unknown method {entry.method!r}; expected one of {names}")
+    options = config_to_dict(spec.select) | entry.options | {"method": method}
+    train = _train(spec, {**changed.get("train", {}), **entry.train}, where)
+    rates = entry.learning_rates or ((train.learning_rate,) if "learning_rate" in entry.train else spec.learning_rates)
+    rates = rates or (train.learning_rate,)
+    own = spec.model.parameters if spec.model is not None else "lora"
+    select = config_from_dict(SelectorOptions, options, where=where)
+    arm = Arm(
+        label=entry.label,
+        kind="selected",
+        select=select,
+        train=dataclasses.replace(train, learning_rate=rates[0]),
+        warmup=spec.warmup if entry.warmup == "shared" and asks_the_model(select) else None,
+        parameters=entry.parameters or changed.get("parameters") or own,
+        rates=rates,
+    )
+    kernels = spec.kernels if has_kernel(method) and "kernel" not in entry.options else ()
+    return _crossed(arm, kernels, where) if kernels else [arm]
+
+
+def _crossed(arm: Arm, kernels: tuple[str, ...], where: str) -> list[Arm]:
+    made = []
+    for kernel in kernels:
+        options = config_to_dict(arm.select) | {"kernel": kernel}
+        label = f"{arm.label} ({kernel})" if len(kernels) > 1 else arm.label
+        select = config_from_dict(SelectorOptions, options, where=where)
+        made.append(dataclasses.replace(arm, label=label, select=select))
+    return made
+
+
+def has_kernel(method: str) -> bool:
+    """Whether the method has an option ``kernel``."""
+    return any(field.name == "kernel" for field in dataclasses.fields(METHODS[method]))
+
+
+def _train(spec: StudySpec, changed: dict[str, Any], where: str) -> TrainConfig:
+    fixed = [name for name in FIXED if name in changed]
+    if fixed:
+        raise ConfigError(
+            f"{where}: train.{fixed[0]}: every arm takes the same steps; set it in the study's train, not in one arm"
+        )
+    return config_from_dict(TrainConfig, config_to_dict(spec.train) | changed, where=f"{where}: train")
+
+
+def _plain(spec: StudySpec, kind: Kind) -> Arm:
+    rates = spec.learning_rates or (spec.train.learning_rate,)
+    own = spec.model.parameters if spec.model is not None else "lora"
+    return Arm(kind, kind, None, dataclasses.replace(spec.train, learning_rate=rates[0]), None, own, rates)

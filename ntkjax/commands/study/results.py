@@ -1,0 +1,342 @@
+"""What the runs of a study came to: one row for each run and metric, and what the rows say together.
+
+How a difference is judged. Every arm is compared with ``random`` and with the strongest baseline of its place, on the
+same test examples and seeds. The strongest baseline is the arm that is not proposed (``focus``) with the best mean
+headline metric on dev, never on test, so that picking it does not favour anybody (ties: lower dev loss). Intervals
+resample seeds and examples; p-values come from the same replicates, and are corrected by Holm's method over all arms
+that choose data, within one place and one reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ntkjax.commands.study.arms import BASE, RANDOM, Arm, has_kernel
+from ntkjax.commands.study.runner import FAILURE, RESULT, TRAINED, Runner, read_json
+from ntkjax.commands.study.setup import Bench, Place, Task
+from ntkjax.evaluation import Outcome, hierarchical_bootstrap, hierarchical_p, holm, paired_values, read_outcomes
+from ntkjax.evaluation.answers import count_answers
+from ntkjax.evaluation.choices import gold_choice
+from ntkjax.pipeline.compare import METRICS, summarise_method, values
+from ntkjax.pipeline.cost import multiplied_weights
+
+LOWER_IS_BETTER = ("nll",)
+MOST_SOURCES = 12
+"""Sources of a test set that get a column of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A run that is wanted, and what there is of it.
+
+    ``folder``: None while its learning rate is not tuned. ``result``: of a run that is done. ``message``: why not.
+    """
+
+    task: Task
+    status: Literal["done", "failed", "left"]
+    folder: Path | None = None
+    rate: float | None = None
+    result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    message: str = ""
+
+
+def collect(runner: Runner) -> list[Found]:
+    """Every wanted run in order, from what is on disk; nothing is computed."""
+    return [_find(runner, task) for task in runner.bench.tasks()]
+
+
+def _find(runner: Runner, task: Task) -> Found:
+    rate = runner.known_rate(task)
+    if rate is None:
+        return Found(task, "left")
+    folder = runner.run_folder(task, rate)
+    if (folder / RESULT).exists():
+        return Found(task, "done", folder, rate, read_json(folder / RESULT))
+    if (folder / FAILURE).exists():
+        return Found(task, "failed", folder, rate, message=read_json(folder / FAILURE)["message"])
+    return Found(task, "left", folder, rate)
+
+
+def trial_rows(runner: Runner) -> list[dict[str, Any]]:
+    """Every learning rate that was tried: place, arm, rate, dev loss, whether it was chosen; failures with their
+    message."""
+    rows, first = [], runner.bench.spec.seeds[0]
+    for task in runner.bench.tasks():
+        if task.seed != first or len(task.arm.rates) < 2 or task.arm.kind == BASE:
+            continue
+        best = runner.known_rate(task)
+        for rate, folder in zip(task.arm.rates, runner.trials(task)):
+            row = dataclasses.asdict(task.place) | {"arm": task.arm.label, "learning_rate": rate, "dev_loss": None}
+            if (folder / TRAINED).exists():
+                row |= {"status": "done", "dev_loss": read_json(folder / TRAINED)["dev_loss"], "chosen": rate == best}
+            elif (folder / FAILURE).exists():
+                row |= {"status": "failed", "chosen": False, "message": read_json(folder / FAILURE)["message"]}
+            else:
+                row |= {"status": "left", "chosen": False}
+            rows.append(row | {"run": folder.name, "at_edge": row["chosen"] and rate in _ends(task.arm.rates)})
+    return rows
+
+
+def _ends(rates: Sequence[float]) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
+# -- one row for each run and metric --
+
+
+def long_rows(runner: Runner, found: Iterable[Found]) -> list[dict[str, Any]]:
+    """results.parquet: the runs' metrics, and the trials' dev losses, one a row; a failure is a row too."""
+    weights = multiplied_weights(runner.bench.model.params, runner.bench.model.config)
+    rows = []
+    for run in found:
+        task, select = run.task, run.task.arm.select
+        head = {
+            "run": run.folder.name if run.folder is not None else None,
+            **dataclasses.asdict(task.place) | {"size": str(task.place.size)},
+            "arm": task.arm.label,
+            "method": None if select is None else select.method,
+            "kernel": kernel_of(task.arm),
+            "seed": task.seed,
+            "learning_rate": None if task.arm.kind == BASE else run.rate,
+            "role": "run",
+            "status": run.status,
+            "message": run.message or None,
+        }
+        metrics = run_metrics(run.result, weights) if run.status == "done" else {run.status: None}
+        rows += [head | {"metric": name, "value": value} for name, value in metrics.items()]
+    keep = ("run", "domain", "size", "budget", "arm", "learning_rate", "status", "message")
+    for trial in trial_rows(runner):
+        row = {key: trial.get(key) for key in keep} | {"size": str(trial["size"]), "seed": runner.bench.spec.seeds[0]}
+        rows.append(row | {"role": "trial", "metric": "dev_loss", "value": trial["dev_loss"]})
+    return rows
+
+
+def kernel_of(arm: Arm) -> str | None:
+    """The kernel of an arm whose method has one."""
+    return arm.select.kernel if arm.select is not None and has_kernel(arm.select.method) else None
+
+
+def run_metrics(result: Mapping[str, Any], weights: int) -> dict[str, float | int | None]:
+    """The numbers of a result.json by name; ``weights``: P, for FLOPs."""
+    found: dict[str, Any] = {}
+    for split in ("test", "dev"):
+        found |= {f"{split}_{name}": value for name, value in result.get(split, {}).items()}
+    names = ("dev_loss", "steps", "best_step", "clipped_steps", "mean_learning_rate")
+    found |= {name: result[name] for name in names if name in result}
+    found |= {f"seconds_{name}": value for name, value in result.get("seconds", {}).items()}
+    passes = result.get("passes", {})
+    found |= {f"passes_{name}": value for name, value in passes.items()}
+    if passes and ("selection" in passes or "selection" not in result):
+        total = sum(passes.values())
+        found |= {"passes_total": total, "flops": 2 * weights * total}
+    chosen = result.get("selection", {})
+    found |= {name: chosen[name] for name in ("precision", "chance") if name in chosen}
+    numbers = {k: v for k, v in chosen.get("diagnostics", {}).items() if isinstance(v, int | float)}
+    return found | {name: float(value) for name, value in numbers.items() if name not in found}
+
+
+# -- what they say together --
+
+
+def analyse(runner: Runner, found: Sequence[Found]) -> dict[str, Any]:
+    """results.json: cells (place x arm), comparisons, overlaps, trials, failures."""
+    bench = runner.bench
+    places = {place: _Cells(bench, place, [f for f in found if f.task.place == place]) for place in bench.places}
+    trained = not bench.spec.select_only
+    return {
+        "focus": list(bench.focus),
+        "cells": [row for cells in places.values() for row in cells.rows()],
+        "comparisons": [row for cells in places.values() for row in cells.comparisons()] if trained else [],
+        "strongest": [cells.strongest_row() for cells in places.values()] if trained else [],
+        "overlaps": [cells.overlap() for cells in places.values()],
+        "trials": trial_rows(runner),
+        "failures": [_failure(f) for f in found if f.status == "failed"],
+        "counts": {status: sum(f.status == status for f in found) for status in ("done", "failed", "left")},
+        "majority": {name: _majority(data.test) for name, data in bench.domains.items()} if trained else {},
+        "choices": {name: _with_choices(data.test) for name, data in bench.domains.items()} if trained else {},
+        "seeds": list(bench.spec.seeds),
+    }
+
+
+def _failure(found: Found) -> dict[str, Any]:
+    assert found.folder is not None
+    place = dataclasses.asdict(found.task.place)
+    return {**place, "arm": found.task.arm.label, "seed": found.task.seed, "run": found.folder.name,
+            "message": found.message}  # fmt: skip
+
+
+def _majority(test: Any) -> float | None:
+    asked = [(example.answer, example.choices) for example in test.records if gold_choice(example) is not None]
+    return next(iter(count_answers(asked).values())) / len(asked) if asked else None
+
+
+def _with_choices(test: Any) -> dict[str, int]:
+    """How many test examples there are, and how many of them have choices and an answer."""
+    return {"all": len(test.records), "with_choices": sum(gold_choice(e) is not None for e in test.records)}
+
+
+class _Cells:
+    """The arms of one place."""
+
+    def __init__(self, bench: Bench, place: Place, found: Sequence[Found]):
+        self.bench, self.place = bench, place
+        self.head = dataclasses.asdict(place)
+        self.runs = {arm.label: [f for f in found if f.task.arm.label == arm.label] for arm in bench.arms}
+        self.done = {label: [f for f in runs if f.status == "done"] for label, runs in self.runs.items()}
+        self.kinds = {arm.label: arm.kind for arm in bench.arms}
+        self.outcomes: dict[str, dict[int, list[Outcome]]] = {}
+        if not bench.spec.select_only:
+            for label, runs in self.done.items():
+                self.outcomes[label] = {f.task.seed: read_outcomes(_folder(f) / "outcomes.jsonl") for f in runs}
+        self.metric = self._headline()
+
+    def _headline(self) -> str | None:
+        for name in ("accuracy", "accuracy_generated", "nll"):
+            if any(f.result.get("test", {}).get(name) is not None for runs in self.done.values() for f in runs):
+                return name
+        return None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each arm: its metrics over seeds and examples, what it took, what it chose."""
+        weights = multiplied_weights(self.bench.model.params, self.bench.model.config)
+        rows = []
+        for arm in self.bench.arms:
+            done = self.done[arm.label]
+            failed = sum(f.status == "failed" for f in self.runs[arm.label])
+            row = self.head | {"arm": arm.label, "kind": arm.kind, "focus": arm.label in self.bench.focus}
+            row |= {"runs": len(done), "failed": failed, "metric": self.metric}
+            if done and self.outcomes:
+                row["test"] = summarise_method(list(self.outcomes[arm.label].values()), seed=0)
+                row["by_source"] = self._by_source(arm.label)
+            numbers = [run_metrics(f.result, weights) for f in done]
+            names = dict.fromkeys(name for number in numbers for name in number)
+            row["means"] = {name: _spread([n[name] for n in numbers if n.get(name) is not None]) for name in names}
+            row["learning_rate"] = done[0].rate if done and arm.kind != BASE else None
+            row["example_run"] = _folder(done[0]).name if done and arm.select is not None else None
+            row["domain_examples"] = self.bench.domains[self.place.domain].examples(self.place.size)
+            rows.append(row)
+        return rows
+
+    def _by_source(self, label: str) -> dict[str, Any]:
+        """The headline metric over the examples of each source of a test set that has several (and not many)."""
+        runs = list(self.outcomes[label].values())
+        sources = list(dict.fromkeys(o.source for o in runs[0]))
+        if self.metric is None or not 1 < len(sources) <= MOST_SOURCES:
+            return {}
+        field = METRICS[self.metric]
+        of = lambda run, source: values([o for o in run if o.source == source], field)
+        found = {source: [of(run, source) for run in runs] for source in sources}
+        return {
+            source: _spread([table.mean() for table in tables if table is not None]) | {"examples": len(tables[0])}
+            for source, tables in found.items()
+            if tables[0] is not None
+        }
+
+    def strongest(self) -> str | None:
+        """The baseline with the best mean headline metric on dev, of those whose runs are all done; by dev loss where
+        dev has no such metric."""
+        whole = {label: runs for label, runs in self.done.items() if runs and len(runs) == len(self.runs[label])}
+        baselines = {label: runs for label, runs in whole.items() if label not in self.bench.focus}
+        sign = 1 if self.metric in LOWER_IS_BETTER else -1
+        on_dev = lambda f: f.result["dev"].get(self.metric)
+        judged = all(on_dev(f) is not None for runs in baselines.values() for f in runs)
+        rank = lambda runs: (
+            sign * float(np.mean([on_dev(f) for f in runs])) if judged else 0.0,
+            float(np.mean([f.result["dev_loss"] for f in runs])),
+        )
+        return min(baselines, key=lambda label: rank(baselines[label])) if baselines else None
+
+    def strongest_row(self) -> dict[str, Any]:
+        """Which baseline it is."""
+        return self.head | {"arm": self.strongest(), "metric": self.metric}
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Every arm against random and against the strongest baseline (once where that is random), in the headline
+        metric."""
+        rows, strongest = [], self.strongest()
+        for role, reference in (("random", RANDOM), ("strongest", None if strongest == RANDOM else strongest)):
+            if reference is None or not self.outcomes.get(reference) or self.metric is None:
+                continue
+            made = [self._compare(label, reference) for label in self.outcomes if label != reference]
+            made = [row | {"role": role} for row in made if row is not None]
+            family = [row for row in made if self.kinds[row["arm"]] == "selected"]
+            for row, adjusted in zip(family, holm([row["p"] for row in family])):
+                row["p_holm"] = float(adjusted)
+            rows += made
+        return rows
+
+    def _compare(self, label: str, reference: str) -> dict[str, Any] | None:
+        assert self.metric is not None
+        ours, theirs = (
+            _for_seeds(self.outcomes[name], self.bench.spec.seeds) if self.kinds[name] == BASE else self.outcomes[name]
+            for name in (label, reference)
+        )
+        seeds = [seed for seed in ours if seed in theirs]
+        if not seeds:
+            return None
+        tables = [paired_values(theirs[seed], ours[seed], METRICS[self.metric]) for seed in seeds]
+        table = np.stack([second - first for first, second in tables])
+        interval = hierarchical_bootstrap(table)
+        return self.head | {
+            "arm": label,
+            "reference": reference,
+            "metric": self.metric,
+            "difference": interval.estimate,
+            "low": interval.low,
+            "high": interval.high,
+            "per_seed": table.mean(axis=1).tolist(),
+            "p": hierarchical_p(table),
+            "p_holm": None,
+        }
+
+    def overlap(self) -> dict[str, Any]:
+        """Mean Jaccard similarity |A n B| / |A u B| of what two arms chose with the same seed, and of one arm with two
+        seeds."""
+        chosen: dict[str, dict[int, set[int]]] = {}
+        for label, runs in self.done.items():
+            if runs and self.kinds[label] == "selected":
+                files = {f.task.seed: _folder(f) / "selection.json" for f in runs}
+                chosen[label] = {seed: set(read_json(file)["selected"]) for seed, file in files.items()}
+        names = list(chosen)
+        matrix = [[_mean_jaccard(chosen[a], chosen[b]) for b in names] for a in names]
+        seeds = {
+            name: _mean([jaccard(a, b) for a, b in itertools.combinations(of.values(), 2)])
+            for name, of in chosen.items()
+        }
+        return self.head | {"arms": names, "jaccard": matrix, "between_seeds": seeds}
+
+
+def _folder(found: Found) -> Path:
+    assert found.folder is not None
+    return found.folder
+
+
+def _for_seeds(runs: Mapping[int, Any], seeds: Iterable[int]) -> dict[int, Any]:
+    """The base model's only run, for every seed."""
+    return {seed: run for run in runs.values() for seed in seeds}
+
+
+def jaccard(a: set[int], b: set[int]) -> float:
+    """|A n B| / |A u B|; 1 for two empty sets."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def _mean_jaccard(first: Mapping[int, set[int]], second: Mapping[int, set[int]]) -> float | None:
+    return _mean([jaccard(first[seed], second[seed]) for seed in first if seed in second])
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return float(np.mean(numbers)) if numbers else None
+
+
+def _spread(numbers: Sequence[Any]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1; None for one number) and the numbers."""
+    table = [float(number) for number in numbers]
+    sd = float(np.std(table, ddof=1)) if len(table) > 1 else None
+    return {"mean": _mean(table), "sd": sd, "values": table}

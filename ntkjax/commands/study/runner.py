@@ -1,0 +1,316 @@
+"""One run of a study after the other: warm-up, selection, learning rates, fine-tuning, evaluation; each kept and found
+again by the hash of what it depends on.
+
+::
+
+    OUT/warmups/<hash>/     one for each domain, size and seed
+    OUT/shared/             embeddings and gradient features, in folders named from what they depend on
+    OUT/selections/<hash>/  scores.parquet, selected.jsonl, selection.json
+    OUT/runs/<hash>/        asked.json (what), selection.json, training/metrics.jsonl, trained.json, dev.jsonl,
+                            outcomes.jsonl, and at the end result.json, or failure.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkjax.commands.study.arms import BASE
+from ntkjax.commands.study.setup import Bench, Place, Task
+from ntkjax.errors import UserError
+from ntkjax.evaluation import Outcome
+from ntkjax.models import LanguageModel
+from ntkjax.pipeline.compare import METRICS, values
+from ntkjax.pipeline.cost import selection_cost, training_cost
+from ntkjax.pipeline.evaluate import evaluate_on
+from ntkjax.pipeline.finetune import save_result, summary, train_on
+from ntkjax.pipeline.load import Loaded
+from ntkjax.pipeline.run_dir import plain
+from ntkjax.pipeline.select import choose
+from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
+from ntkjax.selection import Selection
+from ntkjax.store import atomic_write
+from ntkjax.training import FitResult, TrainConfig
+from ntkjax.types import Params
+
+RESULT, FAILURE, TRAINED = "result.json", "failure.json", "trained.json"
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+class RunFailed(Exception):
+    """A run, or what it stands on, has failed and was recorded; its message says why."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that ``write_json`` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def recorded(folder: Path, work: Callable[[], Any], *, done: str) -> Any:
+    """``work()``, or the failure that ``folder`` holds: what went wrong is written into failure.json and raised as
+    ``RunFailed``; it is not tried again while that file is there.
+
+    A full disk or a directory that cannot be written is the study's failure, not the run's, and is raised as it is.
+    """
+    if (folder / FAILURE).exists() and not (folder / done).exists():
+        raise RunFailed(read_json(folder / FAILURE)["message"])
+    try:
+        return work()
+    except RunFailed as error:
+        write_json(folder / FAILURE, {"kind": "stands on a failure", "message": str(error)})
+        raise
+    except Exception as error:
+        if _of_the_environment(error):
+            raise
+        trace = None if isinstance(error, UserError) else traceback.format_exc()
+        message = str(error) or type(error).__name__
+        write_json(folder / FAILURE, {"kind": type(error).__name__, "message": message, "traceback": trace})
+        raise RunFailed(message) from error
+
+
+def _of_the_environment(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+            return True
+        error = error.__cause__
+    return False
+
+
+@dataclasses.dataclass
+class Runner:
+    """Does what is missing, one task at a time.
+
+    Attributes:
+      bench: what is shared.
+      warmed: the last warm-up made or read, by its folder (many tasks in a row share it).
+    """
+
+    bench: Bench
+    warmed: tuple[Path, WarmUp] | None = None
+
+    def run(self, task: Task) -> Path:
+        """Bring the task to its end; gives the folder with its result.json.
+
+        Raises:
+          RunFailed: it has failed, now or before.
+        """
+        rate = self.tuned_rate(task)
+        folder = self.run_folder(task, rate)
+        if not (folder / RESULT).exists():
+            recorded(folder, lambda: self._finish(task, rate, folder), done=RESULT)
+            for trial in self.trials(task):
+                shutil.rmtree(trial / "training" / "checkpoints", ignore_errors=True)
+        return folder
+
+    def trials(self, task: Task) -> list[Path]:
+        """The folders of the runs that the learning rate is tuned with, and of the run itself where it is one."""
+        first = dataclasses.replace(task, seed=self.bench.spec.seeds[0])
+        return [self.run_folder(first, rate) for rate in task.arm.rates]
+
+    def run_folder(self, task: Task, rate: float) -> Path:
+        """Where a run is kept."""
+        return self.bench.folder("runs", self.bench.run_key(task, rate))
+
+    # -- learning rates --
+
+    def tuned_rate(self, task: Task) -> float:
+        """The learning rate of lowest dev loss among those of the arm, tried with the study's first seed.
+
+        Raises:
+          RunFailed: not one of them could be trained.
+        """
+        arm = task.arm
+        if len(arm.rates) == 1 or arm.kind == BASE or self.bench.spec.select_only:
+            return arm.rates[0]
+        trial = dataclasses.replace(task, seed=self.bench.spec.seeds[0])
+        losses, problems = {}, []
+        for rate in arm.rates:
+            folder = self.run_folder(trial, rate)
+            try:
+                if not (folder / TRAINED).exists():
+                    recorded(folder, lambda rate=rate, folder=folder: self._train(trial, rate, folder), done=TRAINED)
+                losses[rate] = read_json(folder / TRAINED)["dev_loss"]
+            except RunFailed as error:
+                problems.append(f"{rate:g}: {error}")
+        if losses:
+            return min(losses, key=lambda rate: (losses[rate], rate))
+        message = f"no learning rate could be trained with seed {trial.seed} ({'; '.join(problems)})"
+        failure = self.run_folder(task, arm.rates[0]) / FAILURE
+        if not failure.exists():  # that of a trial says more
+            write_json(failure, {"kind": "tuning", "message": message})
+        raise RunFailed(message)
+
+    def known_rate(self, task: Task) -> float | None:
+        """The tuned rate where every trial has been made (or has failed), without making any; None otherwise."""
+        arm = task.arm
+        if len(arm.rates) == 1 or arm.kind == BASE or self.bench.spec.select_only:
+            return arm.rates[0]
+        trial = dataclasses.replace(task, seed=self.bench.spec.seeds[0])
+        losses = {}
+        for rate in arm.rates:
+            folder = self.run_folder(trial, rate)
+            if (folder / TRAINED).exists():
+                losses[rate] = read_json(folder / TRAINED)["dev_loss"]
+            elif not (folder / FAILURE).exists():
+                return None
+        return min(losses, key=lambda rate: (losses[rate], rate)) if losses else arm.rates[0]
+
+    # -- one run --
+
+    def _finish(self, task: Task, rate: float, folder: Path) -> None:
+        bench = self.bench
+        self._ask(task, rate, folder)
+        if bench.spec.select_only:
+            result = self._chosen(task, folder)
+        elif task.arm.kind == BASE:
+            result = self._evaluated(bench.model, {}, task, folder)
+        else:
+            fitted = self._train(task, rate, folder)
+            save_weights = bench.spec.keep_weights
+            if save_weights:
+                save_result(folder, bench.model_of(task.arm), fitted.params)
+            result = read_json(folder / TRAINED)
+            found = self._evaluated(bench.model_of(task.arm), fitted.params, task, folder)
+            result |= found | {"seconds": result["seconds"] | found["seconds"]}
+        write_json(folder / RESULT, result)
+        shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)
+
+    def _ask(self, task: Task, rate: float, folder: Path) -> None:
+        place = dataclasses.asdict(task.place)
+        asked = {**place, "arm": task.arm.label, "kind": task.arm.kind, "seed": task.seed, "learning_rate": rate}
+        write_json(folder / "asked.json", asked | {"key": self.bench.run_key(task, rate)})
+
+    def _chosen(self, task: Task, folder: Path) -> dict[str, Any]:
+        """The selection of a run as its result.json holds it, and a copy of what it chose."""
+        if task.arm.select is None:
+            return {}
+        found, made = self.selection(task)
+        content = read_json(made / "selection.json")
+        write_json(folder / "selection.json", {**content, "folder": str(made.relative_to(self.bench.out))})
+        data, timing = self.bench.domains[task.place.domain], read_json(made / "study.json")
+        domain = data.subset(task.place.size, task.seed)
+        warm = task.arm.warmup and self.bench.warmup_config(task)
+        cost = selection_cost(task.arm.select, found, domain.tokens, data.pool.tokens, self.bench.model.config, warm)
+        chosen = {"diagnostics": content["diagnostics"], "n": len(found.selected)}
+        if data.useful is not None:
+            chosen |= {"precision": float(data.useful[found.selected].mean()), "chance": float(data.useful.mean())}
+        return {"selection": chosen, "seconds": timing["seconds"], "passes": cost}
+
+    def _train(self, task: Task, rate: float, folder: Path) -> FitResult:
+        """Fine-tune (or take up what is there) and write trained.json."""
+        bench, data = self.bench, self.bench.domains[task.place.domain]
+        self._ask(task, rate, folder)
+        chosen = self._chosen(task, folder)
+        domain, auxiliary = data.subset(task.place.size, task.seed), None
+        if task.arm.select is not None:
+            rows = np.asarray(read_json(folder / "selection.json")["selected"], np.int64)
+            auxiliary = data.pool.subset(np.sort(rows))
+        config = bench.train_config(task, rate)
+        result = train_on(
+            bench.model_of(task.arm), bench.start(task.arm, task.seed), domain, auxiliary, config,
+            seed=task.seed, dev=data.dev, out=folder / "training", progress=False,
+        )  # fmt: skip
+        cost, seconds = training_cost(result.history)
+        content = {
+            "learning_rate": rate,
+            "dev_loss": dev_loss(result, config),
+            **summary(result),
+            **chosen,
+            "seconds": chosen.get("seconds", {}) | {"training": seconds},
+            "passes": chosen.get("passes", {}) | {"training": cost},
+            "curve": [[line["step"], line["loss"]] for line in result.history if "loss" in line],
+        }
+        write_json(folder / TRAINED, content)
+        return result
+
+    def _evaluated(self, model: LanguageModel, params: Params, task: Task, folder: Path) -> dict[str, Any]:
+        data, began = self.bench.domains[task.place.domain], time.monotonic()
+        assert data.dev is not None and data.test is not None
+        dev = self._outcomes(model, params, data.dev, folder / "dev.jsonl")
+        test = self._outcomes(model, params, data.test, folder / "outcomes.jsonl")
+        found: dict[str, Any] = {"dev": means(dev), "test": means(test)}
+        if task.arm.kind == BASE:
+            found["dev_loss"] = token_mean(dev)
+        return found | {"seconds": {"evaluation": time.monotonic() - began}}
+
+    def _outcomes(self, model: LanguageModel, params: Params, data: Loaded, path: Path) -> list[Outcome]:
+        spec = self.bench.spec
+        return evaluate_on(
+            model, params, data, spec.data, spec.evaluation, path=path, progress=False
+        ).outcomes  # fmt: skip
+
+    # -- what many runs stand on --
+
+    def selection(self, task: Task) -> tuple[Selection, Path]:
+        """What the task's method chooses, and the folder that holds it."""
+        bench, key, options = self.bench, self.bench.selection_key(task), task.arm.select
+        assert key is not None and options is not None
+        folder, data = bench.folder("selections", key), bench.domains[task.place.domain]
+
+        def work() -> Selection:
+            warmed, seconds = None, None
+            if task.arm.warmup is not None:
+                warmed, seconds = self.warm_up(task.place, task.seed, bench.warmup_config(task))
+            began = time.monotonic()
+            found = choose(
+                bench.model, bench.start_of_selection(task.seed), data.subset(task.place.size, task.seed), data.pool,
+                options, n=task.place.budget, warmup=None, data=bench.spec.data, seed=task.seed, out=folder,
+                progress=False, shared=bench.out / "shared", warmed=warmed,
+            )  # fmt: skip
+            timing = {"selection": time.monotonic() - began} | ({} if seconds is None else {"warmup": seconds})
+            if not (folder / "study.json").exists():
+                write_json(folder / "study.json", {"seconds": timing, "key": key})
+            return found
+
+        return recorded(folder, work, done="study.json"), folder
+
+    def warm_up(self, place: Place, seed: int, config: TrainConfig) -> tuple[WarmUp, float]:
+        """The warm-up of a place and seed, and the seconds that it took."""
+        bench = self.bench
+        epochs = any(arm.select is not None and needs_checkpoints(arm.select.method) for arm in bench.arms)
+        folder = bench.folder("warmups", bench.warmup_key(place, seed, config))
+        if epochs:  # they are kept, which an earlier study may not have done
+            folder = folder.with_name(folder.name + "-epochs")
+        if self.warmed is None or self.warmed[0] != folder:
+            self.warmed = None  # its memory first
+            domain = bench.domains[place.domain].subset(place.size, seed)
+            start = bench.start_of_selection(seed)
+            work = lambda: warm_up(
+                bench.model, start, domain, config, seed=seed, out=folder, progress=False, checkpoints=epochs
+            )
+            self.warmed = folder, recorded(folder, work, done=".none")
+        lines = (folder / "warmup" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return self.warmed[1], training_cost([json.loads(line) for line in lines])[1]
+
+
+def dev_loss(result: FitResult, config: TrainConfig) -> float:
+    """Dev loss (nats per response token) of the parameters that the run ends with."""
+    losses = [line["dev_loss"] for line in result.history if line.get("kind") == "dev" and line["step"] > 0]
+    return min(losses) if config.restore_best else losses[-1]
+
+
+def means(outcomes: list[Outcome]) -> dict[str, float]:
+    """The mean of every metric that the outcomes have."""
+    found = {name: values(outcomes, field) for name, field in METRICS.items()}
+    return {name: float(table.mean()) for name, table in found.items() if table is not None}
+
+
+def token_mean(outcomes: list[Outcome]) -> float:
+    """sum nll tokens / sum tokens: what training calls the dev loss."""
+    found = [(o.nll, o.nll_tokens) for o in outcomes if o.nll is not None and o.nll_tokens is not None]
+    return float(sum(nll * tokens for nll, tokens in found) / sum(tokens for _, tokens in found))

@@ -1,0 +1,1 @@
+"""``ntkjax verify``: every approximation of the kernel against the exact one."""

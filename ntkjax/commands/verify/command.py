@@ -1,0 +1,108 @@
+"""``ntkjax verify``: how good is each approximation of the tangent kernel, and what does it do to the selection?
+
+One sample of examples, part of it the domain, and every kernel of the ladder on it: the exact trace with all parameters
+and with LoRA, centred, its leading spectral directions, random probes, ``sum_logits``, ``loss``, and each of them
+sketched. Every kernel is compared with the top of its own column, with the rung it departs from, which isolates the
+error of that one step, and with the centred trace, the part that can change the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkjax.commands.base import Command
+from ntkjax.commands.verify.comparisons import compare
+from ntkjax.commands.verify.config import VerifyConfig
+from ntkjax.commands.verify.kernels import Lab
+from ntkjax.commands.verify.report import cross_table, table, write_report
+from ntkjax.commands.verify.sample import check_sizes, draw_sample
+from ntkjax.errors import UserError
+from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.load import load_model
+from ntkjax.pipeline.reading import reading
+from ntkjax.pipeline.run_dir import RunDir
+from ntkjax.report.tables import to_markdown
+from ntkjax.store import atomic_write
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found; ``results`` is the content of results.json.
+
+    Attributes:
+      results: ``ladder`` (one row for each rung and reference), ``cross_terms``, ``curves``, ``noise``, sizes, times.
+      kernels: ``COLUMN/KERNEL`` -> matrices [draws, n, n], as in kernels.npz.
+    """
+
+    results: dict[str, Any]
+    kernels: Mapping[str, np.ndarray]
+
+    def row(self, column: str, rung: str, against: str) -> dict[str, Any]:
+        """The row of the ladder for ``rung`` of ``column``, against ``top``, ``step``, ``centred``, ... KeyError if it
+        is not there."""
+        for row in self.results["ladder"]:
+            if (row["column"], row["rung"], row["against"]) == (column, rung, against):
+                return row
+        raise KeyError((column, rung, against))
+
+
+def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
+    """Climb the ladder as ``config`` says; writes tables, plots, kernels and report.html into OUT.
+
+    Kernel matrices that OUT already holds, and single outputs of unfinished ones, are not computed again.
+
+    Raises:
+      UserError: unusable model, data or options; gradients that are not finite; a full disk.
+    """
+
+    began = time.monotonic()
+    RunDir.check(config.out, "verify", config)
+    model = load_model(config.model, seed=config.seed)
+    sample = draw_sample(config, model)
+    check_sizes(config, model)
+    run = RunDir.create(config.out, "verify", config, inputs=inputs_of(model, config.model, **sample.sources))
+    run.tell("results.json", progress)
+    lab = Lab(config, run, model, sample, progress)
+    columns = [lab.measure(column) for column in lab.columns()]
+    results = compare(config, lab, columns, progress=progress)
+    results["data"] = {name: loaded.report() for name, loaded in sample.sources.items()}
+    results["wall_seconds"] = time.monotonic() - began
+    kernels = {f"{c.name}/{name}": k for c in columns for name, k in c.kernels.items()}
+    write_arrays(run.path / "kernels.npz", {"ids": np.array([str(i) for i in sample.tokens.ids]), **kernels})
+    run.write_json("results.json", results)
+    write_report(run, results, kernels)
+    return Verification(results, kernels)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A .npz of ``arrays``, whole or not at all; keys with a slash are folders in it."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
+    try:
+        atomic_write(path, content.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). Free some space and run again."
+        ) from error
+
+
+def describe(config: Any, result: Any) -> str:
+    """The ladder against the top of each column, the cross terms, and the report's path."""
+    shown = ("rung", "passes", "CKA", "Spearman, scores", "expected flips")
+    parts = []
+    for column in result.results["columns"]:
+        rows = [row for row in table(result.results, "top", column) if "sketched" not in row["rung"]]
+        title = "All parameters" if column == "all" else "LoRA"
+        parts.append(f"{title}, against the exact trace\n\n{to_markdown(rows, shown)}")
+    parts += [to_markdown(cross_table(result.results)), reading(result.results["data"])]
+    return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
+
+
+COMMAND = Command(VerifyConfig, verify, describe)

@@ -1,0 +1,231 @@
+"""What the kernel matrices of ``ntkjax verify`` say: every rung against what it stands for, as rows of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ntkjax.commands.verify.config import VerifyConfig
+from ntkjax.commands.verify.kernels import Column, Lab, passes
+from ntkjax.ntk.agreement import agreement, ranks_by_row, taken, weighted_pearson
+from ntkjax.ntk.approx import parse
+from ntkjax.ntk.cross_terms import CrossTerms, cross_ratio
+from ntkjax.ntk.ladder import gaussian_sketch, square_root
+from ntkjax.ntk.metrics import cka, matrix_scores, spearman, top_n_overlap
+from ntkjax.rng import numpy_rng
+
+TOP, CENTRED = "trace", "centred_trace"
+AGAINST = {
+    "top": "the exact trace of the same parameters, the top of the column",
+    "step": "the rung it departs from: the error that this one step adds",
+    "centred": "the centred trace of the same parameters: the outputs that can change the loss",
+    "full": "the trace of all parameters",
+    "reseed": "another sketch of the same kernel: the noise ceiling",
+}
+NOISE_SIZES = tuple(1 << k for k in range(6, 15))
+NOISE_PAIRS = 8
+
+
+def step_of(rung: str) -> str | None:
+    """The rung that ``rung`` departs from by one step; None for the top."""
+    name = parse(rung).name
+    if name == TOP:
+        return None
+    return CENTRED if name in ("centred_spectral", "loss") else TOP
+
+
+def compare(config: VerifyConfig, lab: Lab, columns: list[Column], *, progress: bool) -> dict[str, Any]:
+    """The content of results.json: ``ladder``, ``cross_terms``, ``curves``, ``noise`` and the sizes."""
+    tasks = [task for column in columns for task in comparisons(config, column, columns)]
+    ladder = [task.run(config) for task in tqdm(tasks, desc="compare kernels", disable=not progress, unit="comparison")]
+    return {
+        "columns": {
+            c.name: {
+                "parameters": c.parameters,
+                "examples": len(c.rows),
+                "domain": c.domain,
+                "top": top_of(config, c),
+                "seeds": list(c.seeds),
+                "vocab": c.vocab,
+                "width": c.width,
+            }
+            for c in columns
+        },
+        "warmed_up": not config.skip_warmup,
+        "ladder": ladder,
+        "cross_terms": [cross_row(config, column) for column in columns],
+        "curves": [row for column in columns for row in curve_rows(config, column)],
+        "noise": [row for column in columns for row in noise_rows(config, column)],
+    }
+
+
+def top_of(config: VerifyConfig, column: Column) -> int:
+    """N of a column: the same share of its scored examples as in the whole sample."""
+    scored = len(column.rows) - column.domain
+    if config.top is None:
+        return max(1, scored // 4)
+    return min(scored - 1, max(1, round(config.top * scored / (config.n - config.domain_count))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One row of the ladder to be: which matrices are compared, and how the row is labelled."""
+
+    labels: dict[str, Any]
+    approx: np.ndarray
+    exact: np.ndarray
+    domain: int
+    top: int
+
+    def run(self, config: VerifyConfig) -> dict[str, Any]:
+        """The row."""
+        found = agreement(
+            self.approx,
+            self.exact,
+            domain_rows=np.arange(self.domain),
+            n=self.top,
+            seed=config.seed,
+            samples=config.bootstrap,
+        )
+        return self.labels | found
+
+
+def comparisons(config: VerifyConfig, column: Column, columns: list[Column]) -> Iterator[Comparison]:
+    """Every rung of a column against each of `AGAINST` that applies to it."""
+    kernels, top = column.kernels, top_of(config, column)
+    full = next((c for c in columns if c.name == "all"), None)
+
+    def row(rung: str, against: str, reference: str, approx: np.ndarray, exact: np.ndarray, how: str) -> Comparison:
+        base = rung.removesuffix(" sketched")
+        labels = {"column": column.name, "rung": rung, "against": against, "reference": reference,
+                  "passes": passes(base, column.width), "method": how}  # fmt: skip
+        return Comparison(labels, approx, exact, column.domain, top)
+
+    for rung, matrices in kernels.items():
+        step = step_of(rung)
+        if step is not None:
+            yield row(rung, "top", TOP, matrices, kernels[TOP], "exact")
+            yield row(rung, "step", step, matrices, kernels[step], "exact")
+        if rung != CENTRED:
+            yield row(rung, "centred", CENTRED, matrices, kernels[CENTRED], "exact")
+        if column.name == "lora" and full is not None:
+            yield from _against_full(config, column, full, rung)
+    for rung, (sketches, how) in column.sketched.items():
+        first, second = (_like(sketches[k]) for k in range(2))
+        yield row(f"{rung} sketched", "step", rung, first, kernels[rung], how)
+        yield row(f"{rung} sketched", "reseed", f"{rung} sketched", first, second, how)
+
+
+def _against_full(config: VerifyConfig, column: Column, full: Column, rung: str) -> Iterator[Comparison]:
+    """A LoRA kernel against the trace of all parameters, on the examples and at the weights that both have."""
+    exact = full.kernels[TOP]
+    draws = column.kernels[rung]
+    if not config.skip_warmup:  # each seed has its own weights after warm-up
+        draws = draws[: len(full.seeds)]
+    part = draws[:, full.rows[:, None], full.rows[None]]
+    labels = {"column": column.name, "rung": rung, "against": "full", "reference": f"all: {TOP}",
+              "passes": passes(rung, column.width), "method": "exact"}  # fmt: skip
+    yield Comparison(labels, part, exact, full.domain, top_of(config, full))
+    if rung == TOP:  # the first step of the column
+        yield Comparison(labels | {"against": "step"}, part, exact, full.domain, top_of(config, full))
+
+
+def _like(draws: np.ndarray) -> np.ndarray:
+    return np.asarray(draws, np.float64)
+
+
+def cross_row(config: VerifyConfig, column: Column) -> dict[str, Any]:
+    """Cosines between outputs and the cross terms over the trace of a column, over its seeds."""
+    row: dict[str, Any] = {"column": column.name}
+    if column.cross:
+        row |= cross_summary(column.cross, seed=config.seed)
+    # On all examples, so that it takes the place of the ratio on the few that have cosines.
+    return row | cross_ratio(column.kernels["sum_logits"], column.kernels[TOP], column.vocab, seed=config.seed)
+
+
+def cross_summary(seeds: list[CrossTerms], *, seed: int) -> dict[str, Any]:
+    """`CrossTerms.summary` of the mean over seeds (same examples), with ``_sd`` over seeds and the histograms."""
+    names = ("signed", "absolute", "signed_between", "absolute_between")
+    sums = ("cross", "own", "cross_between", "own_between")
+    means = {name: np.mean([getattr(c, name) for c in seeds], axis=0) for name in (*names, *sums)}
+    counts = {name: np.sum([getattr(c, name) for c in seeds], axis=0) for name in ("histogram", "histogram_between")}
+    row = dataclasses.replace(seeds[0], **means, **counts).summary(seed=seed)
+    for name in names:
+        values = [float(np.nanmean(getattr(c, name))) for c in seeds]
+        row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return row | {"undefined": sum(c.undefined for c in seeds), "examples": len(seeds[0].signed), **counts}
+
+
+def curve_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]:
+    """How the agreement grows with the number of outputs: spectral, centred spectral and Hutchinson kernels."""
+    domain, top = np.arange(column.domain), top_of(config, column)
+    for family, sizes in column.curves.items():
+        for reference in (TOP, CENTRED):
+            for m, draws in sizes.items():
+                yield {
+                    "column": column.name,
+                    "family": family,
+                    "m": m,
+                    "against": reference,
+                    **_point(draws, column.kernels[reference], domain, top),
+                }
+
+
+def _point(draws: np.ndarray, exact: np.ndarray, domain: np.ndarray, top: int) -> dict[str, float]:
+    """CKA, Spearman and top-N overlap of the scores: mean and standard deviation over draws."""
+    count = max(len(draws), len(exact))
+    pairs = list(
+        zip(np.broadcast_to(draws, (count, *draws.shape[1:])), np.broadcast_to(exact, (count, *exact.shape[1:])))
+    )
+    scores = [(matrix_scores(a, domain), matrix_scores(e, domain)) for a, e in pairs]
+    values = {
+        "cka": [cka(a, e) for a, e in pairs],
+        "score_spearman": [spearman(a, e) for a, e in scores],
+        "top_n_overlap": [top_n_overlap(a, e, top) for a, e in scores],
+    }
+    found: dict[str, float] = {}
+    for name, each in values.items():
+        found[name] = float(np.mean(each))
+        found[f"{name}_sd"] = float(np.std(each, ddof=1)) if count > 1 else float("nan")
+    return found
+
+
+def noise_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]:
+    """What sketching to K numbers costs the ranking, by the law of a Gaussian sketch: two sketches against each other
+    (the noise ceiling), and one against the kernel."""
+    domain, top = np.arange(column.domain), top_of(config, column)
+    for rung in (TOP, CENTRED, "sum_logits", "loss"):
+        rng = numpy_rng(config.seed, "verify", "noise", column.name, rung)
+        roots = [(square_root(k), matrix_scores(k, domain)) for k in column.kernels[rung]]
+        for size in NOISE_SIZES:
+            first, second, exact = [], [], []
+            for root, scores in roots:
+                for _ in range(NOISE_PAIRS):
+                    a, b = (matrix_scores(gaussian_sketch(root, size, rng), domain) for _ in range(2))
+                    first.append(a)
+                    second.append(b)
+                    exact.append(scores)
+            ceiling, kernel = (_ranking(first, other, top) for other in (second, exact))
+            yield {
+                "column": column.name,
+                "rung": rung,
+                "sketch_size": size,
+                "score_spearman": float(kernel[0]),
+                "top_n_overlap": float(kernel[1]),
+                "ceiling_score_spearman": float(ceiling[0]),
+                "ceiling_top_n_overlap": float(ceiling[1]),
+                "pairs": len(first),
+            }
+
+
+def _ranking(first: list[np.ndarray], second: list[np.ndarray], top: int) -> tuple[float, float]:
+    """Mean Spearman and mean top-N overlap of pairs of score vectors."""
+    a, b = np.stack(first), np.stack(second)
+    once = np.ones_like(a)
+    rho = weighted_pearson(ranks_by_row(a, once), ranks_by_row(b, once), once)
+    shared = np.minimum(taken(a, once, top), taken(b, once, top)).sum(axis=1) / top
+    return float(rho.mean()), float(shared.mean())

@@ -1,0 +1,325 @@
+"""The kernel matrices of ``ntkjax verify``: computed once, kept in the run directory output by output."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ntkjax.commands.verify.config import VerifyConfig
+from ntkjax.commands.verify.sample import Sample
+from ntkjax.data import TokenisedDataset
+from ntkjax.fingerprint import weights_fingerprint
+from ntkjax.models import LanguageModel
+from ntkjax.ntk.approx import EXACT, KernelFunctions, build, parse
+from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines
+from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams, square_root
+from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.pipeline.load import fresh_parameters
+from ntkjax.pipeline.run_dir import RunDir
+from ntkjax.rng import numpy_rng
+from ntkjax.store import RowStore
+from ntkjax.training import fit
+from ntkjax.types import Params
+
+NOT_LORA = r"^(?!.*lora_[ab]$)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One set of trained parameters, and all its kernels.
+
+    Attributes:
+      name: ``all`` or ``lora``.
+      rows: its examples, as rows of the sample; the first ``domain`` are the domain.
+      seeds: one draw of every kernel for each.
+      kernels: rung -> matrices [draws, n, n]; one draw where nothing is random.
+      sketched: rung -> two independent sketches for every draw [2, draws, n, n], and how they were made.
+      curves: ``spectral``, ``centred_spectral``, ``hutchinson`` -> {m: matrices [draws, n, n]}.
+      cross: cross-output cosines, one for each seed.
+      parameters, vocab, width: sizes.
+    """
+
+    name: str
+    rows: np.ndarray
+    domain: int
+    seeds: tuple[int, ...]
+    kernels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    sketched: dict[str, tuple[np.ndarray, str]] = dataclasses.field(default_factory=dict)
+    curves: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
+    cross: list[CrossTerms] = dataclasses.field(default_factory=list)
+    parameters: int = 0
+    vocab: int = 0
+    width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where a kernel is taken: what is differentiated, the functions, a name, and the fingerprint of all weights."""
+
+    params: Params
+    functions: KernelFunctions
+    key: str
+    weights: str
+
+
+class Lab:
+    """Computes the columns of a verification; everything finished is read back from the run directory."""
+
+    def __init__(self, config: VerifyConfig, run: RunDir, model: LanguageModel, sample: Sample, progress: bool):
+        self.config, self.run, self.model, self.sample, self.progress = config, run, model, sample, progress
+        self._warmed: dict[int, tuple[Params, str]] = {}
+
+    # -- what is measured --
+
+    def columns(self) -> list[Column]:
+        """The columns of this run, still empty: all parameters first where they are asked for."""
+        config, seeds = self.config, tuple(range(self.config.seed, self.config.seed + self.config.seeds))
+        lora, found = config.model.parameters == "lora", []
+        if config.n_full or not lora:
+            rows = self.sample.part(config.n_full if lora else config.n)
+            # Without warm-up every seed has the same weights to take these kernels at, and probes of its own.
+            own = seeds[: config.full_seeds] if lora and not config.skip_warmup else seeds
+            found.append(Column("all", rows, int((rows < self.sample.domain).sum()), own))
+        if lora:
+            found.append(Column("lora", np.arange(config.n), self.sample.domain, seeds))
+        return found
+
+    def measure(self, column: Column) -> Column:
+        """The column with all its kernels."""
+        draws = [self._draw(column, seed) for seed in column.seeds]
+        kernels = {name: _stack([draw["kernels"][name] for draw in draws]) for name in draws[0]["kernels"]}
+        sketched = {
+            name: (np.stack([draw["sketched"][name][0] for draw in draws], axis=1), draws[0]["sketched"][name][1])
+            for name in draws[0]["sketched"]
+        }
+        curves = {
+            name: {m: _stack([draw["curves"][name][m] for draw in draws]) for m in sizes}
+            for name, sizes in draws[0]["curves"].items()
+        }
+        cross = [draw["cross"] for draw in draws if draw["cross"] is not None]
+        sizes = {name: draws[0][name] for name in ("parameters", "vocab", "width")}
+        return dataclasses.replace(column, kernels=kernels, sketched=sketched, curves=curves, cross=cross, **sizes)
+
+    # -- where kernels are taken --
+
+    def warmed(self, seed: int) -> tuple[Params, str]:
+        """(theta after warm-up with this seed, a name that equal ones share)."""
+        if seed not in self._warmed:
+            self._warmed[seed] = self._warm_up(seed)
+        return self._warmed[seed]
+
+    def _warm_up(self, seed: int) -> tuple[Params, str]:
+        config = self.config
+        params = fresh_parameters(self.model, config.model, seed)
+        if config.skip_warmup:
+            fixed = config.model.parameters == "all" or config.model.adapter is not None
+            return params, "as-loaded" if fixed else f"seed-{seed}"
+        trained = self.sample.sources.get("domain", self.sample.sources["data"])
+        result = fit(
+            self.model.nll_fn,
+            params,
+            trained.tokens,
+            config.warmup,
+            seed=seed,
+            out_dir=self.run.path / "warmup" / f"seed-{seed}",
+            progress=self.progress,
+        )
+        return result.params, f"seed-{seed}"
+
+    def point(self, column: Column, seed: int) -> Point:
+        """Theta, functions and head of a column at a seed."""
+        params, key = self.warmed(seed)
+        if column.name == "lora":
+            return Point(params, _functions(self.model, self.model.head_fn({})), key, self._fingerprint(params))
+        model = self.model.with_params(params)
+        if self.config.model.parameters == "lora":
+            # All weights at the same function as the LoRA column; B = 0 leaves the loaded one whatever A is.
+            params = model.select_params(NOT_LORA)
+            key = "as-loaded" if self.config.skip_warmup else key
+        return Point(params, _functions(model, model.head_fn), key, self._fingerprint(params))
+
+    def _fingerprint(self, params: Params) -> str:
+        return weights_fingerprint(self.model.params, params)
+
+    # -- one draw of one column --
+
+    def _draw(self, column: Column, seed: int) -> dict[str, Any]:
+        config, point = self.config, self.point(column, seed)
+        tokens = self.sample.tokens.subset(column.rows)
+        most = max(config.m)
+        sweep = functools.partial(self._sweep, column, point, tokens)
+        raw, summed = sweep("trace"), sweep("sum_logits").matrix()
+        centred, probes = sweep(f"centred_spectral:{most}"), sweep(f"hutchinson:{most}", seed)
+        vocab, width = np.shape(_weight(point))
+        kernels = {"trace": raw.matrix(), "centred_trace": raw.matrix() - summed / vocab}
+        sizes = sorted(set(config.m), reverse=True)
+        kernels |= {f"spectral:{m}": raw.matrix(m) for m in sizes}
+        kernels |= {f"centred_spectral:{m}": centred.matrix(m) for m in sizes}
+        kernels |= {f"hutchinson:{m}": probes.matrix(m, rescale=True) for m in sizes}
+        kernels |= {"sum_logits": summed, "loss": sweep("loss").matrix()}
+        curves = {
+            "spectral": {m: raw.matrix(m) for m in powers_of_two(len(raw.grams))},
+            "centred_spectral": {m: centred.matrix(m) for m in powers_of_two(most)},
+            "hutchinson": {m: probes.matrix(m, rescale=True) for m in powers_of_two(most)},
+        }
+        parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(point.params))
+        sketched = {
+            name: self._sketches(column, point, tokens, name, matrix, seed, parameters)
+            for name, matrix in kernels.items()
+        }
+        return {
+            "kernels": kernels,
+            "curves": curves,
+            "sketched": sketched,
+            "cross": self._cross(column, point, tokens, seed),
+            "parameters": parameters,
+            "vocab": int(vocab),
+            "width": int(width),
+        }
+
+    def _batches(self, tokens: TokenisedDataset, lengths: int = 3) -> Any:
+        """The examples in batches of few lengths: each length saves padding in every pass, and costs a compilation."""
+        longest, budget = int(tokens.lengths.max()), self.config.reading.token_budget
+        budget = min(budget, max(longest, len(tokens) * longest // lengths))
+        return tokens.batches(token_budget=budget, max_buckets=lengths)
+
+    def _manifest(self, column: Column, point: Point, tokens: TokenisedDataset, **more: Any) -> dict[str, Any]:
+        return {"weights": point.weights, "examples": tokens.fingerprint, "column": column.name, **more}
+
+    def _sweep(
+        self, column: Column, point: Point, tokens: TokenisedDataset, name: str, seed: int | None = None
+    ) -> OutputGrams:
+        """The Gram matrices of every output of a kernel; ``seed`` where it has probes."""
+        began, n = time.monotonic(), len(tokens)
+        kernel = build(name, point.functions, point.params, seed=seed or 0)
+        base, selectors = common_form(kernel, point.functions, point.params)
+        batches, count = self._batches(tokens), 1 if selectors is None else len(selectors)
+        folder = self.run.path / "rows" / column.name / point.key
+        label = name.replace(":", "-") + ("" if seed is None else f"-probes-{seed}")
+        manifest = self._manifest(column, point, tokens, kernel=name, seed=seed)
+        with RowStore.open(folder / label, rows=count, width=n * n, dtype="float64", manifest=manifest) as store:
+            missing = int((~store.done()).sum())
+            grams = output_grams(
+                base,
+                point.params,
+                batches,
+                rows=n,
+                selectors=selectors,
+                store=store,
+                memory_budget=self.config.memory_budget,
+                progress=self.progress and f"{column.name}, {point.key}: {name}",
+            )
+        hidden = None
+        if kernel.hidden_fn is not None:
+            hidden = hidden_gram(kernel.hidden_fn, point.params, batches, rows=n)
+        if missing:
+            self.run.log(column=column.name, point=point.key, kernel=name, outputs=missing, examples=n,
+                         seconds=time.monotonic() - began)  # fmt: skip
+        return OutputGrams(grams, kernel.own, hidden)
+
+    # -- sketches --
+
+    def _sketches(
+        self, column: Column, point: Point, tokens: TokenisedDataset, name: str, matrix: np.ndarray, seed: int,
+        parameters: int,
+    ) -> tuple[np.ndarray, str]:  # fmt: skip
+        """Two independent sketches [2, n, n] of a kernel, and how they were made."""
+        size = self.config.sketch_size
+        if passes(name, self.model.config.hidden_size) * parameters * size > self.config.max_signs:
+            rng = numpy_rng(seed, "verify", "sketch", column.name, name)
+            root = square_root(matrix)
+            return np.stack([gaussian_sketch(root, size, rng) for _ in range(2)]), "law"
+        found = [self._rademacher(column, point, tokens, name, seed, draw) for draw in range(2)]
+        return np.stack(found), "signs"
+
+    def _rademacher(
+        self, column: Column, point: Point, tokens: TokenisedDataset, name: str, seed: int, draw: int
+    ) -> np.ndarray:
+        """Phi Phi^T of a Rademacher sketch of the gradients themselves."""
+        began, size = time.monotonic(), self.config.sketch_size
+        signs = int(numpy_rng(seed, "verify", "signs", draw).integers(1 << 30))
+        kernel = build(name, point.functions, point.params, seed=seed)
+        folder = self.run.path / "rows" / column.name / point.key
+        label = f"{name.replace(':', '-')}-sketch-{seed}-{draw}"
+        manifest = self._manifest(column, point, tokens, kernel=name, size=size, seed=seed, signs=signs)
+        with RowStore.open(folder / label, rows=len(tokens), width=size, dtype="float32", manifest=manifest) as store:
+            missing = int((~store.done()).sum())
+            phi = gradient_features(
+                kernel,
+                point.params,
+                self._batches(tokens),
+                RademacherSketch(size, signs),
+                rows=len(tokens),
+                store=store,
+                memory_budget=self.config.memory_budget,
+                progress=self.progress and f"{column.name}, {point.key}: {name} sketched",
+            ).astype(np.float64)
+        if missing:
+            self.run.log(column=column.name, point=point.key, kernel=f"{name} sketched", sketch_size=size,
+                         examples=missing, seconds=time.monotonic() - began)  # fmt: skip
+        return phi @ phi.T
+
+    # -- cross terms --
+
+    def _cross(self, column: Column, point: Point, tokens: TokenisedDataset, seed: int) -> CrossTerms | None:
+        """Cosines between outputs on some of the examples, spread evenly; kept as JSON."""
+        config = self.config
+        if not config.cross_examples:
+            return None
+        count = min(config.cross_examples, len(tokens))
+        chosen = tokens.subset(np.linspace(0, len(tokens) - 1, count).astype(int))
+        manifest = self._manifest(column, point, chosen, outputs=config.cross_outputs, seed=seed,
+                                  memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip
+        file = self.run.path / "rows" / column.name / point.key / f"cross-{seed}.json"
+        if file.exists():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content.pop("manifest") == manifest:
+                return CrossTerms(**{k: _array(v) for k, v in content.items()})
+        found = cross_output_cosines(
+            point.functions,
+            point.params,
+            self._batches(chosen, 2),
+            outputs=config.cross_outputs,
+            seed=seed,
+            memory_budget=config.memory_budget,
+            progress=self.progress and f"{column.name}, {point.key}: cross-output cosines",
+        )
+        self.run.write_json(str(file.relative_to(self.run.path)), dataclasses.asdict(found) | {"manifest": manifest})
+        return found
+
+
+def passes(name: str, width: int) -> int:
+    """Reverse passes an example takes in this kernel: its number of outputs."""
+    spec = parse(name)
+    return width if spec.name in EXACT else max(1, spec.m)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... and ``most`` itself."""
+    return sorted({1 << k for k in range(most.bit_length()) if 1 << k <= most} | {most})
+
+
+def _functions(model: LanguageModel, head: Any) -> KernelFunctions:
+    return KernelFunctions(model.hidden_fn, head, model.nll_fn)
+
+
+def _weight(point: Point) -> Any:
+    head: Any = point.functions.head
+    return head(point.params) if callable(head) else head
+
+
+def _stack(draws: list[np.ndarray]) -> np.ndarray:
+    """[draws, n, n]; one draw where all are the same, because nothing in them is random."""
+    same = all(np.array_equal(draws[0], other) for other in draws[1:])
+    return np.stack(draws[:1] if same else draws)
+
+
+def _array(value: Any) -> Any:
+    return np.asarray([float(x) for x in value]) if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""The steps that commands share: options, config files, run directories, loading, deduplication, warm-up."""

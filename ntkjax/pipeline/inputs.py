@@ -1,0 +1,81 @@
+"""What the results of a run directory come from, by content: the rule that all commands share.
+
+A command reads its data and its model, takes the digests of both (`inputs_of`), and gives them to ``RunDir``, which
+keeps them in inputs.json from before the first result. Equal inputs: what is finished is read back, what is not goes
+on. Other inputs: the directory is refused, and what differs is named. A study is the exception, as its directory may
+hold many runs: each has a folder named from the same digests (`ntkjax.commands.study.setup`), and other inputs are
+computed beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import numpy as np
+
+from ntkjax.data import Records
+from ntkjax.data.cache import digest
+from ntkjax.data.encode import tokenizer_digest
+from ntkjax.fingerprint import weights_fingerprint
+from ntkjax.models import LanguageModel
+from ntkjax.models.lm import paths
+from ntkjax.pipeline.load import Loaded
+from ntkjax.pipeline.options import ModelOptions
+from ntkjax.pipeline.run_dir import Inputs, package_version
+from ntkjax.types import Params
+
+
+def inputs_of(model: LanguageModel, options: ModelOptions, **data: Loaded | Records | None) -> Inputs:
+    """The content of inputs.json: the version of the package, digests of the model, of the adapter where one was given,
+    and of every file of every data set, as it was read.
+
+    Args:
+      model: as loaded; LoRA factors count where they come from ``options.adapter``: fresh ones follow from the options.
+      data: data sets by the name of their flag, before duplicates are removed; None: not given.
+    """
+    found: dict[str, Mapping[str, str | None]] = {"ntkjax": {"version": package_version()}}
+    found["model"] = {f"{part} of {options.model}": value for part, value in model_digests(model).items()}
+    if options.adapter is not None:
+        adapter = adapter_digests(model, model.lora)
+        found["adapter"] = {f"{part} of {options.adapter}": value for part, value in adapter.items()}
+    for name, loaded in data.items():
+        if loaded is not None:
+            found[name] = file_digests(loaded.records if isinstance(loaded, Loaded) else loaded)
+    return found
+
+
+def model_digests(model: LanguageModel) -> dict[str, str]:
+    """Digests of the frozen weights, of the configuration (shape, rotary positions, end tokens) and of the tokenizer
+    with its chat template."""
+    adapter = paths(model.lora)
+    frozen = {path: leaf for path, leaf in paths(model.params).items() if path not in adapter}
+    return {
+        "weights": weights_fingerprint(frozen),
+        "configuration": digest(dataclasses.asdict(model.config))[:16],
+        "tokenizer": tokenizer_digest(model.tokenizer)[:16],
+    }
+
+
+def adapter_digests(model: LanguageModel, lora: Params) -> dict[str, str]:
+    """Digests of LoRA factors and of their configuration (rank, alpha, layers); {} for a model without LoRA."""
+    if model.lora_config is None:
+        return {}
+    config = dataclasses.asdict(model.lora_config)
+    return {"weights": weights_fingerprint(lora), "configuration": digest(config)[:16]}
+
+
+def file_digests(records: Records) -> dict[str, str]:
+    """16 hex digits for each file that records were read from: of their content and order in it, whatever the bytes of
+    the file are. A file without a usable record has those of nothing."""
+    found, offsets = {}, records.report.get("file_offsets", [0])
+    for part, table in enumerate(records.tables):
+        rows = records.row[records.part == part]
+        digests = table.numbers("digest")[rows].astype("<u8")
+        files = table.numbers("file")[rows] + offsets[part]
+        for number in np.unique(files):
+            content = blake2b(digests[files == number].tobytes(), digest_size=8)
+            found[str(records.report["files"][number])] = content.hexdigest()
+    nothing = blake2b(digest_size=8).hexdigest()
+    return {str(name): found.get(str(name), nothing) for name in records.report["files"]}

@@ -1,0 +1,382 @@
+"""A run directory: what was asked (config.yaml, replayable), of what (inputs.json), with what (versions.json), and what
+came of it.
+
+::
+
+    config.yaml     ntkjax version, command, config: `ntkjax replay RUN` repeats the run from this file alone
+    inputs.json     digests of the data, the weights, the tokenizer and the adapter that all results here come from
+    versions.json   library versions, platform, devices, git commit, every seed of the config
+    metrics.jsonl   one JSON object a line, flushed as it is written
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ntkjax.errors import ConfigError, UserError
+from ntkjax.parallel import is_primary
+from ntkjax.pipeline.config_io import config_to_dict
+from ntkjax.store import atomic_write, differences, flatten
+
+_LIBRARIES = (
+    *("ntkjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "scipy"),
+    *("transformers", "tokenizers", "safetensors", "datasets", "neural-tangents", "torch"),
+)
+
+
+Inputs = Mapping[str, Mapping[str, str | None]]
+"""What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version). See
+`ntkjax.pipeline.inputs`."""
+
+INPUTS = "inputs.json"
+
+
+class RunDir:
+    """The directory of one run. Make it with ``RunDir.create``; ``run.path / "name"`` names a file in it.
+    In a job of several processes only the first one writes.
+
+    Attributes:
+      path: where it lies.
+      held: whether it held this run before.
+    """
+
+    def __init__(self, path: Path, held: bool = False):
+        self.path, self.held = path, held
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike,
+        command: str,
+        config: Any,
+        *,
+        inputs: Inputs | None = None,
+        resume: bool = True,
+        ignore: Sequence[str] = (),
+    ) -> RunDir:
+        """Make the directory, or go on with one that holds the same command, config and inputs.
+
+        Args:
+          command: the command's name, e.g. ``"adapt"``.
+          config: its config dataclass.
+          inputs: digests of all that the results depend on besides the config; kept in inputs.json. None: they depend
+            on nothing else, or lie in folders named from what they depend on.
+          resume: False refuses a directory that already holds a run.
+          ignore: dotted keys that may differ from an earlier run, since they change no result, such as
+            ``("progress",)``.
+
+        Raises:
+          ConfigError: the directory holds another run (each differing key is named), or one of other inputs (each
+            differing file, weights, ... is named), or any run where ``resume`` is False.
+          UserError: ``path`` is a file or cannot be written; config.yaml there is damaged.
+        """
+        path = Path(path)
+        wanted = {"command": command, "config": config_to_dict(config)}
+        cls.check(path, command, config, inputs=inputs, resume=resume, ignore=ignore)
+        run = cls(path, (path / "config.yaml").exists())
+        if not is_primary():
+            return run
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if inputs is not None and not (path / INPUTS).exists():  # before config.yaml, which no run has without it
+                run.write_json(INPUTS, inputs)
+            if not (path / "config.yaml").exists():
+                content = {"ntkjax": _version("ntkjax"), **wanted}
+                run.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            run.write_json("versions.json", versions() | {"seeds": _seeds(wanted["config"])})
+        except OSError as error:
+            raise UserError(f"{path}: cannot write the run directory ({error.strerror or error}). "
+                            "Choose another --out or mend its permissions.") from error  # fmt: skip
+        return run
+
+    @staticmethod
+    def check(
+        path: str | os.PathLike,
+        command: str,
+        config: Any,
+        *,
+        inputs: Inputs | None = None,
+        resume: bool = True,
+        ignore: Sequence[str] = (),
+    ) -> None:
+        """Raise what ``create`` would for a path that holds something else; writes nothing.
+
+        For the start of a stage, before its inputs are read (without ``inputs``) and when they are: a mistake in them
+        then leaves no run directory behind.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; the output of a run is a directory. Choose another path.")
+        if (path / "config.yaml").exists():
+            _check_same(path, {"command": command, "config": config_to_dict(config)}, resume, ignore)
+        if inputs is not None:
+            _check_inputs(path, inputs)
+
+    def tell(self, result: str, progress: bool) -> None:
+        """Say on stderr, before the work, that the directory holds this run and whether it was finished: ``result`` is
+        the file that a finished run has."""
+        if self.held and progress and is_primary():
+            if (self.path / result).exists():
+                what = "holds the results of this command, of the same inputs: what is finished is read back"
+            else:
+                what = "holds the beginning of this run, of the same inputs: it goes on"
+            print(f"{self.path}: {what}", file=sys.stderr)
+
+    def log(self, **fields: Any) -> None:
+        """Append one line to metrics.jsonl and flush it. NaN and infinities are written as strings.
+
+        Raises ``UserError`` where it cannot be written (disk full).
+        """
+        if not is_primary():
+            return
+        file = self.path / "metrics.jsonl"
+        line = json.dumps(plain(fields), ensure_ascii=False) + "\n"
+        with _writing(file):
+            _drop_partial_line(file)
+            with file.open("a", encoding="utf-8") as out:
+                out.write(line)
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl, in order; [] where there is none yet."""
+        file = self.path / "metrics.jsonl"
+        _drop_partial_line(file)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write ``content`` (see ``plain``) to the file ``name``, whole or not at all; gives its path."""
+        return self.write_text(name, json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write ``text`` to the file ``name`` (folders are made), whole or not at all; gives its path.
+
+        Raises ``UserError`` where it cannot be written (disk full, no permission).
+        """
+        file = self.path / name
+        if not is_primary():
+            return file
+        with _writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, text.encode("utf-8"))
+        return file
+
+
+def load_run(path: str | os.PathLike) -> tuple[str, dict]:
+    """(command, config dict) of a run directory, or of a config.yaml named directly, for replay.
+
+    Raises:
+      UserError: there is no config.yaml, or it is not readable YAML (``FILE:LINE:``).
+      ConfigError: the keys ``command`` and ``config`` are missing or of the wrong kind.
+    """
+    file = Path(path)
+    file = file / "config.yaml" if file.is_dir() else file
+    content = read_yaml(file, missing="Name a run directory (one with config.yaml).")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected the keys command and config, got {content!r}")
+    for key, kind in (("command", str), ("config", dict)):
+        if not isinstance(content.get(key), kind):
+            wanted = "a string" if kind is str else "a mapping"
+            raise ConfigError(f"{file}: key {key}: expected {wanted}, got {content.get(key)!r}")
+    return content["command"], content["config"]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two equal ones PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path, *, missing: str) -> Any:
+    """The content of a YAML file.
+
+    Args:
+      missing: what to do where there is no such file.
+
+    Raises:
+      UserError: there is none, or it is not readable YAML (``FILE:LINE:``), or has a key twice.
+    """
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not found. {missing}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{file}{line}: not valid YAML: {problem}. Mend this line and run again.") from error
+
+
+def versions() -> dict:
+    """Versions of Python and the libraries that decide a result, platform, devices, git commit (or None)."""
+    import jax  # here, since asking for devices starts the backend
+
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _LIBRARIES},
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "backend": jax.default_backend(),
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "git_commit": _git_commit(),
+    }
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: arrays and tuples as lists, paths and dataclasses as strings and dicts.
+
+    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity", "-Infinity", which ``float``
+    reads back, so nothing is lost and every JSON reader accepts the file.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    if callable(getattr(value, "tolist", None)):  # NumPy and JAX arrays and scalars
+        return plain(value.tolist())  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, float) and not np.isfinite(value):
+        return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror or error}). What was written before is kept. Free "
+            "some space or mend the directory, then run the same command again."
+        ) from error
+
+
+def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -> None:
+    if not resume:
+        raise ConfigError(f"{path}: already holds a run. Use a new --out directory.")
+    command, config = load_run(path)
+    old, new = flatten({"command": command, "config": config}), flatten(wanted)
+    for key in ignore:
+        old.pop(f"config.{key}", None)
+        new.pop(f"config.{key}", None)
+    changed = [line.removeprefix("config.") for line in differences(old, new)]
+    if changed:
+        raise ConfigError(
+            f"{path}: holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + f"\nUse a new --out directory, give the settings of that run to go on with it, or remove {path}."
+        )
+
+
+def _check_inputs(path: Path, inputs: Inputs) -> None:
+    """Raise ConfigError where the directory holds results of other inputs, or it cannot be known of which."""
+    anew = f"Use a new --out directory, or remove {path} to compute everything anew."
+    file = path / INPUTS
+    if not file.exists():
+        if (path / "config.yaml").exists():
+            raise ConfigError(f"{path}: holds a run without {INPUTS}, so it is unknown of what data and weights it is "
+                              f"(an earlier version wrote none). {anew}")  # fmt: skip
+        return
+    try:
+        old = {name: dict(parts) for name, parts in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: not the inputs of a run ({error}), so it is unknown of what the results are. {anew}"
+        ) from None
+    changed = input_changes(old, inputs)
+    if changed:
+        raise ConfigError(
+            f"{path}: holds results of other inputs (digests of their content):\n  "
+            + "\n  ".join(changed)
+            + f"\nIts results are left as they are. {anew} With its inputs put back this run goes on."
+        )
+
+
+def input_changes(old: Inputs, new: Inputs) -> list[str]:
+    """One line ``INPUT: PART was OLD, is now NEW`` for every digest that differs, in 8 digits each (versions whole)."""
+    pairs = lambda inputs: {(name, part): value for name, parts in inputs.items() for part, value in parts.items()}
+    before, now = pairs(old), pairs(new)
+
+    def shown(found: dict, key: tuple[str, str]) -> str:
+        return "absent" if key not in found else str(found[key])[: None if key[0] == "ntkjax" else 8]
+
+    return [
+        f"{key[0]}: {key[1]} was {shown(before, key)}, is now {shown(now, key)}"
+        for key in dict.fromkeys([*now, *before])
+        if key not in before or key not in now or before[key] != now[key]
+    ]
+
+
+def _seeds(config: dict) -> dict:
+    is_seed = lambda key: key.rsplit(".", 1)[-1] in ("seed", "seeds") or key.endswith("_seed")
+    return {key: value for key, value in flatten(config).items() if is_seed(key)}
+
+
+def package_version() -> str | None:
+    """The version of ntkjax; None where it is run from its sources without being installed."""
+    return _version("ntkjax")
+
+
+def _version(name: str) -> str | None:
+    """Installed version of a distribution; None where it is not installed (ntkjax run from its sources)."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package lies in, with "+changes" where the tree differs from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed as a package, or another project's repository above
+        return None
+    try:
+        git = lambda *args: subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _drop_partial_line(file: Path) -> None:
+    """Remove a last line without its newline: a kill cut it while it was written."""
+    if not file.exists():
+        return
+    with file.open("rb+") as out:
+        size = out.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        out.seek(size - 1)
+        if out.read(1) != b"\n":
+            out.seek(0)
+            out.truncate(out.read().rfind(b"\n") + 1)

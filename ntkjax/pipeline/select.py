@@ -1,0 +1,178 @@
+"""From options to a selection: the selector, its problem, and the choice of N pool examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ntkjax.errors import ConfigError
+from ntkjax.models import LanguageModel
+from ntkjax.parallel import describe_mesh, is_primary
+from ntkjax.pipeline.inputs import adapter_digests, model_digests
+from ntkjax.pipeline.load import Loaded
+from ntkjax.pipeline.options import DataOptions, SelectorOptions
+from ntkjax.pipeline.run_dir import package_version
+from ntkjax.pipeline.sample import Sampler
+from ntkjax.pipeline.selection_io import SelectedFormat, read_selection, write_selection
+from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
+from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector
+from ntkjax.selection.base import check_size
+from ntkjax.selection.diversity import diversify
+from ntkjax.training import TrainConfig
+from ntkjax.types import Params
+
+
+def _epochs(config: TrainConfig, rows: int) -> float:
+    return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
+
+
+def choose(
+    model: LanguageModel,
+    params: Params,
+    domain: Loaded,
+    pool: Loaded,
+    options: SelectorOptions,
+    *,
+    n: int,
+    warmup: TrainConfig | None,
+    data: DataOptions,
+    seed: int,
+    out: Path,
+    progress: bool = True,
+    shared: Path | None = None,
+    warmed: WarmUp | None = None,
+    selected_format: SelectedFormat = "original",
+) -> Selection:
+    """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
+
+    A selection that ``out`` already holds is read back instead; one that was stopped goes on from its finished rows.
+    That it is of the same inputs is for the caller to know: from inputs.json of its run directory, or because ``out``
+    is named from them.
+
+    Args:
+      params: theta before warm-up.
+      warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); None for none.
+      shared: a folder in which many selections keep what does not depend on the method (embeddings, gradient features);
+        None: each in its own ``out``. Selections that run at the same time need folders of their own.
+      warmed: a warm-up made before (see `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method
+        `needs_checkpoints`); then ``params`` and ``warmup`` are not used.
+      selected_format: how the selected records are written (see `ntkjax.pipeline.selection_io.write_selected`).
+
+    Raises:
+      ConfigError: a method that looks at the warm-up's epochs, and none to look at.
+    """
+    if (out / "selection.json").exists():
+        return read_selection(out)
+    selector = make_selector(options)
+    check_size(n, len(pool))  # before the warm-up, which takes time
+    check_warmup(options.method, given=warmup is not None or warmed is not None)
+    out.mkdir(parents=True, exist_ok=True)
+    if warmed is None and warmup is not None:
+        keep = needs_checkpoints(options.method)
+        warmed = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress, checkpoints=keep)
+    warmed = WarmUp(params) if warmed is None else warmed
+    settings = {"n": n, "data": data, "seed": seed, "work_dir": out / "rows", "progress": progress}
+    problem = problem_of(model, warmed.params, domain, pool, **settings)
+    problem = dataclasses.replace(problem, shared_dir=shared, checkpoints=warmed.checkpoints)
+    result = diversify(
+        selector(problem),
+        problem,
+        diversity=options.diversity,
+        factor=options.diversity_factor,
+        kernel=options.diversity_kernel,
+        sketch=options.sketch,
+        size=options.sketch_size,
+    )
+    if is_primary():
+        write_selection(out, result, pool, selected_format)
+    return result
+
+
+def check_warmup(method: str, *, given: bool) -> None:
+    """Raise ConfigError where the method looks at the warm-up's epochs and there is no warm-up."""
+    if needs_checkpoints(method) and not given:
+        raise ConfigError(
+            f"--method {method} looks at the epochs of the warm-up, and --skip-warmup leaves none; leave out "
+            "--skip-warmup, or choose another method"
+        )
+
+
+def check_method(name: str) -> str:
+    """``name`` if it is a selection method.
+
+    Raises:
+      ConfigError: it is not; the message lists those there are.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"unknown selection method {name!r}; expected one of {', '.join(METHODS)}")
+    return name
+
+
+def make_selector(options: SelectorOptions) -> Selector:
+    """The method of ``options`` with the options that it has.
+
+    Raises:
+      ConfigError: no such method; options out of range, or that cannot be had together.
+    """
+    return METHODS[check_method(options.method)](**method_options(options))
+
+
+def method_options(options: SelectorOptions) -> dict[str, Any]:
+    """The options that the method ``options.method`` has, by name."""
+    names = {field.name for field in dataclasses.fields(METHODS[options.method])}
+    return {name: value for name, value in dataclasses.asdict(options).items() if name in names}
+
+
+def problem_of(
+    model: LanguageModel,
+    params: Params,
+    domain: Loaded,
+    pool: Loaded,
+    *,
+    n: int,
+    data: DataOptions,
+    seed: int,
+    work_dir: Path | None,
+    progress: bool,
+) -> SelectionProblem:
+    """The selection problem as the methods see it: functions, parameters and tokens."""
+    head_is_trained = "head" in params or "embed" in params
+    return SelectionProblem(
+        hidden_fn=model.hidden_fn,
+        head=model.head_fn if head_is_trained else model.head_fn({}),
+        nll_fn=model.nll_fn,
+        embed_fn=model.embed_fn,
+        params=params,
+        domain=domain.tokens,
+        pool=pool.tokens,
+        n=n,
+        token_budget=data.token_budget,
+        seed=seed,
+        work_dir=work_dir,
+        manifest={
+            **fingerprints(model, params),
+            "domain": domain.tokens.fingerprint,
+            "pool": pool.tokens.fingerprint,
+            "token_budget": data.token_budget,
+            "mesh": describe_mesh(model.mesh),
+        },
+        progress=progress and is_primary(),
+        domain_texts=domain.records.texts,
+        pool_texts=pool.records.texts,
+        weighted_embed_fn=model.output("weighted_embed"),
+        entropy_fn=model.entropy_fn,
+        sample_fn=Sampler(model, params, pool.tokens),
+    )
+
+
+def fingerprints(model: LanguageModel, params: Params) -> dict[str, str | None]:
+    """What scores depend on besides data and options: the package, the frozen weights, the adapter (None: all the
+    weights are trained, and are the model)."""
+    own = model.with_params(params)
+    weights = model_digests(own)
+    return {
+        "ntkjax": package_version(),
+        "model": f"{weights['weights']}/{weights['configuration']}",  # the tokenizer is in the digests of the data
+        "adapter": "/".join(adapter_digests(own, own.lora).values()) or None,
+    }
