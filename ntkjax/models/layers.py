@@ -83,13 +83,18 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer shares: rotary cos and sin [B, T, H/2], the mask [B, T, S] (None: causal), the cache
-    lengths.
+    """What every layer shares.
+
+    Attributes:
+      rope: rotary cos and sin, [B, T, H/2] each; None where positions are learned.
+      mask: [B, T, S]; None: causal.
+      lengths: int32 [B], tokens in the cache; None without one.
     """
 
-    rope: tuple[Array, Array] | None
-    mask: Array | None
-    lengths: Array | None
+    # Any: inside JAX's transformations the leaves are also tracers, tangents and markers of zero tangents.
+    rope: Any
+    mask: Any
+    lengths: Any
 
 
 def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "... O"]:
