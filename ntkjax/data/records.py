@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -23,6 +21,7 @@ from ntkjax.data.originals import Originals
 from ntkjax.data.sources import list_sources, source_signature
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
+from ntkjax.files import write_jsonl
 
 _FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices", "response_fields", "tools")
 _BLOCK = 512
@@ -244,19 +243,8 @@ class Records:
         for name, values in (extra or {}).items():
             if len(values) != len(chosen):
                 raise ValueError(f"extra[{name!r}] has {len(values)} values for {len(chosen)} records")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, work = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                for k, i in enumerate(chosen):
-                    more = {name: _plain(values[k]) for name, values in (extra or {}).items()}
-                    record = self[i].to_json() | more
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            Path(work).chmod(0o644)
-            Path(work).replace(path)
-        finally:
-            Path(work).unlink(missing_ok=True)
+        more = lambda k: {name: _plain(values[k]) for name, values in (extra or {}).items()}
+        write_jsonl(path, (self[i].to_json() | more(k) for k, i in enumerate(chosen)))
 
     def _column(self, name: str) -> TextColumn:
         def gather(indices: np.ndarray) -> list[str]:

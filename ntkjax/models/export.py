@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.errors import ConfigError
-from ntkjax.models.files import replaced_directory, write_json, write_tensors
+from ntkjax.errors import CheckpointError, ConfigError
+from ntkjax.files import written_folder
+from ntkjax.models.files import write_json, write_tensors
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
 from ntkjax.types import Params
@@ -38,7 +39,7 @@ def save_merged(
         raise ConfigError(f"max_shard_size = {max_shard_size}: expected a number of bytes")
     leaves, pieces = paths(model.with_params(params).params), _pieces(model)
     shards = _shards(model, leaves, pieces, max_shard_size)
-    with replaced_directory(directory, _STALE) as scratch:
+    with written_folder(directory, keep=True, stale=_STALE, error=CheckpointError) as scratch:
         for file, names in shards.items():
             write_tensors(scratch / file, {name: _tensor(model, leaves, name, pieces[name]) for name in names})
         if len(shards) > 1:

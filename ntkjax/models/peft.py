@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.errors import CheckpointError
-from ntkjax.models.files import replaced_directory, write_json, write_tensors
+from ntkjax.files import written_folder
+from ntkjax.models.files import write_json, write_tensors
 from ntkjax.models.lm import LanguageModel
 from ntkjax.models.load import read_json
 from ntkjax.models.lora import LoraConfig
@@ -127,7 +128,7 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
         for i in range(a.shape[0]):
             key = f"{_PREFIX}{layers}.{i}.{module}"
             tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[i].T, b[i].T
-    with replaced_directory(directory) as scratch:
+    with written_folder(directory, keep=True, error=CheckpointError) as scratch:
         write_tensors(scratch / WEIGHTS, tensors)
         write_json(scratch / CONFIG, _peft_config(model, lora, ranks))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ntkjax.data import Records, read_records
 from ntkjax.data.dedup import POOL, find_duplicates, report
 from ntkjax.errors import ConfigError
+from ntkjax.files import read_json
 from ntkjax.parallel import is_primary
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, DedupOptions
@@ -113,4 +113,4 @@ def summary(content: Mapping[str, Any] | None) -> str:
 def read_summary(out: str | Path) -> str:
     """``summary`` of OUT/duplicates.json."""
     file = Path(out) / FILE
-    return summary(json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
+    return summary(read_json(file) if file.exists() else None)

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ntkjax.data.cache import digest
+from ntkjax.files import write_bytes
 from ntkjax.parallel import barrier, is_primary, process
 from ntkjax.selection.base import SelectionProblem
-from ntkjax.store import RowStore, atomic_write
+from ntkjax.store import RowStore
 from ntkjax.types import Params
 
 NOT_SHARED = ("domain", "adapter")
@@ -77,4 +78,4 @@ def parts_to_do(store: RowStore, wanted: Int[np.ndarray, " c"]) -> Iterator[tupl
 
 
 def _write(path: Path, rows: Bool[np.ndarray, " N"]) -> None:
-    atomic_write(path, np.packbits(rows).tobytes())
+    write_bytes(path, np.packbits(rows).tobytes())
