@@ -1,4 +1,4 @@
-"""ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
+"""Tangent-kernel data selection for fine-tuning language models, and exact kernels to check the selection against.
 
 Everything public is here. The commands are functions: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``,
 ``study``, ``verify``, ``stability``, ``show``, ``replay`` and ``demo``, each with its config class (``SelectConfig``,

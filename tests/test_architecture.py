@@ -1,4 +1,4 @@
-"""The house rules, read from the sources: who may import whom, what nobody may, how long things may get."""
+"""Rules that are checked on the sources: imports between parts, forbidden imports, lengths, docstrings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generated task whose truth is known: a pool of many skills, a domain that needs a few of them, in other words.
+"""A generated task whose truth is known: a pool of many skills, and a domain that needs a few of them in other wording.
 
 ``planted_task(seed)`` draws a pool of questions about all skills of ``skills.py``, in five surface forms with a line of
 reasoning, and a small domain that asks three of them in the language of a shop, a form the pool never shows. What helps

@@ -1,6 +1,4 @@
-"""Where prepared data lies on disk: directories named by what went into them, published whole or not at
-all.
-"""
+"""The cache of prepared data: directories named by a digest of their inputs, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ HASHED_FILE_BYTES = 64 * 2**20
 
 
 def default_cache_dir() -> Path:
-    """``$NTKJAX_CACHE``, else ``$XDG_CACHE_HOME/ntkjax``, else ``~/.cache/ntkjax``. Safe to delete at any
-    time.
-    """
+    """``$NTKJAX_CACHE``, else ``$XDG_CACHE_HOME/ntkjax``, else ``~/.cache/ntkjax``. Safe to delete at any time."""
     given = os.environ.get("NTKJAX_CACHE")
     if given:
         return Path(given)

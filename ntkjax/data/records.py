@@ -86,8 +86,7 @@ def read_records(
     """Read JSONL, JSON, Parquet, directories of those, or hub ids (``owner/name`` or ``owner/name:config``).
 
     Several paths are concatenated. Records are validated one at a time and written to a memory-mapped Arrow
-    file in ``cache_dir`` (default: see ``default_cache_dir``), which is reused while the files stay as they
-    are.
+    file in ``cache_dir`` (default: see ``default_cache_dir``), which is reused while the files stay as they are.
 
     Args:
       split: which split of a hub data set.
@@ -124,8 +123,7 @@ def _check_options(on_bad_record: str, limit: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
-    """A view of memory-mapped records: ``len``, ``[i] -> Example``, iteration, ``subset``, ``concat``,
-    columns.
+    """A view of memory-mapped records: ``len``, ``[i] -> Example``, iteration, ``subset``, ``concat``, columns.
 
     Attributes:
       tables: the Arrow files behind the view.
@@ -234,8 +232,7 @@ class Records:
         indices: Positions | None = None,
         extra: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     ) -> None:
-        """Write the records at ``indices`` (all by default) as JSON lines; the file appears whole or not at
-        all.
+        """Write the records at ``indices`` (all by default) as JSON lines; the file appears whole or not at all.
 
         ``extra[name][k]`` is added to the k-th record written.
         """
@@ -293,9 +290,7 @@ def _plain(value: Any) -> Any:
 
 
 def concat_records(first: Records, second: Records) -> Records:
-    """The records of ``first``, then those of ``second``. Ids are kept as they are, also where they
-    coincide.
-    """
+    """The records of ``first``, then those of ``second``. Ids are kept as they are, also where they coincide."""
     a, b = first.report, second.report
     offsets = a.get("file_offsets", [0])
     report = {

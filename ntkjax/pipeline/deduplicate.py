@@ -106,7 +106,7 @@ def summary(content: Mapping[str, Any] | None) -> str:
         lines.append(f"alike and no duplicates, kept: {shown(alike)}")
     leaks = {where: kinds for where, kinds in content["counts"].items() if where in ("domain in test", "domain in dev")}
     if leaks:
-        lines.append(f"leakage that is yours to mend: {shown(leaks)}")
+        lines.append(f"leakage that is not removed, since these files are yours: {shown(leaks)}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What reading a command's data lost, in a line or two for each role: nothing is dropped without being named."""
+"""Counts of what reading the data skipped, cut and did not use, in a line or two for each role."""
 
 from __future__ import annotations
 

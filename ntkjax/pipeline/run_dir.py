@@ -112,7 +112,7 @@ class RunDir:
     ) -> None:
         """Raise what ``create`` would for a path that holds something else; writes nothing.
 
-        For the start of a stage, before its inputs are read (without ``inputs``) and when they are: a mistake in them
+        For the start of a command, before its inputs are read (without ``inputs``) and when they are: a mistake in them
         then leaves no run directory behind.
         """
         path = Path(path)

@@ -1,4 +1,4 @@
-"""What a run was started with, so that a resume under other settings, data or weights is refused by name."""
+"""Settings, data and weights that a run was started with; a resume under others is refused, naming what differs."""
 
 from __future__ import annotations
 

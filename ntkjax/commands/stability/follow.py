@@ -1,4 +1,4 @@
-"""One run of ``ntkjax stability``: fine-tune, look at some epochs, compare. Each piece is kept on disk once done."""
+"""One run of ``ntkjax stability``: fine-tune, compute kernels at some epochs, compare them. All is kept on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables, plots and page of ``ntkjax stability``, from what its runs left behind."""
+"""Tables, plots and page of ``ntkjax stability``, from the results of its runs."""
 
 from __future__ import annotations
 
@@ -302,9 +302,9 @@ def _page(run: RunDir, results: Mapping[str, Any], tables: list, images: Mapping
     sections += [Heading("Caveats"), Bullets(caveats(results)), Heading("Made with")]
     sections += [Details("Versions and hardware", (Table(known),))]
     lead = (
-        "Kernels of the same examples along fine-tuning, and whether the model at its first order tells the same tale."
+        "Kernels of the same examples along fine-tuning, and how far the linearised model is from the fine-tuned one."
     )
-    return Page("Does the tangent kernel stay put?", lead, sections)
+    return Page("How far the tangent kernel moves during fine-tuning", lead, sections)
 
 
 def caveats(results: Mapping[str, Any]) -> list[str]:
