@@ -143,8 +143,7 @@ def paired_bootstrap(
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion (Wilson 1927): sound at 0 and at 1, where a bootstrap has no
-    width.
+    """Wilson score interval of a proportion (Wilson 1927): sound at 0 and at 1, where a bootstrap has no width.
 
     centre = (p + z^2/2n) / (1 + z^2/n), half-width = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
     """

@@ -106,8 +106,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 
 def save_adapter(directory: str | Path, model: LanguageModel, params: Params) -> None:
-    """Write the adapter in ``params`` (any subset of the tree; the rest of it is the model's) as a PEFT
-    directory.
+    """Write the adapter in ``params`` (any subset of the tree; the rest of it is the model's) as a PEFT directory.
 
     ``lora_dropout`` is written as 0. The directory is replaced as a whole: nothing half-written stays.
 
@@ -316,9 +315,7 @@ def _split(
     widths: list[int],
     where: str,
 ) -> dict[str, Factors]:
-    """The inverse of ``_fuse``: one A and B for each of ``targets``; CheckpointError when the rank does not
-    fit.
-    """
+    """The inverse of ``_fuse``: one A and B for each of ``targets``; CheckpointError when the rank does not fit."""
     ends = np.cumsum(widths)
     columns = {name: slice(end - width, end) for name, end, width in zip(names, ends, widths)}
     for name in names:

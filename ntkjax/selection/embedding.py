@@ -1,4 +1,4 @@
-"""Stage 1 of NTK-Selector alone (arXiv 2511.07380): domain points vote for their nearest pool points."""
+"""Stage 1 of NTK-Selector alone (arXiv 2511.07380): domain examples vote for their nearest pool examples."""
 
 from __future__ import annotations
 

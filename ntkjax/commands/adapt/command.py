@@ -1,4 +1,4 @@
-"""``ntkjax adapt``: the whole comparison. Does what NTK-Selector chose help, against domain alone and against chance?
+"""``ntkjax adapt``: fine-tuning with selected examples, against the domain alone and against random examples.
 
 Arms, each from the same fresh parameters with the same order of data for a given seed:
 

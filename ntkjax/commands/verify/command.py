@@ -1,4 +1,4 @@
-"""``ntkjax verify``: how good is each approximation of the tangent kernel, and what does it do to the selection?
+"""``ntkjax verify``: the error of each approximation of the tangent kernel, and its effect on the selection.
 
 One sample of examples, part of it the domain, and every kernel of the ladder on it: the exact trace with all parameters
 and with LoRA, centred, its leading spectral directions, random probes, ``sum_logits``, ``loss``, and each of them
