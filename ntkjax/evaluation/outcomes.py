@@ -133,8 +133,8 @@ class OutcomeLog:
             return json.loads(self._settings_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ConfigError(
-                f"{self.path} exists, but {self._settings_path.name} beside it cannot be read, so it is unknown what it "
-                "holds; delete it or choose another path"
+                f"{self.path} exists, but {self._settings_path.name} beside it cannot be read, so it is unknown what "
+                "it holds; delete it or choose another path"
             ) from None
 
     def _check(self, stored: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Is the difference between two runs more than chance? Intervals and tests over paired per-example outcomes.
+"""Intervals and tests of the difference between two runs, over paired per-example outcomes.
 
 Everything is paired: both runs answered the same examples, and what is resampled are examples (and, where
 several seeds were run, seeds). Numbers are float64 on the host; every resampling is seeded and repeats

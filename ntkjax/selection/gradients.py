@@ -6,7 +6,7 @@ gradients are what an Adam step would make of them (LESS, arXiv 2402.04333): fro
 
     g_j  ->  m' / sqrt(v' + 1e-8),    m' = 0.9 m + 0.1 g_j,    v' = 0.999 v + 0.001 g_j^2
 
-elementwise, without bias correction, before the sketch. The domain's gradients are plain: the step is to lower its loss.
+elementwise, without bias correction, before the sketch. The domain's are plain: the step is to lower its loss.
 """
 
 from __future__ import annotations

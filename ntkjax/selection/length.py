@@ -19,7 +19,8 @@ class LengthSelector:
     """score_j = +|S(x_j)| (``order`` longest) or -|S(x_j)| (shortest), response tokens; top n, ties by lower row.
 
     Source: none, a control of ours; it looks at neither the domain nor the model. Tangent-kernel scores
-    correlate with length, so a selector must be better than this one. Lengths are counted after truncation to the longest sequence.
+    correlate with length, so a selector must be better than this one. Lengths are counted after truncation to the
+    longest sequence.
 
     Raises:
       ConfigError: an unknown ``order``.
