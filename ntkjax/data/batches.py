@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkjax.data.buckets import bucket_lengths, round_up
-from ntkjax.data.cache import digest
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.records import Records, concat_records
 from ntkjax.errors import ConfigError
+from ntkjax.fingerprint import digest
 from ntkjax.parallel import data_parallel, shard_batch
 from ntkjax.types import Batch
 

@@ -24,12 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ntkjax.data.cache import digest
 from ntkjax.data.messages import is_absent
 from ntkjax.data.problems import RecordProblem
 from ntkjax.data.sources import is_hub_id, iter_source, list_sources, source_name, source_signature
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.files import read_json, write_json, write_jsonl
+from ntkjax.fingerprint import digest
 from ntkjax.rng import numpy_rng
 
 VERSION = 2

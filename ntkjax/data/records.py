@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data import ingest
-from ntkjax.data.cache import build_once, digest
+from ntkjax.data.cache import build_once
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.messages import Message
 from ntkjax.data.originals import Originals
@@ -22,6 +22,7 @@ from ntkjax.data.sources import list_sources, source_signature
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
 from ntkjax.files import write_jsonl
+from ntkjax.fingerprint import digest
 
 _FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices", "response_fields", "tools")
 _BLOCK = 512

@@ -16,9 +16,8 @@ from hashlib import blake2b
 import numpy as np
 
 from ntkjax.data import Records
-from ntkjax.data.cache import digest
 from ntkjax.data.encode import tokenizer_digest
-from ntkjax.fingerprint import weights_fingerprint
+from ntkjax.fingerprint import digest, weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths
 from ntkjax.pipeline.load import Loaded

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from ntkjax.fingerprint import tree_digest
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.shared import open_shared, tree_digest
+from ntkjax.selection.shared import open_shared
 from ntkjax.selection.vote import Votes, embed, vote
 from ntkjax.store import RowStore
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ntkjax import ntk
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.approx import ONE_OUTPUT, KernelFunctions, build, parse
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kronecker import KroneckerSketch
@@ -29,7 +30,7 @@ from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.ntk.sparse import SparseSketch
 from ntkjax.selection.base import Dataset, SelectionProblem, WarmupCheckpoint
 from ntkjax.selection.embedding import stage1_votes
-from ntkjax.selection.shared import open_shared, parts_to_do, tree_digest
+from ntkjax.selection.shared import open_shared, parts_to_do
 from ntkjax.selection.vote import Votes, unit_rows
 from ntkjax.types import Params
 

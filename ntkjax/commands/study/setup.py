@@ -13,10 +13,10 @@ from ntkjax.assets import tiny_lm_path, write_planted_task
 from ntkjax.commands.study.arms import BASE, Arm, arms_of, focus_of
 from ntkjax.commands.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
 from ntkjax.data.buckets import bucket_lengths
-from ntkjax.data.cache import digest
 from ntkjax.data.mapping import Source, prepare
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import read_json
+from ntkjax.fingerprint import digest
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
 from ntkjax.pipeline.config_io import config_to_dict
