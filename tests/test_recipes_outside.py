@@ -105,7 +105,7 @@ def toy(config: ToyConfig, *, progress: bool = True) -> int:
 @pytest.fixture
 def toy_command(monkeypatch) -> None:
     module = ModuleType("ntkjax.commands.toy")
-    module.COMMAND = Command(ToyConfig, toy, lambda config, result: f"the sum to {config.n} is {result}")
+    module.__dict__["COMMAND"] = Command(ToyConfig, toy, lambda config, result: f"the sum to {config.n} is {result}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(commands.COMMANDS, "toy", "toy")
 
