@@ -1,4 +1,4 @@
-"""ntkjax: tangent-kernel data selection for language models, with the exact kernel to judge it by.
+"""Tangent-kernel data selection for fine-tuning language models, and exact kernels to check the selection against.
 
 Everything public is here. The commands are functions: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``,
 ``study``, ``verify``, ``stability``, ``show``, ``replay`` and ``demo``, each with its config class (``SelectConfig``,
@@ -28,9 +28,9 @@ _PUBLIC = {
     "ntkjax.training": ("TrainConfig", "fit"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_CONFIGS = {f"{name.capitalize()}Config": name for name in COMMANDS}
+_config = lambda command: f"{command.capitalize()}Config"
 
-__all__ = sorted([*_HOME, *COMMANDS, *_CONFIGS])
+__all__ = sorted([*_HOME, *COMMANDS, *map(_config, COMMANDS)])
 
 
 def __getattr__(name: str) -> Any:
@@ -39,8 +39,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in COMMANDS:
         return load_command(name).function
-    if name in _CONFIGS:
-        return load_command(_CONFIGS[name]).config
+    if command := next((command for command in COMMANDS if _config(command) == name), None):
+        return load_command(command).config
     raise AttributeError(f"module 'ntkjax' has no attribute {name!r}")
 
 

@@ -1,8 +1,13 @@
-"""Digests of weights, by which a result is found again only for the weights that it was computed with."""
+"""Digests of settings, arrays and weights, by which a result is found again only for what it was computed from.
+
+All three stand in manifests and names of folders on disk: a change of their values makes every kept result unknown.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,25 @@ import numpy as np
 from jaxtyping import Array
 
 from ntkjax.types import Params
+
+
+def digest(*parts: Any) -> str:
+    """32 hex digits of BLAKE2b over the JSON of ``parts``: equal parts, equal digest, on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def tree_digest(tree: Params) -> str:
+    """16 hex digits of BLAKE2b over path, shape, dtype and bytes of every leaf, which is copied to the host.
+
+    For parameters that are trained, which are small; `weights_fingerprint` is for whole models.
+    """
+    hasher = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        values = np.ascontiguousarray(leaf)
+        hasher.update(f"{jax.tree_util.keystr(path)} {values.shape} {values.dtype}".encode())
+        hasher.update(values.tobytes())
+    return hasher.hexdigest()
 
 
 def weights_fingerprint(*trees: Params) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 import tensorstore as ts
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.files import write_bytes, write_json
 from ntkjax.parallel import barrier, process
 
 FORMAT = 1
@@ -37,24 +38,6 @@ _BUFFER_BYTES = 64 * 1024 * 1024
 _FLUSH_SECONDS = 30.0  # what a kill can cost at most
 _CHUNKS_PER_PROCESS = 16  # at least, where several share a store: rows differ in length, and many parts even that out
 _ANEW = "Use a new output directory, or remove this one to compute the rows again."
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Replace the file ``path`` by ``data``: after a crash it holds the old content or the new, never a part.
-
-    Raises ``OSError`` as the file system does (disk full, no permission).
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -219,8 +202,8 @@ class RowStore:
             try:
                 # The future resolves once every chunk is on disk (TensorStore fsyncs its files).
                 self._array[index].write(values).result()
-                atomic_write(self._marks, np.packbits(marked, bitorder="little").tobytes())
-            except (OSError, ValueError, RuntimeError) as error:
+                write_bytes(self._marks, np.packbits(marked, bitorder="little").tobytes())
+            except (UserError, OSError, ValueError, RuntimeError) as error:
                 kept = f"{int(self._done.sum())} of {len(self._done)} rows"
                 raise UserError(
                     f"{self.path}: cannot write to the row store ({_reason(error)}). Kept: {kept}. Free some "
@@ -306,7 +289,7 @@ def _prepare(path: Path, wanted: dict) -> None:
             f"{path}: is not empty and not a row store (no manifest.json in it). Choose another directory."
         )
     path.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, json.dumps(wanted, indent=2, ensure_ascii=False).encode())
+    write_json(file, wanted)
 
 
 def _read_manifest(file: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Array and pytree aliases, the batch every module speaks of, what a derivative may promise, and the letters in shapes.
+"""Array and pytree aliases, the batch of tokens, whether forward mode alone is used, and the letters in shapes.
 
 N pool, M domain, B batch, T tokens, D width (hidden size), V vocabulary, P trained parameters, K sketch size,
 R rank, L layers.

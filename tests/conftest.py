@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +46,22 @@ def x64():
     """Double precision for the duration of one test: where the mathematics is exact, 1e-10 is asked for."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def full_disk(monkeypatch) -> Callable[[], AbstractContextManager]:
+    """``with full_disk():``: no file reaches the disk, as where a file system finds out late that it is full."""
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def full():
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", refuse)
+            yield
+
+    return full
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The house rules, read from the sources: who may import whom, what nobody may, how long things may get."""
+"""Rules that are checked on the sources: imports between parts, forbidden imports, lengths, docstrings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # A part may import the parts of the groups before its own. Within a group the parts stand alone (training and
 # selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "types", "rng"),
+    ("errors", "types", "rng", "files"),
     ("store", "parallel", "fingerprint", "tangents"),
     ("data",),
     ("models",),
@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FREE_GROUPS = {0, 1}
 # ntk sees functions, never a model class or a tokenizer; report reads files only.
 ONLY = {
-    "ntk": {"errors", "types", "rng", "store", "parallel", "tangents"},
-    "report": {"errors", "types"},
+    "ntk": {"errors", "types", "rng", "files", "store", "parallel", "tangents"},
+    "report": {"errors", "types", "files"},
 }
 FORBIDDEN = ("torch", "tensorflow")
 PRIVATE_JAX = ("jax._src", "jaxlib", "jax.interpreters", "jax.core", "jax.extend.core")

@@ -1,4 +1,4 @@
-"""A generated task whose truth is known: a pool of many skills, a domain that needs a few of them, in other words.
+"""A generated task whose truth is known: a pool of many skills, and a domain that needs a few of them in other wording.
 
 ``planted_task(seed)`` draws a pool of questions about all skills of ``skills.py``, in five surface forms with a line of
 reasoning, and a small domain that asks three of them in the language of a shop, a form the pool never shows. What helps
@@ -9,7 +9,6 @@ the text on which the tiny model was pre-trained, so that the two cannot drift a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from ntkjax.assets.skills import (
     pick,
 )
 from ntkjax.errors import ConfigError
+from ntkjax.files import write_json, write_jsonl
 from ntkjax.rng import numpy_rng
 
 FORMS = {
@@ -166,8 +166,7 @@ def write_planted_task(directory: str | Path, seed: int, **sizes: int) -> dict[s
     (root / "domain").mkdir(parents=True, exist_ok=True)
     paths = {"pool": root / "pool.jsonl"} | {s: root / "domain" / f"{s}.jsonl" for s in ("train", "dev", "test")}
     for name, path in paths.items():
-        text = "".join(json.dumps(row) + "\n" for row in getattr(task, name))
-        path.write_text(text, encoding="utf-8")
+        write_jsonl(path, getattr(task, name))
     truth = {
         "seed": seed,
         "useful_skills": task.useful_skills,
@@ -176,7 +175,7 @@ def write_planted_task(directory: str | Path, seed: int, **sizes: int) -> dict[s
         "skill_of": {row["id"]: row["skill"] for row in task.pool},
     }
     paths["truth"] = root / "truth.json"
-    paths["truth"].write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
+    write_json(paths["truth"], truth, indent=1)
     return paths
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ntkjax.data.buckets import bucket_lengths, round_up
-from ntkjax.data.cache import digest
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.records import Records, concat_records
 from ntkjax.errors import ConfigError
+from ntkjax.fingerprint import digest
 from ntkjax.parallel import data_parallel, shard_batch
 from ntkjax.types import Batch
 
@@ -137,9 +137,7 @@ class TokenisedDataset:
         return content.hexdigest()
 
     def subset(self, indices: Positions) -> TokenisedDataset:
-        """The examples at ``indices``, in that order; index k of the result is ``indices[k]`` here. Copies
-        no tokens.
-        """
+        """The examples at ``indices``, in that order: row k of the result is ``indices[k]`` here. Copies no tokens."""
         chosen = as_indices(indices, len(self))
         labels = self.labels and tuple([column[i] for i in chosen] for column in self.labels)
         return dataclasses.replace(
@@ -207,9 +205,7 @@ class TokenisedDataset:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """One batch before it is filled: its padded length, its rows, and the examples in it (int64, at most
-    rows).
-    """
+    """One batch before it is filled: its padded length, its rows, and the examples in it (int64, at most rows)."""
 
     length: int
     rows: int

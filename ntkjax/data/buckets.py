@@ -17,8 +17,7 @@ def round_up(value: int, multiple: int) -> int:
 def bucket_lengths(
     lengths: Int[np.ndarray, " N"], max_buckets: int, multiple: int = 8, bucket_cost: float | int = 0
 ) -> list[int]:
-    """At most ``max_buckets`` padded lengths, ascending multiples of ``multiple``, with the fewest padded
-    tokens.
+    """At most ``max_buckets`` padded lengths, ascending multiples of ``multiple``, with the fewest padded tokens.
 
     Minimises ``sum_i L(i) + bucket_cost * (number of buckets)`` exactly, where L(i) is the smallest chosen
     length

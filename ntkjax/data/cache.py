@@ -1,12 +1,9 @@
-"""Where prepared data lies on disk: directories named by what went into them, published whole or not at
-all.
-"""
+"""The cache of prepared data: directories named by a digest of their inputs, which appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -21,19 +18,11 @@ HASHED_FILE_BYTES = 64 * 2**20
 
 
 def default_cache_dir() -> Path:
-    """``$NTKJAX_CACHE``, else ``$XDG_CACHE_HOME/ntkjax``, else ``~/.cache/ntkjax``. Safe to delete at any
-    time.
-    """
+    """``$NTKJAX_CACHE``, else ``$XDG_CACHE_HOME/ntkjax``, else ``~/.cache/ntkjax``. Safe to delete at any time."""
     given = os.environ.get("NTKJAX_CACHE")
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntkjax"
-
-
-def digest(*parts: Any) -> str:
-    """32 hex digits of BLAKE2b over the JSON of ``parts``: equal parts, equal digest, on every machine."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def file_signature(path: Path) -> list[Any]:

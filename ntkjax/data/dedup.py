@@ -43,10 +43,11 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from tqdm import tqdm
 
-from ntkjax.data.cache import build_once, digest
+from ntkjax.data.cache import build_once
 from ntkjax.data.differences import Words, changed_words, combine, difference, runs, uncovered, words_of
 from ntkjax.data.records import Records
 from ntkjax.errors import ConfigError
+from ntkjax.fingerprint import digest
 
 RECALL = 0.99
 CROWD = 8

@@ -1,4 +1,4 @@
-"""What two texts that share most of their words say differently: the same in other words, or something else.
+"""Differences of two texts that share most of their words: another wording of the same content, or other content.
 
 Words are compared, not typography: case, width, white space, quotes, brackets, dashes and full stops are left out,
 signs of arithmetic stay where they stand beside a number or a single letter. What both texts say is taken away first

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data.batches import TokenisedDataset
-from ntkjax.data.cache import build_once, digest
+from ntkjax.data.cache import build_once
 from ntkjax.data.prompts import (
     LossTurns,
     Rendered,
@@ -26,6 +26,7 @@ from ntkjax.data.prompts import (
 )
 from ntkjax.data.records import Example, Records
 from ntkjax.errors import ConfigError, DataError
+from ntkjax.fingerprint import digest
 
 VERSION = 4  # part of the cache key: raise it when the tokens of the same text change
 BLOCK = 512

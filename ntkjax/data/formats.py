@@ -381,4 +381,8 @@ FORMATS: dict[str, Format] = {
 
 def suffixes() -> str:
     """The suffixes for a message: ``.jsonl, .ndjson, .json (also with .gz, ...), .parquet``."""
-    return f"{', '.join(_TEXT)} (also with {', '.join(_OPENERS)} behind it), .parquet"
+    packed = tuple(_OPENERS)
+    plain = [suffix for suffix in FORMATS if not suffix.endswith(packed)]
+    text = [suffix for suffix in plain if f"{suffix}{packed[0]}" in FORMATS]
+    others = [suffix for suffix in plain if suffix not in text]
+    return ", ".join([f"{', '.join(text)} (also with {', '.join(packed)} behind it)", *others])

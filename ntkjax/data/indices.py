@@ -14,8 +14,7 @@ def as_indices(indices: Positions, size: int) -> np.ndarray:
     """Positions as int64 in [0, size); a boolean mask of ``size`` gives the positions where it is True.
 
     Raises:
-      IndexError: a position outside [-size, size), a mask of another length, or something that is no
-      position.
+      IndexError: a position outside [-size, size), a mask of another length, or something that is no position.
     """
     given: Any = np.asarray(indices)
     if given.dtype == bool:

@@ -57,8 +57,7 @@ def ingest(sources: Sequence[str], signatures: Sequence[list[Any]], options: Opt
     given, and the file.
 
     Raises:
-      DataError: the first bad record, unless ``options.skip_bad``; an unreadable file; no usable record at
-        all.
+      DataError: the first bad record, unless ``options.skip_bad``; an unreadable file; no usable record at all.
     """
     pass_ = _FirstPass(sources, options, _Skips(options.skip_bad))
     first = folder / "first-pass.arrow"

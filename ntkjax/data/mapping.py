@@ -19,18 +19,17 @@ is a brace. Two names are ours: ``{options}``, the choices as lines "- X", and `
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ntkjax.data.cache import digest
 from ntkjax.data.messages import is_absent
 from ntkjax.data.problems import RecordProblem
 from ntkjax.data.sources import is_hub_id, iter_source, list_sources, source_name, source_signature
 from ntkjax.errors import ConfigError, DataError
+from ntkjax.files import read_json, write_json, write_jsonl
+from ntkjax.fingerprint import digest
 from ntkjax.rng import numpy_rng
 
 VERSION = 2
@@ -179,11 +178,10 @@ def prepare(
         )
         report = made.with_suffix(".json")
         if not (made.exists() and report.exists()):
-            Path(folder).mkdir(parents=True, exist_ok=True)
             found = _write(source, made, skip)
-            report.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+            write_json(report, found, indent=None)
         paths.append(str(made))
-        reports.append({"path": source.path, "file": str(made), **json.loads(report.read_text(encoding="utf-8"))})
+        reports.append({"path": source.path, "file": str(made), **read_json(report, error=DataError)})
     return paths, reports
 
 
@@ -198,24 +196,21 @@ def _write(source: Source, path: Path, skip: bool) -> dict[str, Any]:
     counts: dict[str, Any] = {"records": 0, "left_out": 0, "skipped": 0, "skipped_lines": []}
     records = _arranged(source, _mapped(source, counts, skip))
     first, last = source.rows or (0, None)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-        work = Path(file.name)
-    try:
-        with work.open("w", encoding="utf-8") as out:
-            for place, record in records:
-                if last is not None and place >= last:
-                    break
-                if place >= first:
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    counts["records"] += 1
+
+    def kept() -> Iterator[dict[str, Any]]:
+        for place, record in records:
+            if last is not None and place >= last:
+                break
+            if place >= first:
+                yield record
+                counts["records"] += 1
         if not counts["records"]:
             raise DataError(
                 f"{source.path}: no record is left (rows {source.rows}, {counts['left_out']} left out by where, "
                 f"{counts['skipped']} bad); check split, where and rows"
             )
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
+
+    write_jsonl(path, kept())
     return counts
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with one record, said so that the user can mend it."""
+"""A fault of one record: what was found, what was expected, and the remedy."""
 
 from __future__ import annotations
 

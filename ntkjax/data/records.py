@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -16,13 +14,15 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data import ingest
-from ntkjax.data.cache import build_once, digest
+from ntkjax.data.cache import build_once
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.messages import Message
 from ntkjax.data.originals import Originals
 from ntkjax.data.sources import list_sources, source_signature
 from ntkjax.data.table import Table, TextColumn
 from ntkjax.errors import ConfigError
+from ntkjax.files import write_jsonl
+from ntkjax.fingerprint import digest
 
 _FIELDS = ("id", "source", "prompt", "messages", "response", "answer", "choices", "response_fields", "tools")
 _BLOCK = 512
@@ -87,8 +87,7 @@ def read_records(
     """Read JSONL, JSON, Parquet, directories of those, or hub ids (``owner/name`` or ``owner/name:config``).
 
     Several paths are concatenated. Records are validated one at a time and written to a memory-mapped Arrow
-    file in ``cache_dir`` (default: see ``default_cache_dir``), which is reused while the files stay as they
-    are.
+    file in ``cache_dir`` (default: see ``default_cache_dir``), which is reused while the files stay as they are.
 
     Args:
       split: which split of a hub data set.
@@ -125,8 +124,7 @@ def _check_options(on_bad_record: str, limit: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
-    """A view of memory-mapped records: ``len``, ``[i] -> Example``, iteration, ``subset``, ``concat``,
-    columns.
+    """A view of memory-mapped records: ``len``, ``[i] -> Example``, iteration, ``subset``, ``concat``, columns.
 
     Attributes:
       tables: the Arrow files behind the view.
@@ -235,8 +233,7 @@ class Records:
         indices: Positions | None = None,
         extra: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     ) -> None:
-        """Write the records at ``indices`` (all by default) as JSON lines; the file appears whole or not at
-        all.
+        """Write the records at ``indices`` (all by default) as JSON lines; the file appears whole or not at all.
 
         ``extra[name][k]`` is added to the k-th record written.
         """
@@ -244,19 +241,8 @@ class Records:
         for name, values in (extra or {}).items():
             if len(values) != len(chosen):
                 raise ValueError(f"extra[{name!r}] has {len(values)} values for {len(chosen)} records")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, work = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                for k, i in enumerate(chosen):
-                    more = {name: _plain(values[k]) for name, values in (extra or {}).items()}
-                    record = self[i].to_json() | more
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            Path(work).chmod(0o644)
-            Path(work).replace(path)
-        finally:
-            Path(work).unlink(missing_ok=True)
+        more = lambda k: {name: _plain(values[k]) for name, values in (extra or {}).items()}
+        write_jsonl(path, (self[i].to_json() | more(k) for k, i in enumerate(chosen)))
 
     def _column(self, name: str) -> TextColumn:
         def gather(indices: np.ndarray) -> list[str]:
@@ -305,9 +291,7 @@ def _plain(value: Any) -> Any:
 
 
 def concat_records(first: Records, second: Records) -> Records:
-    """The records of ``first``, then those of ``second``. Ids are kept as they are, also where they
-    coincide.
-    """
+    """The records of ``first``, then those of ``second``. Ids are kept as they are, also where they coincide."""
     a, b = first.report, second.report
     offsets = a.get("file_offsets", [0])
     report = {

@@ -1,5 +1,4 @@
-"""One raw record, whatever its format, to the one form that the rest of ntkjax knows; or a plain statement of
-what is wrong with it.
+"""One raw record of any known schema to a `Row`, the one form that the rest of ntkjax reads, or to a named fault.
 
 Formats: ``prompt``/``response`` (or ``completion``); ``instruction``/``input``/``output``; ``question`` or ``query``
 and ``response``; ``input``/``output``; chat ``messages``, ``conversations`` or ``conversation``, each message with

@@ -1,5 +1,4 @@
-"""Where data lies: files, directories, folders of ``Dataset.save_to_disk`` and hub ids, named and read one record at a
-time.
+"""Sources of data: files, directories, folders of ``Dataset.save_to_disk`` and hub ids, read one record at a time.
 
 Readers are those of `ntkjax.data.formats`; saved data sets and hub data count their rows from 1.
 """

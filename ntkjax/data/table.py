@@ -1,6 +1,4 @@
-"""Validated records as an Arrow file: written in blocks, memory-mapped when read, so that they cost no
-RAM.
-"""
+"""Validated records as an Arrow file: written in blocks, memory-mapped when read, so that they cost no RAM."""
 
 from __future__ import annotations
 
@@ -108,8 +106,7 @@ def _consecutive(rows: np.ndarray) -> bool:
 
 
 class TextColumn(Sequence[str]):
-    """A column of text that is read when asked for: ``column[i]``, ``column[indices]``, iteration,
-    ``np.asarray``.
+    """A column of text that is read when asked for: ``column[i]``, ``column[indices]``, iteration, ``np.asarray``.
 
     ``gather(indices)`` gives the values at an int64 array of positions.
     """

@@ -1,6 +1,4 @@
-"""How good is a model: accuracy over choices, generated answers, likelihood, and whether a difference is
-more than chance.
-"""
+"""Evaluation of models: accuracy over choices, generated answers, likelihood, and tests of differences."""
 
 from ntkjax.evaluation.choices import ChoiceScores, score_choices
 from ntkjax.evaluation.comparison import compare, compare_seeds, paired_values

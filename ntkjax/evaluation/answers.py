@@ -201,9 +201,7 @@ _MAY_END = frozenset(("etc", "inc", "ltd", "corp", "co", "jr", "sr", "bros"))
 
 
 def answer_marker(answer_template: str) -> str:
-    """What stands before the answer in the template: ``"So the answer is {}."`` gives ``"So the answer
-    is"``.
-    """
+    """What stands before the answer in the template: ``"So the answer is {}."`` gives ``"So the answer is"``."""
     return answer_template.partition("{}")[0].rstrip()
 
 

@@ -45,8 +45,7 @@ def _id(outcome) -> str:
 
 
 def paired_values(first: Sequence, second: Sequence, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Per-example values of ``key`` from two runs' outcomes (``Outcome`` objects or dicts), as float64 [n]
-    each.
+    """Per-example values of ``key`` from two runs' outcomes (``Outcome`` objects or dicts), as float64 [n] each.
 
     Examples for which *neither* run has a value (no choices, say) are left out; one that only one run has is
     an error.
@@ -77,8 +76,7 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict:
-    """Two runs on the same examples: both means, the BCa interval of (second - first), and McNemar where
-    right/wrong.
+    """Two runs on the same examples: both means, the BCa interval of (second - first), and McNemar where right/wrong.
 
     Returns:
       ``{"key", "n", "first", "second", "difference": interval dict, "percentile": interval dict, "mcnemar":

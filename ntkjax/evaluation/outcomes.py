@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkjax.errors import ConfigError, DataError
+from ntkjax.files import write_json, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,7 @@ _FIELDS = frozenset(f.name for f in dataclasses.fields(Outcome))
 
 def write_outcomes(path: str | Path, outcomes: Iterable[Outcome]) -> None:
     """Write one JSON object a line; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    with work.open("w", encoding="utf-8") as file:
-        for outcome in outcomes:
-            file.write(json.dumps(outcome.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
-    work.replace(path)
+    write_jsonl(path, (outcome.to_json() for outcome in outcomes), allow_nan=False)
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:
@@ -139,9 +133,8 @@ class OutcomeLog:
             return json.loads(self._settings_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise ConfigError(
-                f"{self.path} exists, but {self._settings_path.name} beside it cannot be read, so it is "
-                f"unknown what it holds; "
-                "delete it or choose another path"
+                f"{self.path} exists, but {self._settings_path.name} beside it cannot be read, so it is unknown what "
+                "it holds; delete it or choose another path"
             ) from None
 
     def _check(self, stored: Mapping[str, Any]) -> None:
@@ -193,7 +186,7 @@ class OutcomeLog:
                 fields.update(rows.get(row, {}))
             outcomes.append(dataclasses.replace(base, **fields))
         if self.path is not None:
-            self._settings_path.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            write_json(self._settings_path, self.settings, indent=1)
             write_outcomes(self.path, outcomes)
             self._part.unlink(missing_ok=True)
         return outcomes

@@ -161,8 +161,7 @@ class _Job:
         self._run("likelihood", rows, run, _nll_piece)
 
     def _likelihood_from_choices(self, rows: list[int]) -> None:
-        """A response that is word for word one of the choices' has been scored already: no second pass for
-        it.
+        """A response that is word for word one of the choices' has been scored already: no second pass for it.
 
         Not where the prompt was cut, since choices are cut to fit the longest of them, nor where earlier turns count.
         """

@@ -1,4 +1,4 @@
-"""Is the difference between two runs more than chance? Intervals and tests over paired per-example outcomes.
+"""Intervals and tests of the difference between two runs, over paired per-example outcomes.
 
 Everything is paired: both runs answered the same examples, and what is resampled are examples (and, where
 several seeds were run, seeds). Numbers are float64 on the host; every resampling is seeded and repeats
@@ -143,8 +143,7 @@ def paired_bootstrap(
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion (Wilson 1927): sound at 0 and at 1, where a bootstrap has no
-    width.
+    """Wilson score interval of a proportion (Wilson 1927): sound at 0 and at 1, where a bootstrap has no width.
 
     centre = (p + z^2/2n) / (1 + z^2/n), half-width = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
     """

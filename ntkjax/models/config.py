@@ -1,6 +1,4 @@
-"""The shape of a decoder, read from a Hugging Face ``config.json`` (transformers v4 or v5 style) or written
-by hand.
-"""
+"""The shape of a decoder, read from a Hugging Face ``config.json`` (transformers v4 or v5 style) or written by hand."""
 
 from __future__ import annotations
 
@@ -112,9 +110,7 @@ class ModelConfig:
         return _Reader(config, where).read()
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """A ``config.json`` that transformers v4 and v5 both read, and that ``from_hf`` reads back to this
-        object.
-        """
+        """A ``config.json`` that transformers v4 and v5 both read, and that ``from_hf`` reads back to this object."""
         return _gpt2_to_hf(self, dtype) if self.family == "gpt2" else _decoder_to_hf(self, dtype)
 
 

@@ -55,8 +55,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Hidden states after the last norm, float32 or better [B, T, D], and the extended cache (None
-        without one).
+        """Hidden states after the last norm, float32 or better [B, T, D], and the extended cache (None without one).
 
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
         ``segments`` as in Batch; not together with a cache.

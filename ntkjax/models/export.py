@@ -1,6 +1,4 @@
-"""Models in Hugging Face format, adapters merged: config.json, safetensors, tokenizer and generation
-settings.
-"""
+"""Models in Hugging Face format, adapters merged: config.json, safetensors, tokenizer and generation settings."""
 
 from __future__ import annotations
 
@@ -11,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.errors import ConfigError
-from ntkjax.models.files import replaced_directory, write_json, write_tensors
+from ntkjax.errors import CheckpointError, ConfigError
+from ntkjax.files import written_folder
+from ntkjax.models.files import write_json, write_tensors
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
 from ntkjax.types import Params
@@ -23,8 +22,7 @@ _STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.in
 def save_merged(
     directory: str | Path, model: LanguageModel, params: Params, *, max_shard_size: int = 5_000_000_000
 ) -> None:
-    """Write ``model`` with ``params`` (any subset of its tree) as a directory that torch and ``load_lm``
-    read.
+    """Write ``model`` with ``params`` (any subset of its tree) as a directory that torch and ``load_lm`` read.
 
     Adapters are added to their kernels, W + scale A B, in float32 or better, and every tensor is cast to the
     model's dtype. Weights go to model.safetensors, or to shards of at most ``max_shard_size`` bytes and an
@@ -38,7 +36,7 @@ def save_merged(
         raise ConfigError(f"max_shard_size = {max_shard_size}: expected a number of bytes")
     leaves, pieces = paths(model.with_params(params).params), _pieces(model)
     shards = _shards(model, leaves, pieces, max_shard_size)
-    with replaced_directory(directory, _STALE) as scratch:
+    with written_folder(directory, keep=True, stale=_STALE, error=CheckpointError) as scratch:
         for file, names in shards.items():
             write_tensors(scratch / file, {name: _tensor(model, leaves, name, pieces[name]) for name in names})
         if len(shards) > 1:
@@ -59,9 +57,7 @@ Piece = tuple[str, Source, int | None]
 
 
 def _pieces(model: LanguageModel) -> dict[str, list[Piece]]:
-    """Tensor name -> what it is made of, in order along its last axis (more than one for GPT-2's fused q, k,
-    v).
-    """
+    """Tensor name -> what it is made of, in order along its last axis (more than one for GPT-2's fused q, k, v)."""
     found: dict[str, list[Piece]] = collections.defaultdict(list)
     for path, source in sources(model.spec).items():
         stacked = path.startswith("layers/")
@@ -122,9 +118,7 @@ def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, layer: int 
 
 
 def _config(model: LanguageModel) -> dict[str, Any]:
-    """The source's config.json, completed so that transformers v4 and v5 both read it, with the dtype
-    written.
-    """
+    """The source's config.json, completed so that transformers v4 and v5 both read it, with the dtype written."""
     dtype = str(_dtype(model))
     own = {key: value for key, value in (model.hf_config or {}).items() if value is not None}
     return model.config.to_hf(dtype) | own | {"dtype": dtype, "torch_dtype": dtype}

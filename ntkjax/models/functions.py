@@ -68,9 +68,7 @@ def forward(
     cache: KVCache | None = None,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See
-    Decoder.forward.
-    """
+    """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See Decoder.forward."""
     return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments)
 
 
@@ -205,9 +203,7 @@ class ModelFn:
 
 
 def model_fn(weights: dict, spec: ModelSpec, kind: str, positions: str = "response") -> ModelFn:
-    """The function ``kind`` (one of OUTPUTS) over ``positions`` (one of POSITIONS); ConfigError for another
-    name.
-    """
+    """The function ``kind`` (one of OUTPUTS) over ``positions`` (one of POSITIONS); ConfigError for another name."""
     for value, allowed, what in ((kind, OUTPUTS, "output"), (positions, POSITIONS, "positions")):
         if value not in allowed:
             raise ConfigError(f"{what} {value!r} is not one of {', '.join(allowed)}")

@@ -32,8 +32,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """Continue each prompt by up to ``max_new_tokens`` tokens; the new tokens alone, in the order of the
-    prompts.
+    """Continue each prompt by up to ``max_new_tokens`` tokens; the new tokens alone, in the order of the prompts.
 
     A continuation ends with the first stop token, which is kept: one without it was cut at
     ``max_new_tokens``. A prompt's continuation does not depend on the others': padding is never attended to,
@@ -157,9 +156,7 @@ def _continue(
     key: Array,
     settings: Float[Array, "2"],
 ) -> Int[Array, "B N"]:
-    """New tokens [B, new], -1 after a row's stop token and in filler rows. ``settings``: temperature and
-    top_p.
-    """
+    """New tokens [B, new], -1 after a row's stop token and in filler rows. ``settings``: temperature and top_p."""
     rows = tokens.shape[0]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.maximum(index, 0))
 
@@ -191,9 +188,7 @@ def _continue(
 
 
 def _sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: Float[Array, "2"]) -> Int[Array, " B"]:
-    """One token per row from softmax(logits / temperature), cut to its nucleus of mass top_p (arXiv
-    1904.09751).
-    """
+    """One token per row from softmax(logits / temperature), cut to its nucleus of mass top_p (arXiv 1904.09751)."""
     temperature, top_p = settings.astype(logits.dtype)
     logits = logits / temperature
     ordered = -jnp.sort(-logits, axis=-1)

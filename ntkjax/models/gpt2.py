@@ -53,9 +53,7 @@ class GPT2(nnx.Module):
         cache: KVCache | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """As ``Decoder.forward``; UserError when the sequence or the cache is longer than the learned
-        positions.
-        """
+        """As ``Decoder.forward``; UserError when the sequence or the cache is longer than the learned positions."""
         limit = self.spec.config.max_positions
         needed = tokens.shape[1] if cache is None else cache.keys.shape[2]
         # Given positions (packed choices restart them) are below T; only the default ones reach T - 1.

@@ -1,5 +1,4 @@
-"""The parts of a decoder: linear layers with adapters, norms, rotary positions, attention, the scan over
-layers.
+"""The parts of a decoder: linear layers with adapters, norms, rotary positions, attention, the scan over layers.
 
 Every module holds its parameters stacked over layers, [L, ...]; inside the scan the same module sees one
 layer's slice. Matrix products accumulate in float32 or better; norms and softmax are computed in float32 or
@@ -72,9 +71,7 @@ class KVCache:
 
     @classmethod
     def zeros(cls, spec: ModelSpec, rows: int, size: int) -> KVCache:
-        """An empty cache for ``rows`` sequences of at most ``size`` tokens; tokens beyond ``size`` must not
-        be fed.
-        """
+        """An empty cache for ``rows`` sequences of at most ``size`` tokens; tokens beyond ``size`` must not be fed."""
         c = spec.config
         empty = jnp.zeros((c.num_layers, rows, size, c.num_kv_heads, c.head_dim), spec.dtype)
         return cls(empty, empty, jnp.zeros((rows,), jnp.int32))
@@ -173,9 +170,7 @@ def along_last(vector: Float[Array, " D"], x: Float[Array, "*A D"]) -> Float[Arr
 
 
 class Embedding(nnx.Module):
-    """A table of rows: weight [N, D]; ids int32 [...] -> [..., D]. Ids must be below N (checked where they
-    enter).
-    """
+    """A table of rows: weight [N, D]; ids int32 [...] -> [..., D]. Ids must be below N (checked where they enter)."""
 
     def __init__(self, rows: int, width: int, dtype: str):
         self.weight = nnx.Param(jnp.zeros((rows, width), dtype))

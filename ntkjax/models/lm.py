@@ -26,8 +26,7 @@ from ntkjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint held: where from, how many tensors and parameters, and how many tensors of each
-    dtype.
+    """What a checkpoint held: where from, how many tensors and parameters, and how many tensors of each dtype.
 
     Attributes:
       source: the directory that was read. name: what transformers finds the model by from anywhere: its id on the hub,
@@ -94,9 +93,7 @@ class LanguageModel:
         return unflatten({path: put(leaf, path, self.mesh) for path, leaf in fresh.items()})
 
     def with_params(self, params: Params) -> LanguageModel:
-        """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in
-        overlay.
-        """
+        """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in overlay."""
         return dataclasses.replace(self, params=overlay(self.params, params))
 
     def select_params(self, which: str = "lora") -> dict:
@@ -158,9 +155,7 @@ class LanguageModel:
         return self.output("entropy")
 
     def logits(self, token_ids: Int[Array | np.ndarray, "B T"] | list) -> Float[Array, "B T V"]:
-        """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the
-        vocabulary.
-        """
+        """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the vocabulary."""
         tokens = np.asarray(token_ids)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"token_ids: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
@@ -220,9 +215,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def init_leaf(spec: ModelSpec, path: str, shape: jax.ShapeDtypeStruct, seed: int) -> Array:
-    """A fresh leaf: adapters as in PEFT (A uniform, B zero), scales 1, biases 0, weights
-    normal(initializer_range).
-    """
+    """A fresh leaf: adapters as in PEFT (A uniform, B zero), scales 1, biases 0, weights normal(initializer_range)."""
     name = path.rsplit("/", 1)[-1]
     if name == "lora_a":
         return jnp.asarray(init_lora_a(numpy_rng(seed, "lora", path), shape.shape, shape.dtype))

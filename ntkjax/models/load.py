@@ -1,6 +1,4 @@
-"""Language models from Hugging Face directories: config.json, safetensors (one file or shards), tokenizer
-files.
-"""
+"""Language models from Hugging Face directories: config.json, safetensors (one file or shards), tokenizer files."""
 
 from __future__ import annotations
 
@@ -89,9 +87,7 @@ def _generation_ends(directory: Path) -> list[int]:
 
 
 def find_directory(path: str | Path) -> Path:
-    """The local directory of a model, downloading it from the hub where ``path`` is an id and not a
-    directory.
-    """
+    """The local directory of a model, downloading it from the hub where ``path`` is an id and not a directory."""
     local = Path(path).expanduser()
     if local.is_dir():
         return local

@@ -67,9 +67,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def matches(self, linears: tuple[str, ...]) -> tuple[str, ...]:
-        """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that
-        matches none.
-        """
+        """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that fits none."""
         chosen: set[str] = set()
         for target in self.targets:
             found = _matching(target, linears)
@@ -175,9 +173,7 @@ def lora_subset(params: dict) -> dict:
 
 
 def merge_lora(params: dict, scale: float) -> dict:
-    """The tree without adapters: kernel + scale A B, summed in float32 or better and cast back to the
-    kernel's dtype.
-    """
+    """The tree without adapters: kernel + scale A B, summed in float32 or better, cast back to the kernel's dtype."""
     if "lora_a" in params:
         a, b = at_least_float32(params["lora_a"]), at_least_float32(params["lora_b"])
         kernel = params["kernel"]

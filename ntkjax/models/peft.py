@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.errors import CheckpointError
-from ntkjax.models.files import replaced_directory, write_json, write_tensors
+from ntkjax.files import written_folder
+from ntkjax.models.files import write_json, write_tensors
 from ntkjax.models.lm import LanguageModel
 from ntkjax.models.load import read_json
 from ntkjax.models.lora import LoraConfig
@@ -105,8 +106,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 
 def save_adapter(directory: str | Path, model: LanguageModel, params: Params) -> None:
-    """Write the adapter in ``params`` (any subset of the tree; the rest of it is the model's) as a PEFT
-    directory.
+    """Write the adapter in ``params`` (any subset of the tree; the rest of it is the model's) as a PEFT directory.
 
     ``lora_dropout`` is written as 0. The directory is replaced as a whole: nothing half-written stays.
 
@@ -127,7 +127,7 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
         for i in range(a.shape[0]):
             key = f"{_PREFIX}{layers}.{i}.{module}"
             tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[i].T, b[i].T
-    with replaced_directory(directory) as scratch:
+    with written_folder(directory, keep=True, error=CheckpointError) as scratch:
         write_tensors(scratch / WEIGHTS, tensors)
         write_json(scratch / CONFIG, _peft_config(model, lora, ranks))
 
@@ -315,9 +315,7 @@ def _split(
     widths: list[int],
     where: str,
 ) -> dict[str, Factors]:
-    """The inverse of ``_fuse``: one A and B for each of ``targets``; CheckpointError when the rank does not
-    fit.
-    """
+    """The inverse of ``_fuse``: one A and B for each of ``targets``; CheckpointError when the rank does not fit."""
     ends = np.cumsum(widths)
     columns = {name: slice(end - width, end) for name, end, width in zip(names, ends, widths)}
     for name in names:

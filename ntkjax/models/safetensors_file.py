@@ -32,9 +32,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: its dtype's name in the file ("BF16"), shape, and bytes from ``start`` to
-    ``stop``.
-    """
+    """One tensor of a file: its dtype's name in the file ("BF16"), shape, and bytes from ``start`` to ``stop``."""
 
     file: Path
     name: str
@@ -60,9 +58,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file by name. Raises CheckpointError where the file is empty, truncated or not
-    safetensors.
-    """
+    """The tensors of one file by name. Raises CheckpointError where the file is empty, truncated or not safetensors."""
     size = path.stat().st_size
     bad = lambda why: CheckpointError(f"{path}: not a usable safetensors file: {why}; download or export it again")
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""How good a kernel matrix A is in the place of E: every metric at once, with bootstrap intervals over examples.
+"""Agreement of a kernel matrix A with a reference E: all metrics, with bootstrap intervals over examples.
 
 **The bootstrap.** Examples are drawn with replacement, rows and columns together, so a resample is a vector w of
 multiplicities. An example drawn twice would put its diagonal entry K_ii among the off-diagonal pairs, and inflate the

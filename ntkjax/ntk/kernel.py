@@ -1,4 +1,4 @@
-"""What a tangent kernel is here: the trace NTK of some function F(params, batch) -> [B, m].
+"""Tangent kernels as features: the trace NTK of a function F(params, batch) -> [B, m].
 
     k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + own <h(x), h(x')>
 

@@ -1,4 +1,4 @@
-"""The one door to neural-tangents (Novak et al. 2020, 2022), whose kernels ours are checked against.
+"""Adapter to neural-tangents (Novak et al. 2020, 2022), whose kernels ours are checked against.
 
 Its last release, 0.6.5, asks for TensorFlow and for names that JAX has since moved or removed, so it cannot be imported
 as it stands. Only its module for empirical kernels is needed here, and that one is sound: its sources are executed

@@ -1,5 +1,6 @@
-"""What an arm costs, whatever else the machine does: model passes in forward-equivalent tokens, for its warm-up, its
-selection and its training. `ntkjax.selection.cost` says how they are counted.
+"""Cost of an arm in model passes: forward-equivalent tokens of its warm-up, its selection and its training.
+
+They do not depend on the machine's load; `ntkjax.selection.cost` says how they are counted.
 
 FLOPs are about 2 P times that, P the weights that are multiplied (Kaplan et al., arXiv 2001.08361; attention over long
 sequences comes on top).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ntkjax.data import Records, read_records
 from ntkjax.data.dedup import POOL, find_duplicates, report
 from ntkjax.errors import ConfigError
+from ntkjax.files import read_json
 from ntkjax.parallel import is_primary
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, DedupOptions
@@ -106,11 +106,11 @@ def summary(content: Mapping[str, Any] | None) -> str:
         lines.append(f"alike and no duplicates, kept: {shown(alike)}")
     leaks = {where: kinds for where, kinds in content["counts"].items() if where in ("domain in test", "domain in dev")}
     if leaks:
-        lines.append(f"leakage that is yours to mend: {shown(leaks)}")
+        lines.append(f"leakage that is not removed, since these files are yours: {shown(leaks)}")
     return "\n".join(lines)
 
 
 def read_summary(out: str | Path) -> str:
     """``summary`` of OUT/duplicates.json."""
     file = Path(out) / FILE
-    return summary(json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
+    return summary(read_json(file) if file.exists() else None)

@@ -1,4 +1,4 @@
-"""What the results of a run directory come from, by content: the rule that all commands share.
+"""Digests of the inputs of a run (data, weights, tokenizer, adapter), compared before results are read back.
 
 A command reads its data and its model, takes the digests of both (`inputs_of`), and gives them to ``RunDir``, which
 keeps them in inputs.json from before the first result. Equal inputs: what is finished is read back, what is not goes
@@ -16,9 +16,8 @@ from hashlib import blake2b
 import numpy as np
 
 from ntkjax.data import Records
-from ntkjax.data.cache import digest
 from ntkjax.data.encode import tokenizer_digest
-from ntkjax.fingerprint import weights_fingerprint
+from ntkjax.fingerprint import digest, weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths
 from ntkjax.pipeline.load import Loaded

@@ -1,4 +1,4 @@
-"""From options to a model and tokenised data: what every stage does first."""
+"""A model and tokenised data from options: the first step of every command."""
 
 from __future__ import annotations
 

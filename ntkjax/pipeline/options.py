@@ -1,4 +1,4 @@
-"""Options that several stages share. One dataclass is one group of command-line flags and one block of config.yaml."""
+"""Options that several commands share: a dataclass is a group of command-line flags and a block of config.yaml."""
 
 from __future__ import annotations
 

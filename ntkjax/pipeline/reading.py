@@ -1,13 +1,13 @@
-"""What reading a command's data lost, in a line or two for each role: nothing is dropped without being named."""
+"""Counts of what reading the data skipped, cut and did not use, in a line or two for each role."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ntkjax.data.schema import CUT_MESSAGES
+from ntkjax.files import read_json
 
 SHOWN_COLUMNS = 12
 # Counts of tokens.report that say something was lost or changed on the way to tokens; others are plain sizes.
@@ -69,6 +69,6 @@ def reading_of_run(config: Any, name: str, role: str | None = None) -> str:
     file = Path(config.out) / name
     if not file.exists():  # of several processes the first writes it
         return ""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     data = content.get("data", content)
     return reading(data if role is None else {role: data})

@@ -11,25 +11,23 @@ came of it.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.files import append_json_line, drop_partial_line, plain, write_bytes, write_text
 from ntkjax.parallel import is_primary
 from ntkjax.pipeline.config_io import config_to_dict
-from ntkjax.store import atomic_write, differences, flatten
+from ntkjax.store import differences, flatten
 
 _LIBRARIES = (
     *("ntkjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "scipy"),
@@ -114,7 +112,7 @@ class RunDir:
     ) -> None:
         """Raise what ``create`` would for a path that holds something else; writes nothing.
 
-        For the start of a stage, before its inputs are read (without ``inputs``) and when they are: a mistake in them
+        For the start of a command, before its inputs are read (without ``inputs``) and when they are: a mistake in them
         then leaves no run directory behind.
         """
         path = Path(path)
@@ -142,17 +140,12 @@ class RunDir:
         """
         if not is_primary():
             return
-        file = self.path / "metrics.jsonl"
-        line = json.dumps(plain(fields), ensure_ascii=False) + "\n"
-        with _writing(file):
-            _drop_partial_line(file)
-            with file.open("a", encoding="utf-8") as out:
-                out.write(line)
+        append_json_line(self.path / "metrics.jsonl", plain(fields))
 
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl, in order; [] where there is none yet."""
         file = self.path / "metrics.jsonl"
-        _drop_partial_line(file)
+        drop_partial_line(file)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         return [json.loads(line) for line in lines]
 
@@ -168,10 +161,12 @@ class RunDir:
         file = self.path / name
         if not is_primary():
             return file
-        with _writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, text.encode("utf-8"))
-        return file
+        return write_text(file, text)
+
+    def write_bytes(self, name: str, data: bytes) -> Path:
+        """Write ``data``, such as a plot, to the file ``name`` as `write_text` does; gives its path."""
+        file = self.path / name
+        return write_bytes(file, data) if is_primary() else file
 
 
 def load_run(path: str | os.PathLike) -> tuple[str, dict]:
@@ -246,38 +241,6 @@ def versions() -> dict:
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "git_commit": _git_commit(),
     }
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: arrays and tuples as lists, paths and dataclasses as strings and dicts.
-
-    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity", "-Infinity", which ``float``
-    reads back, so nothing is lost and every JSON reader accepts the file.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(entry) for entry in value]
-    if isinstance(value, Path):
-        return str(value)
-    if callable(getattr(value, "tolist", None)):  # NumPy and JAX arrays and scalars
-        return plain(value.tolist())  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(value, float) and not np.isfinite(value):
-        return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-@contextlib.contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot be written ({error.strerror or error}). What was written before is kept. Free "
-            "some space or mend the directory, then run the same command again."
-        ) from error
 
 
 def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -> None:
@@ -366,17 +329,3 @@ def _git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _drop_partial_line(file: Path) -> None:
-    """Remove a last line without its newline: a kill cut it while it was written."""
-    if not file.exists():
-        return
-    with file.open("rb+") as out:
-        size = out.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        out.seek(size - 1)
-        if out.read(1) != b"\n":
-            out.seek(0)
-            out.truncate(out.read().rfind(b"\n") + 1)

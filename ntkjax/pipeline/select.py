@@ -1,4 +1,4 @@
-"""From options to a selection: the selector, its problem, and the choice of N pool examples."""
+"""A selection from options: the selector, its problem, and the choice of N pool examples."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ import pyarrow.parquet as pq
 
 from ntkjax.data import Records
 from ntkjax.errors import DataError
+from ntkjax.files import read_json, write_json, write_lines, written_file, written_folder
 from ntkjax.pipeline.load import Loaded
 from ntkjax.selection import Selection
 from ntkjax.selection.diagnostics import examples
-from ntkjax.store import atomic_write
 
 SelectedFormat = Literal["original", "ntkjax", "parquet", "hf"]
 FILES = {"original": "selected.jsonl", "ntkjax": "selected.jsonl", "parquet": "selected.parquet", "hf": "selected"}
@@ -58,12 +57,7 @@ def write_selected(out: Path, records: Records, result: Selection, kind: Selecte
         records.write_jsonl(path, result.selected, extra=beside)
         return path
     rows = _Rows(records, result.selected, beside)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=out) as folder:
-        work = Path(folder) / path.name
-        {"original": _write_jsonl, "parquet": _write_parquet, "hf": _write_dataset}[kind](work, rows)
-        if path.is_dir():
-            shutil.rmtree(path)
-        work.replace(path)
+    {"original": _write_jsonl, "parquet": _write_parquet, "hf": _write_dataset}[kind](path, rows)
     return path
 
 
@@ -114,9 +108,7 @@ def _label(value: Any) -> str:
 
 
 def _write_jsonl(path: Path, rows: _Rows) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for record in rows:
-            file.write(_as_json(record) + "\n")
+    write_lines(path, map(_as_json, rows))
 
 
 def _as_json(record: Mapping[str, Any]) -> str:
@@ -153,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 def _write_parquet(path: Path, rows: _Rows) -> None:
     schema = _schema(rows)
-    with pq.ParquetWriter(path, schema) as file:
+    with written_file(path) as work, pq.ParquetWriter(work, schema) as file:
         for table in _tables(rows, schema):
             file.write_table(table)
 
@@ -161,11 +153,14 @@ def _write_parquet(path: Path, rows: _Rows) -> None:
 def _write_dataset(path: Path, rows: _Rows) -> None:
     import datasets
 
-    schema, stream = _schema(rows), path.with_suffix(".arrow")
-    with pa.OSFile(str(stream), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for table in _tables(rows, schema):
-            writer.write_table(table)
-    datasets.Dataset.from_file(str(stream)).save_to_disk(str(path))
+    schema = _schema(rows)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        stream = Path(scratch) / "rows.arrow"
+        with pa.OSFile(str(stream), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for table in _tables(rows, schema):
+                writer.write_table(table)
+        with written_folder(path) as work:
+            datasets.Dataset.from_file(str(stream)).save_to_disk(str(work))
 
 
 def _schema(rows: _Rows) -> pa.Schema:
@@ -229,7 +224,7 @@ def write_selection(out: Path, result: Selection, pool: Loaded, selected_format:
         "diagnostics": result.diagnostics,
         "examples": {name: _shown(result, pool, rows) for name, rows in examples(result).items()},
     }
-    atomic_write(out / "selection.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json(out / "selection.json", content)
 
 
 def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
@@ -237,8 +232,7 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
     chosen = np.zeros(len(pool), bool)
     chosen[result.selected] = True
     scored = result.scored
-    partial = out / ".scores.parquet"
-    with pq.ParquetWriter(partial, SCORES) as file:
+    with written_file(out / "scores.parquet") as work, pq.ParquetWriter(work, SCORES) as file:
         for start in range(0, len(pool), ROW_GROUP):
             rows = slice(start, min(start + ROW_GROUP, len(pool)))
             records = pool.records.subset(np.arange(rows.start, rows.stop))
@@ -255,7 +249,6 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
                 "line": pa.array(lines),
             }
             file.write_table(pa.table(columns).cast(SCORES))
-    partial.replace(out / "scores.parquet")
 
 
 def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) -> list[dict]:
@@ -275,7 +268,7 @@ def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) ->
 
 def read_selection(out: Path) -> Selection:
     """What ``write_selection`` wrote into ``out``."""
-    content = json.loads((out / "selection.json").read_text(encoding="utf-8"))
+    content = read_json(out / "selection.json")
     table = pq.read_table(out / "scores.parquet", columns=["score", "votes", "rank"])
     column = lambda name, fill: table[name].fill_null(fill).to_numpy()
     votes = None if table["votes"].null_count == len(table) else column("votes", 0)

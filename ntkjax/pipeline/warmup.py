@@ -1,4 +1,4 @@
-"""The warm-up before selecting: theta fine-tuned on the domain, and what methods ask of the way there."""
+"""The warm-up before a selection: fine-tuning on the domain, with the checkpoints and moments that methods ask for."""
 
 from __future__ import annotations
 

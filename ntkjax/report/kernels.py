@@ -1,4 +1,4 @@
-"""Plots of kernel matrices and of how well one stands for another."""
+"""Plots of kernel matrices and of their agreement."""
 
 from __future__ import annotations
 

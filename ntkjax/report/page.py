@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkjax.errors import UserError
+from ntkjax.files import write_text
 from ntkjax.report.tables import Columns, Rows, cells
 
 
@@ -123,16 +123,7 @@ def write_page(path: str | Path, page: Page) -> Path:
     Raises:
       UserError: the file cannot be written.
     """
-    path = Path(path)
-    text = render_page(page)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the report ({error.strerror or error}).") from error
-    return path
+    return write_text(path, render_page(page))
 
 
 def _inline(text: str) -> Any:

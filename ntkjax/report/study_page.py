@@ -1,4 +1,4 @@
-"""The page of a study, from one plain dict. Every part is optional: what a study does not have, its page leaves out.
+"""The page of a study, from one plain dict. Parts that a study does not have are left out.
 
 ::
 

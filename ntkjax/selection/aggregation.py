@@ -1,4 +1,4 @@
-"""How the kernel values of a pool example with all domain examples become one score, or a turn.
+"""Aggregation of the kernel values of a pool example with all domain examples: one score, or a rank by turns.
 
 ``mean``         s_j = 1/M sum_i k(x_i, x_j)                       one direction g_bar [the paper's]
 ``clusters``     s_j = max_c 1/|D_c| sum_{i in D_c} k(x_i, x_j)    one direction for each group D_c of domain examples

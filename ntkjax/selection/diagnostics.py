@@ -1,4 +1,4 @@
-"""Is a score about the domain? What every selection reports about itself (DESIGN: raw scores track length)."""
+"""Diagnostics of every selection: correlation of its scores with length and with the pool's mean gradient, sources."""
 
 from __future__ import annotations
 

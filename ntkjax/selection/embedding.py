@@ -1,4 +1,4 @@
-"""Stage 1 of NTK-Selector alone (arXiv 2511.07380): domain points vote for their nearest pool points."""
+"""Stage 1 of NTK-Selector alone (arXiv 2511.07380): domain examples vote for their nearest pool examples."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from ntkjax.fingerprint import tree_digest
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.shared import open_shared, tree_digest
+from ntkjax.selection.shared import open_shared
 from ntkjax.selection.vote import Votes, embed, vote
 from ntkjax.store import RowStore
 

@@ -15,11 +15,12 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
+from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.rows import collect_rows, iterate
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import FORWARD, Sizes
 from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.shared import open_shared, tree_digest
+from ntkjax.selection.shared import open_shared
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, valid_mask
 
 Keep = Literal["intersection", "information", "generative", "semantic"]

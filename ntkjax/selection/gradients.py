@@ -6,7 +6,7 @@ gradients are what an Adam step would make of them (LESS, arXiv 2402.04333): fro
 
     g_j  ->  m' / sqrt(v' + 1e-8),    m' = 0.9 m + 0.1 g_j,    v' = 0.999 v + 0.001 g_j^2
 
-elementwise, without bias correction, before the sketch. The domain's stay plain: they are what shall become less.
+elementwise, without bias correction, before the sketch. The domain's are plain: the step is to lower its loss.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ntkjax import ntk
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.approx import ONE_OUTPUT, KernelFunctions, build, parse
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kronecker import KroneckerSketch
@@ -29,7 +30,7 @@ from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.ntk.sparse import SparseSketch
 from ntkjax.selection.base import Dataset, SelectionProblem, WarmupCheckpoint
 from ntkjax.selection.embedding import stage1_votes
-from ntkjax.selection.shared import open_shared, parts_to_do, tree_digest
+from ntkjax.selection.shared import open_shared, parts_to_do
 from ntkjax.selection.vote import Votes, unit_rows
 from ntkjax.types import Params
 

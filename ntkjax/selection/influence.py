@@ -1,4 +1,4 @@
-"""Influence: what a step on a pool example does to the domain's loss, curvature or step sizes taken into account."""
+"""Influence: first-order change of the domain's loss by a preconditioned gradient step on a pool example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A control: the longest responses (or the shortest). What is a selector worth that only finds long answers?"""
+"""A control: the longest responses, or the shortest."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Order = Literal["longest", "shortest"]
 class LengthSelector:
     """score_j = +|S(x_j)| (``order`` longest) or -|S(x_j)| (shortest), response tokens; top n, ties by lower row.
 
-    Source: none, a control of ours; it looks at neither the domain nor the model. Tangent-kernel scores track length
-    (DESIGN), so a selector must beat this one. Lengths are counted after truncation to the longest sequence.
+    Source: none, a control of ours; it looks at neither the domain nor the model. Tangent-kernel scores
+    correlate with length, so a selector must be better than this one. Lengths are counted after truncation to the
+    longest sequence.
 
     Raises:
       ConfigError: an unknown ``order``.

@@ -1,4 +1,4 @@
-"""LESS (arXiv 2402.04333): what a step of Adam on a pool example does for each subtask, over the warm-up's epochs."""
+"""LESS (arXiv 2402.04333): alignment of Adam's update from a pool example with each subtask's gradient, over epochs."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
+from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.approx import KernelFunctions, build
 from ntkjax.ntk.precondition import DAMPING, build_preconditioner
 from ntkjax.ntk.scores import Direction, mean_direction, scores_along
@@ -24,7 +25,7 @@ from ntkjax.selection.clusters import k_means
 from ntkjax.selection.cost import TRAIN, Sizes
 from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.embedding import embed_both
-from ntkjax.selection.shared import open_shared, tree_digest
+from ntkjax.selection.shared import open_shared
 from ntkjax.selection.vote import CHUNK, unit_rows
 
 SAMPLE = 20_000

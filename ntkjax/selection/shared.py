@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ntkjax.data.cache import digest
+from ntkjax.files import write_bytes
+from ntkjax.fingerprint import digest
 from ntkjax.parallel import barrier, is_primary, process
 from ntkjax.selection.base import SelectionProblem
-from ntkjax.store import RowStore, atomic_write
-from ntkjax.types import Params
+from ntkjax.store import RowStore
 
 NOT_SHARED = ("domain", "adapter")
 """Keys of a problem's manifest that rows of the pool do not depend on but through theta, which is named apart."""
-
-
-def tree_digest(tree: Params) -> str:
-    """16 hex digits over path, shape, dtype and every bit of every leaf."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        values = np.ascontiguousarray(leaf)
-        hasher.update(f"{jax.tree_util.keystr(path)} {values.shape} {values.dtype}".encode())
-        hasher.update(values.tobytes())
-    return hasher.hexdigest()
 
 
 def open_shared(
@@ -77,4 +65,4 @@ def parts_to_do(store: RowStore, wanted: Int[np.ndarray, " c"]) -> Iterator[tupl
 
 
 def _write(path: Path, rows: Bool[np.ndarray, " N"]) -> None:
-    atomic_write(path, np.packbits(rows).tobytes())
+    write_bytes(path, np.packbits(rows).tobytes())

@@ -1,4 +1,4 @@
-"""Loss reweighting: examples whose loss is in the way get less weight, anew in every batch.
+"""Loss reweighting (arXiv 2502.06733): weights of the examples of each batch from their losses.
 
 Source: Sow et al., Dynamic Loss-Based Sample Reweighting for Improved Large Language Model Pretraining, ICLR 2025
 (arXiv 2502.06733), Section 3.

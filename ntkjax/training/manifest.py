@@ -1,4 +1,4 @@
-"""What a run was started with, so that a resume under other settings, data or weights is refused by name."""
+"""Settings, data and weights that a run was started with; a resume under others is refused, naming what differs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.errors import CheckpointError
+from ntkjax.files import read_json, write_json
 from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.training.config import TrainConfig
 from ntkjax.types import Batch
@@ -85,14 +86,9 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
       CheckpointError: a key differs, and which; or the file is not JSON.
     """
     if not path.exists():
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(manifest, indent=2) + "\n")
-        scratch.replace(path)
+        write_json(path, manifest)
         return
-    try:
-        old = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}). Use another output folder") from error
+    old = read_json(path, remedy="use another output folder", error=CheckpointError)
     manifest = json.loads(json.dumps(manifest))  # as the file has it: tuples are lists there
     missing = object()
     changed = [

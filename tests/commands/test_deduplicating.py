@@ -158,7 +158,7 @@ def test_leakage_in_the_domain_is_told_and_left_alone(files, tmp_path, capsys):
     given = ["--model", files.model, "--domain", str(domain), *files.flags("pool", "test")]
     out = tmp_path / "run"
     assert main(["select", *given, "--n", "3", "--out", str(out), *QUICK, "--method", "length", "--skip-warmup"]) == 0
-    assert "yours to mend: domain in test: 1 exact" in capsys.readouterr().out
+    assert "these files are yours: domain in test: 1 exact" in capsys.readouterr().out
     assert json.loads((out / "data.json").read_text())["domain"]["tokens"]["examples"] == 13
 
 

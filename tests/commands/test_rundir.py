@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.files import plain
 from ntkjax.pipeline.config_io import config_from_dict
-from ntkjax.pipeline.run_dir import RunDir, load_run, plain, versions
+from ntkjax.pipeline.run_dir import RunDir, load_run, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +162,13 @@ def test_files_are_written_whole(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path):
+def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path, full_disk):
     run = RunDir.create(tmp_path / "run", "adapt", Config())
     run.write_json("a.json", 1)
-    # The file system itself answers "no space left" to whatever is written here.
-    (tmp_path / "run" / "a.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"a\.json: cannot be written \(No space left on device\)"):
+    with full_disk(), pytest.raises(UserError, match=r"a\.json: cannot be written \(No space left on device\)"):
         run.write_json("a.json", 2)
     assert json.loads((tmp_path / "run" / "a.json").read_text()) == 1
+    # The file system itself answers "no space left" to whatever is written here.
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written"):
         run.log(step=1)

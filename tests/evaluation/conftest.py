@@ -1,6 +1,4 @@
-"""A tiny model over a tiny byte-level tokenizer, and records written to disk and read back as a user's would
-be.
-"""
+"""A tiny model over a tiny byte-level tokenizer, and records written to disk and read back as a user's would be."""
 
 from __future__ import annotations
 

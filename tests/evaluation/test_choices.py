@@ -25,9 +25,7 @@ TEMPLATE = "So the answer is {}."
 
 
 def one_by_one(model, example, max_length):
-    """The oracle: one unpacked sequence per choice through ``model.logits``, right-padded so as to compile
-    once.
-    """
+    """The oracle: one unpacked sequence per choice through ``model.logits``, right-padded so as to compile once."""
     sums, counts = [], []
     rendered = [render(model.tokenizer, example, response=TEMPLATE.format(c)) for c in example.choices]
     drop = max(0, max(len(r.tokens) for r in rendered) - max_length)

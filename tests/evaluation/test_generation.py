@@ -1,6 +1,4 @@
-"""Generated answers: what is read, what is forced and how it is counted, with scripted text; then the real
-generator.
-"""
+"""Generated answers: what is read, what is forced and how it is counted, with scripted text; then the generator."""
 
 from types import SimpleNamespace
 

@@ -1,6 +1,4 @@
-"""`evaluate_model` end to end: outcomes and summary by hand, and a killed run that goes on where it
-stopped.
-"""
+"""`evaluate_model` end to end: outcomes and summary by hand, and a killed run that goes on where it stopped."""
 
 import json
 

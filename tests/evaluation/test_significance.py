@@ -40,9 +40,7 @@ def test_bootstrap_equals_scipy(method):
 
 
 def test_bca_of_a_mean_by_its_formula():
-    """BCa written out: z0 from the share of resamples below, a from the third moment (exact jackknife of a
-    mean).
-    """
+    """BCa written out: z0 from the share of resamples below, a from the third moment (exact jackknife of a mean)."""
     values = np.random.default_rng(1).exponential(size=60)
     got = bootstrap_mean(values, resamples=20_000, seed=1)
     means = values[np.random.default_rng(2).integers(0, 60, (20_000, 60))].mean(axis=1)
@@ -73,9 +71,7 @@ def test_large_sample_is_the_normal_interval():
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])
 def test_coverage_of_the_paired_interval(method):
-    """Right/wrong outcomes of two correlated runs, true difference 0.1: 95% intervals hold it 90 to 99% of
-    the time.
-    """
+    """Right/wrong outcomes of two correlated runs, true difference 0.1: 95% intervals hold it 90 to 99% of the time."""
     rng, held, trials = np.random.default_rng(4), 0, 300
     for trial in range(trials):
         skill = rng.random(120)
@@ -183,9 +179,7 @@ def test_hierarchical_estimate_and_fixed_seeds():
 
 
 def test_hierarchical_variance_is_seeds_plus_examples():
-    """Closed form: examples give s^2/n of the seed means, seeds give the (biased) variance of the seed means
-    / S.
-    """
+    """Closed form: examples give s^2/n of the seed means, seeds give the (biased) variance of the seed means / S."""
     rng = np.random.default_rng(8)
     seeds, n = 6, 400
     differences = rng.normal(0, 0.2, (seeds, 1)) + rng.normal(0, 1.0, (1, n)) * np.ones((seeds, 1))

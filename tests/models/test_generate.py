@@ -1,6 +1,4 @@
-"""Generation: the cache against full passes, batches against single prompts, sampling against its
-distribution.
-"""
+"""Generation: the cache against full passes, batches against single prompts, sampling against its distribution."""
 
 from __future__ import annotations
 

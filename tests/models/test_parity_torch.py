@@ -1,5 +1,4 @@
-"""Live comparison with torch transformers and peft, run by `make test-torch`; skipped where they are not
-installed.
+"""Live comparison with torch transformers and peft, run by `make test-torch`; skipped where they are not installed.
 
 Other shapes and seeds than the golden files, bfloat16, and what we write read back by torch.
 """

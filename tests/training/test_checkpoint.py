@@ -196,7 +196,7 @@ def test_damage_is_named(run):
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: not a line of metrics"):
         run()
     (run.folder / "train.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"train\.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"train\.json:1: not valid JSON"):
         run()
 
 

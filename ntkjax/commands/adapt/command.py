@@ -1,4 +1,4 @@
-"""``ntkjax adapt``: the whole comparison. Does what NTK-Selector chose help, against domain alone and against chance?
+"""``ntkjax adapt``: fine-tuning with selected examples, against the domain alone and against random examples.
 
 Arms, each from the same fresh parameters with the same order of data for a given seed:
 
@@ -12,7 +12,6 @@ Arms, each from the same fresh parameters with the same order of data for a give
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from ntkjax.commands.base import Command
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.summary import majority
+from ntkjax.files import read_json
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.compare import compare_methods, summarise_method
 from ntkjax.pipeline.deduplicate import deduplicate, summary, totals
@@ -256,7 +256,7 @@ def _results(
         "methods": methods,
         "comparisons": compare_methods(outcomes, PAIRS, seed=seed),
         "runs": details,
-        "selections": {str(s): _read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
+        "selections": {str(s): read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
         "majority_accuracy": _majority(one),
         "examples": {"all": len(one), "with_choices": sum(o.correct_raw is not None for o in one)},
         "duplicates": study.duplicates,
@@ -276,10 +276,6 @@ def _results(
 def _majority(outcomes: list[Outcome]) -> float | None:
     scored = [o for o in outcomes if o.correct_raw is not None]
     return majority(scored)[1] / len(scored) if scored else None
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def describe(config: Any, result: Any) -> str:

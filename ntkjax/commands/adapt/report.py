@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ntkjax.evaluation.summary import describe_choices
+from ntkjax.files import read_json, write_bytes
 from ntkjax.pipeline.deduplicate import summary
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report import plots
@@ -141,7 +141,7 @@ def page_content(run: RunDir, results: Mapping[str, Any], extra: list[dict]) -> 
         "extra": [{"heading": "Paired differences", "rows": difference_rows(results)}, *extra],
         "selections": [_selection(run, seed, found) for seed, found in list(results["selections"].items())[:1]],
         "training": _curves(results),
-        "versions": json.loads((run.path / "versions.json").read_text(encoding="utf-8")),
+        "versions": read_json(run.path / "versions.json"),
         "seeds": sorted({r["seed"] for r in results["runs"]}),
         "runtime": {"whole run": results.get("wall_seconds")},
         "caveats": _caveats(results),
@@ -209,7 +209,7 @@ def _write_plots(folder: Path, content: Mapping[str, Any]) -> None:
         )
         made["sources.png"] = plots.sources(entry["offered"], entry["chosen"])
     for name, png in made.items():
-        (folder / name).write_bytes(png)
+        write_bytes(folder / name, png)
 
 
 def _yaml(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""``ntkjax select``: warm up, score the pool, write who was chosen and why."""
+"""``ntkjax select``: warm up on the domain, score the pool, write the chosen examples, all scores and diagnostics."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""``ntkjax stability``: how far the kernel moves while the model is trained."""
+"""``ntkjax stability``: how far the tangent kernel moves while the model is trained."""

@@ -1,4 +1,4 @@
-"""``ntkjax stability``: does the tangent kernel stay where it started, and does the linear model tell the tale?
+"""``ntkjax stability``: how far the tangent kernel moves in fine-tuning, and how good the linearised model is.
 
 For LoRA at several ranks and learning rates and for full fine-tuning, with several seeds: fine-tune, and at some epochs
 compute kernels of fixed examples, scores of a pool, and the linearised model. With test questions also the accuracy of

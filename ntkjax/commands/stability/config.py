@@ -1,4 +1,4 @@
-"""What ``ntkjax stability`` is asked for, and the arms it trains."""
+"""The options of ``ntkjax stability``, and the arms it trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of ``ntkjax stability``: fine-tune, look at some epochs, compare. Each piece is kept on disk once done."""
+"""One run of ``ntkjax stability``: fine-tune, compute kernels at some epochs, compare them. All is kept on disk."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ntkjax.commands.stability.inputs import Study, as_questions, folder
 from ntkjax.commands.stability.outputs import ChoiceOutputs, Questions, choice_outputs
 from ntkjax.data.buckets import bucket_lengths
 from ntkjax.errors import ConfigError
+from ntkjax.files import plain, read_json, write_json, write_npz
 from ntkjax.models import LanguageModel
 from ntkjax.ntk import KernelFunctions, NonFiniteError, build, kernel_matrix, kernel_scores
 from ntkjax.ntk.exact import CentredOutput
@@ -34,8 +35,6 @@ from ntkjax.ntk.regression import (
 )
 from ntkjax.ntk.stability import kernel_stability
 from ntkjax.pipeline.load import Loaded
-from ntkjax.pipeline.run_dir import plain
-from ntkjax.store import atomic_write
 from ntkjax.training import TrainConfig, fit, saved_params
 from ntkjax.types import Batch, Params
 
@@ -90,7 +89,7 @@ def follow(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str,
     followed = _begin(study, model, arm, seed)
     done = followed.path / "run.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     history = _train(followed)
     losses = [entry["loss"] for entry in history if entry["kind"] == "train"]
     steps_per_epoch = len(losses) // study.config.epochs
@@ -111,11 +110,11 @@ def follow(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str,
     }
     if study.test is not None:
         content["right"]["base"] = seen[0]["right/fine-tuned"].tolist()
-    _write(done, content)
+    write_json(done, plain(content), indent=1)
     study.run.log(arm=arm.name, seed=seed, **{k: v for k, v in content["linear"][-1].items() if k != "epoch"})
     if not study.config.keep_checkpoints:
         shutil.rmtree(followed.path / "training" / "checkpoints", ignore_errors=True)
-    return json.loads(done.read_text(encoding="utf-8"))
+    return read_json(done)
 
 
 def _judged(study: Study) -> list[str]:
@@ -151,10 +150,7 @@ def _look(followed: _Followed, epoch: int, step: int) -> dict[str, Any]:
         if step > 0:
             params = saved_params(followed.path / "training", step, followed.start, followed.config)
         found = _kernels(followed, params, epoch) | _linear(followed, params, epoch, step)
-        scratch = file.with_suffix(".tmp.npz")
-        with scratch.open("wb") as out:
-            np.savez(out, allow_pickle=False, **found)
-        scratch.replace(file)
+        write_npz(file, found)
     with np.load(file) as saved:
         arrays = {name: saved[name] for name in saved.files}
     return arrays | {"linear": json.loads(str(arrays["linear"])), "step": step}
@@ -267,7 +263,7 @@ def regress(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str
     """
     path = study.run.path / "regression" / arm.parameters / f"seed-{seed}.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     followed, test = _begin(study, model, arm, seed), study.test
     assert test is not None
     train = as_questions(study.config, model, followed.train.records)
@@ -293,9 +289,8 @@ def regress(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str
         kernel, cross = (as_matrix(kernels[where][formula]) for where in ("training", "test"))
         found[formula] = _regression(train, test, kernel, cross, f0, f0_test, seed)
     content = {"parameters": arm.parameters, "seed": seed, "questions": len(train), "formulas": found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, content)
-    return json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, plain(content), indent=1)
+    return read_json(path)
 
 
 def _regression(
@@ -329,7 +324,3 @@ def _regression(
         "train_accuracy": accuracy(fitted, targets, train.valid),
         "right": right_answers(predicted, centred_targets(test.gold, test.valid), test.valid).tolist(),
     }
-
-
-def _write(path: Path, content: Any) -> None:
-    atomic_write(path, (json.dumps(plain(content), indent=1) + "\n").encode("utf-8"))

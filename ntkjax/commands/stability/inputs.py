@@ -73,7 +73,7 @@ def _test_questions(config: StabilityConfig, model: LanguageModel, asked: Loaded
     found = as_questions(config, model, records)
     if found is None:
         raise ConfigError(f"{', '.join(config.test)}: no example has choices and an answer, so there is no accuracy")
-    return found, loaded.report()
+    return found
 
 
 def as_questions(config: StabilityConfig, model: LanguageModel, records: Any) -> Questions | None:

@@ -1,8 +1,7 @@
-"""Tables, plots and page of ``ntkjax stability``, from what its runs left behind."""
+"""Tables, plots and page of ``ntkjax stability``, from the results of its runs."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from ntkjax.commands.stability.config import arms_of
 from ntkjax.commands.stability.inputs import Study
 from ntkjax.evaluation import hierarchical_bootstrap
+from ntkjax.files import read_json
 from ntkjax.ntk.stability import METRICS
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.page import Bullets, Code, Details, Figure, Heading, Page, Table, Text, write_page
@@ -279,16 +279,14 @@ def write_report(run: RunDir, rows: list[dict], results: Mapping[str, Any]) -> N
         run.write_text(f"tables/{name}.tex", to_latex(table, caption=f"{heading} {text}"))
     parts = [f"## {heading}\n\n{text}\n\n{to_markdown(table)}" for _, heading, text, table in tables]
     run.write_text("results.md", "\n".join(["# Stability\n", *parts]))
-    folder = run.path / "plots"
-    folder.mkdir(exist_ok=True)
     for name, png in images.items():
-        (folder / name).write_bytes(png)
+        run.write_bytes(f"plots/{name}", png)
     write_page(run.path / "report.html", _page(run, results, tables, images))
 
 
 def _page(run: RunDir, results: Mapping[str, Any], tables: list, images: Mapping[str, bytes]) -> Page:
     config = (run.path / "config.yaml").read_text(encoding="utf-8")
-    versions = json.loads((run.path / "versions.json").read_text(encoding="utf-8"))
+    versions = read_json(run.path / "versions.json")
     sections: list[Any] = [Heading("What was asked"), Code(f"ntkjax replay {run.path.name}")]
     sections.append(Details("All settings", (Code(yaml.safe_dump(yaml.safe_load(config), sort_keys=False)),)))
     for name, heading, text, table in tables:
@@ -304,9 +302,9 @@ def _page(run: RunDir, results: Mapping[str, Any], tables: list, images: Mapping
     sections += [Heading("Caveats"), Bullets(caveats(results)), Heading("Made with")]
     sections += [Details("Versions and hardware", (Table(known),))]
     lead = (
-        "Kernels of the same examples along fine-tuning, and whether the model at its first order tells the same tale."
+        "Kernels of the same examples along fine-tuning, and how far the linearised model is from the fine-tuned one."
     )
-    return Page("Does the tangent kernel stay put?", lead, sections)
+    return Page("How far the tangent kernel moves during fine-tuning", lead, sections)
 
 
 def caveats(results: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ntkjax.commands.study import tables
-from ntkjax.commands.study.runner import read_json
+from ntkjax.files import read_json, written_file
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report import plots
 from ntkjax.report import study as study_plots
@@ -59,9 +58,8 @@ def write_report(
       settings: the study file, as text.
     """
     table = pa.Table.from_pylist([{name: row.get(name) for name in SCHEMA.names} for row in long_rows], schema=SCHEMA)
-    partial = run.path / ".results.parquet"
-    pq.write_table(table, partial)
-    partial.replace(run.path / "results.parquet")
+    with written_file(run.path / "results.parquet") as work:
+        pq.write_table(table, work)
     for folder in ("tables", "plots"):
         shutil.rmtree(run.path / folder, ignore_errors=True)
     made = all_tables(results)
@@ -73,8 +71,7 @@ def write_report(
     run.write_text("results.md", markdown(title, results, made))
     pictures = {name: (info, png) for name, info, png in all_plots(results)}
     for name, (_, png) in pictures.items():
-        (run.path / "plots").mkdir(exist_ok=True)
-        (run.path / "plots" / f"{name}.png").write_bytes(png)
+        run.write_bytes(f"plots/{name}.png", png)
     content = page_content(run, results, made, pictures) | {"title": title, "settings": settings}
     write_page(run.path / "report.html", study_page(content))
 
@@ -273,7 +270,7 @@ def page_content(
         "tables": [
             {"heading": h, "rows": rows} for name, (h, rows) in made.items() if name not in ("main", "failures")
         ],
-        "versions": json.loads((run.path / "versions.json").read_text(encoding="utf-8")),
+        "versions": read_json(run.path / "versions.json"),
         "caveats": caveats(results),
     }
 

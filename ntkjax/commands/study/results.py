@@ -1,4 +1,4 @@
-"""What the runs of a study came to: one row for each run and metric, and what the rows say together.
+"""Results of the runs of a study: one row for each run and metric, and means, intervals and tests over them.
 
 How a difference is judged. Every arm is compared with ``random`` and with the strongest baseline of its place, on the
 same test examples and seeds. The strongest baseline is the arm that is not proposed (``focus``) with the best mean

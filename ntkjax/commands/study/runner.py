@@ -28,17 +28,16 @@ from ntkjax.commands.study.arms import BASE
 from ntkjax.commands.study.setup import Bench, Place, Task
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
+from ntkjax.files import read_json, write_json
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.compare import METRICS, values
 from ntkjax.pipeline.cost import selection_cost, training_cost
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on
 from ntkjax.pipeline.load import Loaded
-from ntkjax.pipeline.run_dir import plain
 from ntkjax.pipeline.select import choose
 from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
 from ntkjax.selection import Selection
-from ntkjax.store import atomic_write
 from ntkjax.training import FitResult, TrainConfig
 from ntkjax.types import Params
 
@@ -48,17 +47,6 @@ _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 class RunFailed(Exception):
     """A run, or what it stands on, has failed and was recorded; its message says why."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that ``write_json`` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, (json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def recorded(folder: Path, work: Callable[[], Any], *, done: str) -> Any:

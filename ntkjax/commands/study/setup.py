@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from ntkjax.assets import tiny_lm_path, write_planted_task
 from ntkjax.commands.study.arms import BASE, Arm, arms_of, focus_of
 from ntkjax.commands.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
 from ntkjax.data.buckets import bucket_lengths
-from ntkjax.data.cache import digest
 from ntkjax.data.mapping import Source, prepare
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.files import read_json
+from ntkjax.fingerprint import digest
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
 from ntkjax.pipeline.config_io import config_to_dict
@@ -291,10 +291,11 @@ def _domain_data(
 
 
 def _useful(path: str, pool: Loaded) -> Bool[np.ndarray, " N"]:
+    wanted = "expected JSON with useful_ids, a list of ids of the pool"
     try:
-        useful = set(map(str, json.loads(Path(path).read_text(encoding="utf-8"))["useful_ids"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected JSON with useful_ids, a list of ids of the pool ({error!r})") from None
+        useful = set(map(str, read_json(path, remedy=wanted)["useful_ids"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: {wanted} ({error!r})") from None
     found = np.asarray([str(name) in useful for name in pool.records.ids])
     if not found.any():
         raise UserError(f"{path}: none of its {len(useful)} useful_ids is in the pool; is it the truth of another one?")

@@ -1,4 +1,4 @@
-"""What a study asks for: one or more YAML files, read strictly. Unknown keys and wrong types name the file and the key.
+"""The study file: one or more YAML files, read strictly. Unknown keys and wrong types name the file and the key.
 
 Every key, with its default where it has one::
 

@@ -1,4 +1,4 @@
-"""``ntkjax verify``: how good is each approximation of the tangent kernel, and what does it do to the selection?
+"""``ntkjax verify``: the error of each approximation of the tangent kernel, and its effect on the selection.
 
 One sample of examples, part of it the domain, and every kernel of the ladder on it: the exact trace with all parameters
 and with LoRA, centred, its leading spectral directions, random probes, ``sum_logits``, ``loss``, and each of them
@@ -9,7 +9,6 @@ error of that one step, and with the centred trace, the part that can change the
 from __future__ import annotations
 
 import dataclasses
-import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +22,12 @@ from ntkjax.commands.verify.config import VerifyConfig
 from ntkjax.commands.verify.kernels import Lab
 from ntkjax.commands.verify.report import cross_table, table, write_report
 from ntkjax.commands.verify.sample import check_sizes, draw_sample
-from ntkjax.errors import UserError
+from ntkjax.files import write_npz
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_model
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.tables import to_markdown
-from ntkjax.store import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +73,12 @@ def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
     results["data"] = {name: loaded.report() for name, loaded in sample.sources.items()}
     results["wall_seconds"] = time.monotonic() - began
     kernels = {f"{c.name}/{name}": k for c in columns for name, k in c.kernels.items()}
-    write_arrays(run.path / "kernels.npz", {"ids": np.array([str(i) for i in sample.tokens.ids]), **kernels})
+    write_npz(
+        run.path / "kernels.npz", {"ids": np.array([str(i) for i in sample.tokens.ids]), **kernels}, compressed=True
+    )
     run.write_json("results.json", results)
     write_report(run, results, kernels)
     return Verification(results, kernels)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A .npz of ``arrays``, whole or not at all; keys with a slash are folders in it."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)  # pyright: ignore[reportArgumentType]
-    try:
-        atomic_write(path, content.getvalue())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space and run again."
-        ) from error
 
 
 def describe(config: Any, result: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the kernel matrices of ``ntkjax verify`` say: every rung against what it stands for, as rows of numbers."""
+"""Comparison of the kernel matrices of ``ntkjax verify`` with their references, as rows of numbers."""
 
 from __future__ import annotations
 

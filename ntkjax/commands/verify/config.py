@@ -1,4 +1,4 @@
-"""What ``ntkjax verify`` is asked for."""
+"""The options of ``ntkjax verify``."""
 
 from __future__ import annotations
 

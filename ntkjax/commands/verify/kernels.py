@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from ntkjax.commands.verify.config import VerifyConfig
 from ntkjax.commands.verify.sample import Sample
 from ntkjax.data import TokenisedDataset
+from ntkjax.files import read_json
 from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.approx import EXACT, KernelFunctions, build, parse
@@ -279,7 +279,7 @@ class Lab:
                                   memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip
         file = self.run.path / "rows" / column.name / point.key / f"cross-{seed}.json"
         if file.exists():
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             if content.pop("manifest") == manifest:
                 return CrossTerms(**{k: _array(v) for k, v in content.items()})
         found = cross_output_cosines(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ntkjax.commands.verify.comparisons import AGAINST
+from ntkjax.files import read_json
 from ntkjax.ntk.metrics import matrix_scores
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report import kernels as pictures
@@ -52,9 +52,7 @@ def write_report(run: RunDir, results: Mapping[str, Any], kernels: Mapping[str, 
     run.write_text("ladder.tex", latex(results))
     plots = draw(results, kernels)
     for name, (png, _, _) in plots.items():
-        file = run.path / "plots" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png)
+        run.write_bytes(f"plots/{name}", png)
     write_page(run.path / "report.html", page(run, results, plots))
 
 
@@ -296,7 +294,7 @@ def page(run: RunDir, results: Mapping[str, Any], plots: Mapping[str, tuple[byte
     sections += [Heading("Cross terms"), Table(cross_table(results))]
     if "cross-output-cosines.png" in plots:
         sections.append(figure("cross-output-cosines.png"))
-    versions = json.loads((run.path / "versions.json").read_text(encoding="utf-8"))
+    versions = read_json(run.path / "versions.json")
     known = [{"what": k, "version": str(v)} for k, v in versions.items() if v is not None and k != "seeds"]
     sections += [Heading("Made with"), Details("Versions and hardware", (Table(known),)), Heading("Notes")]
     sections.append(Bullets(list(NOTES)))
