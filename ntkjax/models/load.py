@@ -92,10 +92,16 @@ def find_directory(path: str | Path) -> Path:
     """The local directory of a model, downloading it from the hub where ``path`` is an id and not a
     directory.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    text = str(path)
+    local, text = Path(path).expanduser(), str(path)
+    if not text:  # else the current directory
+        raise CheckpointError(
+            "the path of the model is empty; expected a directory or hub id; check where it comes from"
+        )
+    try:
+        if local.is_dir():
+            return local
+    except OSError as error:  # a name that is too long, a link to itself
+        raise CheckpointError(f"{path}: not a usable path ({error.strerror}); expected a model directory") from error
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "is a file" if local.exists() else "does not exist"
         raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")
