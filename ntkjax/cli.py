@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
+            if error.filename is None:
+                raise
+            return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used; check it")
         return _fail(f"{error.filename or 'a file'}: {error.strerror}. What was finished is kept; make room or choose "
                      "another --out, then run the same command again to go on.")  # fmt: skip
     except KeyboardInterrupt:

@@ -13,9 +13,9 @@ from ntkjax.commands.base import Command
 from ntkjax.data import read_records, tokenise
 from ntkjax.data.prompts import stop_tokens
 from ntkjax.errors import ConfigError
-from ntkjax.models.config import ModelConfig
-from ntkjax.models.load import find_directory, load_tokenizer, read_json
+from ntkjax.models.load import find_directory, load_tokenizer, read_config
 from ntkjax.pipeline.options import DataOptions
+from ntkjax.pipeline.reading import reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,7 @@ def show(config: ShowConfig, *, progress: bool = True) -> Shown:
       DataError: an unusable record, by FILE:LINE. CheckpointError: no usable tokenizer. ConfigError: no such row.
     """
     directory = find_directory(config.model)
-    content = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
-    model_config = ModelConfig.from_hf(content, str(directory / "config.json"))
+    model_config = read_config(directory)
     tokenizer = load_tokenizer(directory, model_config)
     if tokenizer is None:
         raise ConfigError(f"{config.model}: no tokenizer files (tokenizer.json); add them to the directory")
@@ -94,9 +93,8 @@ def show(config: ShowConfig, *, progress: bool = True) -> Shown:
             raise ConfigError(f"--row {row}: there are {len(data)} records; expected 0 to {len(data) - 1}")
     shown = [_record(data, tokenizer, row) for row in config.row]
     decoded = [[tokenizer.decode(item.tokens[list(part)]) for _, part in item.parts()] for item in shown]
-    stops = [
-        tokenizer.convert_ids_to_tokens(stop) for stop in sorted(stop_tokens(tokenizer, model_config.eos_token_ids))
-    ]
+    ends = sorted(stop_tokens(tokenizer, model_config.eos_token_ids))
+    stops = [tokenizer.convert_ids_to_tokens(end) or f"{end} (no token of the tokenizer)" for end in ends]
     return Shown(shown, decoded, stops, {"records": records.report, "tokens": data.report})
 
 
@@ -121,7 +119,8 @@ def describe(config: ShowConfig, result: Shown) -> str:
             lines += [
                 f"  {t:6d} {token:8d} {'x' if mark else ' '} {text}" for t, (token, text, mark) in enumerate(marks)
             ]
-    return "\n".join([*lines, f"generation stops at: {', '.join(result.stops)}"])
+    lines.append(f"generation stops at: {', '.join(result.stops)}")
+    return "\n".join([*lines, reading({"data": result.report})])
 
 
 COMMAND = Command(ShowConfig, show, describe)

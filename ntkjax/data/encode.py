@@ -28,7 +28,7 @@ from ntkjax.data.records import Example, Records
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.fingerprint import digest
 
-VERSION = 4  # part of the cache key: raise it when the tokens of the same text change
+VERSION = 5  # part of the cache key: raise it when the tokens of the same text change
 BLOCK = 512
 LISTED_SKIPS = 10_000
 
@@ -96,11 +96,12 @@ def tokenise(
       on_bad_record: ``skip`` leaves out records that the chat template refuses or in which no token is to be learned;
         the ``records`` of the result are without them, and ``.report`` counts them.
 
-    ``.report`` counts examples, tokens, skipped and skipped_lines (``FILE:LINE: why``), prompt_truncated,
-    response_truncated, prompt_tokens_lost, response_tokens_lost, turns_truncated (assistant turns cut off whole),
-    rendered_apart, turns_lost and messages_lost (see ``RenderedText``), tokens_across_borders (half prompt, half
-    response), empty_responses, dated_template (1 if it writes today's date), end_token_inside (responses whose text
-    holds the end token), and template_fields (fields of messages that the template reads: count).
+    ``.report`` counts examples, tokens, skipped and skipped_lines (``FILE:LINE: why``), cut (examples), of them
+    prompt_truncated and response_truncated, prompt_tokens_lost, response_tokens_lost, turns_truncated (assistant turns
+    cut off whole), rendered_apart, turns_lost, messages_lost and calls_lost (see ``RenderedText``),
+    tokens_across_borders (half prompt, half response), empty_responses, dated_template (1 if it writes today's date),
+    end_token_inside (responses whose text holds the end token), and template_fields (fields of messages that the
+    template reads: count).
 
     Raises:
       ConfigError: ``max_length`` below 2, or a tokenizer without end token.
@@ -209,9 +210,11 @@ def _count(
     counts["rendered_apart"] += rendered.apart
     counts["turns_lost"] += rendered.turns_lost
     counts["messages_lost"] += rendered.messages_lost
+    counts["calls_lost"] += rendered.calls_lost
     counts["turns_truncated"] += cut.turns_lost
     counts["tokens_across_borders"] += rendered.crossing
     counts["empty_responses"] += not example.response
+    counts["cut"] += cut.prompt_lost > 0 or cut.response_lost > 0
     counts["prompt_truncated"] += cut.prompt_lost > 0
     counts["response_truncated"] += cut.response_lost > 0
     counts["prompt_tokens_lost"] += cut.prompt_lost

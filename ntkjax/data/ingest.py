@@ -19,7 +19,7 @@ from ntkjax.data.sources import fills_nulls, iter_source, source_name
 from ntkjax.data.table import Table, TableWriter
 from ntkjax.errors import DataError
 
-VERSION = 2  # part of the cache key: raise it when what is stored, or what is accepted, changes
+VERSION = 3  # part of the cache key: raise it when what is stored, or what is accepted, changes
 TABLE, REPORT = "records.arrow", "report.json"
 LISTED_SKIPS = 10_000
 

@@ -20,6 +20,8 @@ SPEAKERS = {
 """Who speaks, as data calls them (in any case) -> the role of the message."""
 
 Message = dict[str, Any]
+DEEPEST = 100
+"""Levels of objects and lists in the fields of messages and in tools: deeper ones are refused."""
 
 
 def read_messages(record: dict[str, Any], name: str, filled: bool) -> list[Message]:
@@ -79,6 +81,8 @@ def _message(item: Any, name: str, k: int, filled: bool) -> Message:
         text = _content(fields.pop(text_key, None), f"{where}.{text_key}", text_key in item)
     if str(speaker).strip().lower() in _CALLS and (calls := _parsed_calls(text)) is not None:
         text, fields["tool_calls"] = "", calls
+    if fields.get("tool_calls"):
+        fields["tool_calls"] = _calls(fields["tool_calls"], f"{where}.tool_calls")
     for key in ("weight", "train"):
         if key in fields:
             _check_switch(fields[key], key, where)
@@ -140,6 +144,24 @@ def _parsed_calls(text: str) -> list[Any] | None:
     return [{"type": "function", "function": call} for call in calls] if calls and good else None
 
 
+def _calls(value: Any, where: str) -> list[Any]:
+    """The tool calls of a message: a list of objects, or the JSON text of one."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, list) or not all(isinstance(call, Mapping) and call for call in found):
+        detail = " with an item that is no call" if isinstance(value, list) else ""
+        raise RecordProblem(
+            f"{where} is {kind_of(value)}{detail}",
+            'a list of calls, [{"type": "function", "function": {"name": ..., "arguments": {...}}}], or its JSON text',
+            "write the calls so, or remove the record",
+        )
+    return found
+
+
 def _check_switch(value: Any, key: str, where: str) -> None:
     good = isinstance(value, bool) if key == "train" else not isinstance(value, bool) and value in (0, 1)
     if not good:
@@ -148,21 +170,27 @@ def _check_switch(value: Any, key: str, where: str) -> None:
         raise RecordProblem(f"{where}.{key} is {shown}", expected, f"mend it or leave {key} out")
 
 
-def storable(value: Any, where: str, filled: bool) -> Any:
-    """``value`` as JSON can say it: NaN is left out of objects, and null too where ``filled``; dates become text."""
+def storable(value: Any, where: str, filled: bool, levels: int = DEEPEST) -> Any:
+    """``value`` as JSON can say it: NaN is left out of objects, and null too where ``filled``; dates become text.
+
+    Raises:
+      RecordProblem: a type that JSON does not have, or objects and lists in one another for more than ``levels``.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return None if value != value else value
+    if not levels:
+        raise RecordProblem(f"{where} is nested too deeply", f"at most {DEEPEST} levels", "flatten it or leave it out")
     if isinstance(value, Mapping):
         left_out = lambda field: field is None if filled else False
         return {
-            str(key): storable(field, f"{where}.{key}", filled)
+            str(key): storable(field, f"{where}.{key}" if levels == DEEPEST else where, filled, levels - 1)
             for key, field in value.items()
             if not left_out(field) and not (isinstance(field, float) and field != field)
         }
     if isinstance(value, list | tuple):
-        return [storable(item, where, filled) for item in value]
+        return [storable(item, where, filled, levels - 1) for item in value]
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise RecordProblem(f"{where} is {kind_of(value)}", "text, numbers, lists or objects", "convert it or leave it out")

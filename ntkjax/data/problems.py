@@ -11,11 +11,16 @@ class RecordProblem(Exception):
     """What is wrong with one record: what was found, what was expected, what to do."""
 
     def __init__(self, found: str, expected: str, remedy: str):
-        super().__init__(f"{found}; expected {expected}; {remedy}")
+        super().__init__(printable(f"{found}; expected {expected}; {remedy}"))
 
     def at(self, place: str) -> DataError:
         """The error for the user, with its place in front: ``FILE:LINE: ...``."""
         return DataError(f"{place}: {self}")
+
+
+def printable(text: str) -> str:
+    """``text`` with half surrogate pairs, which no file or terminal takes, as escapes such as ``\\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def kind_of(value: Any) -> str:

@@ -14,12 +14,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+from ntkjax.data.messages import calls_a_tool
 from ntkjax.data.records import Example
 from ntkjax.data.schema import Message
 from ntkjax.data.turns import (
-    MARK,
     Chat,
     apply_template,
+    calls_lost,
+    calls_of,
     has_template,
     header_end,
     locate,
@@ -46,7 +48,7 @@ class Rendered:
       turn_ends: position behind each assistant turn before the last: where the conversation may be cut.
       crossing: tokens that lie across the border of a span, half in it. They count as inside at its start and as
         outside at its end.
-      apart, turns_lost, messages_lost: see `RenderedText`.
+      apart, turns_lost, messages_lost, calls_lost: see `RenderedText`.
     """
 
     tokens: list[int]
@@ -57,6 +59,7 @@ class Rendered:
     apart: bool = False
     turns_lost: int = 0
     messages_lost: int = 0
+    calls_lost: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ class RenderedText:
         leaves out the system message once there is a response), so the response was put behind the prompt as text.
       turns_lost: earlier assistant turns that the template does not render as they are written; they are not trained.
       messages_lost: messages of others (system, user, tool) whose text the template leaves out.
+      calls_lost: tool calls of assistant messages, of the last and of earlier ones, that are not in the text.
     """
 
     text: str
@@ -83,6 +87,7 @@ class RenderedText:
     apart: bool = False
     turns_lost: int = 0
     messages_lost: int = 0
+    calls_lost: int = 0
 
 
 def render(tokenizer: Any, example: Example, response: str | None = None, loss_turns: LossTurns = "all") -> Rendered:
@@ -120,9 +125,13 @@ def render_text(
     earlier = [k for k, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
     if not has_template(tokenizer):
         rendered, spans = _plain(example, messages)
+        lost = sum(map(calls_of, messages))
+        if calls_of(messages[-1]) and not messages[-1]["content"].strip():
+            raise _unwritten_calls(example, "without a chat template no text holds")
     else:
         chat = Chat(tokenizer, example, messages, apply_template(tokenizer, example, messages))
         rendered, spans = _last_turn(chat), {}
+        lost = calls_of(messages[-1]) if rendered.apart else calls_lost(chat, len(messages) - 1)
         if rendered.apart:  # the text begins with the prompt, in which the earlier turns stand too
             prompt = chat.apply(messages[:-1], add_generation_prompt=True)
             chat = dataclasses.replace(chat, full=prompt, complete=False)
@@ -130,6 +139,7 @@ def render_text(
             turn = locate(chat, k)
             if turn is not None and turn.end <= rendered.response_start:
                 spans[k] = (turn.start, turn.end)
+        lost += sum(calls_lost(chat, k) for k in earlier)
     wanted = [k for k in earlier if loss_turns == "all" and _counts(messages[k])]
     chosen = [spans[k] for k in wanted if k in spans]
     if _marks_generation(tokenizer):
@@ -140,6 +150,7 @@ def render_text(
         trained=(*chosen, *last),
         turn_ends=tuple(end for _, end in spans.values()),
         turns_lost=sum(k not in spans for k in wanted),
+        calls_lost=lost,
     )
 
 
@@ -208,12 +219,18 @@ def _last_turn(chat: Chat) -> RenderedText:
     still = lost(squeeze(prompt))
     if turn is not None and still >= whole.messages_lost:
         return whole
-    if chat.messages[-1].get("tool_calls"):
-        raise DataError(
-            f"record {chat.example.id!r}: the chat template does not render both the text and the tool calls of the "
-            "last message; expected a template that does; remove one of the two, or the record"
-        )
+    if calls_a_tool(chat.messages[-1]):
+        raise _unwritten_calls(chat.example, "the chat template does not render")
     return _put_behind(chat, prompt, still)
+
+
+def _unwritten_calls(example: Example, what: str) -> DataError:
+    whole = "both the text and the tool calls" if example.response.strip() else "the tool calls"
+    remedy = "remove one of the two, or the record" if example.response.strip() else "write the calls as text"
+    return DataError(
+        f"record {example.id!r}: {what} {whole} of the last message; expected a template that does; {remedy}, or skip "
+        "such records"
+    )
 
 
 def _put_behind(chat: Chat, prompt: str, lost: int) -> RenderedText:
@@ -224,8 +241,8 @@ def _put_behind(chat: Chat, prompt: str, lost: int) -> RenderedText:
     reasoning which it does not open.
     """
     response, end = chat.messages[-1]["content"], turn_ends(chat.tokenizer).last
-    plain = {"role": "assistant", "content": MARK}
-    before, mark, _ = chat.apply([*chat.messages[:-1], plain]).partition(MARK)
+    plain = {"role": "assistant", "content": chat.mark}
+    before, mark, _ = chat.apply([*chat.messages[:-1], plain]).partition(chat.mark)
     header = header_end(chat, len(chat.messages) - 1, before) if mark else len(prompt)
     start = header if prompt.startswith(before[:header]) else len(prompt)
     opened = prompt[start:]
@@ -373,4 +390,5 @@ def _rendered(
         apart=text.apart,
         turns_lost=text.turns_lost,
         messages_lost=text.messages_lost,
+        calls_lost=text.calls_lost,
     )

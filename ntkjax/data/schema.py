@@ -23,7 +23,7 @@ from ntkjax.data.messages import (
     storable,
     unused_fields,
 )
-from ntkjax.data.problems import RecordProblem, kind_of
+from ntkjax.data.problems import RecordProblem, kind_of, printable
 
 OWN_ID = "ntkjax_id"
 """The id where a record written by ``ntkjax select`` has another one of its own in ``id``."""
@@ -122,7 +122,7 @@ def parse_record(value: Any, *, allow_missing_response: bool = False, filled: bo
         choices=choices,
         response_fields=talk.response_fields,
         tools=tools,
-        unused=talk.unused + [n for n in record if n not in talk.used and not _blank(record[n])],
+        unused=talk.unused + [printable(str(n)) for n in record if n not in talk.used and not _blank(record[n])],
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ntkjax.data.cache import file_signature
 from ntkjax.data.formats import FORMATS, Item, Wanted, stem_of, suffix_of, suffixes
+from ntkjax.data.problems import printable
 from ntkjax.errors import DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
@@ -49,9 +50,16 @@ def is_saved(source: str | Path) -> bool:
 
 def _expand(source: str, split: str) -> list[str]:
     path = Path(source)
-    if is_hub_id(source):
-        return [source]
-    if path.is_dir():
+    try:
+        if is_hub_id(source):
+            return [source]
+        folder = path.is_dir()
+    except OSError as error:  # a name that is too long, a link to itself
+        raise DataError(f"{source}: not a usable path ({error.strerror}); expected data; check the spelling") from error
+    if not source:  # else the current directory
+        raise DataError("the path of the data is empty; expected a file, directory or hub id; check the variable it "
+                        "comes from")  # fmt: skip
+    if folder:
         found = sorted(_inside(path, split))
         if not found:
             raise DataError(
@@ -75,13 +83,27 @@ def _inside(folder: Path, split: str) -> Iterator[str]:
     elif (folder / _SAVED_SPLITS).is_file():
         yield str(_split_of(folder, split))
     else:
-        for path in folder.iterdir():
+        entries = _entries(folder)
+        if any((folder / name).is_file() for name in _SAVED) and any(path.suffix == ".arrow" for path in entries):
+            missing = next(name for name in _SAVED if not (folder / name).is_file())
+            raise DataError(f"{folder}: a folder of Dataset.save_to_disk without {missing}; expected both of "
+                            f"{', '.join(_SAVED)}; it may be incomplete: copy it again")  # fmt: skip
+        for path in entries:
             if path.name.startswith("."):
                 continue
             if path.is_dir():
                 yield from () if path.is_symlink() else _inside(path, split)  # links may lead in a circle
             elif suffix_of(path) in FORMATS and path.is_file():
                 yield _readable(str(path))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be read ({error.strerror}); expected a readable directory; check its permissions"
+        ) from error
 
 
 def _split_of(folder: Path, split: str) -> Path:
@@ -97,6 +119,8 @@ def _split_of(folder: Path, split: str) -> Path:
 
 def _readable(source: str) -> str:
     path = Path(source)
+    if printable(source) != source:  # bytes that are not UTF-8; no report could name the file
+        raise DataError(f"{printable(source)}: the name is not in UTF-8; expected a name that is; rename it")
     try:
         path.open("rb").close()
     except OSError as error:

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ntkjax.data.messages import calls_a_tool
 from ntkjax.data.records import Example
 from ntkjax.data.schema import Message
 from ntkjax.errors import DataError
 
 TEMPLATE_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
 MARK = "\ue000mark\ue001"
-"""Stands for a message's text: private-use characters, which no template tests for."""
+"""Stands for a message's text: private-use characters, which no template tests for. See `Chat.mark`."""
 OPENING_TAG = re.compile(r"<[^<>|\s]+>\s*\Z")
 """An opening tag at the end of a generation prompt, such as ``<think>``."""
 _UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
@@ -34,6 +35,11 @@ class Chat:
     messages: list[Message]
     full: str
     complete: bool = True
+
+    @property
+    def mark(self) -> str:
+        """`MARK`, or another text of the kind where the conversation holds that one."""
+        return next(m for m in (MARK, *(f"\ue000{n}\ue001" for n in range(len(self.full)))) if m not in self.full)
 
     def apply(self, messages: list[Message], **options: Any) -> str:
         """The rendering of other messages under the same template."""
@@ -62,10 +68,10 @@ def locate(chat: Chat, k: int) -> Turn | None:
     template's. A template may move blanks, and take the reasoning out of turns before the last.
     """
     message, full, last = chat.messages[k], chat.full, k == len(chat.messages) - 1
-    if message.get("tool_calls") and not message["content"].strip():
+    if calls_a_tool(message) and not message["content"].strip():
         return _calls(chat, k)
-    before, mark, after = chat.rendered({**message, "content": MARK}, k).partition(MARK)
-    if not mark or MARK in after:
+    before, mark, after = chat.rendered({**message, "content": chat.mark}, k).partition(chat.mark)
+    if not mark or mark in after:
         return None
     header = header_end(chat, k, before)
     if not full.startswith(before[:header]) or not full.endswith(after):
@@ -78,7 +84,7 @@ def locate(chat: Chat, k: int) -> Turn | None:
     # In turns that are answered already, reasoning in front of the answer may go.
     if stop < header or not (whole or (not last and body and written.endswith(body))):
         return None
-    if message.get("tool_calls"):
+    if calls_a_tool(message):
         length, ended = _end_of_calls(chat, k, after)
         return Turn(header, stop + length, ended)
     end = _end_of_turn(chat.tokenizer, before, after)
@@ -90,14 +96,10 @@ def _calls(chat: Chat, k: int) -> Turn | None:
 
     As `locate`, with the mark in the arguments of the last call.
     """
-    message, full = chat.messages[k], chat.full
-    calls = [dict(call) for call in message["tool_calls"]]
-    inner = calls[-1].get("function")
-    target = dict(inner) if isinstance(inner, dict) else calls[-1]
-    target["arguments"] = {"mark": MARK}
-    calls[-1] = {**calls[-1], "function": target} if isinstance(inner, dict) else target
-    before, mark, after = chat.rendered({**message, "tool_calls": calls}, k).partition(MARK)
-    if not mark or MARK in after:
+    full = chat.full
+    marked, marks = _with_marked_calls(chat.messages[k], chat.mark)
+    before, mark, after = chat.rendered(marked, k).partition(marks[-1])
+    if not mark or mark in after:
         return None
     header = header_end(chat, k, before)
     length, ended = _end_of_calls(chat, k, after)
@@ -105,6 +107,38 @@ def _calls(chat: Chat, k: int) -> Turn | None:
     if not full.startswith(before[:header]) or not full.endswith(after[length:]) or stop <= header:
         return None
     return Turn(header, stop, ended)
+
+
+def calls_lost(chat: Chat, k: int) -> int:
+    """How many tool calls of message ``k`` the template leaves out: their arguments are not in the rendering."""
+    if not calls_a_tool(chat.messages[k]):
+        return 0
+    marked, marks = _with_marked_calls(chat.messages[k], chat.mark)
+    text = chat.rendered(marked, k)
+    return sum(mark not in text for mark in marks)
+
+
+def calls_of(message: Message) -> int:
+    """The number of tool calls of a message."""
+    return len(message.get("tool_calls") or ()) or int(calls_a_tool(message))
+
+
+def _with_marked_calls(message: Message, mark: str) -> tuple[Message, list[str]]:
+    """The message with a mark of its own, made of ``mark``, in the arguments of each of its tool calls; the marks."""
+    marks = [f"{mark}{n}." for n in range(calls_of(message))]
+    if not message.get("tool_calls"):
+        return {**message, "function_call": _with_arguments(message["function_call"], marks[0])}, marks
+    calls = []
+    for call, own in zip(message["tool_calls"], marks):
+        inner = call.get("function")
+        calls.append({**call, "function": _with_arguments(inner, own)} if inner else _with_arguments(call, own))
+    return {**message, "tool_calls": calls}, marks
+
+
+def _with_arguments(call: Any, mark: str) -> Any:
+    if not isinstance(call, dict):
+        return mark
+    return {**call, "arguments": mark if isinstance(call.get("arguments"), str) else {"mark": mark}}
 
 
 def _end_of_calls(chat: Chat, k: int, after: str) -> tuple[int, bool]:
@@ -202,7 +236,7 @@ def with_objects(message: Message) -> Message:
             return item
         try:
             arguments = json.loads(inner["arguments"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return item
         return {**item, "function": {**inner, "arguments": arguments}}
 

@@ -19,6 +19,8 @@ ARCHITECTURES: dict[str, Family] = {
 }
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+LARGEST = 2**31 - 1
+"""No size, frequency or other number of a config.json is larger."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -114,6 +116,26 @@ class ModelConfig:
         return _gpt2_to_hf(self, dtype) if self.family == "gpt2" else _decoder_to_hf(self, dtype)
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a decoded JSON value is a number other than NaN and infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def read_token_ids(config: dict[str, Any], key: str, where: str, several: bool = True) -> tuple[int, ...]:
+    """The token ids that ``key`` of a configuration names: none, one, or with ``several`` a list of them.
+
+    Raises CheckpointError, beginning with ``where``, for anything that is no id. Negative ids stand for none.
+    """
+    value = config.get(key)
+    ids = value if several and isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i < 2**31 for i in ids):
+        raise CheckpointError(
+            f"{where}: {key} is {value!r}; expected a token id{' or a list of them' if several else ''}; mend or "
+            "remove the entry"
+        )
+    return tuple(i for i in ids if i >= 0)
+
+
 class _Reader:
     """Typed access to the keys of one config.json; every error starts with the file's name."""
 
@@ -131,10 +153,10 @@ class _Reader:
             if default is None:
                 raise self.fail(f"key {key!r} is missing: expected a number")
             return kind(default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+        if not _is_finite(value) or (kind is int and value != int(value)):
             raise self.fail(f"{key} = {value!r}: expected {'an integer' if kind is int else 'a number'}")
-        if value <= 0:
-            raise self.fail(f"{key} = {value!r}: expected a positive number")
+        if not 0 < value <= LARGEST:
+            raise self.fail(f"{key} = {value!r}: expected a positive number, at most {LARGEST}")
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -147,6 +169,8 @@ class _Reader:
 
     def architecture(self) -> str:
         names = self.config.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self.fail(f"architectures = {names!r}: expected a list of class names")
         if not names:
             by_type = {
                 "llama": "LlamaForCausalLM",
@@ -174,10 +198,9 @@ class _Reader:
         return value
 
     def token_ids(self) -> dict[str, Any]:
-        eos = self.config.get("eos_token_id")
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        bos, pad = self.config.get("bos_token_id"), self.config.get("pad_token_id")
-        return {"eos_token_ids": eos, "bos_token_id": bos, "pad_token_id": pad}
+        ends, given = read_token_ids(self.config, "eos_token_id", self.where), {"bos_token_id", "pad_token_id"}
+        found = {key: read_token_ids(self.config, key, self.where, several=False) for key in given}
+        return {"eos_token_ids": ends, **{key: ids[0] if ids else None for key, ids in found.items()}}
 
     def decoder(self, name: str, family: Family) -> ModelConfig:
         heads, hidden = self.number("num_attention_heads"), self.number("hidden_size")
@@ -211,13 +234,20 @@ class _Reader:
 
     def refuse_windows(self, name: str) -> None:
         window = self.config.get("sliding_window")
-        limit = self.config.get("max_position_embeddings") or 0
-        kinds = set(self.config.get("layer_types") or ["full_attention"])
+        limit = self.config.get("max_position_embeddings")
+        limit = 0 if limit is None else self.number("max_position_embeddings")
+        kinds = self.config.get("layer_types") or ["full_attention"]
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise self.fail(f"layer_types = {kinds!r}: expected a list of names, one for each layer")
+        kinds = set(kinds)
         window = None if window is None else self.number("sliding_window")
         used = window is not None and window < limit
         if name.startswith("Qwen"):
             # Without layer_types, the layers from max_window_layers on slide.
-            some = self.config.get("max_window_layers", 28) < self.number("num_hidden_layers")
+            sliding = self.config.get("max_window_layers", 28)
+            if not _is_finite(sliding):
+                raise self.fail(f"max_window_layers = {sliding!r}: expected an integer")
+            some = sliding < self.number("num_hidden_layers")
             some = some if self.config.get("layer_types") is None else kinds != {"full_attention"}
             used = used and some and self.flag("use_sliding_window", False)
         elif not name.startswith("Mistral"):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ntkjax.errors import CheckpointError, UserError
-from ntkjax.models.config import ModelConfig
+from ntkjax.models.config import ModelConfig, read_token_ids
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import LanguageModel, LoadReport, check_dtype, init_leaf, paths, unflatten
@@ -60,9 +60,7 @@ def load_lm(
     directory = find_directory(path)
     _refuse_adapter(directory)
     hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
-    config = ModelConfig.from_hf(hf_config, str(directory / "config.json"))
-    stops = dict.fromkeys((*config.eos_token_ids, *_generation_ends(directory)))
-    config = dataclasses.replace(config, eos_token_ids=tuple(stops))
+    config = read_config(directory, hf_config)
     tensors = find_tensors(directory)
     spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, attention)
     if lora is not None:
@@ -74,24 +72,32 @@ def load_lm(
     return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
 
 
-def _generation_ends(directory: Path) -> list[int]:
-    """The tokens at which generation_config.json stops; none where the directory has no such file."""
-    path = directory / "generation_config.json"
-    given = read_json(path, "").get("eos_token_id") if path.is_file() else None
-    ends = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
-        raise CheckpointError(
-            f"{path}: eos_token_id is {given!r}; expected a token id or a list of them; mend or remove the entry"
-        )
-    return ends
+def read_config(directory: Path, hf_config: dict[str, Any] | None = None) -> ModelConfig:
+    """The configuration of a model directory: config.json (``hf_config``, where it is read already), and as its end
+    tokens also those of generation_config.json, where there is one.
+
+    Raises CheckpointError naming the file and the key.
+    """
+    file, generation = directory / "config.json", directory / "generation_config.json"
+    if hf_config is None:
+        hf_config = read_json(file, "every model directory in Hugging Face format has one")
+    config = ModelConfig.from_hf(hf_config, str(file))
+    ends = read_token_ids(read_json(generation, ""), "eos_token_id", str(generation)) if generation.is_file() else ()
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
 
 
 def find_directory(path: str | Path) -> Path:
     """The local directory of a model, downloading it from the hub where ``path`` is an id and not a directory."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    text = str(path)
+    local, text = Path(path).expanduser(), str(path)
+    if not text:  # else the current directory
+        raise CheckpointError(
+            "the path of the model is empty; expected a directory or hub id; check where it comes from"
+        )
+    try:
+        if local.is_dir():
+            return local
+    except OSError as error:  # a name that is too long, a link to itself
+        raise CheckpointError(f"{path}: not a usable path ({error.strerror}); expected a model directory") from error
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "is a file" if local.exists() else "does not exist"
         raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")
@@ -127,7 +133,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing ({hint})")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -149,7 +155,7 @@ def find_tensors(directory: Path) -> dict[str, TensorInfo]:
             )
         raise CheckpointError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
     names = read_json(index, "").get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise CheckpointError(f"{index}: key 'weight_map' is missing or empty: expected tensor names and their files")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted(set(names.values())):
@@ -180,6 +186,7 @@ def _load_params(
     flat, table = paths(param_shapes(spec)), sources(spec)
     table = _without_prefix(table, tensors)
     _check_names(spec, table, tensors, where)
+    _check_shapes(spec, flat, table, tensors)
     leaves = {}
     for path, shape in flat.items():
         if path in table:
@@ -206,6 +213,10 @@ def _names_of(spec: ModelSpec, path: str, source: Source) -> list[str]:
 
 def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
     """No tensor may be missing, and none may be left over."""
+    if spec.config.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{where}: config.json asks for {spec.config.num_layers} layers: there are only {len(tensors)} tensors"
+        )
     needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
     missing = sorted(needed - tensors.keys())
     if missing:
@@ -245,13 +256,11 @@ def _load_leaf(
     sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, rule)
     if not path.startswith("layers/"):
         info = tensors[source.name]
-        _check_shape(info, source, shape.shape)
         array = put(_host_tensor(info, source), path, mesh, rule)
         return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
     stack = _zeros(shape.shape, str(shape.dtype), sharding)
     for layer in range(shape.shape[0]):
         info = tensors[source.name.format(layer)]
-        _check_shape(info, source, shape.shape[1:])
         tensor = jax.device_put(_host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape)))
         stack = _write_layer(stack, np.int32(layer), tensor, source.transpose, sharding)
     return stack
@@ -268,13 +277,18 @@ def _host_tensor(info: TensorInfo, source: Source) -> np.ndarray:
     return tensor[..., source.part * width : (source.part + 1) * width]
 
 
-def _check_shape(info: TensorInfo, source: Source, shape: tuple[int, ...]) -> None:
-    expected = shape[::-1] if source.transpose else shape
-    expected = (*expected[:-1], expected[-1] * source.parts)
-    if info.shape != expected:
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json asks for {list(expected)}"
-        )
+def _check_shapes(spec: ModelSpec, flat: dict, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> None:
+    """Every tensor has the shape that config.json asks for: checked before anything of these sizes is made."""
+    for path, source in table.items():
+        shape = flat[path].shape[1:] if path.startswith("layers/") else flat[path].shape
+        expected = shape[::-1] if source.transpose else shape
+        expected = (*expected[:-1], expected[-1] * source.parts)
+        for info in (tensors[name] for name in _names_of(spec, path, source)):
+            if info.shape != expected:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json asks for "
+                    f"{list(expected)}"
+                )
 
 
 def _slice_sharding(sharding: NamedSharding | None, source: Source, rank: int) -> NamedSharding | None:

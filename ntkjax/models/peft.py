@@ -30,6 +30,7 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError
 from ntkjax.files import written_folder
+from ntkjax.models.config import LARGEST
 from ntkjax.models.files import write_json, write_tensors
 from ntkjax.models.lm import LanguageModel
 from ntkjax.models.load import read_json
@@ -219,9 +220,12 @@ class _PeftConfig:
             return False
         if self.layers is None:
             return True
-        patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*\.[^.]*\.(\d+)\."]
-        found = next((m for pattern in patterns if (m := re.match(pattern, module))), None)
-        return found is not None and int(found[1]) in self.layers
+        found = next((m for pattern in self.layer_numbers() if (m := re.match(pattern, module))), None)
+        return found is not None and int(found["layer"]) in self.layers
+
+    def layer_numbers(self) -> list[str]:
+        """Regular expressions whose group ``layer`` is the number of a module's layer."""
+        return [rf".*\.{name}\.(?P<layer>\d+)\." for name in self.layers_pattern or (r"[^.]*",)]
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
@@ -232,7 +236,12 @@ class _PeftConfig:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((v for key, v in patterns.items() if re.match(_ends_in(key), module)), default)
+
+
+def _ends_in(pattern: str) -> str:
+    """The regular expression of PEFT for names that end in ``pattern``."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _names(modules: str | tuple[str, ...], module: str) -> bool:
@@ -448,7 +457,7 @@ def _read_config(folder: Path) -> _PeftConfig:
             why = f" ({_REASONS[key]})" if key in _REASONS else ""
             raise fail(f"{key} = {value!r} is not supported{why}; {_MERGE}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if type(rank) is not int or not 0 < rank <= LARGEST or type(alpha) not in (int, float) or not abs(alpha) <= LARGEST:
         raise fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
     layers = config.get("layers_to_transform")
 
@@ -475,9 +484,16 @@ def _read_config(folder: Path) -> _PeftConfig:
             listed("target_modules"),
             listed("exclude_modules"),
         )
-        found.adapts("model.layers.0.self_attn.q_proj")  # the patterns are regular expressions
-        found.scale_of("model.layers.0.self_attn.q_proj")
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        regular = [names for names in (found.targets, found.excluded) if isinstance(names, str)]
+        for expression in (
+            *regular,
+            *found.layer_numbers(),
+            *map(_ends_in, (*found.rank_pattern, *found.alpha_pattern)),
+        ):
+            re.compile(expression)
+        if not all(abs(value) <= LARGEST for value in found.alpha_pattern.values()):
+            raise ValueError(f"alpha_pattern = {config['alpha_pattern']!r}")
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, re.error) as error:
         names = "rank_pattern, alpha_pattern, layers_to_transform, layers_pattern, target_modules and exclude_modules"
         raise fail(
             f"{names} cannot be read: {error}; expected what PEFT writes: save the adapter again with it"

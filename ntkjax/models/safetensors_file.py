@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise bad(f"its header claims {length} bytes and the file has {size}")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise bad(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
@@ -81,8 +81,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         try:
             (start, stop), shape = entry["data_offsets"], tuple(int(n) for n in entry["shape"])
+            if not all(type(n) is int and 0 <= n < 2**62 for n in (start, stop, *entry["shape"])):
+                raise ValueError
             info = TensorInfo(path, name, str(entry["dtype"]), shape, 8 + length + start, 8 + length + stop)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             raise bad(f"the header entry of tensor {name!r} is malformed") from None
         width = _DTYPES[info.dtype].itemsize * math.prod(shape) if info.dtype in _DTYPES else stop - start
         if start < 0 or stop - start != width or info.stop > size:

@@ -12,7 +12,6 @@ from ntkjax.files import read_json
 SHOWN_COLUMNS = 12
 # Counts of tokens.report that say something was lost or changed on the way to tokens; others are plain sizes.
 _LOSS = ("truncated", "lost", "apart", "border", "inside", "empty", "dated", "dropped", "refused", "skipped")
-_CUT = ("prompt_truncated", "response_truncated")
 
 
 def reading(reports: Mapping[str, Any]) -> str:
@@ -29,7 +28,7 @@ def _lines(role: str, report: Mapping[str, Any]) -> list[str]:
     records, tokens = report["records"], report.get("tokens") or {}
     mapped = report.get("mapped") or []
     skipped = records["skipped"] + tokens.get("skipped", 0) + sum(made["skipped"] for made in mapped)
-    cut = sum(tokens.get(name, 0) for name in _CUT) + records["ignored_fields"].get(CUT_MESSAGES, 0)
+    cut = tokens.get("cut", 0) + records["ignored_fields"].get(CUT_MESSAGES, 0)
     columns = unused_columns(records["ignored_fields"], tokens.get("template_fields", {}))
     more = [f"and {len(columns) - SHOWN_COLUMNS} more"] if len(columns) > SHOWN_COLUMNS else []
     named = ", ".join([*columns[:SHOWN_COLUMNS], *more]) or "none"

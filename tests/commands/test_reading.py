@@ -16,12 +16,13 @@ def records(**more):
 
 
 def test_one_line_for_each_role_names_everything():
-    tokens = {"examples": 200, "tokens": 999, "prompt_truncated": 2, "response_truncated": 1, "rendered_apart": 0}
+    tokens = {"examples": 200, "tokens": 999, "cut": 3, "prompt_truncated": 3, "response_truncated": 1}
+    tokens |= {"rendered_apart": 0}
     ignored = {"lang": 200, "topic": 3, CUT_MESSAGES: 4}
     said = reading({"pool": {"records": records(ignored_fields=ignored), "tokens": tokens}, "dev": None})
     assert said.splitlines() == [
         "pool: read 200, skipped 0, cut 7, columns not used: lang, topic",
-        "  tokens: prompt_truncated 2, response_truncated 1",
+        "  tokens: prompt_truncated 3, response_truncated 1",
     ]
     assert reading({"test": {"records": records()}}) == "test: read 200, skipped 0, cut 0, columns not used: none"
 

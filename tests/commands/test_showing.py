@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,18 @@ def test_the_command_prints_parts_and_tokens(chats, capsys):
 def test_a_row_that_is_not_there_is_named(chats):
     with pytest.raises(ConfigError, match=r"--row 2: there are 2 records; expected 0 to 1"):
         ntkjax.show(model=TINY, data=chats, row=(2,))
+
+
+def test_what_was_lost_and_where_generation_stops(tmp_path, capsys):
+    model, data = tmp_path / "m", tmp_path / "d.jsonl"
+    shutil.copytree(TINY, model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [4, 5000]}')
+    call = {"function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    data.write_text(json.dumps({"messages": turns, "lang": "en"}) + "\n{\n")
+    assert main(["show", "--model", str(model), "--data", str(data), "--no-tokens", "--on-bad-record", "skip"]) == 0
+    said = capsys.readouterr().out
+    fourth = load_lm(TINY).tokenizer.convert_ids_to_tokens(4)
+    assert f"generation stops at: <|end|>, {fourth}, 5000 (no token of the tokenizer)" in said
+    assert "data: read 1, skipped 1, cut 0, columns not used: lang, messages[].tool_calls" in said
+    assert f"first skipped: {data}:2: not valid JSON" in said and "tokens: calls_lost 1" in said

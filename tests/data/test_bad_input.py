@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -182,3 +185,38 @@ def test_on_bad_record_must_be_known(tmp_path):
     # The type annotation refuses it first where beartype is on; without it, our own check does.
     with pytest.raises(Exception, match="on_bad_record"):
         read_records(path, on_bad_record="ignore")
+
+
+def saved_without(name, folder):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"prompt": "p", "response": "r"}]).save_to_disk(str(folder))
+    (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_an_incomplete_saved_data_set_is_named(name, tmp_path):
+    with pytest.raises(DataError, match=rf"saved: a folder of Dataset\.save_to_disk without {re.escape(name)}"):
+        read_records(saved_without(name, tmp_path / "saved"), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("", "the path of the data is empty"), ("a" * 5000 + ".jsonl", "not a usable path")]
+)
+def test_paths_that_can_be_none(path, words, tmp_path):
+    with pytest.raises(DataError, match=words):
+        read_records(path, cache_dir=tmp_path)
+
+
+def test_names_that_are_not_in_utf_8(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    file = Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jsonl"))
+    try:
+        file.write_text('{"prompt": "p", "response": "r"}')
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    for path in (folder, file):
+        with pytest.raises(DataError, match=r"the name is not in UTF-8; expected a name that is; rename it") as error:
+            read_records(path, cache_dir=tmp_path / "cache")
+        assert str(error.value).encode()

@@ -63,6 +63,7 @@ def test_truncation_is_counted(records, toy_tokenizer):
     assert prompts and responses
     report = cut.report
     assert (report["prompt_truncated"], report["response_truncated"]) == (prompts, responses)
+    assert report["cut"] == int((whole.lengths > cut.lengths).sum())
     assert (report["prompt_tokens_lost"], report["response_tokens_lost"]) == (lost_prompt, lost_response)
     assert whole.lengths.sum() - cut.lengths.sum() == lost_prompt + lost_response
 

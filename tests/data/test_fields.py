@@ -250,3 +250,46 @@ def test_locations_where_records_were_skipped(tmp_path):
     ]
     files, lines = records.subset([3, 0]).locations([0, 1])
     assert files == [str(tmp_path / "b.json"), str(tmp_path / "a.jsonl")] and lines.tolist() == [7, 2]
+
+
+@pytest.mark.parametrize("calls", ["f(1)", 3, {"name": "f"}, ["f"], [CALL, 1], [[]], [{}], True])
+def test_tool_calls_that_are_none_are_refused(tmp_path, calls):
+    for content in ("", "words"):
+        message = {"role": "assistant", "content": content, "tool_calls": calls}
+        with pytest.raises(DataError, match=r"f\.jsonl:1: messages\[1\]\.tool_calls is .*expected a list of calls"):
+            read(tmp_path, {"messages": [USER, message]})
+
+
+def test_tool_calls_as_json_text_are_read(tmp_path):
+    example = read(tmp_path, {"messages": [USER, {**ASSISTANT, "tool_calls": json.dumps([CALL])}]})[0]
+    assert example.response_fields == {"tool_calls": [CALL]}
+
+
+def nested(levels):
+    value = 1
+    for k in range(levels):
+        value = [value] if k % 2 else {"a": value}
+    return value
+
+
+def test_deep_nesting_is_refused_where_a_template_would_see_it(tmp_path):
+    where = [
+        lambda v: {"messages": [{**USER, "x": v}, ASSISTANT]},
+        lambda v: {"messages": [USER, ASSISTANT], "tools": [v]},
+    ]
+    for make in where:
+        assert len(read(tmp_path, make(nested(99)))) == 1
+        for levels in (101, 300, 700):
+            with pytest.raises(DataError, match=r"f\.jsonl:1: \S+ is nested too deeply; expected at most 100 levels"):
+                read(tmp_path, make(nested(levels)))
+    assert len(read(tmp_path, {"prompt": "p", "response": "r", "meta": nested(300)})) == 1  # nothing reads it
+
+
+def test_half_surrogate_pairs_in_names_and_messages(tmp_path):
+    lone, good = "\ud800", {"prompt": "p", "response": "r"}
+    records = read(tmp_path, {**good, lone: 1})
+    assert records.report["ignored_fields"] == {r"\ud800": 1}
+    bad = [{lone: 1}, {"messages": [{"role": lone, "content": "x"}]}, {**good, "id": lone}, {**good, "answer": lone}]
+    skipped = read(tmp_path, good, *bad, on_bad_record="skip")
+    assert skipped.report["skipped"] == 4
+    assert "\n".join(skipped.report["skipped_lines"]).encode()  # can be written to any file

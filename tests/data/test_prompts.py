@@ -8,6 +8,7 @@ import pytest
 
 from ntkjax.data import Example, render, render_prompt
 from ntkjax.data.prompts import end_token, render_beginning, render_text, stop_tokens
+from ntkjax.data.turns import MARK
 from ntkjax.errors import ConfigError, DataError
 
 PLAIN = Example("a", "s", "Why is 1 é?", None, "So the answer is yes.", "yes", ("yes", "no"))
@@ -183,3 +184,62 @@ def test_arguments_of_tools_are_objects(toy_tokenizer):
     calls = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
     rendered = render(tokenizer, Example("t", "s", "How warm?", None, "Look: ", response_fields={"tool_calls": calls}))
     assert learned(tokenizer, rendered) == ["Look: Rome<|end|>"]
+
+
+def call(name):
+    return {"type": "function", "function": {"name": name, "arguments": {"x": 1}}}
+
+
+USER, CALLING = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Look.", "tool_calls": [call("f")]}
+WRITES_CALLS = TEMPLATE_CHATML.replace(
+    "<|end|>", "{% for c in m['tool_calls'] %}[{{ c['function']['arguments'] | tojson }}]{% endfor %}<|end|>"
+)
+WRITES_ONE = WRITES_CALLS.replace("in m['tool_calls'] %}", "in (m['tool_calls'] or [])[:1] %}")
+LEGACY = {"function_call": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (TEMPLATE_CHATML, (1, 2, 3, 1, 1)),
+        (WRITES_CALLS, (0, 0, 0, 1, 0)),
+        (WRITES_ONE, (0, 1, 1, 1, 0)),
+        (None, (1, 2, 3, 1, 1)),
+    ],
+)
+def test_calls_that_no_text_holds_are_counted(toy_tokenizer, template, lost):
+    """Of the last turn (one call, two calls), of earlier ones, of the old form, of a turn of weight 0."""
+    tokenizer = with_template(toy_tokenizer, template)
+    two = {**CALLING, "tool_calls": [call("f"), call("g")]}
+    tool, plain = {"role": "tool", "content": "4"}, {"role": "assistant", "content": "Done."}
+    chats = [
+        [USER, CALLING],
+        [USER, two],
+        [USER, CALLING, tool, two, tool, plain],
+        [USER, {**plain, **LEGACY}],
+        [USER, {**CALLING, "weight": 0}, tool, plain],
+    ]
+    found = []
+    for *context, last in chats:
+        fields = {name: value for name, value in last.items() if name not in ("role", "content")}
+        example = Example("a", "s", "Hi", tuple(context), last["content"], response_fields=fields or None)
+        found.append(render(tokenizer, example).calls_lost)
+    assert tuple(found) == lost
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE_CHATML])
+@pytest.mark.parametrize("fields", [{"tool_calls": [call("f")]}, LEGACY])
+def test_a_call_alone_that_is_not_written_is_refused(toy_tokenizer, template, fields):
+    example = Example("a", "s", "Hi", (USER,), "", response_fields=fields)
+    with pytest.raises(DataError, match=r"'a': .* the tool calls of the last message"):
+        render(with_template(toy_tokenizer, template), example)
+
+
+def test_words_that_are_the_mark_of_turns(toy_tokenizer):
+    words = [MARK, "\ue0000\ue001"]
+    tokenizer = with_template(toy_tokenizer, TEMPLATE_CHATML)
+    context = tuple({"role": role, "content": words[0]} for role in ("user", "assistant", "user"))
+    example = Example("a", "s", "Hi", context, "".join(words))
+    text = render_text(tokenizer, example)
+    assert [text.text[a:b] for a, b in text.trained] == [f"{words[0]}<|end|>", f"{''.join(words)}<|end|>"]
+    assert not text.apart and text.turns_lost == 0

@@ -181,3 +181,28 @@ def test_norms_on_queries_and_keys_belong_to_qwen3_alone():
     for family, qk_norm in (("qwen3", False), ("llama", True)):
         with pytest.raises(CheckpointError, match="no checkpoint could hold"):
             ModelConfig(family=family, intermediate_size=8, qk_norm=qk_norm, **shape)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("vocab_size", [float("nan"), float("inf"), 1e300, 10**400, 2**40]),
+        ("rms_norm_eps", [float("nan"), float("inf"), 10**400]),
+        ("rope_theta", [float("nan"), "1e4"]),
+        ("architectures", ["LlamaForCausalLM", 3, True, {"a": 1}, [["LlamaForCausalLM"]], [None]]),
+        ("eos_token_id", ["2", [[2]], 1.5, float("nan"), {"a": 2}, True]),
+        ("bos_token_id", ["1", [1], 1.5]),
+        ("pad_token_id", ["<pad>", [0]]),
+        ("layer_types", ["full_attention", 3, [[1]], {"a": 1}]),
+        ("max_position_embeddings", ["4096", [1], float("nan")]),
+    ],
+)
+def test_values_of_the_wrong_kind_name_their_key(key, values):
+    for value in values:
+        with pytest.raises(CheckpointError, match=rf"config\.json: {key} "):
+            ModelConfig.from_hf(LLAMA | {key: value, "sliding_window": 32})
+
+
+def test_a_negative_token_id_stands_for_none():
+    config = ModelConfig.from_hf(LLAMA | {"pad_token_id": -1, "eos_token_id": [2, -1]})
+    assert config.pad_token_id is None and config.eos_token_ids == (2,)

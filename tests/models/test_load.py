@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from ntkjax.errors import CheckpointError, ConfigError, UserError
 from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm
 from ntkjax.models.lm import paths
-from ntkjax.models.load import check_ids, ids_beyond
+from ntkjax.models.load import check_ids, ids_beyond, read_config
 from ntkjax.models.names import sources
 
 QWEN3 = ModelConfig(
@@ -197,6 +197,15 @@ def test_a_head_in_the_file_of_a_tied_model_s_config(tmp_path):
         ((4).to_bytes(8, "little") + b"nope", "not JSON"),
         ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
         ((12).to_bytes(8, "little") + b'{"a": [1,2]}', "'a' is malformed"),
+        ((9000).to_bytes(8, "little") + b"[" * 9000, "not JSON"),
+        *(
+            (len(header).to_bytes(8, "little") + header, "'a' is malformed")
+            for header in (
+                b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}',
+                b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}',
+                b'{"a":{"dtype":"X","shape":[1],"data_offsets":[0.5,4]}}',
+            )
+        ),
     ],
 )
 def test_a_corrupt_file_says_so(content, words, tmp_path):
@@ -383,3 +392,32 @@ def test_the_real_checkpoint_knows_its_own_kind_of_text(shared_dir):
     held = mask.any(1)
     assert held.sum() >= 4
     assert 1.0 < nll[held].mean() < 3.5
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ({}, (3,)),
+        ({"eos_token_id": None}, (3,)),
+        ({"eos_token_id": 5}, (3, 5)),
+        ({"eos_token_id": [5, 3, -1]}, (3, 5)),
+        *(({"eos_token_id": bad}, None) for bad in ("3", [[3]], ["3"], 1.5, float("nan"), 10**12, True, {"a": 1})),
+    ],
+)
+def test_the_ends_that_generation_config_names(given, ends, tmp_path):
+    write(tmp_path, dataclasses.replace(QWEN3, eos_token_ids=(3,)))
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    if ends is not None:
+        assert read_config(tmp_path).eos_token_ids == ends
+        return
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is .*expected a token id"):
+        load_lm(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 2**30}, {"vocab_size": 2**30}, {"hidden_size": 2**30}])
+def test_sizes_beyond_the_file_are_refused_before_anything_of_them_is_made(change, tmp_path):
+    write(tmp_path)
+    config = dataclasses.replace(QWEN3, **change).to_hf()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json asks for"):
+        load_lm(tmp_path)

@@ -401,6 +401,11 @@ def test_gpt2_s_fused_layer_with_a_rank_of_its_own(tmp_path: Path) -> None:
         ("target_modules", "(q_proj"),
         ("target_modules", 3),
         ("layers_pattern", [1]),
+        ("layers_pattern", "(?P<layer>x)"),
+        ("exclude_modules", "("),
+        ("layers_to_transform", [float("inf")]),
+        ("rank_pattern", {"q_proj": float("inf")}),
+        ("alpha_pattern", {"q_proj": float("nan")}),
     ],
 )
 def test_patterns_that_cannot_be_read(option: str, value, tmp_path: Path) -> None:
@@ -473,3 +478,14 @@ def test_torch_agrees_on_patterns_and_auto_peft_loads_what_we_write(name: str, t
         with torch.no_grad():
             logits = theirs(torch.tensor(tokens).long()).logits.float().numpy()
         np.testing.assert_allclose(expected, logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("r", True), ("r", 2.0), ("r", 10**400), ("lora_alpha", float("nan")), ("lora_alpha", "4"), ("lora_alpha", True)],
+)
+def test_rank_and_alpha_that_are_no_numbers(option: str, value, tmp_path: Path) -> None:
+    by_peft_s_rules({"layers_to_transform": [0]}, tmp_path)
+    edit(tmp_path, **{option: value})
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: r = .*expected a positive integer and a number"):
+        adapter_lora_config(tmp_path)
