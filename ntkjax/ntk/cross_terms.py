@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.approx import KernelFunctions, head_is_trained
 from ntkjax.ntk.kernel import Kernel, gradients, rows_of
+from ntkjax.ntk.kernels import KernelFunctions, head_is_trained
 from ntkjax.ntk.metrics import bootstrap_interval, resample, square
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.rng import numpy_rng

@@ -4,7 +4,7 @@
 
 One output (``sum_logits``, ``loss``), m probes, or a rotation of all V logits: they differ in F alone. The last term is
 there only where the LM head itself is trained: what is left of the head's own gradient beyond the m outputs
-(``ntkjax.ntk.approx`` derives it). So a kernel has an explicit feature vector g(x) = (grad F_1, ..., grad F_m,
+(``ntkjax.ntk.kernels`` derives it). So a kernel has an explicit feature vector g(x) = (grad F_1, ..., grad F_m,
 sqrt(own) h), and everything linear in g, scores, sketches, contrasts, is written once for all of them.
 """
 

@@ -27,9 +27,9 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.approx import KernelFunctions
 from ntkjax.ntk.exact import logits
 from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
+from ntkjax.ntk.kernels import KernelFunctions
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import Params, as_pytree_fn
@@ -45,7 +45,7 @@ class OutputGrams:
       grams: G_c, float64 [M, n, n].
       own: the coefficient of <h, h'> with all M outputs.
       hidden: <h, h'> [n, n] where the head is trained and its own gradient is shared between the outputs and the
-        remainder (`ntkjax.ntk.approx`), else None.
+        remainder (`ntkjax.ntk.kernels`), else None.
     """
 
     grams: np.ndarray

@@ -13,7 +13,7 @@ import pytest
 from ntkjax.errors import ConfigError
 from ntkjax.models import LoraConfig, ModelConfig, init_lm
 from ntkjax.models.lm import paths
-from ntkjax.ntk import approx, blocks, exact, neural_tangents
+from ntkjax.ntk import blocks, exact, kernels, neural_tangents
 from ntkjax.ntk.exact import BACKENDS, centred_trace_ntk, empirical_ntk, logits, mean_trace_ntk, trace_ntk
 from ntkjax.ntk.kernel import gradients
 from ntkjax.ntk.rows import NonFiniteError
@@ -292,7 +292,7 @@ def test_memory_of_the_spectral_passes_does_not_grow_with_the_vocabulary(toy):
         fn = logits(
             output.hidden_fn, jnp.asarray(np.random.default_rng(0).normal(size=(vocab, toy.width)), jnp.float32)
         )
-        spectral.append(compiled_bytes(approx.trace(fn.hidden_fn, fn.head, adapter), adapter, batch))
+        spectral.append(compiled_bytes(kernels.trace(fn.hidden_fn, fn.head, adapter), adapter, batch))
         direct.append(compiled_bytes(blocks.as_kernel(fn), adapter, batch))
     assert spectral[0] == spectral[1]
     assert direct[1][0] > 16 * direct[0][0]  # so the comparison can fail

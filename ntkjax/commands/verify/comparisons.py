@@ -10,15 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkjax.commands.verify.config import VerifyConfig
-from ntkjax.commands.verify.kernels import Column, Lab, passes
+from ntkjax.commands.verify.kernels import CENTRED, TOP, Column, Lab, passes
 from ntkjax.ntk.agreement import agreement, ranks_by_row, taken, weighted_pearson
-from ntkjax.ntk.approx import parse
 from ntkjax.ntk.cross_terms import CrossTerms, cross_ratio
+from ntkjax.ntk.kernels import KERNELS, parse
 from ntkjax.ntk.ladder import gaussian_sketch, square_root
 from ntkjax.ntk.metrics import cka, matrix_scores, spearman, top_n_overlap
 from ntkjax.rng import numpy_rng
 
-TOP, CENTRED = "trace", "centred_trace"
 AGAINST = {
     "top": "the exact trace of the same parameters, the top of the column",
     "step": "the rung it departs from: the error that this one step adds",
@@ -32,10 +31,7 @@ NOISE_PAIRS = 8
 
 def step_of(rung: str) -> str | None:
     """The rung that ``rung`` departs from by one step; None for the top."""
-    name = parse(rung).name
-    if name == TOP:
-        return None
-    return CENTRED if name in ("centred_spectral", "loss") else TOP
+    return parse(rung).kind.approximates
 
 
 def compare(config: VerifyConfig, lab: Lab, columns: list[Column], *, progress: bool) -> dict[str, Any]:
@@ -161,7 +157,7 @@ def cross_summary(seeds: list[CrossTerms], *, seed: int) -> dict[str, Any]:
 
 
 def curve_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]:
-    """How the agreement grows with the number of outputs: spectral, centred spectral and Hutchinson kernels."""
+    """How the agreement grows with the number of outputs: the kernels that have a size."""
     domain, top = np.arange(column.domain), top_of(config, column)
     for family, sizes in column.curves.items():
         for reference in (TOP, CENTRED):
@@ -198,7 +194,7 @@ def noise_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]
     """What sketching to K numbers costs the ranking, by the law of a Gaussian sketch: two sketches against each other
     (the noise ceiling), and one against the kernel."""
     domain, top = np.arange(column.domain), top_of(config, column)
-    for rung in (TOP, CENTRED, "sum_logits", "loss"):
+    for rung in (name for name, kind in KERNELS.items() if not kind.sized):
         rng = numpy_rng(config.seed, "verify", "noise", column.name, rung)
         roots = [(square_root(k), matrix_scores(k, domain)) for k in column.kernels[rung]]
         for size in NOISE_SIZES:

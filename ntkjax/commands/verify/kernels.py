@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ from ntkjax.commands.verify.sample import Sample
 from ntkjax.data import TokenisedDataset
 from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.models import LanguageModel
-from ntkjax.ntk.approx import EXACT, KernelFunctions, build, parse
 from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines
 from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams, square_root
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.pipeline.load import fresh_parameters
@@ -28,6 +29,8 @@ from ntkjax.store import RowStore
 from ntkjax.training import fit
 from ntkjax.types import Params
 
+TOP, CENTRED = "trace", "centred_trace"
+"""The exact kernels that the others are compared with: of all outputs, and of those that can change the loss."""
 NOT_LORA = r"^(?!.*lora_[ab]$)"
 
 
@@ -41,7 +44,7 @@ class Column:
       seeds: one draw of every kernel for each.
       kernels: rung -> matrices [draws, n, n]; one draw where nothing is random.
       sketched: rung -> two independent sketches for every draw [2, draws, n, n], and how they were made.
-      curves: ``spectral``, ``centred_spectral``, ``hutchinson`` -> {m: matrices [draws, n, n]}.
+      curves: kernel with a size -> {m: matrices [draws, n, n]}.
       cross: cross-output cosines, one for each seed.
       parameters, vocab, width: sizes.
     """
@@ -151,24 +154,10 @@ class Lab:
     # -- one draw of one column --
 
     def _draw(self, column: Column, seed: int) -> dict[str, Any]:
-        config, point = self.config, self.point(column, seed)
+        point = self.point(column, seed)
         tokens = self.sample.tokens.subset(column.rows)
-        most = max(config.m)
-        sweep = functools.partial(self._sweep, column, point, tokens)
-        raw, summed = sweep("trace"), sweep("sum_logits").matrix()
-        centred, probes = sweep(f"centred_spectral:{most}"), sweep(f"hutchinson:{most}", seed)
         vocab, width = np.shape(_weight(point))
-        kernels = {"trace": raw.matrix(), "centred_trace": raw.matrix() - summed / vocab}
-        sizes = sorted(set(config.m), reverse=True)
-        kernels |= {f"spectral:{m}": raw.matrix(m) for m in sizes}
-        kernels |= {f"centred_spectral:{m}": centred.matrix(m) for m in sizes}
-        kernels |= {f"hutchinson:{m}": probes.matrix(m, rescale=True) for m in sizes}
-        kernels |= {"sum_logits": summed, "loss": sweep("loss").matrix()}
-        curves = {
-            "spectral": {m: raw.matrix(m) for m in powers_of_two(len(raw.grams))},
-            "centred_spectral": {m: centred.matrix(m) for m in powers_of_two(most)},
-            "hutchinson": {m: probes.matrix(m, rescale=True) for m in powers_of_two(most)},
-        }
+        kernels, curves = self._ladder(functools.partial(self._sweep, column, point, tokens), seed, vocab)
         parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(point.params))
         sketched = {
             name: self._sketches(column, point, tokens, name, matrix, seed, parameters)
@@ -183,6 +172,38 @@ class Lab:
             "vocab": int(vocab),
             "width": int(width),
         }
+
+    def _ladder(
+        self, sweep: Callable[..., OutputGrams], seed: int, vocab: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]]:
+        """(kernel -> matrix, kind -> {m: matrix}): every kernel of `KERNELS`, and those with a size for many m.
+
+        Args:
+          sweep: ``(name, seed or None) -> OutputGrams`` of one kernel.
+        """
+        sizes = sorted(set(self.config.m), reverse=True)
+        done: dict[str, OutputGrams] = {}
+
+        def swept(name: str) -> OutputGrams:
+            if name not in done:
+                done[name] = sweep(name, seed if parse(name).kind.random else None)
+            return done[name]
+
+        kernels: dict[str, np.ndarray] = {}
+        curves: dict[str, dict[int, np.ndarray]] = {}
+        for name, kind in KERNELS.items():
+            if name == CENTRED:  # trace - sum_logits / V (`ntkjax.ntk.ladder`), so that it takes no passes of its own
+                kernels[name] = kernels[TOP] - swept("sum_logits").matrix() / vocab
+            elif not kind.sized:
+                kernels[name] = swept(name).matrix()
+            elif kind.nested == "none":
+                kernels |= {f"{name}:{m}": swept(f"{name}:{m}").matrix() for m in sizes}
+            else:
+                whole = done[kind.complete] if kind.complete in done else swept(f"{name}:{sizes[0]}")
+                part = functools.partial(whole.matrix, rescale=kind.nested == "mean")
+                kernels |= {f"{name}:{m}": part(m) for m in sizes}
+                curves[name] = {m: part(m) for m in powers_of_two(len(whole.grams))}
+        return kernels, curves
 
     def _batches(self, tokens: TokenisedDataset, lengths: int = 3) -> Any:
         """The examples in batches of few lengths: each length saves padding in every pass, and costs a compilation."""
@@ -297,8 +318,7 @@ class Lab:
 
 def passes(name: str, width: int) -> int:
     """Reverse passes an example takes in this kernel: its number of outputs."""
-    spec = parse(name)
-    return width if spec.name in EXACT else max(1, spec.m)
+    return parse(name).outputs(width)
 
 
 def powers_of_two(most: int) -> list[int]:
