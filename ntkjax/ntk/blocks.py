@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.ntk import neural_tangents
-from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, block_sizes, count_outputs, count_rows, gradients, rows_of
+from ntkjax.ntk.gram import contract, count_rows, gradient_bytes, row_blocks
+from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, block_sizes, count_outputs, gradients
 from ntkjax.types import ArrayLike, Params, at_least_float32
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -59,17 +60,6 @@ class Method:
     rows_at_once: Callable[[int], int] = lambda c: max(1, MAX_PASSES // c)
 
 
-@jax.jit
-def _contract(a: Params, b: Params) -> Float[Array, "R1 R2 c1 c2"]:
-    """<a_ik, b_jl> over all leaves [R, c, ...], for every pair of rows and outputs."""
-
-    def products(x: Array, y: Array) -> Array:
-        x, y = x.reshape(*x.shape[:2], -1), y.reshape(*y.shape[:2], -1)
-        return jnp.einsum("ikp,jlp->ijkl", x, y, precision=HIGHEST)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(products, a, b)))
-
-
 def _jacobian() -> Method:
     def prepare(fn: Kernel, params: Params, unit: Unit) -> Params:
         rows = max(1, MAX_PASSES // len(unit.selectors))
@@ -78,7 +68,7 @@ def _jacobian() -> Method:
 
     def combine(fn: Kernel, params: Params, a: Params, b: Params, traced: bool) -> Array:
         assert not traced  # that is ntkjax.ntk.kernel.kernel_matrix
-        return _contract(a, b)
+        return np.swapaxes(np.asarray(contract(a, b, outputs="pairs")), 1, 2)
 
     return Method(prepare, combine, keeps=True, rows_at_once=lambda c: sys.maxsize)  # it sees to that itself
 
@@ -172,14 +162,6 @@ def _slices(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _row_blocks(x: Any, size: int) -> list[tuple[slice, Any]]:
-    """Equal shapes, so that each program compiles once: the last block is filled up with its last row."""
-    count = count_rows(x)
-    size = min(size, count)
-    filled = lambda at: np.minimum(np.arange(at.start, at.start + size), count - 1)
-    return [(at, rows_of(x, filled(at))) for at in _slices(count, size)]
-
-
 def _output_blocks(outputs: int, size: int) -> list[tuple[slice, np.ndarray]]:
     """Rows of the identity; the last block is filled up with zeros, which select nothing."""
     eye = np.eye(-(-outputs // size) * size, outputs, dtype=np.float32)
@@ -201,10 +183,10 @@ def blockwise(
     n1, n2, m = count_rows(x1), count_rows(x1 if same else x2), count_outputs(fn, params, x1)
     size, width = block_sizes(params, max(n1, n2), m, memory_budget // 2)  # half is for copies within a program
     size = min(size, how.rows_at_once(width))
-    left = _row_blocks(x1, size)
-    right = left if same else _row_blocks(x2, size)
+    left = row_blocks(x1, size)
+    right = left if same else row_blocks(x2, size)
     outputs = _output_blocks(m, width)
-    if how.keeps and not traced and _bytes(params) * m * (n1 if same else n1 + n2) <= memory_budget // 4:
+    if how.keeps and not traced and gradient_bytes(params) * m * (n1 if same else n1 + n2) <= memory_budget // 4:
         how = dataclasses.replace(how, prepare=_remembered(how.prepare))
     total = np.zeros((n1, n2) if traced else (n1, n2, m, m))
     for block in [[o] for o in outputs] if traced else [outputs]:  # the trace needs no pairs of different outputs
@@ -246,10 +228,6 @@ def _add_pairs(total: np.ndarray, pairing: Callable, left: list[Unit], right: li
 def _mirrored(values: np.ndarray) -> np.ndarray:
     """K(x', x) from K(x, x'): both the examples and the outputs change sides."""
     return values.T if values.ndim == 2 else values.transpose(1, 0, 3, 2)
-
-
-def _bytes(params: Params) -> int:
-    return sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
 
 
 def _remembered(prepare: Callable) -> Callable:

@@ -15,23 +15,21 @@ see, and nothing of the V - 1 others.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.exact import logits
-from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
+from ntkjax.ntk.gram import contract, gradient_bytes, rows_of
+from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients
 from ntkjax.ntk.kernels import KernelFunctions
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
-from ntkjax.ntk.rows import NonFiniteError
+from ntkjax.ntk.rows import NonFiniteError, title
 from ntkjax.types import Params, as_pytree_fn
 
 BLOCK = 8  # outputs at a time, also where fewer are left: one program for all kernels, and more gain little speed
@@ -89,17 +87,6 @@ def common_form(
     return kernel, None
 
 
-@jax.jit
-def _grams(a: Params, b: Params) -> Float[Array, "c n1 n2"]:
-    """<a_ic, b_jc> over all leaves [n, c, ...], output by output."""
-
-    def product(x: Array, y: Array) -> Array:
-        x, y = (jnp.swapaxes(z.reshape(*z.shape[:2], -1), 0, 1) for z in (x, y))
-        return jnp.matmul(x, jnp.swapaxes(y, 1, 2), precision=jax.lax.Precision.HIGHEST)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
-
-
 def output_grams(
     kernel: Kernel | Callable,
     params: Params,
@@ -132,7 +119,7 @@ def output_grams(
     if selectors is None:
         selectors = np.eye(count_outputs(kernel, params, plan[0]), dtype=np.float32)
     count = len(selectors)
-    one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
+    one = gradient_bytes(params)
     outputs = max(1, min(BLOCK, memory_budget // max(1, one * rows)))
     whole = one * rows <= memory_budget
     pieces = plan if whole else list(_pieces(plan, max(1, memory_budget // max(1, 2 * one))))
@@ -140,7 +127,13 @@ def output_grams(
         raise ValueError(f"the batches must hold each of the rows 0 to {rows - 1} once")
     done = np.zeros(count, bool) if store is None else np.asarray(store.done())
     found, todo = np.zeros((count, rows, rows)), np.flatnonzero(~done)
-    bar = tqdm(total=count, initial=int(done.sum()), desc=_title(progress), disable=progress is False, unit="output")
+    bar = tqdm(
+        total=count,
+        initial=int(done.sum()),
+        desc=title(progress, "gradients"),
+        disable=progress is False,
+        unit="output",
+    )
     for start in range(0, len(todo), outputs):
         chosen = todo[start : start + outputs]
         block = np.zeros((outputs, selectors.shape[1]), selectors.dtype)
@@ -176,7 +169,7 @@ def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, 
         left = kept[i] if keep else pull(i)
         for j in range(i, len(pieces)):
             right = left if i == j else kept[j] if keep else pull(j)
-            values = np.asarray(_grams(left, right), np.float64)
+            values = np.asarray(contract(left, right, outputs="each"), np.float64)
             _scatter(total, np.asarray(first.index), np.asarray(pieces[j].index), values)
     return total
 
@@ -193,10 +186,6 @@ def _pieces(batches: list, size: int) -> Iterator[Any]:
     for batch in batches:
         for start in range(0, len(batch.index), size):
             yield rows_of(batch, slice(start, start + size))
-
-
-def _title(progress: bool | str) -> str:
-    return progress if isinstance(progress, str) else "gradients"
 
 
 def hidden_gram(hidden_fn: Callable, params: Params, batches: Iterable, *, rows: int) -> Float[np.ndarray, "rows rows"]:

@@ -17,7 +17,6 @@ each example and its product with all of them is cheaper: its cost does not grow
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,9 +27,10 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
+from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
-from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
+from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows, title
+from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode_only
 
@@ -248,7 +248,7 @@ def scores_along(
     if len(directions) >= MANY:
         return gradient_features(
             kernel, params, batches, Along(stacked), rows=rows, store=store, memory_budget=memory_budget,
-            progress=progress and (progress if isinstance(progress, str) else "scores"),
+            progress=progress and title(progress, "scores"),
         )  # fmt: skip
 
     def results() -> Iterator[tuple[np.ndarray, Array]]:
@@ -272,14 +272,8 @@ class Along:
     grouped = False
 
     def __call__(self, gradients: Params) -> Float[Array, "B R"]:
-        pairs = [(gradients["outputs"], self.directions.outputs)]
-        if self.directions.head is not None:
-            pairs.append((gradients["head"], self.directions.head))
-        product = lambda g, u: jnp.matmul(
-            flat_rows(g), flat_rows(u).astype(at_least_float32(g).dtype).T, precision=jax.lax.Precision.HIGHEST
-        )
-        found = [jax.tree.leaves(jax.tree.map(product, g, u)) for g, u in pairs]
-        return functools.reduce(jnp.add, [part for parts in found for part in parts])
+        names = ["outputs"] if self.directions.head is None else ["outputs", "head"]
+        return contract([gradients[name] for name in names], [getattr(self.directions, name) for name in names])
 
     def width(self, params: Params) -> int:
         return len(jax.tree.leaves(self.directions.outputs)[0])

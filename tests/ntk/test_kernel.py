@@ -19,7 +19,7 @@ from ntkjax.ntk import (
     parse,
     squared_norms,
 )
-from ntkjax.ntk.kernel import count_rows
+from ntkjax.ntk.gram import count_rows
 
 SUBSETS = ("lora", "all", "tied", "head alone")
 NAMES = ("trace", "centred_trace", "sum_logits", "loss", "hutchinson:3", "spectral:2", "centred_spectral:2")
