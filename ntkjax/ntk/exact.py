@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk import kernels
-from ntkjax.ntk.blocks import blockwise, method
+from ntkjax.ntk.blocks import backend_of, blockwise
 from ntkjax.ntk.kernel import as_kernel, count_outputs, kernel_matrix
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
@@ -116,7 +116,7 @@ def empirical_ntk(
             'empirical_ntk: backend "spectral" sums over the outputs, so it gives trace_ntk, mean_trace_ntk and '
             'centred_trace_ntk alone; use backend="jacobian" for the O x O kernel'
         )
-    return _finite(blockwise(method(backend), apply_fn, params, x1, x2, traced=False, memory_budget=memory_budget))
+    return _finite(blockwise(backend_of(backend), apply_fn, params, x1, x2, traced=False, memory_budget=memory_budget))
 
 
 def trace_ntk(
@@ -176,7 +176,7 @@ def centred_trace_ntk(
 def _traced(apply_fn: Callable, params: Params, x1: Any, x2: Any, backend: str, memory_budget: int) -> np.ndarray:
     if backend == "jacobian":
         return _finite(kernel_matrix(as_pytree_fn(apply_fn), params, x1, x2, memory_budget=memory_budget))
-    return _finite(blockwise(method(backend), apply_fn, params, x1, x2, traced=True, memory_budget=memory_budget))
+    return _finite(blockwise(backend_of(backend), apply_fn, params, x1, x2, traced=True, memory_budget=memory_budget))
 
 
 def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: bool, memory_budget: int) -> np.ndarray:

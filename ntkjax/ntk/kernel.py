@@ -1,11 +1,11 @@
 """What a tangent kernel is here: the trace NTK of some function F(params, batch) -> [B, m].
 
-    k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + own <h(x), h(x')>
+    k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + c_h <h(x), h(x')>
 
 One output (``sum_logits``, ``loss``), m probes, or a rotation of all V logits: they differ in F alone. The last term is
-there only where the LM head itself is trained: what is left of the head's own gradient beyond the m outputs
-(``ntkjax.ntk.kernels`` derives it). So a kernel has an explicit feature vector g(x) = (grad F_1, ..., grad F_m,
-sqrt(own) h), and everything linear in g, scores, sketches, contrasts, is written once for all of them.
+there only where the LM head itself is trained, with coefficient c_h: what is left of the head's own gradient beyond the
+m outputs (``ntkjax.ntk.kernels`` derives it). So a kernel has an explicit feature vector g(x) = (grad F_1, ...,
+grad F_m, sqrt(c_h) h), and everything linear in g, scores, sketches, contrasts, is written once for all of them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ MAX_PASSES = 256  # reverse passes (rows x outputs) at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + own <h(x), h(x')>.
+    """k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + c_h <h(x), h(x')>.
 
     Attributes:
       output_fn: ``F(params, batch) -> [B]`` or ``[B, m]``, a callable pytree.
-      hidden_fn: ``h(params, batch) -> [B, D]``; None where ``own`` is 0.
-      own: coefficient of the head's remainder; 0 unless the head is among the trained parameters.
+      hidden_fn: ``h(params, batch) -> [B, D]``; None where ``head_coefficient`` is 0.
+      head_coefficient: c_h, of the head's own term; 0 unless the head is among the trained parameters.
       name: what it is called in results, ``spectral:16`` say.
     """
 
     output_fn: Any
     hidden_fn: Any = None
-    own: float = dataclasses.field(default=0.0, metadata={"static": True})
+    head_coefficient: float = dataclasses.field(default=0.0, metadata={"static": True})
     name: str = dataclasses.field(default="kernel", metadata={"static": True})
 
     def outputs(self, params: Params, batch: Any) -> Float[Array, "B m"]:
@@ -52,11 +52,11 @@ class Kernel:
         values = at_least_float32(self.output_fn(params, batch))
         return values[:, None] if values.ndim == 1 else values
 
-    def remainder(self, params: Params, batch: Any) -> Float[Array, "B D"] | None:
-        """sqrt(own) h(x) [B, D], or None where the head is held fixed."""
-        if self.own == 0:
+    def head_features(self, params: Params, batch: Any) -> Float[Array, "B D"] | None:
+        """sqrt(c_h) h(x) [B, D], or None where the head is held fixed."""
+        if self.head_coefficient == 0:
             return None
-        return math.sqrt(self.own) * at_least_float32(self.hidden_fn(params, batch))
+        return math.sqrt(self.head_coefficient) * at_least_float32(self.hidden_fn(params, batch))
 
 
 def as_kernel(kernel: Kernel | Callable) -> Kernel:
@@ -94,9 +94,9 @@ def gradients(
 
 
 @jax.jit
-def remainders(kernel: Kernel, params: Params, x: Any) -> Float[Array, "B D"]:
-    """`Kernel.remainder` of a batch, compiled."""
-    found = kernel.remainder(params, x)
+def compiled_head_features(kernel: Kernel, params: Params, x: Any) -> Float[Array, "B D"]:
+    """`Kernel.head_features` of a batch, compiled."""
+    found = kernel.head_features(params, x)
     assert found is not None
     return found
 
@@ -173,9 +173,9 @@ def kernel_matrix(
                 _add(total, at, to, contract(g1, g2), mirror=same and i != j)
             bar.update()
     bar.close()
-    if kernel.own:
-        h1 = _all_remainders(kernel, params, left, n1)
-        total += h1 @ (h1 if same else _all_remainders(kernel, params, right, n2)).T
+    if kernel.head_coefficient:
+        h1 = _all_head_features(kernel, params, left, n1)
+        total += h1 @ (h1 if same else _all_head_features(kernel, params, right, n2)).T
     return (total + total.T) / 2 if same else total
 
 
@@ -187,8 +187,8 @@ def _add(total: np.ndarray, at: slice, to: slice, block: Array, *, mirror: bool)
         total[to, at] += values.T
 
 
-def _all_remainders(kernel: Kernel, params: Params, blocks: list, count: int) -> np.ndarray:
-    found = [np.asarray(remainders(kernel, params, block), np.float64) for _, block in blocks]
+def _all_head_features(kernel: Kernel, params: Params, blocks: list, count: int) -> np.ndarray:
+    found = [np.asarray(compiled_head_features(kernel, params, block), np.float64) for _, block in blocks]
     return np.concatenate(found)[:count]
 
 
@@ -205,17 +205,17 @@ def kernel_diagonal(
             found = gradients(kernel, params, block, selector, microbatch=microbatch)
             squares = np.asarray(_squares(found), np.float64)
             total[at] += squares[: at.stop - at.start]
-    if kernel.own:
-        total += np.sum(_all_remainders(kernel, params, blocks, n) ** 2, axis=1)
+    if kernel.head_coefficient:
+        total += np.sum(_all_head_features(kernel, params, blocks, n) ** 2, axis=1)
     return total
 
 
 @functools.partial(jax.jit, static_argnames="microbatch")
 def feature_vector(kernel: Kernel, params: Params, x: Any, *, microbatch: int | None = None) -> dict[str, Params]:
-    """g(x) as a pytree: {"outputs": leaves [B, m, ...], "head": sqrt(own) h [B, D] where the head is trained}."""
+    """g(x) as a pytree: {"outputs": leaves [B, m, ...], "head": sqrt(c_h) h [B, D] where the head is trained}."""
     m = count_outputs(kernel, params, x)
     found: dict[str, Params] = {
         "outputs": gradients(kernel, params, x, np.eye(m, dtype=np.float32), microbatch=microbatch)
     }
-    head = kernel.remainder(params, x)
+    head = kernel.head_features(params, x)
     return found if head is None else found | {"head": head}

@@ -195,8 +195,8 @@ def spectral(hidden_fn: Callable, head: Any, params: Params, m: int | None, *, c
     rows = np.asarray(weight, np.float64)
     rows = rows - rows.mean(axis=0) if centred else rows
     q = rows @ (vectors[:, :kept] / np.sqrt(values[:kept]))
-    own = float(vocab - centred - kept)
-    return Kernel(_rotated(hidden_fn, head, params, q), as_pytree_fn(hidden_fn), own, name)
+    head_coefficient = float(vocab - centred - kept)
+    return Kernel(_rotated(hidden_fn, head, params, q), as_pytree_fn(hidden_fn), head_coefficient, name)
 
 
 def head_spectrum(weight: Float[Array, "V D"], *, centred: bool) -> tuple[np.ndarray, np.ndarray]:

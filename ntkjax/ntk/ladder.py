@@ -41,20 +41,20 @@ class OutputGrams:
 
     Attributes:
       grams: G_c, float64 [M, n, n].
-      own: the coefficient of <h, h'> with all M outputs.
+      head_coefficient: the coefficient of <h, h'> with all M outputs.
       hidden: <h, h'> [n, n] where the head is trained and its own gradient is shared between the outputs and the
-        remainder (`ntkjax.ntk.kernels`), else None.
+        term in <h, h'> (`ntkjax.ntk.kernels`), else None.
     """
 
     grams: np.ndarray
-    own: float = 0.0
+    head_coefficient: float = 0.0
     hidden: np.ndarray | None = None
 
     def matrix(self, m: int | None = None, *, rescale: bool = False) -> Float[np.ndarray, "n n"]:
         """The kernel matrix of the first m outputs (None: all).
 
-        The head's own gradient along the directions left out moves to the remainder: own + M - m. ``rescale``
-        multiplies by M / m instead, for probes that average to the kernel.
+        The head's own gradient along the directions left out moves to the term in <h, h'>, whose coefficient becomes
+        head_coefficient + M - m. ``rescale`` multiplies by M / m instead, for probes that average to the kernel.
         """
         count = len(self.grams)
         m = count if m is None else m
@@ -63,7 +63,7 @@ class OutputGrams:
         total = self.grams[:m].sum(axis=0)
         if rescale:
             return total * (count / m)
-        return total if self.hidden is None else total + (self.own + count - m) * self.hidden
+        return total if self.hidden is None else total + (self.head_coefficient + count - m) * self.hidden
 
 
 def common_form(
@@ -72,7 +72,8 @@ def common_form(
     """(base, S) where the M outputs of ``kernel`` are S F, F those of the base: the same for all kernels of the logits.
 
     With the head held fixed F = h [B, D] and S = (W^T v)^T; with the head trained F = W h [B, V] and S = v^T. A kernel
-    that is no linear map of the logits (``loss``) is its own base, with S None. The base is without the remainder.
+    that is no linear map of the logits (``loss``) is its own base, with S None. The base is without the term in
+    <h, h'>.
     """
     output, hidden = kernel.output_fn, functions.hidden_fn
     rows = lambda array: np.asarray(array).reshape(len(array), -1).T
@@ -101,7 +102,8 @@ def output_grams(
     """G_c(x_i, x_j) = <grad F_c(x_i), grad F_c(x_j)> for every output c of ``kernel``, float64.
 
     Args:
-      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, M]``. Its remainder ``own`` is not part of this.
+      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, M]``. The head's own term is not part of
+        this.
       selectors: take the M outputs S F in the place of F's own: S [M, m]. Kernels that differ in S alone, as those of
         `common_form` do, then run one compiled program.
       params: theta.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ntkjax.commands.verify.comparisons import AGAINST
-from ntkjax.commands.verify.kernels import TOP
+from ntkjax.commands.verify.kernels import TRACE
 from ntkjax.ntk.kernels import KERNELS
 from ntkjax.ntk.metrics import matrix_scores
 from ntkjax.pipeline.run_dir import RunDir
@@ -250,7 +250,7 @@ def _rungs(results: Mapping[str, Any], against: str, metric: str, label: str) ->
 
 def _by_outputs(results: Mapping[str, Any]) -> bytes:
     column = list(results["columns"])[-1]
-    references = {row["family"]: KERNELS[row["family"]].approximates or TOP for row in results["curves"]}
+    references = {row["family"]: KERNELS[row["family"]].approximates or TRACE for row in results["curves"]}
     chosen = sorted(references.items(), key=lambda pair: list(KERNELS).index(pair[1]))
     curves = {
         f"{family} against {against}": [
