@@ -183,16 +183,22 @@ def blockwise(
     n1, n2, m = count_rows(x1), count_rows(x1 if same else x2), count_outputs(fn, params, x1)
     size, width = block_sizes(params, max(n1, n2), m, memory_budget // 2)  # half is for copies within a program
     size = min(size, how.rows_at_once(width))
+    # Programs see blocks of one shape, so each backend compiles once; `Block.rows` and `.outputs` say what is real of
+    # it.
     left = row_blocks(x1, size)
     right = left if same else row_blocks(x2, size)
     outputs = _output_blocks(m, width)
     if how.keeps and not traced and gradient_bytes(params) * m * (n1 if same else n1 + n2) <= memory_budget // 4:
+        # All gradients fit into a quarter of the budget: each is computed once instead of once for each of its pairs.
         how = dataclasses.replace(how, prepare=_remembered(how.prepare))
     total = np.zeros((n1, n2) if traced else (n1, n2, m, m))
     for block in [[o] for o in outputs] if traced else [outputs]:  # the trace needs no pairs of different outputs
+        # ``first is second`` where x2 is x1: `_pairing` then knows the pair of a block with itself by identity.
         second = _blocks(right, block)
         first = second if same else _blocks(left, block)
         if how.full_left and not traced:
+            # Forward mode gives all O outputs on the left for every gradient on the right, so the left needs no blocks
+            # of outputs: one pass takes the place of O / c.
             first = _blocks(left, _output_blocks(m, m))
         _add_pairs(total, functools.partial(_pairing, how, fn, params, traced), first, second, same)
     return (total + _mirrored(total)) / 2 if same else total
@@ -218,7 +224,7 @@ def _add_pairs(total: np.ndarray, pairing: Callable, left: list[Block], right: l
         with_a = pairing(a)
         for b in right:
             if same and b.rows.start < a.rows.start:
-                continue
+                continue  # its mirror image is computed
             values = with_a(b)
             total[where(a, b)] += values
             if same and b.rows.start > a.rows.start:
@@ -232,6 +238,7 @@ def _mirrored(values: np.ndarray) -> np.ndarray:
 
 def _remembered(prepare: Callable) -> Callable:
     """``prepare`` that computes each block once."""
+    # By identity, because arrays have no hash; the block is kept with its result, so that no other takes its id.
     found: dict[int, tuple[Block, Any]] = {}
 
     def remembering(fn: Kernel, params: Params, block: Block) -> Any:

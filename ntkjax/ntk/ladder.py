@@ -2,7 +2,7 @@
 
 The Gram matrices of the single outputs, G_c(x, x') = <grad F_c(x), grad F_c(x')>, add up to the kernel of all M outputs
 and, summed up to m, to that of the first m: in the eigenbasis of the head ``spectral:m`` for every m, with Rademacher
-probes ``hutchinson:m``. So a ladder costs the passes of its top rung, once.
+probes ``hutchinson:m``. So the kernels of all m cost the passes of the largest, once.
 
 Between the trace and its centred form no second sweep is needed either. With s = sum_k f_k,
 
@@ -122,6 +122,8 @@ def output_grams(
         selectors = np.eye(count_outputs(kernel, params, plan[0]), dtype=np.float32)
     count = len(selectors)
     one = gradient_bytes(params)
+    # Where one output of all rows fits into the budget, its gradients are held and every pair of batches is contracted.
+    # Otherwise batches are cut into pieces of half the budget, two of which are held at a time (`_block`).
     outputs = max(1, min(BLOCK, memory_budget // max(1, one * rows)))
     whole = one * rows <= memory_budget
     pieces = plan if whole else list(_pieces(plan, max(1, memory_budget // max(1, 2 * one))))
@@ -138,10 +140,12 @@ def output_grams(
     )
     for start in range(0, len(todo), outputs):
         chosen = todo[start : start + outputs]
+        # Always ``outputs`` selectors, the last ones 0 where fewer are left: one shape, one compiled program.
         block = np.zeros((outputs, selectors.shape[1]), selectors.dtype)
         block[: len(chosen)] = selectors[chosen]
         block = _block(kernel, params, pieces, block, rows, keep=whole)[: len(chosen)]
         if not np.isfinite(block).all():
+            # A row with a gradient that is not finite spoils its diagonal entry; the others' diagonals stay finite.
             bad = ~np.isfinite(np.einsum("cii->ci", block)).all(axis=0)
             raise NonFiniteError("gradient", np.flatnonzero(bad).tolist())
         found[chosen] = block
@@ -167,6 +171,7 @@ def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, 
     )
     kept = {i: pull(i) for i in range(len(pieces))} if keep else {}
     total = np.zeros((len(selectors), rows, rows))
+    # Pairs i <= j only; `_scatter` writes both triangles, at the dataset rows that the batches' ``index`` names.
     for i, first in enumerate(pieces):
         left = kept[i] if keep else pull(i)
         for j in range(i, len(pieces)):
