@@ -16,11 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation")
 """Packages with a page of the reference, by the names in their ``__all__``."""
 ERRORS = "ntkjax.errors"
-COMMANDS, METHODS, KERNELS, EXACT = "ntkjax.commands", "ntkjax.selection", "ntkjax.ntk.approx", "ntkjax.ntk.exact"
+COMMANDS, METHODS, KERNELS, EXACT = "ntkjax.commands", "ntkjax.selection", "ntkjax.ntk.kernels", "ntkjax.ntk.exact"
 """The modules that hold the tables of commands, methods and kernels, and the exact kernels."""
-KERNEL_FUNCTIONS = {"sum_logits": "summed", "centred_spectral": "spectral"}
-"""Name of a kernel -> the function that makes it, where the two differ."""
-KERNEL_NAMES = ("ONE_OUTPUT", "WITH_SIZE", "EXACT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +119,18 @@ def methods() -> dict[str, Definition]:
     }
 
 
-def kernels() -> dict[str, Definition]:
-    """Name of a kernel (``spectral:m`` where it has a size) -> the function that makes it."""
-    named: dict[str, tuple[str, ...]] = {group: ast.literal_eval(value_of(KERNELS, group)) for group in KERNEL_NAMES}
-    return {
-        f"{name}:m" if group == "WITH_SIZE" else name: definition(KERNELS, KERNEL_FUNCTIONS.get(name, name))
-        for group, names in named.items()
-        for name in names
-    }
+def kernels() -> dict[str, tuple[str, Definition]]:
+    """Name of a kernel (``spectral:m`` where it has a size) -> (its summary, the function that its entry calls)."""
+    table, found = value_of(KERNELS, "KERNELS"), {}
+    assert isinstance(table, ast.Dict)
+    for key, entry in zip(table.keys, table.values, strict=True):
+        assert key is not None and isinstance(entry, ast.Call)
+        parts = {part.arg: part.value for part in entry.keywords}
+        maker = parts["build"]
+        assert isinstance(maker, ast.Lambda) and isinstance(maker.body, ast.Call)
+        name = ast.literal_eval(key) + (":m" if "sized" in parts and ast.literal_eval(parts["sized"]) else "")
+        found[name] = ast.literal_eval(parts["summary"]), definition(KERNELS, ast.unparse(maker.body.func))
+    return found
 
 
 def commands() -> dict[str, Definition]:
@@ -284,9 +285,9 @@ def kernels_page() -> str:
     module = ast.get_docstring(parse(KERNELS)) or ""
     lines = ["# Kernels", "", "Made from the table of kernels and the docstrings. `--kernel NAME` takes:", ""]
     lines += [row("kernel", "what it is"), "|---|---|"]
-    lines += [row(f"`{name}`", summary(kernel.node)) for name, kernel in kernels().items()]
+    lines += [row(f"`{name}`", text) for name, (text, _) in kernels().items()]
     lines += ["", "## How they are derived", "", module, "", "## The functions", ""]
-    for path in dict.fromkeys(kernel.path for kernel in kernels().values()):
+    for path in dict.fromkeys(maker.path for _, maker in kernels().values()):
         lines += block(path, 3)
     lines += ["## Exact kernels of any function", "", ast.get_docstring(parse(EXACT)) or "", ""]
     for name in ("empirical_ntk", "trace_ntk", "mean_trace_ntk", "centred_trace_ntk"):

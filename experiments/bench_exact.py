@@ -28,7 +28,7 @@ import ratios
 import tyro
 
 from ntkjax.models import LoraConfig, ModelConfig, init_lm
-from ntkjax.ntk import approx, neural_tangents
+from ntkjax.ntk import kernels, neural_tangents
 from ntkjax.ntk.exact import LogitsOutput, logits, mean_trace_ntk
 from ntkjax.ntk.kernel import MAX_OUTPUTS, gradients
 from ntkjax.types import Batch
@@ -98,7 +98,7 @@ def measure(bench: ExactBench) -> dict[str, float]:
 def spectral_memory(bench: ExactBench, vocab: int) -> int:
     """Temporary bytes of the program that makes a block of gradients, as the compiler plans them."""
     fn, params, batch = problem(bench, vocab)
-    kernel = approx.trace(fn.hidden_fn, fn.head, params)
+    kernel = kernels.trace(fn.hidden_fn, fn.head, params)
     selectors = np.eye(MAX_OUTPUTS, bench.width, dtype=np.float32)
     program = gradients.lower(kernel, params, batch, selectors, microbatch=None).compile()
     found: Any = program.memory_analysis()

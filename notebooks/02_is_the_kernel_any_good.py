@@ -30,7 +30,7 @@ from ntkjax.assets import tiny_lm_path
 from ntkjax.assets.planted import write_planted_task
 from ntkjax.data import concat, read_records, tokenise
 from ntkjax.ntk import directions, gradient_features, kernel_matrix, spearman, top_n_overlap
-from ntkjax.ntk.approx import head_spectrum
+from ntkjax.ntk.kernels import head_spectrum
 from ntkjax.ntk.outputs import fold_head
 from ntkjax.ntk.sketch import RademacherSketch
 

@@ -65,6 +65,7 @@ def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
         return found, (jax.tree.map(lambda _: False, found[0]), jax.tree.map(lambda _: True, found[1]))
 
     def rule(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        # With symbolic_zeros a leaf that does not move comes as a marker instead of an array of zeros.
         is_zero = lambda tangent: isinstance(tangent, jax.custom_derivatives.SymbolicZero)
         leaves = jax.tree.leaves(tangents, is_leaf=is_zero)
         return pushed(primals, {i: leaf for i, leaf in enumerate(leaves) if not is_zero(leaf)})

@@ -19,7 +19,7 @@ import yaml
 
 import ntkjax
 from ntkjax.commands import COMMANDS, load_command
-from ntkjax.ntk import approx
+from ntkjax.ntk import kernels
 from ntkjax.selection import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +105,7 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
 def test_the_readme_names_every_command_method_and_kernel():
     text = (ROOT / "README.md").read_text()
     assert set(COMMANDS) <= set(COMMAND.findall(text))
-    wanted = {*METHODS, *(f"{name}:m" if name in approx.WITH_SIZE else name for name in approx.NAMES)}
+    wanted = {*METHODS, *kernels.kernel_names()}
     assert {name for name in wanted if f"`{name}`" not in text} == set()
 
 
@@ -207,11 +207,12 @@ def test_the_generated_tables_are_those_of_the_package(generate, pages):
     assert {name: method.name for name, method in generate.methods().items()} == {
         name: method.__name__ for name, method in METHODS.items()
     }
-    assert {name.removesuffix(":m") for name in generate.kernels()} == set(approx.NAMES)
+    assert list(generate.kernels()) == kernels.kernel_names()
+    assert [text for text, _ in generate.kernels().values()] == [kind.summary for kind in kernels.KERNELS.values()]
     assert {name: config.name for name, config in generate.commands().items()} == {
         name: load_command(name).config.__name__ for name in COMMANDS
     }
-    for page, wanted in (("methods.md", METHODS), ("kernels.md", approx.NAMES), ("commands.md", COMMANDS)):
+    for page, wanted in (("methods.md", METHODS), ("kernels.md", kernels.KERNELS), ("commands.md", COMMANDS)):
         assert {name for name in wanted if name not in pages[page]} == set()
 
 

@@ -1,9 +1,9 @@
 """Tangent kernels of any JAX function ``F(params, batch) -> [B]``: scores, features, sketches, agreement."""
 
-from ntkjax.ntk.approx import KernelFunctions, KernelSpec, build, parse
 from ntkjax.ntk.exact import centred_trace_ntk, empirical_ntk, logits, mean_trace_ntk, trace_ntk
 from ntkjax.ntk.features import gradient_features, mean_features, per_example_gradients, squared_norms
 from ntkjax.ntk.kernel import Kernel, kernel_diagonal, kernel_matrix
+from ntkjax.ntk.kernels import KernelFunctions, KernelSpec, build, parse
 from ntkjax.ntk.kronecker import KroneckerSketch, ProbedOutput
 from ntkjax.ntk.linearise import linearisation_error, linearise
 from ntkjax.ntk.metrics import (

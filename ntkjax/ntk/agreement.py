@@ -33,7 +33,7 @@ CHUNK = 1 << 22  # numbers in one block of a resampled matrix or of pairs of pai
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class Roles:
     """Which examples are the domain, and which are scored.
 
     Attributes:
@@ -47,7 +47,7 @@ class Split:
     top: int
 
 
-def split(examples: int, domain_rows: np.ndarray | None, top: int | None) -> Split:
+def roles_of(examples: int, domain_rows: np.ndarray | None, top: int | None) -> Roles:
     """The roles of ``examples`` examples; ``top`` None is a quarter of those scored.
 
     Raises:
@@ -64,7 +64,7 @@ def split(examples: int, domain_rows: np.ndarray | None, top: int | None) -> Spl
     top = max(1, len(scored) // 4) if top is None else top
     if not 1 <= top <= len(scored):
         raise ValueError(f"n must be between 1 and the {len(scored)} scored examples, got {top}")
-    return Split(domain, scored, top)
+    return Roles(domain, scored, top)
 
 
 def agreement(
@@ -103,7 +103,7 @@ def agreement(
         metric was not defined there (a constant matrix, say). A metric that is not defined at all is NaN.
     """
     first, second = _draws(approx, exact)
-    roles = split(first.shape[1], domain_rows, n)
+    roles = roles_of(first.shape[1], domain_rows, n)
     rng = numpy_rng(seed, "agreement")
     groups = [roles.scored] if roles.domain is None else [roles.domain, roles.scored]
     resamples = resample(rng, first.shape[1], samples, groups)
@@ -127,7 +127,7 @@ def statistics(
     approx: Float[np.ndarray, "n n"],
     exact: Float[np.ndarray, "n n"],
     weights: Float[np.ndarray, "B n"],
-    roles: Split,
+    roles: Roles,
 ) -> dict[str, Float[np.ndarray, " B"]]:
     """Each of `METRICS` under B vectors of multiplicities (all ones: the plain metric), NaN where not defined."""
     a, e = square(approx), square(exact)
@@ -150,13 +150,13 @@ def statistics(
     of_a, of_e = weighted_scores(a, weights, roles), weighted_scores(e, weights, roles)
     counts = weights[:, roles.scored]
     found["score_spearman"] = weighted_pearson(ranks_by_row(of_a, counts), ranks_by_row(of_e, counts), counts)
-    shared = np.minimum(taken(of_a, counts, roles.top), taken(of_e, counts, roles.top))
+    shared = np.minimum(selected_counts(of_a, counts, roles.top), selected_counts(of_e, counts, roles.top))
     found["top_n_overlap"] = shared.sum(axis=1) / roles.top
     return found
 
 
 def weighted_scores(
-    matrix: Float[np.ndarray, "n n"], weights: Float[np.ndarray, "B n"], roles: Split
+    matrix: Float[np.ndarray, "n n"], weights: Float[np.ndarray, "B n"], roles: Roles
 ) -> Float[np.ndarray, "B scored"]:
     """s_j = sum_i w_i K_ij / sum_i w_i over the domain rows i, or over all i != j; NaN where no row is left."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -167,7 +167,9 @@ def weighted_scores(
         return kept @ matrix[np.ix_(roles.domain, roles.scored)] / kept.sum(axis=1, keepdims=True)
 
 
-def taken(scores: Float[np.ndarray, "B p"], counts: Float[np.ndarray, "B p"], top: int) -> Float[np.ndarray, "B p"]:
+def selected_counts(
+    scores: Float[np.ndarray, "B p"], counts: Float[np.ndarray, "B p"], top: int
+) -> Float[np.ndarray, "B p"]:
     """How many of the ``counts`` copies of each example are among the ``top`` highest scores, ties by lower index."""
     order = np.argsort(-scores, axis=1, kind="stable")
     sizes = np.take_along_axis(counts, order, axis=1)
@@ -274,11 +276,11 @@ def _without_means(
     return matrix[None] - fit[:, :, None] - fit[:, None, :]
 
 
-def _flips(first: np.ndarray, second: np.ndarray, resamples: np.ndarray, roles: Split, level: float) -> dict:
+def _flips(first: np.ndarray, second: np.ndarray, resamples: np.ndarray, roles: Roles, level: float) -> dict:
     """What `agreement` says of flips: of all scored examples, under resamples of the domain rows alone."""
     weights = np.concatenate([np.ones((1, first.shape[1])), resamples])
     once = np.ones((len(weights), len(roles.scored)))
-    chosen: Callable = lambda matrix: taken(weighted_scores(matrix, weights, roles), once, roles.top)
+    chosen: Callable = lambda matrix: selected_counts(weighted_scores(matrix, weights, roles), once, roles.top)
     across, within = [], []
     for a, e in zip(first, second):
         of_a, of_e = chosen(a), chosen(e)

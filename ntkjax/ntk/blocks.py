@@ -1,10 +1,10 @@
 """Kernels of functions with O outputs in blocks of examples and outputs, so that memory stays within a budget.
 
-A unit is a block of rows and a block of outputs: the R x c gradients of S f(x), S being c rows of the identity. A
-kernel is made of pairs of units. Three ways to compute such a pair, `Method`, differ in what they hold at a time:
+A block is a range of rows and a range of outputs: the R x c gradients of S f(x), S being c rows of the identity. A
+kernel is made of pairs of blocks. Three ways to compute such a pair, `Backend`, differ in what they hold at a time:
 
-- ``jacobian``: the gradients of both units, contracted;
-- ``vector_products``: the gradients of one unit, pushed forward through the other: no Jacobian is ever in memory;
+- ``jacobian``: the gradients of both blocks, contracted;
+- ``vector_products``: the gradients of one block, pushed forward through the other: no Jacobian is ever in memory;
 - neural-tangents, whatever its implementation holds.
 """
 
@@ -23,14 +23,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.ntk import neural_tangents
-from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, block_sizes, count_outputs, count_rows, gradients, rows_of
+from ntkjax.ntk.gram import contract, count_rows, gradient_bytes, row_blocks
+from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, block_sizes, count_outputs, gradients
 from ntkjax.types import ArrayLike, Params, at_least_float32
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Block:
     """Rows and outputs of a kernel, with the data that gives them; both may be filled up beyond what they name."""
 
     rows: slice
@@ -40,15 +41,15 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """How to compute a pair of units.
+class Backend:
+    """How to compute a pair of blocks.
 
     Attributes:
-      prepare: what of a unit is worth keeping for all its pairs, ``(fn, params, unit) -> Any``.
+      prepare: what of a block is worth keeping for all its pairs, ``(fn, params, block) -> Any``.
       combine: ``(fn, params, a, b, traced) -> [R1, R2, c1, c2]``, or ``[R1, R2]``, the trace over equal outputs;
         ``a`` and ``b`` are prepared, and the same object on the diagonal of a symmetric kernel.
-      full_left: the left unit has all outputs at once, because they cost no memory there.
-      keeps: what ``prepare`` returns has the size of the unit's gradients.
+      full_left: the left block has all outputs at once, because they cost no memory there.
+      keeps: what ``prepare`` returns has the size of the block's gradients.
       rows_at_once: so many rows of c outputs may be in work that activations stay those of `MAX_PASSES` passes.
     """
 
@@ -59,28 +60,17 @@ class Method:
     rows_at_once: Callable[[int], int] = lambda c: max(1, MAX_PASSES // c)
 
 
-@jax.jit
-def _contract(a: Params, b: Params) -> Float[Array, "R1 R2 c1 c2"]:
-    """<a_ik, b_jl> over all leaves [R, c, ...], for every pair of rows and outputs."""
+def _jacobian() -> Backend:
+    def prepare(fn: Kernel, params: Params, block: Block) -> Params:
+        rows = max(1, MAX_PASSES // len(block.selectors))
+        microbatch = rows if rows < count_rows(block.data) else None
+        return gradients(fn, params, block.data, block.selectors, microbatch=microbatch)
 
-    def products(x: Array, y: Array) -> Array:
-        x, y = x.reshape(*x.shape[:2], -1), y.reshape(*y.shape[:2], -1)
-        return jnp.einsum("ikp,jlp->ijkl", x, y, precision=HIGHEST)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(products, a, b)))
-
-
-def _jacobian() -> Method:
-    def prepare(fn: Kernel, params: Params, unit: Unit) -> Params:
-        rows = max(1, MAX_PASSES // len(unit.selectors))
-        microbatch = rows if rows < count_rows(unit.data) else None
-        return gradients(fn, params, unit.data, unit.selectors, microbatch=microbatch)
-
-    def combine(fn: Kernel, params: Params, a: Params, b: Params, traced: bool) -> Array:
+    def combine(fn: Kernel, params: Params, a: Params, b: Params, traced: bool) -> Float[np.ndarray, "R1 R2 c1 c2"]:
         assert not traced  # that is ntkjax.ntk.kernel.kernel_matrix
-        return _contract(a, b)
+        return np.swapaxes(np.asarray(contract(a, b, outputs="pairs")), 1, 2)
 
-    return Method(prepare, combine, keeps=True, rows_at_once=lambda c: sys.maxsize)  # it sees to that itself
+    return Backend(prepare, combine, keeps=True, rows_at_once=lambda c: sys.maxsize)  # it sees to that itself
 
 
 def _single(fn: Kernel, x: Any) -> tuple[list[Array], Callable]:
@@ -92,7 +82,7 @@ def _single(fn: Kernel, x: Any) -> tuple[list[Array], Callable]:
 
 
 @functools.partial(jax.jit, static_argnames="traced")
-def push_pulled(
+def ntk_vector_product(
     fn: Kernel, params: Params, x1: Any, x2: Any, selectors: Float[ArrayLike, "c O"], *, traced: bool
 ) -> Float[Array, "R1 R2 ..."]:
     """J(x1_i) (J(x2_j)^T S^T): pull each selector back at x2_j, push the gradient forward at x1_i.
@@ -116,11 +106,11 @@ def push_pulled(
     return jnp.moveaxis(jax.lax.map(of_row, right), 0, 1)
 
 
-def _vector_products() -> Method:
-    def combine(fn: Kernel, params: Params, a: Unit, b: Unit, traced: bool) -> Array:
-        return push_pulled(fn, params, a.data, b.data, b.selectors, traced=traced)
+def _vector_products() -> Backend:
+    def combine(fn: Kernel, params: Params, a: Block, b: Block, traced: bool) -> Array:
+        return ntk_vector_product(fn, params, a.data, b.data, b.selectors, traced=traced)
 
-    return Method(lambda fn, params, unit: unit, combine, full_left=True)
+    return Backend(lambda fn, params, block: block, combine, full_left=True)
 
 
 @functools.partial(jax.jit, static_argnames=("traced", "implementation"))
@@ -146,38 +136,30 @@ def _neural_tangents_block(
     return found * a[1].shape[0] if traced else found  # its trace is a mean over outputs
 
 
-def _neural_tangents(implementation: str) -> Method:
-    def combine(fn: Kernel, params: Params, a: Unit, b: Unit, traced: bool) -> Array:
+def _neural_tangents(implementation: str) -> Backend:
+    def combine(fn: Kernel, params: Params, a: Block, b: Block, traced: bool) -> Array:
         pair = (a.data, a.selectors), None if a is b else (b.data, b.selectors)
         return _neural_tangents_block(fn, params, *pair, traced=traced, implementation=implementation)
 
     if implementation == "jacobian_contraction":
-        return Method(lambda fn, params, unit: unit, combine)
+        return Backend(lambda fn, params, block: block, combine)
     every_pair = lambda c: max(1, math.isqrt(MAX_PASSES // c))  # R1 R2 c forward passes
-    return Method(lambda fn, params, unit: unit, combine, rows_at_once=every_pair)
+    return Backend(lambda fn, params, block: block, combine, rows_at_once=every_pair)
 
 
-def method(backend: str) -> Method:
-    """The method of a backend's name; KeyError for another name."""
+def backend_of(name: str) -> Backend:
+    """The backend called ``name``; KeyError for another name."""
     return {
         "jacobian": _jacobian,
         "vector_products": _vector_products,
         "neural-tangents": functools.partial(_neural_tangents, "jacobian_contraction"),
         "neural-tangents-vector-products": functools.partial(_neural_tangents, "ntk_vector_products"),
-    }[backend]()
+    }[name]()
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _row_blocks(x: Any, size: int) -> list[tuple[slice, Any]]:
-    """Equal shapes, so that each program compiles once: the last block is filled up with its last row."""
-    count = count_rows(x)
-    size = min(size, count)
-    filled = lambda at: np.minimum(np.arange(at.start, at.start + size), count - 1)
-    return [(at, rows_of(x, filled(at))) for at in _slices(count, size)]
 
 
 def _output_blocks(outputs: int, size: int) -> list[tuple[slice, np.ndarray]]:
@@ -186,14 +168,14 @@ def _output_blocks(outputs: int, size: int) -> list[tuple[slice, np.ndarray]]:
     return [(at, eye[at.start : at.start + size]) for at in _slices(outputs, size)]
 
 
-def _units(rows: list, outputs: list) -> list[Unit]:
-    return [Unit(at, where, data, selectors) for at, data in rows for where, selectors in outputs]
+def _blocks(rows: list, outputs: list) -> list[Block]:
+    return [Block(at, where, data, selectors) for at, data in rows for where, selectors in outputs]
 
 
 def blockwise(
-    how: Method, apply_fn: Callable, params: Params, x1: Any, x2: Any, *, traced: bool, memory_budget: int
+    how: Backend, apply_fn: Callable, params: Params, x1: Any, x2: Any, *, traced: bool, memory_budget: int
 ) -> np.ndarray:
-    """All pairs of units: float64 [n1, n2, O, O], or [n1, n2] where ``traced``.
+    """All pairs of blocks: float64 [n1, n2, O, O], or [n1, n2] where ``traced``.
 
     ``x2`` None means x1: only pairs on one side of the diagonal are computed.
     """
@@ -201,26 +183,32 @@ def blockwise(
     n1, n2, m = count_rows(x1), count_rows(x1 if same else x2), count_outputs(fn, params, x1)
     size, width = block_sizes(params, max(n1, n2), m, memory_budget // 2)  # half is for copies within a program
     size = min(size, how.rows_at_once(width))
-    left = _row_blocks(x1, size)
-    right = left if same else _row_blocks(x2, size)
+    # Programs see blocks of one shape, so each backend compiles once; `Block.rows` and `.outputs` say what is real of
+    # it.
+    left = row_blocks(x1, size)
+    right = left if same else row_blocks(x2, size)
     outputs = _output_blocks(m, width)
-    if how.keeps and not traced and _bytes(params) * m * (n1 if same else n1 + n2) <= memory_budget // 4:
+    if how.keeps and not traced and gradient_bytes(params) * m * (n1 if same else n1 + n2) <= memory_budget // 4:
+        # All gradients fit into a quarter of the budget: each is computed once instead of once for each of its pairs.
         how = dataclasses.replace(how, prepare=_remembered(how.prepare))
     total = np.zeros((n1, n2) if traced else (n1, n2, m, m))
     for block in [[o] for o in outputs] if traced else [outputs]:  # the trace needs no pairs of different outputs
-        second = _units(right, block)
-        first = second if same else _units(left, block)
+        # ``first is second`` where x2 is x1: `_pairing` then knows the pair of a block with itself by identity.
+        second = _blocks(right, block)
+        first = second if same else _blocks(left, block)
         if how.full_left and not traced:
-            first = _units(left, _output_blocks(m, m))
+            # Forward mode gives all O outputs on the left for every gradient on the right, so the left needs no blocks
+            # of outputs: one pass takes the place of O / c.
+            first = _blocks(left, _output_blocks(m, m))
         _add_pairs(total, functools.partial(_pairing, how, fn, params, traced), first, second, same)
     return (total + _mirrored(total)) / 2 if same else total
 
 
-def _pairing(how: Method, fn: Kernel, params: Params, traced: bool, a: Unit) -> Callable[[Unit], np.ndarray]:
-    """``b -> the kernel of a and b``, without what fills the units up."""
+def _pairing(how: Backend, fn: Kernel, params: Params, traced: bool, a: Block) -> Callable[[Block], np.ndarray]:
+    """``b -> the kernel of a and b``, without what fills the blocks up."""
     ready = how.prepare(fn, params, a)
 
-    def values(b: Unit) -> np.ndarray:
+    def values(b: Block) -> np.ndarray:
         other = ready if a is b else how.prepare(fn, params, b)
         found = np.asarray(how.combine(fn, params, ready, other, traced), np.float64)
         axes = (a.rows, b.rows, a.outputs, b.outputs)[: found.ndim]
@@ -229,14 +217,14 @@ def _pairing(how: Method, fn: Kernel, params: Params, traced: bool, a: Unit) -> 
     return values
 
 
-def _add_pairs(total: np.ndarray, pairing: Callable, left: list[Unit], right: list[Unit], same: bool) -> None:
-    """Add the pairs of units to ``total``, and their mirror images where only one side of the diagonal is computed."""
+def _add_pairs(total: np.ndarray, pairing: Callable, left: list[Block], right: list[Block], same: bool) -> None:
+    """Add the pairs of blocks to ``total``, and their mirror images where only one side of the diagonal is computed."""
     where = lambda a, b: (a.rows, b.rows, a.outputs, b.outputs)[: total.ndim]
     for a in left:
         with_a = pairing(a)
         for b in right:
             if same and b.rows.start < a.rows.start:
-                continue
+                continue  # its mirror image is computed
             values = with_a(b)
             total[where(a, b)] += values
             if same and b.rows.start > a.rows.start:
@@ -248,17 +236,14 @@ def _mirrored(values: np.ndarray) -> np.ndarray:
     return values.T if values.ndim == 2 else values.transpose(1, 0, 3, 2)
 
 
-def _bytes(params: Params) -> int:
-    return sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
-
-
 def _remembered(prepare: Callable) -> Callable:
-    """``prepare`` that computes each unit once."""
-    found: dict[int, tuple[Unit, Any]] = {}
+    """``prepare`` that computes each block once."""
+    # By identity, because arrays have no hash; the block is kept with its result, so that no other takes its id.
+    found: dict[int, tuple[Block, Any]] = {}
 
-    def remembering(fn: Kernel, params: Params, unit: Unit) -> Any:
-        if id(unit) not in found:
-            found[id(unit)] = unit, prepare(fn, params, unit)
-        return found[id(unit)][1]
+    def remembering(fn: Kernel, params: Params, block: Block) -> Any:
+        if id(block) not in found:
+            found[id(block)] = block, prepare(fn, params, block)
+        return found[id(block)][1]
 
     return remembering

@@ -9,22 +9,22 @@ average *with their signs*: a small mean of |cos| is not enough, as V (V - 1) te
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.approx import KernelFunctions, head_is_trained
-from ntkjax.ntk.kernel import Kernel, gradients, rows_of
+from ntkjax.ntk.gram import contract, gradient_bytes, rows_of
+from ntkjax.ntk.kernel import Kernel, gradients
+from ntkjax.ntk.kernels import KernelFunctions, head_is_trained
 from ntkjax.ntk.metrics import bootstrap_interval, resample, square
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
+from ntkjax.ntk.rows import title
 from ntkjax.rng import numpy_rng
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
@@ -120,7 +120,7 @@ def cross_output_cosines(
     weight = np.asarray(head(params) if callable(head) else head)
     weight = np.asarray(at_least_float32(weight))
     vocab, width = weight.shape
-    one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
+    one = gradient_bytes(params)
     fit, wanted = memory_budget // (2 * one), min(outputs, vocab)
     rng, trained = numpy_rng(seed, "ntk", "cross terms"), head_is_trained(head, params)
     by_width = not trained and width <= min(fit, wanted)
@@ -189,20 +189,10 @@ def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
     return np.sort(rng.choice(vocab, size=min(count, vocab), replace=False))
 
 
-@jax.jit
-def _block(a: Params, b: Params) -> Float[Array, "c1 c2"]:
-    """<a_k, b_l> over all leaves [1, c, ...]."""
-
-    def product(x: Array, y: Array) -> Array:
-        x, y = (z.reshape(z.shape[1], -1) for z in (x, y))
-        return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
-
-
 def _products(a: list[Params], b: list[Params]) -> np.ndarray:
-    """<a_k, b_l> for gradients in blocks of outputs: float64 [c, c]."""
-    return np.block([[np.asarray(_block(x, y), np.float64) for y in b] for x in a])
+    """<a_k, b_l> for the gradients of one example each, in blocks of outputs [1, c, ...]: float64 [c, c]."""
+    block = lambda x, y: np.asarray(contract(x, y, outputs="pairs"), np.float64)[0, :, 0]
+    return np.block([[block(x, y) for y in b] for x in a])
 
 
 def _jacobians(kernel: Kernel, params: Params, batches: list, count: int) -> Iterator[list[Params]]:
@@ -221,10 +211,11 @@ def _products_of(
     """<grad F_k(x), grad F_l(x)> [count, count] of each example, and between the one before and it."""
     plan = list(batches)
     examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in plan)
-    title = progress if isinstance(progress, str) else "cross terms"
     previous: list[Params] | None = None
     every = _jacobians(kernel, params, plan, count)
-    for jacobian in tqdm(every, total=examples, desc=title, disable=progress is False, unit="example"):
+    for jacobian in tqdm(
+        every, total=examples, desc=title(progress, "cross terms"), disable=progress is False, unit="example"
+    ):
         other = None if previous is None else _products(previous, jacobian)
         yield _products(jacobian, jacobian), other
         previous = jacobian

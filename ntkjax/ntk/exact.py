@@ -30,8 +30,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk import approx
-from ntkjax.ntk.blocks import blockwise, method
+from ntkjax.ntk import kernels
+from ntkjax.ntk.blocks import backend_of, blockwise
 from ntkjax.ntk.kernel import as_kernel, count_outputs, kernel_matrix
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
@@ -116,7 +116,7 @@ def empirical_ntk(
             'empirical_ntk: backend "spectral" sums over the outputs, so it gives trace_ntk, mean_trace_ntk and '
             'centred_trace_ntk alone; use backend="jacobian" for the O x O kernel'
         )
-    return _finite(blockwise(method(backend), apply_fn, params, x1, x2, traced=False, memory_budget=memory_budget))
+    return _finite(blockwise(backend_of(backend), apply_fn, params, x1, x2, traced=False, memory_budget=memory_budget))
 
 
 def trace_ntk(
@@ -131,7 +131,7 @@ def trace_ntk(
     """K[i, j] = sum_k <grad f_k(x1_i), grad f_k(x2_j)>.
 
     As `empirical_ntk`; ``spectral`` takes a function made by `logits`, and works whether its head is held fixed, a
-    parameter of its own or tied to the embedding (`ntkjax.ntk.approx` derives it).
+    parameter of its own or tied to the embedding (`ntkjax.ntk.kernels` derives it).
 
     Raises:
       ConfigError: also where ``spectral`` gets another function, or a head that depends on ``params`` in another way
@@ -176,7 +176,7 @@ def centred_trace_ntk(
 def _traced(apply_fn: Callable, params: Params, x1: Any, x2: Any, backend: str, memory_budget: int) -> np.ndarray:
     if backend == "jacobian":
         return _finite(kernel_matrix(as_pytree_fn(apply_fn), params, x1, x2, memory_budget=memory_budget))
-    return _finite(blockwise(method(backend), apply_fn, params, x1, x2, traced=True, memory_budget=memory_budget))
+    return _finite(blockwise(backend_of(backend), apply_fn, params, x1, x2, traced=True, memory_budget=memory_budget))
 
 
 def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: bool, memory_budget: int) -> np.ndarray:
@@ -185,7 +185,7 @@ def _spectral(apply_fn: Callable, params: Params, x1: Any, x2: Any, *, centred: 
             'backend "spectral" needs the two factors of f = W h: make the function with ntkjax.ntk.logits(hidden_fn, '
             'head), or use backend="jacobian"'
         )
-    constructor = approx.centred_trace if centred else approx.trace
+    constructor = kernels.centred_trace if centred else kernels.trace
     # One name, so that the trace and the centred trace are one program to the compiler.
     kernel = dataclasses.replace(constructor(apply_fn.hidden_fn, apply_fn.head, params), name="exact")
     return _finite(kernel_matrix(kernel, params, x1, x2, memory_budget=memory_budget))

@@ -1,11 +1,11 @@
 """Tangent kernels as features: the trace NTK of a function F(params, batch) -> [B, m].
 
-    k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + own <h(x), h(x')>
+    k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + c_h <h(x), h(x')>
 
 One output (``sum_logits``, ``loss``), m probes, or a rotation of all V logits: they differ in F alone. The last term is
-there only where the LM head itself is trained: what is left of the head's own gradient beyond the m outputs
-(``ntkjax.ntk.approx`` derives it). So a kernel has an explicit feature vector g(x) = (grad F_1, ..., grad F_m,
-sqrt(own) h), and everything linear in g, scores, sketches, contrasts, is written once for all of them.
+there only where the LM head itself is trained, with coefficient c_h: what is left of the head's own gradient beyond the
+m outputs (``ntkjax.ntk.kernels`` derives it). So a kernel has an explicit feature vector g(x) = (grad F_1, ...,
+grad F_m, sqrt(c_h) h), and everything linear in g, scores, sketches, contrasts, is written once for all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from ntkjax.errors import ConfigError
+from ntkjax.ntk.gram import contract, count_rows, gradient_bytes, row_blocks, rows_of
+from ntkjax.ntk.rows import title
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
 MAX_OUTPUTS = 32  # reverse passes of one row at a time: their activations need memory that no gradient shows
@@ -32,18 +33,18 @@ MAX_PASSES = 256  # reverse passes (rows x outputs) at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + own <h(x), h(x')>.
+    """k(x, x') = sum_c <grad F_c(x), grad F_c(x')> + c_h <h(x), h(x')>.
 
     Attributes:
       output_fn: ``F(params, batch) -> [B]`` or ``[B, m]``, a callable pytree.
-      hidden_fn: ``h(params, batch) -> [B, D]``; None where ``own`` is 0.
-      own: coefficient of the head's remainder; 0 unless the head is among the trained parameters.
+      hidden_fn: ``h(params, batch) -> [B, D]``; None where ``head_coefficient`` is 0.
+      head_coefficient: c_h, of the head's own term; 0 unless the head is among the trained parameters.
       name: what it is called in results, ``spectral:16`` say.
     """
 
     output_fn: Any
     hidden_fn: Any = None
-    own: float = dataclasses.field(default=0.0, metadata={"static": True})
+    head_coefficient: float = dataclasses.field(default=0.0, metadata={"static": True})
     name: str = dataclasses.field(default="kernel", metadata={"static": True})
 
     def outputs(self, params: Params, batch: Any) -> Float[Array, "B m"]:
@@ -51,11 +52,11 @@ class Kernel:
         values = at_least_float32(self.output_fn(params, batch))
         return values[:, None] if values.ndim == 1 else values
 
-    def remainder(self, params: Params, batch: Any) -> Float[Array, "B D"] | None:
-        """sqrt(own) h(x) [B, D], or None where the head is held fixed."""
-        if self.own == 0:
+    def head_features(self, params: Params, batch: Any) -> Float[Array, "B D"] | None:
+        """sqrt(c_h) h(x) [B, D], or None where the head is held fixed."""
+        if self.head_coefficient == 0:
             return None
-        return math.sqrt(self.own) * at_least_float32(self.hidden_fn(params, batch))
+        return math.sqrt(self.head_coefficient) * at_least_float32(self.hidden_fn(params, batch))
 
 
 def as_kernel(kernel: Kernel | Callable) -> Kernel:
@@ -66,19 +67,6 @@ def as_kernel(kernel: Kernel | Callable) -> Kernel:
 def count_outputs(kernel: Kernel, params: Params, x: Any) -> int:
     """m, found by shape inference alone."""
     return jax.eval_shape(kernel.outputs, params, rows_of(x, slice(0, 1))).shape[1]
-
-
-def count_rows(x: Any) -> int:
-    """n: the common leading axis of the leaves of ``x``; ConfigError where they differ."""
-    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(x)}
-    if len(sizes) != 1:
-        raise ConfigError(f"every leaf of x must have one row per example; leading axes found: {sorted(sizes)}")
-    return sizes.pop()
-
-
-def rows_of(x: Any, rows: slice | np.ndarray) -> Any:
-    """The given rows of every leaf."""
-    return jax.tree.map(lambda leaf: leaf[rows], x)
 
 
 @functools.partial(jax.jit, static_argnames="microbatch")
@@ -106,19 +94,11 @@ def gradients(
 
 
 @jax.jit
-def remainders(kernel: Kernel, params: Params, x: Any) -> Float[Array, "B D"]:
-    """`Kernel.remainder` of a batch, compiled."""
-    found = kernel.remainder(params, x)
+def compiled_head_features(kernel: Kernel, params: Params, x: Any) -> Float[Array, "B D"]:
+    """`Kernel.head_features` of a batch, compiled."""
+    found = kernel.head_features(params, x)
     assert found is not None
     return found
-
-
-@jax.jit
-def _gram(a: Params, b: Params) -> Float[Array, "n1 n2"]:
-    """sum over leaves of <a_i, b_j>: [n1, n2]."""
-    flat = lambda leaf: leaf.reshape(leaf.shape[0], -1)
-    product = lambda x, y: jnp.matmul(flat(x), flat(y).T, precision=jax.lax.Precision.HIGHEST)
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
 
 
 @jax.jit
@@ -132,8 +112,7 @@ def block_sizes(params: Params, rows: int, outputs: int, memory_budget: int) -> 
     All rows and as many outputs as fit, up to `MAX_OUTPUTS`; where one output of all rows does not fit, fewer rows.
     Two blocks of rows are in memory at a time, so each gets half of the budget.
     """
-    one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
-    fit = max(1, memory_budget // max(1, 2 * one))
+    fit = max(1, memory_budget // max(1, 2 * gradient_bytes(params)))
     if fit >= rows:
         return rows, min(outputs, fit // rows, MAX_OUTPUTS)
     return fit, 1
@@ -152,15 +131,6 @@ def _selectors(outputs: int, size: int) -> Iterator[np.ndarray]:
         for row, column in enumerate(range(start, min(start + size, outputs))):
             block[row, column] = 1
         yield block
-
-
-def _row_blocks(x: Any, size: int) -> list[tuple[slice, Any]]:
-    """(rows, block): equal shapes, the last one filled up with repeated rows that are cut off again."""
-    count, found = count_rows(x), []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        found.append((slice(start, min(start + size, count)), rows_of(x, rows)))
-    return found
 
 
 def kernel_matrix(
@@ -188,11 +158,11 @@ def kernel_matrix(
     same, m = x2 is None, count_outputs(kernel, params, x1)
     n1, n2 = count_rows(x1), count_rows(x1 if same else x2)
     rows, outputs = block_sizes(params, max(n1, n2), m, memory_budget)
-    left = _row_blocks(x1, min(rows, n1))
-    right = left if same else _row_blocks(x2, min(rows, n2))
+    left = row_blocks(x1, min(rows, n1))
+    right = left if same else row_blocks(x2, min(rows, n2))
     total, selectors = np.zeros((n1, n2)), list(_selectors(m, outputs))
     pull = functools.partial(gradients, kernel, params, microbatch=_microbatch(rows, outputs))
-    bar = tqdm(total=len(selectors) * len(left), desc=_title(progress, "kernel"), disable=progress is False)
+    bar = tqdm(total=len(selectors) * len(left), desc=title(progress, "kernel"), disable=progress is False)
     for selector in selectors:
         for i, (at, block) in enumerate(left):
             g1 = pull(block, selector)
@@ -200,17 +170,13 @@ def kernel_matrix(
                 if same and j < i:
                     continue
                 g2 = g1 if same and i == j else pull(other, selector)
-                _add(total, at, to, _gram(g1, g2), mirror=same and i != j)
+                _add(total, at, to, contract(g1, g2), mirror=same and i != j)
             bar.update()
     bar.close()
-    if kernel.own:
-        h1 = _all_remainders(kernel, params, left, n1)
-        total += h1 @ (h1 if same else _all_remainders(kernel, params, right, n2)).T
+    if kernel.head_coefficient:
+        h1 = _all_head_features(kernel, params, left, n1)
+        total += h1 @ (h1 if same else _all_head_features(kernel, params, right, n2)).T
     return (total + total.T) / 2 if same else total
-
-
-def _title(progress: bool | str, default: str) -> str:
-    return progress if isinstance(progress, str) else default
 
 
 def _add(total: np.ndarray, at: slice, to: slice, block: Array, *, mirror: bool) -> None:
@@ -221,8 +187,8 @@ def _add(total: np.ndarray, at: slice, to: slice, block: Array, *, mirror: bool)
         total[to, at] += values.T
 
 
-def _all_remainders(kernel: Kernel, params: Params, blocks: list, count: int) -> np.ndarray:
-    found = [np.asarray(remainders(kernel, params, block), np.float64) for _, block in blocks]
+def _all_head_features(kernel: Kernel, params: Params, blocks: list, count: int) -> np.ndarray:
+    found = [np.asarray(compiled_head_features(kernel, params, block), np.float64) for _, block in blocks]
     return np.concatenate(found)[:count]
 
 
@@ -233,23 +199,23 @@ def kernel_diagonal(
     kernel = as_kernel(kernel)
     m, n = count_outputs(kernel, params, x), count_rows(x)
     rows, outputs = block_sizes(params, n, m, memory_budget)
-    total, blocks, microbatch = np.zeros(n), _row_blocks(x, rows), _microbatch(rows, outputs)
+    total, blocks, microbatch = np.zeros(n), row_blocks(x, rows), _microbatch(rows, outputs)
     for selector in _selectors(m, outputs):
         for at, block in blocks:
             found = gradients(kernel, params, block, selector, microbatch=microbatch)
             squares = np.asarray(_squares(found), np.float64)
             total[at] += squares[: at.stop - at.start]
-    if kernel.own:
-        total += np.sum(_all_remainders(kernel, params, blocks, n) ** 2, axis=1)
+    if kernel.head_coefficient:
+        total += np.sum(_all_head_features(kernel, params, blocks, n) ** 2, axis=1)
     return total
 
 
 @functools.partial(jax.jit, static_argnames="microbatch")
 def feature_vector(kernel: Kernel, params: Params, x: Any, *, microbatch: int | None = None) -> dict[str, Params]:
-    """g(x) as a pytree: {"outputs": leaves [B, m, ...], "head": sqrt(own) h [B, D] where the head is trained}."""
+    """g(x) as a pytree: {"outputs": leaves [B, m, ...], "head": sqrt(c_h) h [B, D] where the head is trained}."""
     m = count_outputs(kernel, params, x)
     found: dict[str, Params] = {
         "outputs": gradients(kernel, params, x, np.eye(m, dtype=np.float32), microbatch=microbatch)
     }
-    head = kernel.remainder(params, x)
+    head = kernel.head_features(params, x)
     return found if head is None else found | {"head": head}

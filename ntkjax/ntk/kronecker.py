@@ -100,11 +100,14 @@ class KroneckerSketch:
 
     def __call__(self, gradients: Params) -> Float[Array, "B K"]:
         leaves: list[Array] = [at_least_float32(leaf) for leaf in jax.tree.leaves(gradients)]
+        # Every leaf as s matrices: [B, ..., m, n] -> [B, s, m, n]. A leaf with one axis beside B, or with none, is a
+        # matrix with m = 1: (1, 1, *axes)[-2:] are the last two axes of (1, 1, ...).
         leaves = [leaf.reshape(leaf.shape[0], -1, *(1, 1, *leaf.shape[1:])[-2:]) for leaf in leaves]
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(gradients)]
         words = self._words([(path, leaf.shape[1:]) for path, leaf in zip(paths, leaves)])
         found = []
         for shape in {leaf.shape[2:]: None for leaf in leaves}:  # one loop for all matrices of a shape
+            # leaves [B, s_i, m, n] and their words [s_i, w] -> one leaf [B, s, m, n] and words [s, w], s = sum of s_i
             parts = [(leaf, w) for leaf, w in zip(leaves, words) if leaf.shape[2:] == shape]
             stacked, drawn = (jnp.concatenate(part, axis=axis) for part, axis in zip(zip(*parts), (1, 0)))
             found.append(self._fold(stacked, drawn))
@@ -113,7 +116,9 @@ class KroneckerSketch:
     def _fold(self, leaf: Float[Array, "B s m n"], words: UInt32[Array, "s w"]) -> Float[Array, "B K"]:
         """sum_s vec(P_a,s G_s P_b,s^T): a loop over chunks of both sides, each added in one piece to a table that is
         kept at twice its size, so that a turned chunk lies in it whole."""
-        rows, matrices, *lengths = leaf.shape
+        rows, matrices, *lengths = leaf.shape  # B, s, [m, n]
+        # Two of each from here on, for the side of the rows (k_a buckets) and of the columns (k_b): a side of length n
+        # is cut into ceil(n / k) chunks of min(n, k) entries, the last one filled up with zeros.
         maps = self._maps(words, lengths, leaf.dtype)
         sides, sizes = [side.buckets for side in maps], [min(n, side.buckets) for n, side in zip(lengths, maps)]
         counts = [side.shifts.shape[1] for side in maps]
@@ -122,12 +127,15 @@ class KroneckerSketch:
         signs = [jnp.pad(side.signs, ((0, 0), end)) for side, end in zip(maps, fill)]
 
         def add(step: Int[Array, ""], total: Array) -> Array:
+            # step counts (matrix s, chunk of rows, chunk of columns), the last fastest
             s, chunk = jnp.divmod(step.astype(jnp.int32), counts[0] * counts[1])
             chunks, zero = jnp.divmod(chunk, counts[1]), jnp.zeros_like(s)
             start = [c * size for c, size in zip(chunks, sizes)]
             part = jax.lax.dynamic_slice(leaf, (zero, s, *start), (rows, 1, *sizes))[:, 0]
             cut = lambda side: jax.lax.dynamic_slice(signs[side], (s, start[side]), (1, sizes[side]))[0]
             part = part * (cut(0)[:, None] * cut(1)[None, :])[None]
+            # A chunk's entry e goes to bucket (e + shift) mod k. In a table of 2 k it goes to e + shift, without the
+            # mod, so that the whole chunk is one slice; the two halves are added up at the end.
             at = (zero, *(side.shifts[s, c] for side, c in zip(maps, chunks)))
             old = jax.lax.dynamic_slice(total, at, part.shape)
             return jax.lax.dynamic_update_slice(total, old + part, at)
@@ -140,6 +148,7 @@ class KroneckerSketch:
         """Random words of every matrix of leaves [s, m, n] of these paths; threefry is compiled once for all."""
         keys = block_keys(self.seed, [(path, shape[0]) for path, shape in leaves])
         sizes = [sum(_words_of_side(n, k) for n, k in zip(shape[1:], self.split(*shape[1:]))) for _, shape in leaves]
+        # One number for each word of each matrix: word i of matrix q is drawn from the q-th key folded with i.
         per_matrix = np.concatenate([np.full(shape[0], size) for (_, shape), size in zip(leaves, sizes)])
         number = np.concatenate([np.arange(size, dtype=np.uint32) for size in per_matrix])
         draw = lambda key, i: jax.random.bits(jax.random.fold_in(key, i), (), jnp.uint32)
@@ -152,8 +161,10 @@ class KroneckerSketch:
         """Both sides of s matrices [m, n]."""
         found = []
         for n, k in zip(lengths, self.split(*lengths)):
+            # the words of this side, and those that are left for the other
             used, words = words[:, : _words_of_side(n, k)], words[:, _words_of_side(n, k) :]
             chunks = -(-n // k)
+            # the first words are the chunks' shifts, the bits of the others the entries' signs
             shifts = (used[:, :chunks] % jnp.uint32(k)).astype(jnp.int32)
             found.append(_Side(as_signs(used[:, chunks:], n, dtype), shifts, k))
         return found

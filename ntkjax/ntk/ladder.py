@@ -2,7 +2,7 @@
 
 The Gram matrices of the single outputs, G_c(x, x') = <grad F_c(x), grad F_c(x')>, add up to the kernel of all M outputs
 and, summed up to m, to that of the first m: in the eigenbasis of the head ``spectral:m`` for every m, with Rademacher
-probes ``hutchinson:m``. So a ladder costs the passes of its top rung, once.
+probes ``hutchinson:m``. So the kernels of all m cost the passes of the largest, once.
 
 Between the trace and its centred form no second sweep is needed either. With s = sum_k f_k,
 
@@ -15,23 +15,21 @@ see, and nothing of the V - 1 others.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.approx import KernelFunctions
 from ntkjax.ntk.exact import logits
-from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients, rows_of
+from ntkjax.ntk.gram import contract, gradient_bytes, rows_of
+from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients
+from ntkjax.ntk.kernels import KernelFunctions
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
-from ntkjax.ntk.rows import NonFiniteError
+from ntkjax.ntk.rows import NonFiniteError, title
 from ntkjax.types import Params, as_pytree_fn
 
 BLOCK = 8  # outputs at a time, also where fewer are left: one program for all kernels, and more gain little speed
@@ -43,20 +41,20 @@ class OutputGrams:
 
     Attributes:
       grams: G_c, float64 [M, n, n].
-      own: the coefficient of <h, h'> with all M outputs.
+      head_coefficient: the coefficient of <h, h'> with all M outputs.
       hidden: <h, h'> [n, n] where the head is trained and its own gradient is shared between the outputs and the
-        remainder (`ntkjax.ntk.approx`), else None.
+        term in <h, h'> (`ntkjax.ntk.kernels`), else None.
     """
 
     grams: np.ndarray
-    own: float = 0.0
+    head_coefficient: float = 0.0
     hidden: np.ndarray | None = None
 
     def matrix(self, m: int | None = None, *, rescale: bool = False) -> Float[np.ndarray, "n n"]:
         """The kernel matrix of the first m outputs (None: all).
 
-        The head's own gradient along the directions left out moves to the remainder: own + M - m. ``rescale``
-        multiplies by M / m instead, for probes that average to the kernel.
+        The head's own gradient along the directions left out moves to the term in <h, h'>, whose coefficient becomes
+        head_coefficient + M - m. ``rescale`` multiplies by M / m instead, for probes that average to the kernel.
         """
         count = len(self.grams)
         m = count if m is None else m
@@ -65,7 +63,7 @@ class OutputGrams:
         total = self.grams[:m].sum(axis=0)
         if rescale:
             return total * (count / m)
-        return total if self.hidden is None else total + (self.own + count - m) * self.hidden
+        return total if self.hidden is None else total + (self.head_coefficient + count - m) * self.hidden
 
 
 def common_form(
@@ -74,7 +72,8 @@ def common_form(
     """(base, S) where the M outputs of ``kernel`` are S F, F those of the base: the same for all kernels of the logits.
 
     With the head held fixed F = h [B, D] and S = (W^T v)^T; with the head trained F = W h [B, V] and S = v^T. A kernel
-    that is no linear map of the logits (``loss``) is its own base, with S None. The base is without the remainder.
+    that is no linear map of the logits (``loss``) is its own base, with S None. The base is without the term in
+    <h, h'>.
     """
     output, hidden = kernel.output_fn, functions.hidden_fn
     rows = lambda array: np.asarray(array).reshape(len(array), -1).T
@@ -87,17 +86,6 @@ def common_form(
         vocab = jax.eval_shape(output.head_fn, params).shape[0]
         return base, np.ones((1, vocab), np.float32)
     return kernel, None
-
-
-@jax.jit
-def _grams(a: Params, b: Params) -> Float[Array, "c n1 n2"]:
-    """<a_ic, b_jc> over all leaves [n, c, ...], output by output."""
-
-    def product(x: Array, y: Array) -> Array:
-        x, y = (jnp.swapaxes(z.reshape(*z.shape[:2], -1), 0, 1) for z in (x, y))
-        return jnp.matmul(x, jnp.swapaxes(y, 1, 2), precision=jax.lax.Precision.HIGHEST)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
 
 
 def output_grams(
@@ -114,7 +102,8 @@ def output_grams(
     """G_c(x_i, x_j) = <grad F_c(x_i), grad F_c(x_j)> for every output c of ``kernel``, float64.
 
     Args:
-      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, M]``. Its remainder ``own`` is not part of this.
+      kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, M]``. The head's own term is not part of
+        this.
       selectors: take the M outputs S F in the place of F's own: S [M, m]. Kernels that differ in S alone, as those of
         `common_form` do, then run one compiled program.
       params: theta.
@@ -132,7 +121,9 @@ def output_grams(
     if selectors is None:
         selectors = np.eye(count_outputs(kernel, params, plan[0]), dtype=np.float32)
     count = len(selectors)
-    one = sum(math.prod(p.shape) * max(4, p.dtype.itemsize) for p in jax.tree.leaves(params))
+    one = gradient_bytes(params)
+    # Where one output of all rows fits into the budget, its gradients are held and every pair of batches is contracted.
+    # Otherwise batches are cut into pieces of half the budget, two of which are held at a time (`_block`).
     outputs = max(1, min(BLOCK, memory_budget // max(1, one * rows)))
     whole = one * rows <= memory_budget
     pieces = plan if whole else list(_pieces(plan, max(1, memory_budget // max(1, 2 * one))))
@@ -140,13 +131,21 @@ def output_grams(
         raise ValueError(f"the batches must hold each of the rows 0 to {rows - 1} once")
     done = np.zeros(count, bool) if store is None else np.asarray(store.done())
     found, todo = np.zeros((count, rows, rows)), np.flatnonzero(~done)
-    bar = tqdm(total=count, initial=int(done.sum()), desc=_title(progress), disable=progress is False, unit="output")
+    bar = tqdm(
+        total=count,
+        initial=int(done.sum()),
+        desc=title(progress, "gradients"),
+        disable=progress is False,
+        unit="output",
+    )
     for start in range(0, len(todo), outputs):
         chosen = todo[start : start + outputs]
+        # Always ``outputs`` selectors, the last ones 0 where fewer are left: one shape, one compiled program.
         block = np.zeros((outputs, selectors.shape[1]), selectors.dtype)
         block[: len(chosen)] = selectors[chosen]
         block = _block(kernel, params, pieces, block, rows, keep=whole)[: len(chosen)]
         if not np.isfinite(block).all():
+            # A row with a gradient that is not finite spoils its diagonal entry; the others' diagonals stay finite.
             bad = ~np.isfinite(np.einsum("cii->ci", block)).all(axis=0)
             raise NonFiniteError("gradient", np.flatnonzero(bad).tolist())
         found[chosen] = block
@@ -172,11 +171,12 @@ def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, 
     )
     kept = {i: pull(i) for i in range(len(pieces))} if keep else {}
     total = np.zeros((len(selectors), rows, rows))
+    # Pairs i <= j only; `_scatter` writes both triangles, at the dataset rows that the batches' ``index`` names.
     for i, first in enumerate(pieces):
         left = kept[i] if keep else pull(i)
         for j in range(i, len(pieces)):
             right = left if i == j else kept[j] if keep else pull(j)
-            values = np.asarray(_grams(left, right), np.float64)
+            values = np.asarray(contract(left, right, outputs="each"), np.float64)
             _scatter(total, np.asarray(first.index), np.asarray(pieces[j].index), values)
     return total
 
@@ -193,10 +193,6 @@ def _pieces(batches: list, size: int) -> Iterator[Any]:
     for batch in batches:
         for start in range(0, len(batch.index), size):
             yield rows_of(batch, slice(start, start + size))
-
-
-def _title(progress: bool | str) -> str:
-    return progress if isinstance(progress, str) else "gradients"
 
 
 def hidden_gram(hidden_fn: Callable, params: Params, batches: Iterable, *, rows: int) -> Float[np.ndarray, "rows rows"]:

@@ -34,15 +34,9 @@ from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.kernel import (
-    MAX_PASSES,
-    as_kernel,
-    block_sizes,
-    count_outputs,
-    count_rows,
-    gradients,
-    rows_of,
-)
+from ntkjax.ntk.gram import contract, count_rows, row_blocks
+from ntkjax.ntk.kernel import MAX_PASSES, as_kernel, block_sizes, count_outputs, gradients
+from ntkjax.ntk.rows import title
 from ntkjax.rng import numpy_rng
 from ntkjax.types import Params
 
@@ -58,21 +52,7 @@ def _pair_gram(a: Params, b: Params, formula: str) -> Float[Array, "n1 m n2 m"]:
     left = jnp.sign if formula == "signgd" else lambda leaf: leaf
     right = (lambda leaf: leaf) if formula == "sgd" else jnp.sign
 
-    def product(x: Array, y: Array) -> Array:
-        flat = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], -1)
-        gram = jnp.matmul(flat(left(x)), flat(right(y)).T, precision=jax.lax.Precision.HIGHEST)
-        return gram.reshape(*x.shape[:2], *y.shape[:2])
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
-
-
-def _blocks(x: Any, size: int) -> list[tuple[slice, Any]]:
-    """(rows, block) of equal shapes: the last block is filled up with its last row, which ``rows`` leaves out."""
-    count = count_rows(x)
-    size = min(size, count)
-    fill = lambda start: np.minimum(np.arange(start, start + size), count - 1)
-    starts = range(0, count, size)
-    return [(slice(start, min(start + size, count)), rows_of(x, fill(start))) for start in starts]
+    return contract(jax.tree.map(left, a), jax.tree.map(right, b), outputs="pairs")
 
 
 def output_kernels(
@@ -117,10 +97,9 @@ def output_kernels(
         return gradients(kernel, params, block, np.eye(m, dtype=np.float32), microbatch=microbatch)
 
     total = {formula: np.zeros((n1, m, n2, m)) for formula in formulas}
-    left, right = _blocks(x1, size), _blocks(x2, size)
+    left, right = row_blocks(x1, size), row_blocks(x2, size)
     kept = pull(right[0][1]) if len(right) == 1 and not same else None
-    title = progress if isinstance(progress, str) else "kernels"
-    for i, (at, block) in enumerate(tqdm(left, desc=title, disable=progress is False)):
+    for i, (at, block) in enumerate(tqdm(left, desc=title(progress, "kernels"), disable=progress is False)):
         g1 = pull(block)
         for j, (to, other) in enumerate(right):
             g2 = kept if kept is not None else g1 if same and i == j else pull(other)

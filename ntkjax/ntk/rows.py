@@ -34,6 +34,11 @@ def real_rows(batch: Any) -> np.ndarray:
     return np.asarray(batch.index)
 
 
+def title(progress: bool | str, default: str) -> str:
+    """The description of a progress bar: ``progress`` where it is a text, else ``default``."""
+    return progress if isinstance(progress, str) else default
+
+
 def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = None) -> Iterator:
     """The batches under a progress bar; with a ``store``, those that are left for this process to do.
 
@@ -56,8 +61,7 @@ def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = 
     if done is not None and hasattr(batches, "without"):
         batches = batches.without(done)  # type: ignore[attr-defined]
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    description = progress if isinstance(progress, str) else default
-    for batch in tqdm(batches, total=total, desc=description, disable=progress is False, unit="batch"):
+    for batch in tqdm(batches, total=total, desc=title(progress, default), disable=progress is False, unit="batch"):
         index = real_rows(batch)
         if done is None or not done[index[index >= 0]].all():
             yield batch

@@ -17,7 +17,6 @@ each example and its product with all of them is cheaper: its cost does not grow
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,9 +27,10 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
+from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
-from ntkjax.ntk.sketch import RademacherSketch, Sketch, flat_rows
+from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows, title
+from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode_only
 
@@ -46,7 +46,7 @@ class Direction:
 
     Attributes:
       outputs: like the parameters, leaves [m, ...]: the part for each output, at least float32.
-      head: [D], the part for sqrt(own) h; None where the head is held fixed.
+      head: [D], the part for sqrt(c_h) h; None where the head is held fixed.
     """
 
     outputs: Any
@@ -64,7 +64,7 @@ def add_direction(kernel: Kernel, params: Params, batch: Any, total: Direction) 
 
     values, pull = jax.vjp(summed, params)
     found = jax.lax.map(lambda v: pull(v)[0], jnp.eye(len(values), dtype=values.dtype))
-    head = kernel.remainder(params, batch)
+    head = kernel.head_features(params, batch)
     if head is not None:
         head = jnp.sum(jnp.where(real[:, None], head, jnp.zeros_like(head)), axis=0)
     return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, Direction(found, head))
@@ -75,7 +75,7 @@ def zero_direction(kernel: Kernel, params: Params, batch: Any) -> Direction:
     """0 in the kernel's feature space, whose shape ``batch`` gives."""
     values = jax.eval_shape(kernel.outputs, params, batch)
     leaf = lambda p: jnp.zeros((values.shape[1], *p.shape), at_least_float32(p).dtype)
-    head = jax.eval_shape(kernel.remainder, params, batch)
+    head = jax.eval_shape(kernel.head_features, params, batch)
     return Direction(jax.tree.map(leaf, params), None if head is None else jnp.zeros(head.shape[1:], head.dtype))
 
 
@@ -157,7 +157,7 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
     tangents = jax.tree.map(lambda u, p: u.astype(p.dtype).reshape(-1, *p.shape), stacked.outputs, params)
     moved = _in_turns(push, (tangents, columns))
     scores = moved.reshape(sets, m, -1).sum(axis=1).T
-    head = kernel.remainder(params, batch)
+    head = kernel.head_features(params, batch)
     if head is None:
         return scores
     return scores + jnp.matmul(head, stacked.head.T, precision=jax.lax.Precision.HIGHEST).astype(scores.dtype)
@@ -237,7 +237,7 @@ def scores_along(
     memory_budget: int = 1 << 30,
     progress: bool | str = False,
 ) -> Float[np.ndarray, "rows R"]:
-    """s_jr = <u_r, g(x_j)> = sum_c <u_rc, grad F_c(x_j)> + <u_r,head, sqrt(own) h(x_j)> for R `Direction` u_r.
+    """s_jr = <u_r, g(x_j)> = sum_c <u_rc, grad F_c(x_j)> + <u_r,head, sqrt(c_h) h(x_j)> for R `Direction` u_r.
 
     R < `MANY`: forward mode, the R m tangents share their primal pass. Otherwise the gradient of every example, at most
     ``memory_budget`` bytes of them at a time; its backward pass needs the memory that `mean_direction`'s does. See
@@ -247,8 +247,8 @@ def scores_along(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
     if len(directions) >= MANY:
         return gradient_features(
-            kernel, params, batches, Along(stacked), rows=rows, store=store, memory_budget=memory_budget,
-            progress=progress and (progress if isinstance(progress, str) else "scores"),
+            kernel, params, batches, InnerProducts(stacked), rows=rows, store=store, memory_budget=memory_budget,
+            progress=progress and title(progress, "scores"),
         )  # fmt: skip
 
     def results() -> Iterator[tuple[np.ndarray, Array]]:
@@ -260,7 +260,7 @@ def scores_along(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Along:
+class InnerProducts:
     """Inner products with R given directions, a linear map of gradients like a sketch: K = R.
 
     Attributes:
@@ -272,14 +272,8 @@ class Along:
     grouped = False
 
     def __call__(self, gradients: Params) -> Float[Array, "B R"]:
-        pairs = [(gradients["outputs"], self.directions.outputs)]
-        if self.directions.head is not None:
-            pairs.append((gradients["head"], self.directions.head))
-        product = lambda g, u: jnp.matmul(
-            flat_rows(g), flat_rows(u).astype(at_least_float32(g).dtype).T, precision=jax.lax.Precision.HIGHEST
-        )
-        found = [jax.tree.leaves(jax.tree.map(product, g, u)) for g, u in pairs]
-        return functools.reduce(jnp.add, [part for parts in found for part in parts])
+        names = ["outputs"] if self.directions.head is None else ["outputs", "head"]
+        return contract([gradients[name] for name in names], [getattr(self.directions, name) for name in names])
 
     def width(self, params: Params) -> int:
         return len(jax.tree.leaves(self.directions.outputs)[0])

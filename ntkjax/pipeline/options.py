@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from ntkjax.data.dedup import DedupSettings
 from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.approx import parse
+from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.parallel import WeightRule, parse_mesh
 from ntkjax.selection.aggregation import check_aggregation
 from ntkjax.selection.diversity import check_diversity
 from ntkjax.selection.ntk import check_precondition
+
+KernelName = Annotated[str, arg(help=f"The tangent kernel. {describe_kernels()}.")]
+"""A name of `ntkjax.ntk.kernels.KERNELS`, with the table as its help on the command line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +100,8 @@ class SelectorOptions:
 
     method: str = "ntk"
     """Selection method, a name from ntkjax.selection.METHODS."""
-    kernel: str = "sum_logits"
-    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware; trace, centred_trace: exact; spectral:m,
-    centred_spectral:m, hutchinson:m: m outputs that approximate the trace."""
+    kernel: KernelName = "sum_logits"
+    """The tangent kernel, a name of ntkjax.ntk.kernels.KERNELS; --help lists them."""
     direction: Literal["raw", "contrast", "cosine"] = "raw"
     """raw: the paper's mean kernel value; contrast: without what the pool's mean gradient shares with the domain's;
     cosine: divided by gradient norms (costs per-example gradients)."""

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 from ntkjax import ntk
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.fingerprint import tree_digest
-from ntkjax.ntk.approx import ONE_OUTPUT, KernelFunctions, build, parse
 from ntkjax.ntk.kernel import Kernel
+from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.kronecker import KroneckerSketch
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.ntk.sparse import SparseSketch
@@ -158,7 +158,7 @@ def gradient_features(
 
     Args:
       candidates: rows of the pool.
-      kernel: a name of `ntkjax.ntk.approx.parse`; g the gradients of its outputs, sketched into one phi.
+      kernel: a name of `ntkjax.ntk.kernels.parse`; g the gradients of its outputs, sketched into one phi.
       sketch: a name of `SKETCHES`, drawn from the problem's seed. size: K.
       checkpoint: theta (and Adam's moments) to use; None: the problem's ``params``.
       adam: Adam's step in the place of the pool's gradients, with the moments of ``checkpoint``.
@@ -167,10 +167,11 @@ def gradient_features(
       ConfigError: ``adam`` without a checkpoint, or with a kernel of several outputs.
       NonFiniteError: rows whose gradient is NaN or infinite; the others are kept.
     """
-    if adam and (checkpoint is None or parse(kernel).name not in ONE_OUTPUT):
+    if adam and (checkpoint is None or not parse(kernel).kind.single):
+        single = " or ".join(name for name, kind in KERNELS.items() if kind.single)
         raise ConfigError(
             f"Adam's update of gradients needs a warm-up checkpoint and a kernel of one output "
-            f"({' or '.join(ONE_OUTPUT)}); got checkpoint {checkpoint and checkpoint.step} and kernel {kernel}"
+            f"({single}); got checkpoint {checkpoint and checkpoint.step} and kernel {kernel}"
         )
     plain = _Features.of(problem, kernel, SKETCHES[sketch](size, problem.seed), checkpoint)
     pool = dataclasses.replace(plain, data=problem.pool, kind="gradients")

@@ -1,7 +1,7 @@
 """NTK-Selector (arXiv 2511.07380): an embedding vote, then the tangent kernel's mean score with the domain.
 
 s_j = 1/M sum_i k(x_i, x_j) = <g_bar, g_j>; the n highest are chosen. ``k`` is the paper's ``sum_logits`` kernel or any
-other that ``ntkjax.ntk.approx`` builds; the scores are exact (forward-mode pass) or the paper's (per-example gradients,
+other of ``ntkjax.ntk.kernels``; the scores are exact (forward-mode pass) or the paper's (per-example gradients,
 sketched to K); the direction is g_bar, or what is left of it without what all gradients share, preconditioned or not;
 and the mean over the domain may be another aggregation (``ntkjax.selection.aggregation``).
 """
@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.approx import KernelFunctions, build, parse
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
+from ntkjax.ntk.kernels import KernelFunctions, build, parse
 from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_preconditioner
 from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores
 from ntkjax.ntk.sketch import Sketch
@@ -69,7 +69,7 @@ class NtkSelector:
     """The paper's two stages, and the choices it leaves open.
 
     Attributes:
-      kernel: ``sum_logits`` [paper], ``loss``, ``spectral:m``, ... (see `ntkjax.ntk.approx.parse`).
+      kernel: ``sum_logits`` [paper], ``loss``, ``spectral:m``, ... (see `ntkjax.ntk.kernels.parse`).
       direction: ``raw`` [paper]: <g_bar, g_j>. ``contrast``: <g_bar - proj_p g_bar, g_j> with p the mean gradient of
         the pool sample. ``cosine``: <g_bar, g_j> / (|g_bar| |g_j|), which needs every candidate's gradient norm and so
         costs per-example gradients.
@@ -121,8 +121,7 @@ class NtkSelector:
     def passes(self, sizes: Sizes) -> float:
         """Mean gradients of domain and pool sample, then the candidates under all directions at once; or, where
         examples of the domain are looked at one by one or scores are sketched, the gradients of all of them."""
-        spec = parse(self.kernel)
-        outputs = spec.m or (sizes.width if spec.name.endswith("trace") else 1)
+        outputs = parse(self.kernel).outputs(sizes.width)
         gradient = FORWARD + 2 * outputs  # one backward pass for each output
         sample = sizes.pool / sizes.rows * min(self.pool_sample, sizes.rows)
         before = sizes.stage1(self.stage1) + gradient * (sizes.domain + sample)

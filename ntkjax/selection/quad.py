@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
-from ntkjax.ntk.approx import KernelFunctions, build
+from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.precondition import DAMPING, build_preconditioner
 from ntkjax.ntk.scores import Direction, mean_direction, scores_along
 from ntkjax.parallel import broadcast

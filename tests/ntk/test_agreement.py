@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from ntkjax.ntk import agreement as module
-from ntkjax.ntk.agreement import METRICS, agreement, split, statistics
+from ntkjax.ntk.agreement import METRICS, agreement, roles_of, statistics
 from ntkjax.ntk.metrics import (
     centred,
     cka,
@@ -82,7 +82,7 @@ def test_a_resample_is_the_matrix_of_its_draws_without_pairs_of_one_example(pair
     a, e = pair
     rows = np.array([0, 0, 3, 9, 1, 2, 2, 2, 5, 6, 7, 8, 13, 13])  # 4 of the domain, then 10 scored
     weights = np.bincount(rows, minlength=N)[None].astype(float)
-    found = statistics(a, e, weights, split(N, DOMAIN, 3))
+    found = statistics(a, e, weights, roles_of(N, DOMAIN, 3))
     distinct = rows[:, None] != rows[None]
     pairs = [(i, j) for i in range(N) for j in range(i) if distinct[i, j]]
     off = [np.array([k[rows[i], rows[j]] for i, j in pairs]) for k in (a, e)]

@@ -13,7 +13,7 @@ import pytest
 from ntkjax.errors import ConfigError
 from ntkjax.models import LoraConfig, ModelConfig, init_lm
 from ntkjax.models.lm import paths
-from ntkjax.ntk import approx, blocks, exact, neural_tangents
+from ntkjax.ntk import blocks, exact, kernels, neural_tangents
 from ntkjax.ntk.exact import BACKENDS, centred_trace_ntk, empirical_ntk, logits, mean_trace_ntk, trace_ntk
 from ntkjax.ntk.kernel import gradients
 from ntkjax.ntk.rows import NonFiniteError
@@ -292,7 +292,7 @@ def test_memory_of_the_spectral_passes_does_not_grow_with_the_vocabulary(toy):
         fn = logits(
             output.hidden_fn, jnp.asarray(np.random.default_rng(0).normal(size=(vocab, toy.width)), jnp.float32)
         )
-        spectral.append(compiled_bytes(approx.trace(fn.hidden_fn, fn.head, adapter), adapter, batch))
+        spectral.append(compiled_bytes(kernels.trace(fn.hidden_fn, fn.head, adapter), adapter, batch))
         direct.append(compiled_bytes(blocks.as_kernel(fn), adapter, batch))
     assert spectral[0] == spectral[1]
     assert direct[1][0] > 16 * direct[0][0]  # so the comparison can fail
@@ -318,7 +318,7 @@ def test_memory_stays_within_the_budget(backend, monkeypatch):
 
         return call
 
-    for name in ("gradients", "push_pulled", "_neural_tangents_block"):
+    for name in ("gradients", "ntk_vector_product", "_neural_tangents_block"):
         monkeypatch.setattr(blocks, name, measured(getattr(blocks, name)))
     kernel = empirical_ntk(wide_output, params, x, backend=backend, memory_budget=budget)
     assert used and max(used) <= budget
@@ -348,10 +348,10 @@ def test_a_second_call_compiles_nothing(small):
     fn, params, x = small
     for backend in ("jacobian", "vector_products", "spectral"):
         trace_ntk(fn, params, x, backend=backend)
-    before = gradients._cache_size(), blocks.push_pulled._cache_size()
+    before = gradients._cache_size(), blocks.ntk_vector_product._cache_size()
     for backend in ("jacobian", "vector_products", "spectral"):
         trace_ntk(fn, jax.tree.map(lambda p: p + 1, params), x + 1, backend=backend)
-    assert (gradients._cache_size(), blocks.push_pulled._cache_size()) == before
+    assert (gradients._cache_size(), blocks.ntk_vector_product._cache_size()) == before
     assert exact.BACKENDS == BACKENDS
 
 
@@ -362,14 +362,14 @@ def test_activations_of_many_rows_are_never_in_work_together(small, backend, mon
         pytest.skip("neural-tangents not installed")
     fn, params, x = small
     monkeypatch.setattr(blocks, "MAX_PASSES", 2 * VOCAB)
-    seen, combine = [], blocks.method(backend).combine
+    seen, combine = [], blocks.backend_of(backend).combine
 
     def watched(fn, params, a, b, traced):
         pairs = len(b.data) if backend.endswith("vector-products") else 1
         seen.append(len(a.data) * pairs * len(b.selectors))
         return combine(fn, params, a, b, traced)
 
-    how = blocks.dataclasses.replace(blocks.method(backend), combine=watched)
+    how = blocks.dataclasses.replace(blocks.backend_of(backend), combine=watched)
     found = blocks.blockwise(how, fn, params, x, None, traced=True, memory_budget=1 << 30)
     assert deviation(found, expected("mlp", "all, head untied")["trace"]) < 1e-12
     assert len(seen) > 1 and max(seen) <= 2 * VOCAB

@@ -19,7 +19,7 @@ from ntkjax.ntk import (
     parse,
     squared_norms,
 )
-from ntkjax.ntk.kernel import count_rows
+from ntkjax.ntk.gram import count_rows
 
 SUBSETS = ("lora", "all", "tied", "head alone")
 NAMES = ("trace", "centred_trace", "sum_logits", "loss", "hutchinson:3", "spectral:2", "centred_spectral:2")
@@ -205,7 +205,7 @@ def test_the_matrix_does_not_depend_on_blocks(toy, rows, outputs):
 def test_names_are_parsed_and_errors_say_what_is_expected(toy):
     assert [str(parse(name)) for name in NAMES] == list(NAMES)
     for text, message in [
-        ("ntk", "expected one of sum_logits, loss, spectral:m"),
+        ("ntk", "expected one of trace, centred_trace, spectral:m"),
         ("spectral", "spectral:16"),
         ("hutchinson:0", "whole number from 1"),
         ("trace:4", "takes no size"),

@@ -42,7 +42,7 @@ def sweep(name, functions, params, batches, **options):
     base, selectors = common_form(kernel, functions, params)
     grams = output_grams(base, params, batches, rows=ROWS, selectors=selectors, **options)
     hidden = None if kernel.hidden_fn is None else hidden_gram(functions.hidden_fn, params, batches, rows=ROWS)
-    return OutputGrams(grams, kernel.own, hidden)
+    return OutputGrams(grams, kernel.head_coefficient, hidden)
 
 
 @pytest.mark.parametrize("subset", ["lora", "all", "tied"])

@@ -16,7 +16,7 @@ import numpy as np
 from ntkjax.data.formats import unpacked_bytes
 from ntkjax.data.sources import count_records, is_hub_id, list_sources
 from ntkjax.models import LanguageModel
-from ntkjax.ntk.approx import KernelFunctions, build
+from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
 from ntkjax.pipeline.load import Loaded
 from ntkjax.selection.cost import Sizes

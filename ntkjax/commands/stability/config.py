@@ -10,11 +10,13 @@ from tyro.conf import arg
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation.choices import DEFAULT_TEMPLATE, check_template
 from ntkjax.models import LanguageModel
-from ntkjax.ntk.approx import parse
+from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.ntk.regression import FORMULAS
 from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.training import TrainConfig
 
+KernelNames = Annotated[tuple[str, ...], arg(help=f"Kernels to follow; may be empty. {describe_kernels()}.")]
+"""Names of `ntkjax.ntk.kernels.KERNELS`, with the table as their help on the command line."""
 USUAL_EPOCHS = (1, 2, 4, 8, 12, 16, 20)
 
 
@@ -55,9 +57,8 @@ class StabilityConfig:
     lora_scale: float = 2.0
     """alpha / rank, the same for every rank (the paper's alpha 32 at rank 16)."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    kernels: tuple[str, ...] = ("sum_logits", "centred_spectral:16")
-    """Kernels to follow: sum_logits, loss, trace, centred_trace, spectral:m, centred_spectral:m, hutchinson:m; may be
-    empty."""
+    kernels: KernelNames = ("sum_logits", "centred_spectral:16")
+    """Kernels to follow, names of ntkjax.ntk.kernels.KERNELS; may be empty."""
     at: tuple[int, ...] | None = None
     """Epochs at which to look; 0 and the last are added. None: 1, 2, 4, 8, 12, 16, 20, as far as training goes."""
     formulas: tuple[str, ...] = FORMULAS

@@ -1,9 +1,9 @@
 """``ntkjax verify``: the error of each approximation of the tangent kernel, and its effect on the selection.
 
-One sample of examples, part of it the domain, and every kernel of the ladder on it: the exact trace with all parameters
-and with LoRA, centred, its leading spectral directions, random probes, ``sum_logits``, ``loss``, and each of them
-sketched. Every kernel is compared with the top of its own column, with the rung it departs from, which isolates the
-error of that one step, and with the centred trace, the part that can change the loss.
+One sample of examples, part of it the domain, and on it every kernel of `ntkjax.ntk.kernels.KERNELS`, with all
+parameters and with LoRA, and each of them sketched. Every kernel is compared with the exact trace of the same
+parameters, with the kernel that it approximates, which isolates the error of that one step, and with the centred trace,
+the part that can change the loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from ntkjax.commands.base import Command
 from ntkjax.commands.verify.comparisons import compare
 from ntkjax.commands.verify.config import VerifyConfig
-from ntkjax.commands.verify.kernels import Lab
+from ntkjax.commands.verify.kernels import KernelSuite
 from ntkjax.commands.verify.report import cross_table, table, write_report
 from ntkjax.commands.verify.sample import check_sizes, draw_sample
 from ntkjax.files import write_npz
@@ -35,24 +35,27 @@ class Verification:
     """What `verify` found; ``results`` is the content of results.json.
 
     Attributes:
-      results: ``ladder`` (one row for each rung and reference), ``cross_terms``, ``curves``, ``noise``, sizes, times.
+      results: ``ladder`` (one row for each kernel and reference), ``cross_terms``, ``curves``, ``noise``, sizes, times.
       kernels: ``COLUMN/KERNEL`` -> matrices [draws, n, n], as in kernels.npz.
     """
 
     results: dict[str, Any]
     kernels: Mapping[str, np.ndarray]
 
-    def row(self, column: str, rung: str, against: str) -> dict[str, Any]:
-        """The row of the ladder for ``rung`` of ``column``, against ``top``, ``step``, ``centred``, ... KeyError if it
-        is not there."""
+    def row(self, column: str, approximation: str, against: str) -> dict[str, Any]:
+        """The row of the ladder for ``approximation`` of ``column``, against ``top``, ``step``, ``centred``, ...
+
+        Raises:
+          KeyError: there is no such row.
+        """
         for row in self.results["ladder"]:
-            if (row["column"], row["rung"], row["against"]) == (column, rung, against):
+            if (row["column"], row["rung"], row["against"]) == (column, approximation, against):
                 return row
-        raise KeyError((column, rung, against))
+        raise KeyError((column, approximation, against))
 
 
 def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
-    """Climb the ladder as ``config`` says; writes tables, plots, kernels and report.html into OUT.
+    """Compute and compare the kernels as ``config`` says; writes tables, plots, kernels and report.html into OUT.
 
     Kernel matrices that OUT already holds, and single outputs of unfinished ones, are not computed again.
 
@@ -67,12 +70,12 @@ def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
     check_sizes(config, model)
     run = RunDir.create(config.out, "verify", config, inputs=inputs_of(model, config.model, **sample.sources))
     run.tell("results.json", progress)
-    lab = Lab(config, run, model, sample, progress)
-    columns = [lab.measure(column) for column in lab.columns()]
-    results = compare(config, lab, columns, progress=progress)
+    suite = KernelSuite(config, run, model, sample, progress)
+    subsets = [suite.measure(subset) for subset in suite.subsets()]
+    results = compare(config, subsets, progress=progress)
     results["data"] = {name: loaded.report() for name, loaded in sample.sources.items()}
     results["wall_seconds"] = time.monotonic() - began
-    kernels = {f"{c.name}/{name}": k for c in columns for name, k in c.kernels.items()}
+    kernels = {f"{c.name}/{name}": k for c in subsets for name, k in c.kernels.items()}
     write_npz(
         run.path / "kernels.npz", {"ids": np.array([str(i) for i in sample.tokens.ids]), **kernels}, compressed=True
     )

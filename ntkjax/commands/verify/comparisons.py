@@ -10,15 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkjax.commands.verify.config import VerifyConfig
-from ntkjax.commands.verify.kernels import Column, Lab, passes
-from ntkjax.ntk.agreement import agreement, ranks_by_row, taken, weighted_pearson
-from ntkjax.ntk.approx import parse
+from ntkjax.commands.verify.kernels import CENTRED_TRACE, TRACE, ParameterSet, passes
+from ntkjax.ntk.agreement import agreement, ranks_by_row, selected_counts, weighted_pearson
 from ntkjax.ntk.cross_terms import CrossTerms, cross_ratio
+from ntkjax.ntk.kernels import KERNELS, parse
 from ntkjax.ntk.ladder import gaussian_sketch, square_root
 from ntkjax.ntk.metrics import cka, matrix_scores, spearman, top_n_overlap
 from ntkjax.rng import numpy_rng
 
-TOP, CENTRED = "trace", "centred_trace"
 AGAINST = {
     "top": "the exact trace of the same parameters, the top of the column",
     "step": "the rung it departs from: the error that this one step adds",
@@ -30,17 +29,14 @@ NOISE_SIZES = tuple(1 << k for k in range(6, 15))
 NOISE_PAIRS = 8
 
 
-def step_of(rung: str) -> str | None:
-    """The rung that ``rung`` departs from by one step; None for the top."""
-    name = parse(rung).name
-    if name == TOP:
-        return None
-    return CENTRED if name in ("centred_spectral", "loss") else TOP
+def step_of(approximation: str) -> str | None:
+    """The kernel that ``approximation`` approximates by one step; None for the exact trace."""
+    return parse(approximation).kind.approximates
 
 
-def compare(config: VerifyConfig, lab: Lab, columns: list[Column], *, progress: bool) -> dict[str, Any]:
+def compare(config: VerifyConfig, subsets: list[ParameterSet], *, progress: bool) -> dict[str, Any]:
     """The content of results.json: ``ladder``, ``cross_terms``, ``curves``, ``noise`` and the sizes."""
-    tasks = [task for column in columns for task in comparisons(config, column, columns)]
+    tasks = [task for subset in subsets for task in comparisons(config, subset, subsets)]
     ladder = [task.run(config) for task in tqdm(tasks, desc="compare kernels", disable=not progress, unit="comparison")]
     return {
         "columns": {
@@ -53,19 +49,19 @@ def compare(config: VerifyConfig, lab: Lab, columns: list[Column], *, progress: 
                 "vocab": c.vocab,
                 "width": c.width,
             }
-            for c in columns
+            for c in subsets
         },
         "warmed_up": not config.skip_warmup,
         "ladder": ladder,
-        "cross_terms": [cross_row(config, column) for column in columns],
-        "curves": [row for column in columns for row in curve_rows(config, column)],
-        "noise": [row for column in columns for row in noise_rows(config, column)],
+        "cross_terms": [cross_row(config, subset) for subset in subsets],
+        "curves": [row for subset in subsets for row in curve_rows(config, subset)],
+        "noise": [row for subset in subsets for row in noise_rows(config, subset)],
     }
 
 
-def top_of(config: VerifyConfig, column: Column) -> int:
-    """N of a column: the same share of its scored examples as in the whole sample."""
-    scored = len(column.rows) - column.domain
+def top_of(config: VerifyConfig, subset: ParameterSet) -> int:
+    """N for ``subset``: the same share of its scored examples as in the whole sample."""
+    scored = len(subset.rows) - subset.domain
     if config.top is None:
         return max(1, scored // 4)
     return min(scored - 1, max(1, round(config.top * scored / (config.n - config.domain_count))))
@@ -94,43 +90,47 @@ class Comparison:
         return self.labels | found
 
 
-def comparisons(config: VerifyConfig, column: Column, columns: list[Column]) -> Iterator[Comparison]:
-    """Every rung of a column against each of `AGAINST` that applies to it."""
-    kernels, top = column.kernels, top_of(config, column)
-    full = next((c for c in columns if c.name == "all"), None)
+def comparisons(config: VerifyConfig, subset: ParameterSet, subsets: list[ParameterSet]) -> Iterator[Comparison]:
+    """Every kernel of ``subset`` against each of `AGAINST` that applies to it."""
+    kernels, top = subset.kernels, top_of(config, subset)
+    full = next((c for c in subsets if c.name == "all"), None)
 
-    def row(rung: str, against: str, reference: str, approx: np.ndarray, exact: np.ndarray, how: str) -> Comparison:
-        base = rung.removesuffix(" sketched")
-        labels = {"column": column.name, "rung": rung, "against": against, "reference": reference,
-                  "passes": passes(base, column.width), "method": how}  # fmt: skip
-        return Comparison(labels, approx, exact, column.domain, top)
+    def row(
+        approximation: str, against: str, reference: str, approx: np.ndarray, exact: np.ndarray, how: str
+    ) -> Comparison:
+        base = approximation.removesuffix(" sketched")
+        labels = {"column": subset.name, "rung": approximation, "against": against, "reference": reference,
+                  "passes": passes(base, subset.width), "method": how}  # fmt: skip
+        return Comparison(labels, approx, exact, subset.domain, top)
 
-    for rung, matrices in kernels.items():
-        step = step_of(rung)
+    for approximation, matrices in kernels.items():
+        step = step_of(approximation)
         if step is not None:
-            yield row(rung, "top", TOP, matrices, kernels[TOP], "exact")
-            yield row(rung, "step", step, matrices, kernels[step], "exact")
-        if rung != CENTRED:
-            yield row(rung, "centred", CENTRED, matrices, kernels[CENTRED], "exact")
-        if column.name == "lora" and full is not None:
-            yield from _against_full(config, column, full, rung)
-    for rung, (sketches, how) in column.sketched.items():
+            yield row(approximation, "top", TRACE, matrices, kernels[TRACE], "exact")
+            yield row(approximation, "step", step, matrices, kernels[step], "exact")
+        if approximation != CENTRED_TRACE:
+            yield row(approximation, "centred", CENTRED_TRACE, matrices, kernels[CENTRED_TRACE], "exact")
+        if subset.name == "lora" and full is not None:
+            yield from _against_full(config, subset, full, approximation)
+    for approximation, (sketches, how) in subset.sketched.items():
         first, second = (_like(sketches[k]) for k in range(2))
-        yield row(f"{rung} sketched", "step", rung, first, kernels[rung], how)
-        yield row(f"{rung} sketched", "reseed", f"{rung} sketched", first, second, how)
+        yield row(f"{approximation} sketched", "step", approximation, first, kernels[approximation], how)
+        yield row(f"{approximation} sketched", "reseed", f"{approximation} sketched", first, second, how)
 
 
-def _against_full(config: VerifyConfig, column: Column, full: Column, rung: str) -> Iterator[Comparison]:
+def _against_full(
+    config: VerifyConfig, subset: ParameterSet, full: ParameterSet, approximation: str
+) -> Iterator[Comparison]:
     """A LoRA kernel against the trace of all parameters, on the examples and at the weights that both have."""
-    exact = full.kernels[TOP]
-    draws = column.kernels[rung]
+    exact = full.kernels[TRACE]
+    draws = subset.kernels[approximation]
     if not config.skip_warmup:  # each seed has its own weights after warm-up
         draws = draws[: len(full.seeds)]
     part = draws[:, full.rows[:, None], full.rows[None]]
-    labels = {"column": column.name, "rung": rung, "against": "full", "reference": f"all: {TOP}",
-              "passes": passes(rung, column.width), "method": "exact"}  # fmt: skip
+    labels = {"column": subset.name, "rung": approximation, "against": "full", "reference": f"all: {TRACE}",
+              "passes": passes(approximation, subset.width), "method": "exact"}  # fmt: skip
     yield Comparison(labels, part, exact, full.domain, top_of(config, full))
-    if rung == TOP:  # the first step of the column
+    if approximation == TRACE:  # the first step: from all parameters to LoRA
         yield Comparison(labels | {"against": "step"}, part, exact, full.domain, top_of(config, full))
 
 
@@ -138,13 +138,13 @@ def _like(draws: np.ndarray) -> np.ndarray:
     return np.asarray(draws, np.float64)
 
 
-def cross_row(config: VerifyConfig, column: Column) -> dict[str, Any]:
-    """Cosines between outputs and the cross terms over the trace of a column, over its seeds."""
-    row: dict[str, Any] = {"column": column.name}
-    if column.cross:
-        row |= cross_summary(column.cross, seed=config.seed)
+def cross_row(config: VerifyConfig, subset: ParameterSet) -> dict[str, Any]:
+    """Cosines between outputs and the cross terms over the trace of ``subset``, over its seeds."""
+    row: dict[str, Any] = {"column": subset.name}
+    if subset.cross:
+        row |= cross_summary(subset.cross, seed=config.seed)
     # On all examples, so that it takes the place of the ratio on the few that have cosines.
-    return row | cross_ratio(column.kernels["sum_logits"], column.kernels[TOP], column.vocab, seed=config.seed)
+    return row | cross_ratio(subset.kernels["sum_logits"], subset.kernels[TRACE], subset.vocab, seed=config.seed)
 
 
 def cross_summary(seeds: list[CrossTerms], *, seed: int) -> dict[str, Any]:
@@ -160,18 +160,18 @@ def cross_summary(seeds: list[CrossTerms], *, seed: int) -> dict[str, Any]:
     return row | {"undefined": sum(c.undefined for c in seeds), "examples": len(seeds[0].signed), **counts}
 
 
-def curve_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]:
-    """How the agreement grows with the number of outputs: spectral, centred spectral and Hutchinson kernels."""
-    domain, top = np.arange(column.domain), top_of(config, column)
-    for family, sizes in column.curves.items():
-        for reference in (TOP, CENTRED):
+def curve_rows(config: VerifyConfig, subset: ParameterSet) -> Iterator[dict[str, Any]]:
+    """How the agreement grows with the number of outputs: the kernels that have a size."""
+    domain, top = np.arange(subset.domain), top_of(config, subset)
+    for family, sizes in subset.curves.items():
+        for reference in (TRACE, CENTRED_TRACE):
             for m, draws in sizes.items():
                 yield {
-                    "column": column.name,
+                    "column": subset.name,
                     "family": family,
                     "m": m,
                     "against": reference,
-                    **_point(draws, column.kernels[reference], domain, top),
+                    **_point(draws, subset.kernels[reference], domain, top),
                 }
 
 
@@ -194,13 +194,13 @@ def _point(draws: np.ndarray, exact: np.ndarray, domain: np.ndarray, top: int) -
     return found
 
 
-def noise_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]:
+def noise_rows(config: VerifyConfig, subset: ParameterSet) -> Iterator[dict[str, Any]]:
     """What sketching to K numbers costs the ranking, by the law of a Gaussian sketch: two sketches against each other
     (the noise ceiling), and one against the kernel."""
-    domain, top = np.arange(column.domain), top_of(config, column)
-    for rung in (TOP, CENTRED, "sum_logits", "loss"):
-        rng = numpy_rng(config.seed, "verify", "noise", column.name, rung)
-        roots = [(square_root(k), matrix_scores(k, domain)) for k in column.kernels[rung]]
+    domain, top = np.arange(subset.domain), top_of(config, subset)
+    for approximation in (name for name, kind in KERNELS.items() if not kind.sized):
+        rng = numpy_rng(config.seed, "verify", "noise", subset.name, approximation)
+        roots = [(square_root(k), matrix_scores(k, domain)) for k in subset.kernels[approximation]]
         for size in NOISE_SIZES:
             first, second, exact = [], [], []
             for root, scores in roots:
@@ -211,8 +211,8 @@ def noise_rows(config: VerifyConfig, column: Column) -> Iterator[dict[str, Any]]
                     exact.append(scores)
             ceiling, kernel = (_ranking(first, other, top) for other in (second, exact))
             yield {
-                "column": column.name,
-                "rung": rung,
+                "column": subset.name,
+                "rung": approximation,
                 "sketch_size": size,
                 "score_spearman": float(kernel[0]),
                 "top_n_overlap": float(kernel[1]),
@@ -227,5 +227,5 @@ def _ranking(first: list[np.ndarray], second: list[np.ndarray], top: int) -> tup
     a, b = np.stack(first), np.stack(second)
     once = np.ones_like(a)
     rho = weighted_pearson(ranks_by_row(a, once), ranks_by_row(b, once), once)
-    shared = np.minimum(taken(a, once, top), taken(b, once, top)).sum(axis=1) / top
+    shared = np.minimum(selected_counts(a, once, top), selected_counts(b, once, top)).sum(axis=1) / top
     return float(rho.mean()), float(shared.mean())

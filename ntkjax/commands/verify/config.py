@@ -32,7 +32,7 @@ class VerifyConfig:
     top: int | None = None
     """N: examples that would be selected of those scored. None: a quarter."""
     m: tuple[int, ...] = (4, 16)
-    """Outputs of the approximations spectral:m, centred_spectral:m and hutchinson:m."""
+    """Outputs of the kernels that take a size, spectral:m for one."""
     sketch_size: int = 8192
     """K of the sketched kernels."""
     max_signs: float = 5e8

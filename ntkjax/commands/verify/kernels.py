@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ from ntkjax.data import TokenisedDataset
 from ntkjax.files import read_json
 from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.models import LanguageModel
-from ntkjax.ntk.approx import EXACT, KernelFunctions, build, parse
 from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines
 from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams, square_root
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.pipeline.load import fresh_parameters
@@ -28,20 +29,22 @@ from ntkjax.store import RowStore
 from ntkjax.training import fit
 from ntkjax.types import Params
 
+TRACE, CENTRED_TRACE = "trace", "centred_trace"
+"""The exact kernels that the others are compared with: of all outputs, and of those that can change the loss."""
 NOT_LORA = r"^(?!.*lora_[ab]$)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class ParameterSet:
     """One set of trained parameters, and all its kernels.
 
     Attributes:
       name: ``all`` or ``lora``.
       rows: its examples, as rows of the sample; the first ``domain`` are the domain.
       seeds: one draw of every kernel for each.
-      kernels: rung -> matrices [draws, n, n]; one draw where nothing is random.
-      sketched: rung -> two independent sketches for every draw [2, draws, n, n], and how they were made.
-      curves: ``spectral``, ``centred_spectral``, ``hutchinson`` -> {m: matrices [draws, n, n]}.
+      kernels: name -> matrices [draws, n, n]; one draw where nothing is random.
+      sketched: name -> two independent sketches for every draw [2, draws, n, n], and how they were made.
+      curves: kernel with a size -> {m: matrices [draws, n, n]}.
       cross: cross-output cosines, one for each seed.
       parameters, vocab, width: sizes.
     """
@@ -60,8 +63,15 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """Where a kernel is taken: what is differentiated, the functions, a name, and the fingerprint of all weights."""
+class Checkpoint:
+    """The weights that a kernel is computed at.
+
+    Attributes:
+      params: theta, what is differentiated.
+      functions: the functions of the model at those weights.
+      key: a name, the folder of its rows; equal weights share it.
+      weights: the fingerprint of all weights.
+    """
 
     params: Params
     functions: KernelFunctions
@@ -69,8 +79,11 @@ class Point:
     weights: str
 
 
-class Lab:
-    """Computes the columns of a verification; everything finished is read back from the run directory."""
+class KernelSuite:
+    """Computes the kernels of a verification for each set of trained parameters.
+
+    What the run directory already holds is read from there.
+    """
 
     def __init__(self, config: VerifyConfig, run: RunDir, model: LanguageModel, sample: Sample, progress: bool):
         self.config, self.run, self.model, self.sample, self.progress = config, run, model, sample, progress
@@ -78,22 +91,22 @@ class Lab:
 
     # -- what is measured --
 
-    def columns(self) -> list[Column]:
-        """The columns of this run, still empty: all parameters first where they are asked for."""
+    def subsets(self) -> list[ParameterSet]:
+        """The sets of parameters of this run, without kernels yet: all parameters first where they are asked for."""
         config, seeds = self.config, tuple(range(self.config.seed, self.config.seed + self.config.seeds))
         lora, found = config.model.parameters == "lora", []
         if config.n_full or not lora:
             rows = self.sample.part(config.n_full if lora else config.n)
             # Without warm-up every seed has the same weights to take these kernels at, and probes of its own.
-            own = seeds[: config.full_seeds] if lora and not config.skip_warmup else seeds
-            found.append(Column("all", rows, int((rows < self.sample.domain).sum()), own))
+            measured = seeds[: config.full_seeds] if lora and not config.skip_warmup else seeds
+            found.append(ParameterSet("all", rows, int((rows < self.sample.domain).sum()), measured))
         if lora:
-            found.append(Column("lora", np.arange(config.n), self.sample.domain, seeds))
+            found.append(ParameterSet("lora", np.arange(config.n), self.sample.domain, seeds))
         return found
 
-    def measure(self, column: Column) -> Column:
-        """The column with all its kernels."""
-        draws = [self._draw(column, seed) for seed in column.seeds]
+    def measure(self, subset: ParameterSet) -> ParameterSet:
+        """``subset`` with all its kernels."""
+        draws = [self._draw(subset, seed) for seed in subset.seeds]
         kernels = {name: _stack([draw["kernels"][name] for draw in draws]) for name in draws[0]["kernels"]}
         sketched = {
             name: (np.stack([draw["sketched"][name][0] for draw in draws], axis=1), draws[0]["sketched"][name][1])
@@ -105,9 +118,9 @@ class Lab:
         }
         cross = [draw["cross"] for draw in draws if draw["cross"] is not None]
         sizes = {name: draws[0][name] for name in ("parameters", "vocab", "width")}
-        return dataclasses.replace(column, kernels=kernels, sketched=sketched, curves=curves, cross=cross, **sizes)
+        return dataclasses.replace(subset, kernels=kernels, sketched=sketched, curves=curves, cross=cross, **sizes)
 
-    # -- where kernels are taken --
+    # -- the weights --
 
     def warmed(self, seed: int) -> tuple[Params, str]:
         """(theta after warm-up with this seed, a name that equal ones share)."""
@@ -133,56 +146,75 @@ class Lab:
         )
         return result.params, f"seed-{seed}"
 
-    def point(self, column: Column, seed: int) -> Point:
-        """Theta, functions and head of a column at a seed."""
+    def checkpoint(self, subset: ParameterSet, seed: int) -> Checkpoint:
+        """Theta, functions and head of ``subset`` at a seed."""
         params, key = self.warmed(seed)
-        if column.name == "lora":
-            return Point(params, _functions(self.model, self.model.head_fn({})), key, self._fingerprint(params))
+        if subset.name == "lora":
+            return Checkpoint(params, _functions(self.model, self.model.head_fn({})), key, self._fingerprint(params))
         model = self.model.with_params(params)
         if self.config.model.parameters == "lora":
-            # All weights at the same function as the LoRA column; B = 0 leaves the loaded one whatever A is.
+            # All weights at the same function as the LoRA kernels; B = 0 leaves the loaded one whatever A is.
             params = model.select_params(NOT_LORA)
             key = "as-loaded" if self.config.skip_warmup else key
-        return Point(params, _functions(model, model.head_fn), key, self._fingerprint(params))
+        return Checkpoint(params, _functions(model, model.head_fn), key, self._fingerprint(params))
 
     def _fingerprint(self, params: Params) -> str:
         return weights_fingerprint(self.model.params, params)
 
-    # -- one draw of one column --
+    # -- one draw of one set of parameters --
 
-    def _draw(self, column: Column, seed: int) -> dict[str, Any]:
-        config, point = self.config, self.point(column, seed)
-        tokens = self.sample.tokens.subset(column.rows)
-        most = max(config.m)
-        sweep = functools.partial(self._sweep, column, point, tokens)
-        raw, summed = sweep("trace"), sweep("sum_logits").matrix()
-        centred, probes = sweep(f"centred_spectral:{most}"), sweep(f"hutchinson:{most}", seed)
-        vocab, width = np.shape(_weight(point))
-        kernels = {"trace": raw.matrix(), "centred_trace": raw.matrix() - summed / vocab}
-        sizes = sorted(set(config.m), reverse=True)
-        kernels |= {f"spectral:{m}": raw.matrix(m) for m in sizes}
-        kernels |= {f"centred_spectral:{m}": centred.matrix(m) for m in sizes}
-        kernels |= {f"hutchinson:{m}": probes.matrix(m, rescale=True) for m in sizes}
-        kernels |= {"sum_logits": summed, "loss": sweep("loss").matrix()}
-        curves = {
-            "spectral": {m: raw.matrix(m) for m in powers_of_two(len(raw.grams))},
-            "centred_spectral": {m: centred.matrix(m) for m in powers_of_two(most)},
-            "hutchinson": {m: probes.matrix(m, rescale=True) for m in powers_of_two(most)},
-        }
-        parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(point.params))
+    def _draw(self, subset: ParameterSet, seed: int) -> dict[str, Any]:
+        checkpoint = self.checkpoint(subset, seed)
+        tokens = self.sample.tokens.subset(subset.rows)
+        vocab, width = np.shape(_weight(checkpoint))
+        kernels, curves = self._ladder(functools.partial(self._sweep, subset, checkpoint, tokens), seed, vocab)
+        parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(checkpoint.params))
         sketched = {
-            name: self._sketches(column, point, tokens, name, matrix, seed, parameters)
+            name: self._sketches(subset, checkpoint, tokens, name, matrix, seed, parameters)
             for name, matrix in kernels.items()
         }
         return {
             "kernels": kernels,
             "curves": curves,
             "sketched": sketched,
-            "cross": self._cross(column, point, tokens, seed),
+            "cross": self._cross(subset, checkpoint, tokens, seed),
             "parameters": parameters,
             "vocab": int(vocab),
             "width": int(width),
         }
+
+    def _ladder(
+        self, sweep: Callable[..., OutputGrams], seed: int, vocab: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]]:
+        """(kernel -> matrix, kind -> {m: matrix}): every kernel of `KERNELS`, and those with a size for many m.
+
+        Args:
+          sweep: ``(name, seed or None) -> OutputGrams`` of one kernel.
+        """
+        sizes = sorted(set(self.config.m), reverse=True)
+        done: dict[str, OutputGrams] = {}
+
+        def swept(name: str) -> OutputGrams:
+            if name not in done:
+                done[name] = sweep(name, seed if parse(name).kind.random else None)
+            return done[name]
+
+        kernels: dict[str, np.ndarray] = {}
+        curves: dict[str, dict[int, np.ndarray]] = {}
+        for name, kind in KERNELS.items():
+            if name == CENTRED_TRACE:
+                # trace - sum_logits / V (`ntkjax.ntk.ladder` derives it), so it takes no passes of its own.
+                kernels[name] = kernels[TRACE] - swept("sum_logits").matrix() / vocab
+            elif not kind.sized:
+                kernels[name] = swept(name).matrix()
+            elif kind.nested == "none":
+                kernels |= {f"{name}:{m}": swept(f"{name}:{m}").matrix() for m in sizes}
+            else:
+                whole = done[kind.complete] if kind.complete in done else swept(f"{name}:{sizes[0]}")
+                part = functools.partial(whole.matrix, rescale=kind.nested == "mean")
+                kernels |= {f"{name}:{m}": part(m) for m in sizes}
+                curves[name] = {m: part(m) for m in powers_of_two(len(whole.grams))}
+        return kernels, curves
 
     def _batches(self, tokens: TokenisedDataset, lengths: int = 3) -> Any:
         """The examples in batches of few lengths: each length saves padding in every pass, and costs a compilation."""
@@ -190,106 +222,116 @@ class Lab:
         budget = min(budget, max(longest, len(tokens) * longest // lengths))
         return tokens.batches(token_budget=budget, max_buckets=lengths)
 
-    def _manifest(self, column: Column, point: Point, tokens: TokenisedDataset, **more: Any) -> dict[str, Any]:
-        return {"weights": point.weights, "examples": tokens.fingerprint, "column": column.name, **more}
+    def _manifest(
+        self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, **more: Any
+    ) -> dict[str, Any]:
+        return {"weights": checkpoint.weights, "examples": tokens.fingerprint, "column": subset.name, **more}
 
     def _sweep(
-        self, column: Column, point: Point, tokens: TokenisedDataset, name: str, seed: int | None = None
+        self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, name: str, seed: int | None = None
     ) -> OutputGrams:
         """The Gram matrices of every output of a kernel; ``seed`` where it has probes."""
         began, n = time.monotonic(), len(tokens)
-        kernel = build(name, point.functions, point.params, seed=seed or 0)
-        base, selectors = common_form(kernel, point.functions, point.params)
+        kernel = build(name, checkpoint.functions, checkpoint.params, seed=seed or 0)
+        base, selectors = common_form(kernel, checkpoint.functions, checkpoint.params)
         batches, count = self._batches(tokens), 1 if selectors is None else len(selectors)
-        folder = self.run.path / "rows" / column.name / point.key
+        folder = self.run.path / "rows" / subset.name / checkpoint.key
         label = name.replace(":", "-") + ("" if seed is None else f"-probes-{seed}")
-        manifest = self._manifest(column, point, tokens, kernel=name, seed=seed)
+        manifest = self._manifest(subset, checkpoint, tokens, kernel=name, seed=seed)
         with RowStore.open(folder / label, rows=count, width=n * n, dtype="float64", manifest=manifest) as store:
             missing = int((~store.done()).sum())
             grams = output_grams(
                 base,
-                point.params,
+                checkpoint.params,
                 batches,
                 rows=n,
                 selectors=selectors,
                 store=store,
                 memory_budget=self.config.memory_budget,
-                progress=self.progress and f"{column.name}, {point.key}: {name}",
+                progress=self.progress and f"{subset.name}, {checkpoint.key}: {name}",
             )
         hidden = None
         if kernel.hidden_fn is not None:
-            hidden = hidden_gram(kernel.hidden_fn, point.params, batches, rows=n)
+            hidden = hidden_gram(kernel.hidden_fn, checkpoint.params, batches, rows=n)
         if missing:
-            self.run.log(column=column.name, point=point.key, kernel=name, outputs=missing, examples=n,
+            self.run.log(column=subset.name, point=checkpoint.key, kernel=name, outputs=missing, examples=n,
                          seconds=time.monotonic() - began)  # fmt: skip
-        return OutputGrams(grams, kernel.own, hidden)
+        return OutputGrams(grams, kernel.head_coefficient, hidden)
 
     # -- sketches --
 
     def _sketches(
-        self, column: Column, point: Point, tokens: TokenisedDataset, name: str, matrix: np.ndarray, seed: int,
+        self,
+        subset: ParameterSet,
+        checkpoint: Checkpoint,
+        tokens: TokenisedDataset,
+        name: str,
+        matrix: np.ndarray,
+        seed: int,
         parameters: int,
-    ) -> tuple[np.ndarray, str]:  # fmt: skip
+    ) -> tuple[np.ndarray, str]:
         """Two independent sketches [2, n, n] of a kernel, and how they were made."""
         size = self.config.sketch_size
         if passes(name, self.model.config.hidden_size) * parameters * size > self.config.max_signs:
-            rng = numpy_rng(seed, "verify", "sketch", column.name, name)
+            rng = numpy_rng(seed, "verify", "sketch", subset.name, name)
             root = square_root(matrix)
             return np.stack([gaussian_sketch(root, size, rng) for _ in range(2)]), "law"
-        found = [self._rademacher(column, point, tokens, name, seed, draw) for draw in range(2)]
+        found = [self._rademacher(subset, checkpoint, tokens, name, seed, draw) for draw in range(2)]
         return np.stack(found), "signs"
 
     def _rademacher(
-        self, column: Column, point: Point, tokens: TokenisedDataset, name: str, seed: int, draw: int
+        self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, name: str, seed: int, draw: int
     ) -> np.ndarray:
         """Phi Phi^T of a Rademacher sketch of the gradients themselves."""
         began, size = time.monotonic(), self.config.sketch_size
         signs = int(numpy_rng(seed, "verify", "signs", draw).integers(1 << 30))
-        kernel = build(name, point.functions, point.params, seed=seed)
-        folder = self.run.path / "rows" / column.name / point.key
+        kernel = build(name, checkpoint.functions, checkpoint.params, seed=seed)
+        folder = self.run.path / "rows" / subset.name / checkpoint.key
         label = f"{name.replace(':', '-')}-sketch-{seed}-{draw}"
-        manifest = self._manifest(column, point, tokens, kernel=name, size=size, seed=seed, signs=signs)
+        manifest = self._manifest(subset, checkpoint, tokens, kernel=name, size=size, seed=seed, signs=signs)
         with RowStore.open(folder / label, rows=len(tokens), width=size, dtype="float32", manifest=manifest) as store:
             missing = int((~store.done()).sum())
             phi = gradient_features(
                 kernel,
-                point.params,
+                checkpoint.params,
                 self._batches(tokens),
                 RademacherSketch(size, signs),
                 rows=len(tokens),
                 store=store,
                 memory_budget=self.config.memory_budget,
-                progress=self.progress and f"{column.name}, {point.key}: {name} sketched",
+                progress=self.progress and f"{subset.name}, {checkpoint.key}: {name} sketched",
             ).astype(np.float64)
         if missing:
-            self.run.log(column=column.name, point=point.key, kernel=f"{name} sketched", sketch_size=size,
+            self.run.log(column=subset.name, point=checkpoint.key, kernel=f"{name} sketched", sketch_size=size,
                          examples=missing, seconds=time.monotonic() - began)  # fmt: skip
         return phi @ phi.T
 
     # -- cross terms --
 
-    def _cross(self, column: Column, point: Point, tokens: TokenisedDataset, seed: int) -> CrossTerms | None:
+    def _cross(
+        self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, seed: int
+    ) -> CrossTerms | None:
         """Cosines between outputs on some of the examples, spread evenly; kept as JSON."""
         config = self.config
         if not config.cross_examples:
             return None
         count = min(config.cross_examples, len(tokens))
         chosen = tokens.subset(np.linspace(0, len(tokens) - 1, count).astype(int))
-        manifest = self._manifest(column, point, chosen, outputs=config.cross_outputs, seed=seed,
+        manifest = self._manifest(subset, checkpoint, chosen, outputs=config.cross_outputs, seed=seed,
                                   memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip
-        file = self.run.path / "rows" / column.name / point.key / f"cross-{seed}.json"
+        file = self.run.path / "rows" / subset.name / checkpoint.key / f"cross-{seed}.json"
         if file.exists():
             content = read_json(file)
             if content.pop("manifest") == manifest:
                 return CrossTerms(**{k: _array(v) for k, v in content.items()})
         found = cross_output_cosines(
-            point.functions,
-            point.params,
+            checkpoint.functions,
+            checkpoint.params,
             self._batches(chosen, 2),
             outputs=config.cross_outputs,
             seed=seed,
             memory_budget=config.memory_budget,
-            progress=self.progress and f"{column.name}, {point.key}: cross-output cosines",
+            progress=self.progress and f"{subset.name}, {checkpoint.key}: cross-output cosines",
         )
         self.run.write_json(str(file.relative_to(self.run.path)), dataclasses.asdict(found) | {"manifest": manifest})
         return found
@@ -297,8 +339,7 @@ class Lab:
 
 def passes(name: str, width: int) -> int:
     """Reverse passes an example takes in this kernel: its number of outputs."""
-    spec = parse(name)
-    return width if spec.name in EXACT else max(1, spec.m)
+    return parse(name).outputs(width)
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -310,9 +351,9 @@ def _functions(model: LanguageModel, head: Any) -> KernelFunctions:
     return KernelFunctions(model.hidden_fn, head, model.nll_fn)
 
 
-def _weight(point: Point) -> Any:
-    head: Any = point.functions.head
-    return head(point.params) if callable(head) else head
+def _weight(checkpoint: Checkpoint) -> Any:
+    head: Any = checkpoint.functions.head
+    return head(checkpoint.params) if callable(head) else head
 
 
 def _stack(draws: list[np.ndarray]) -> np.ndarray:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from ntkjax.commands.verify.comparisons import AGAINST
+from ntkjax.commands.verify.kernels import TRACE
 from ntkjax.files import read_json
+from ntkjax.ntk.kernels import KERNELS
 from ntkjax.ntk.metrics import matrix_scores
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report import kernels as pictures
@@ -211,7 +213,7 @@ def _of_matrices(results: Mapping[str, Any], kernels: Mapping[str, np.ndarray]) 
     """Plots of the first draw's matrices of the last column."""
     column = list(results["columns"])[-1]
     domain = results["columns"][column]["domain"]
-    shown = [n for n in ("trace", "centred_trace", "sum_logits", "loss") if f"{column}/{n}" in kernels]
+    shown = [n for n, kind in KERNELS.items() if not kind.sized and f"{column}/{n}" in kernels]
     first = {name: kernels[f"{column}/{name}"][0] for name in shown}
     images = (
         pictures.kernel_images(first, domain=domain),
@@ -246,7 +248,8 @@ def _rungs(results: Mapping[str, Any], against: str, metric: str, label: str) ->
 
 def _by_outputs(results: Mapping[str, Any]) -> bytes:
     column = list(results["columns"])[-1]
-    chosen = (("spectral", "trace"), ("hutchinson", "trace"), ("centred_spectral", "centred_trace"))
+    references = {row["family"]: KERNELS[row["family"]].approximates or TRACE for row in results["curves"]}
+    chosen = sorted(references.items(), key=lambda pair: list(KERNELS).index(pair[1]))
     curves = {
         f"{family} against {against}": [
             (row["m"], row["score_spearman"], row["score_spearman_sd"])

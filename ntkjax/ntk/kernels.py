@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,6 @@ from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, fold_head, sum_logits
 from ntkjax.rng import numpy_rng
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
-
-EXACT = ("trace", "centred_trace")
-ONE_OUTPUT = ("sum_logits", "loss")
-WITH_SIZE = ("spectral", "centred_spectral", "hutchinson")
-NAMES = (*ONE_OUTPUT, *WITH_SIZE, *EXACT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +45,38 @@ class KernelFunctions:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelKind:
+    """An entry of `KERNELS`: everything that the commands, the selection methods and the help texts ask of a kernel.
+
+    Attributes:
+      build: ``(functions, params, m, seed) -> Kernel``; m is 0 where the kernel takes no size.
+      outputs: ``(m, width) -> int``: outputs F_c, each of which costs a reverse pass; width is D.
+      approximates: the kernel that it stands for, a name of `KERNELS`; None: it stands for no other.
+      summary: what it is, in one line.
+      sized: whether it takes a number of outputs, ``NAME:m``.
+      nested: how the kernels of fewer outputs follow from one with M. ``sum``: the products of the gradients of the
+        first m outputs add up to the kernel of size m; ``mean``: they do after multiplication by M / m; ``none``: they
+        do not, so each size is computed by itself.
+      complete: the kernel without a size whose first m outputs are the outputs of this one; None: there is none.
+      random: whether ``seed`` changes it.
+    """
+
+    build: Callable[[KernelFunctions, Params, int, int], Kernel]
+    outputs: Callable[[int, int], int]
+    approximates: str | None
+    summary: str
+    sized: bool = False
+    nested: Literal["none", "sum", "mean"] = "none"
+    complete: str | None = None
+    random: bool = False
+
+    @property
+    def single(self) -> bool:
+        """Whether it has one output, whatever the model's width, and takes no size."""
+        return not self.sized and self.outputs(0, 2) == 1
+
+
+@dataclasses.dataclass(frozen=True)
 class KernelSpec:
     """A kernel by name, and its number of outputs m where it has one (else 0)."""
 
@@ -59,18 +86,36 @@ class KernelSpec:
     def __str__(self) -> str:
         return f"{self.name}:{self.m}" if self.m else self.name
 
+    @property
+    def kind(self) -> KernelKind:
+        """Its entry in `KERNELS`."""
+        return KERNELS[self.name]
+
+    def outputs(self, width: int) -> int:
+        """Reverse passes that an example takes, one for each output, in a model of hidden size ``width``."""
+        return self.kind.outputs(self.m, width)
+
+
+def kernel_names() -> list[str]:
+    """The names that `parse` reads, ``NAME:m`` where a size is expected, in the order of `KERNELS`."""
+    return [f"{name}:m" if kind.sized else name for name, kind in KERNELS.items()]
+
+
+def describe_kernels() -> str:
+    """Every name of `kernel_names` with its summary, on one line: for help texts."""
+    return "; ".join(f"{name}: {kind.summary}" for name, kind in zip(kernel_names(), KERNELS.values()))
+
 
 def parse(text: str) -> KernelSpec:
-    """``sum_logits``, ``loss``, ``trace``, ``centred_trace``, ``spectral:m``, ``centred_spectral:m``, ``hutchinson:m``.
+    """The kernel called ``text``, a name of `kernel_names` with a number in the place of m.
 
     Raises:
       ConfigError: another name, a missing m, or an m that is no whole number above 0.
     """
     name, _, size = text.partition(":")
-    if name not in NAMES:
-        expected = [f"{n}:m" if n in WITH_SIZE else n for n in NAMES]
-        raise ConfigError(f"unknown kernel {text!r}; expected one of {', '.join(expected)}")
-    if name not in WITH_SIZE:
+    if name not in KERNELS:
+        raise ConfigError(f"unknown kernel {text!r}; expected one of {', '.join(kernel_names())}")
+    if not KERNELS[name].sized:
         if size:
             raise ConfigError(f"kernel {text!r}: {name} takes no size; write {name}")
         return KernelSpec(name)
@@ -80,19 +125,9 @@ def parse(text: str) -> KernelSpec:
 
 
 def build(spec: KernelSpec | str, functions: KernelFunctions, params: Params, *, seed: int) -> Kernel:
-    """The kernel of that name at ``params``; ``seed`` draws the probes of ``hutchinson``."""
+    """The kernel of that name at ``params``; ``seed`` draws what is random in it (the probes of ``hutchinson``)."""
     spec = parse(spec) if isinstance(spec, str) else spec
-    hidden_fn, head = functions.hidden_fn, functions.head
-    if spec.name == "loss":
-        if functions.nll_fn is None:
-            raise ConfigError("the loss kernel needs nll_fn(params, batch) -> [B]")
-        return loss(functions.nll_fn)
-    if spec.name == "sum_logits":
-        return summed(hidden_fn, head)
-    if spec.name == "hutchinson":
-        return hutchinson(hidden_fn, head, params, spec.m, seed=seed)
-    centred = spec.name.startswith("centred")
-    return spectral(hidden_fn, head, params, spec.m or None, centred=centred)
+    return spec.kind.build(functions, params, spec.m, seed)
 
 
 def summed(hidden_fn: Callable, head: Any) -> Kernel:
@@ -101,8 +136,14 @@ def summed(hidden_fn: Callable, head: Any) -> Kernel:
     return Kernel(sum_logits(hidden_fn, head), name="sum_logits")
 
 
-def loss(nll_fn: Callable) -> Kernel:
-    """<grad nll(x), grad nll(x')>: label-aware, what LESS and G2IS use up to the optimiser."""
+def loss(nll_fn: Callable | None) -> Kernel:
+    """<grad nll(x), grad nll(x')>: label-aware, what LESS and G2IS use up to the optimiser.
+
+    Raises:
+      ConfigError: there is no ``nll_fn``.
+    """
+    if nll_fn is None:
+        raise ConfigError("the loss kernel needs nll_fn(params, batch) -> [B]")
     return Kernel(as_pytree_fn(nll_fn), name="loss")
 
 
@@ -154,8 +195,8 @@ def spectral(hidden_fn: Callable, head: Any, params: Params, m: int | None, *, c
     rows = np.asarray(weight, np.float64)
     rows = rows - rows.mean(axis=0) if centred else rows
     q = rows @ (vectors[:, :kept] / np.sqrt(values[:kept]))
-    own = float(vocab - centred - kept)
-    return Kernel(_rotated(hidden_fn, head, params, q), as_pytree_fn(hidden_fn), own, name)
+    head_coefficient = float(vocab - centred - kept)
+    return Kernel(_rotated(hidden_fn, head, params, q), as_pytree_fn(hidden_fn), head_coefficient, name)
 
 
 def head_spectrum(weight: Float[Array, "V D"], *, centred: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -212,3 +253,60 @@ def _rotated(hidden_fn: Callable, head: Any, params: Params, probes: np.ndarray)
     if head_is_trained(head, params):
         return TrainedHeadOutput(as_pytree_fn(hidden_fn), as_pytree_fn(head), rotation)
     return FoldedOutput(as_pytree_fn(hidden_fn), fold_head(weight, rotation))
+
+
+KERNELS: dict[str, KernelKind] = {
+    "trace": KernelKind(
+        build=lambda f, params, m, seed: trace(f.hidden_fn, f.head, params),
+        outputs=lambda m, width: width,
+        approximates=None,
+        summary="exact, summed over all V logits",
+    ),
+    "centred_trace": KernelKind(
+        build=lambda f, params, m, seed: centred_trace(f.hidden_fn, f.head, params),
+        outputs=lambda m, width: width,
+        approximates="trace",
+        summary="exact, of the logits minus their mean, the only ones that can change the loss",
+    ),
+    "spectral": KernelKind(
+        build=lambda f, params, m, seed: spectral(f.hidden_fn, f.head, params, m),
+        outputs=lambda m, width: m,
+        approximates="trace",
+        summary="the m leading directions of the head, the trace from below",
+        sized=True,
+        nested="sum",
+        complete="trace",
+    ),
+    "centred_spectral": KernelKind(
+        build=lambda f, params, m, seed: spectral(f.hidden_fn, f.head, params, m, centred=True),
+        outputs=lambda m, width: m,
+        approximates="centred_trace",
+        summary="the m leading directions of the centred head, the centred trace from below",
+        sized=True,
+        nested="sum",
+        complete="centred_trace",
+    ),
+    "hutchinson": KernelKind(
+        build=lambda f, params, m, seed: hutchinson(f.hidden_fn, f.head, params, m, seed=seed),
+        outputs=lambda m, width: m,
+        approximates="trace",
+        summary="m random probes, unbiased for the trace",
+        sized=True,
+        nested="mean",
+        random=True,
+    ),
+    "sum_logits": KernelKind(
+        build=lambda f, params, m, seed: summed(f.hidden_fn, f.head),
+        outputs=lambda m, width: 1,
+        approximates="trace",
+        summary="the paper's Jacobian-free kernel, of the sum of the logits",
+    ),
+    "loss": KernelKind(
+        build=lambda f, params, m, seed: loss(f.nll_fn),
+        outputs=lambda m, width: 1,
+        approximates="centred_trace",
+        summary="label-aware, of the response's loss",
+    ),
+}
+"""Every kernel that can be asked for by name: an entry here is all that a new one needs. Tables and reports of
+``ntkjax verify`` list kernels in this order."""
