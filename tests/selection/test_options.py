@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 
 import pytest
 
 from ntkjax.cli import main
-from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.errors import ConfigError
+from ntkjax.pipeline.options import SelectorOptions, check_used
 from ntkjax.selection import METHODS
+from ntkjax.selection.methods import all_option_classes, option_classes
 
 DEFAULTS = {
     "ntk": {
@@ -135,3 +138,64 @@ def test_the_options_of_the_command_line_are_those_of_all_methods():
 def test_the_flags_of_select_are_these(capsys):
     listed = flags_in(shown(capsys, "select", "--help"))
     assert sorted(listed) == FLAGS
+
+
+# -- what holds for the options of every method --
+
+
+def checked(cls, **values):
+    """``cls`` with these values, refused by its own checks alone (the tests' type checks refuse some before)."""
+    made = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(made, field.name, values.get(field.name, field.default))
+    made.__post_init__()
+    return made
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_a_value_that_is_none_of_the_choices_is_refused(method):
+    choices = {
+        n: typing.get_args(t) for n, t in typing.get_type_hints(METHODS[method]).items() if n in DEFAULTS[method]
+    }
+    for name, expected in choices.items():
+        if expected:
+            with pytest.raises(ConfigError, match=f"{name} is 'big'; expected one of {', '.join(expected)}"):
+                checked(METHODS[method], **{name: "big"})
+
+
+def test_every_option_is_declared_once():
+    owners: dict[str, set[type]] = {}
+    for cls in SelectorOptions.__mro__:
+        for name in vars(cls).get("__annotations__", {}):
+            owners.setdefault(name, set()).add(cls)
+    assert {name for name, classes in owners.items() if len(classes) > 1} == set()
+    assert owners.keys() == dataclasses.asdict(SelectorOptions()).keys()
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_the_options_of_a_method_are_its_dataclasses_and_no_selector(method):
+    classes = option_classes(METHODS[method])
+    names = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    assert names == DEFAULTS[method].keys()
+    assert all(any(issubclass(leaf, cls) for leaf in all_option_classes()) for cls in classes)
+
+
+def test_options_of_the_chosen_method_are_checked_when_they_are_made():
+    with pytest.raises(ConfigError, match="probes must be at least 1"):
+        SelectorOptions(method="quad", probes=0)
+    with pytest.raises(ConfigError, match="direction cosine"):
+        SelectorOptions(method="influence", direction="cosine")
+    assert SelectorOptions(method="ntk", direction="cosine").direction == "cosine"
+    with pytest.raises(ConfigError, match="diversity_factor"):
+        SelectorOptions(method="random", diversity_factor=1)
+
+
+def test_an_option_that_the_method_does_not_have_is_told():
+    with pytest.raises(
+        ConfigError, match=r"--walk-core is 0\.5, and --method less has no such option.*--method g2is\."
+    ):
+        check_used(SelectorOptions(method="less", walk_core=0.5))
+    with pytest.raises(ConfigError, match=r"expected it with --method ntk, influence\."):
+        check_used(SelectorOptions(method="random", direction="contrast"))
+    check_used(SelectorOptions(method="less", adam="off", diversity="d-optimal", sketch_size=64))
+    check_used(SelectorOptions(method="random", sketch_size=64))  # of the pass for diversity
