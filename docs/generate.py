@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation")
 """Packages with a page of the reference, by the names in their ``__all__``."""
 ERRORS = "ntkjax.errors"
-COMMANDS, METHODS, KERNELS, EXACT = "ntkjax.commands", "ntkjax.selection", "ntkjax.ntk.kernels", "ntkjax.ntk.exact"
+COMMANDS, METHODS = "ntkjax.commands", "ntkjax.selection.methods"
+KERNELS, EXACT = "ntkjax.ntk.kernels", "ntkjax.ntk.exact"
 """The modules that hold the tables of commands, methods and kernels, and the exact kernels."""
 
 
@@ -110,13 +111,9 @@ def summary(node: ast.AST) -> str:
 
 def methods() -> dict[str, Definition]:
     """``--method`` -> the class that it names."""
-    table = value_of(METHODS, "METHODS")
-    assert isinstance(table, ast.Dict)
-    return {
-        ast.literal_eval(key): definition(METHODS, value.id)
-        for key, value in zip(table.keys, table.values, strict=True)
-        if key is not None and isinstance(value, ast.Name)
-    }
+    table: dict[str, str] = ast.literal_eval(value_of(METHODS, "TABLE"))
+    places = {name: where.split(".") for name, where in table.items()}
+    return {name: definition(f"{METHODS}.{module}", cls) for name, (module, cls) in places.items()}
 
 
 def kernels() -> dict[str, tuple[str, Definition]]:
@@ -160,13 +157,30 @@ def public_definitions() -> dict[str, Definition]:
     return dict(sorted(found.items()))
 
 
+def method_options() -> list[Field]:
+    """The options of all methods; the help of each ends with the methods that have it."""
+    options: dict[str, Field] = {}
+    having: dict[str, list[str]] = {}
+    for method, selector in methods().items():
+        for field in fields(selector):
+            options.setdefault(field.name, field)
+            having.setdefault(field.name, []).append(method)
+    return [dataclasses.replace(o, help=f"{o.help} Methods: {', '.join(having[o.name])}.") for o in options.values()]
+
+
 def fields(config: Definition) -> list[Field]:
-    """The fields of a dataclass, those of its bases first."""
+    """The fields of a dataclass, those of its bases first; bases with a star are the options of all methods."""
     assert isinstance(config.node, ast.ClassDef)
     found: dict[str, Field] = {}
-    for base in config.node.bases:
-        if isinstance(base, ast.Name):
-            found |= {field.name: field for field in fields(definition(config.module, base.id))}
+    for base in reversed(config.node.bases):
+        inherited = []
+        if isinstance(base, ast.Starred):
+            inherited = method_options()
+        elif isinstance(base, ast.Name):
+            inherited = fields(definition(config.module, base.id))
+        found |= {field.name: field for field in inherited if field.name not in found}
+    if not any("dataclass" in ast.unparse(decorator) for decorator in config.node.decorator_list):
+        return list(found.values())
     body = config.node.body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
@@ -177,7 +191,8 @@ def fields(config: Definition) -> list[Field]:
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
             text = " ".join(after.value.value.split())
         group, prefixed = options_in(config.module, node.annotation)
-        default = None if node.value is None else ast.unparse(node.value)
+        value = value_of(config.module, node.value.id) if isinstance(node.value, ast.Name) else node.value
+        default = None if value is None else ast.unparse(value)
         found[node.target.id] = Field(node.target.id, ast.unparse(node.annotation), default, text, group, prefixed)
     return list(found.values())
 

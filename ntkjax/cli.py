@@ -21,13 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ntkjax.commands import COMMANDS, load_command
     from ntkjax.errors import ConfigError, UserError
     from ntkjax.parallel import barrier, is_primary, start
+    from ntkjax.pipeline.help import asks_for_help, help_config
 
+    arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {name: load_command(name) for name in COMMANDS}
+    configs = {name: command.config for name, command in commands.items()}
+    if asks_for_help(arguments):
+        configs = {name: help_config(config, arguments) for name, config in configs.items()}
     code = 0
     try:
         config = tyro.extras.subcommand_cli_from_dict(
-            {name: command.config for name, command in commands.items()},
-            args=list(sys.argv[1:] if argv is None else argv),
+            configs,
+            args=arguments,
             prog="ntkjax",
             description="Tangent-kernel data selection for language models.",
         )

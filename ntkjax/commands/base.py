@@ -21,12 +21,20 @@ class Command:
       run: ``run(config, progress=...) -> result``: the work.
       describe: ``describe(config, result) -> str``: what the command line prints at the end.
       divides: whether the processes of one job (jax.distributed) divide its work; otherwise it runs in one.
+      dry_run: ``dry_run(config, progress=...) -> result``: what runs instead where the config has ``dry_run`` True;
+        None for a command without it.
     """
 
     config: type
     run: Callable[..., Any]
     describe: Callable[[Any, Any], str]
     divides: bool = False
+    dry_run: Callable[..., Any] | None = None
+
+    def start(self, config: Any, *, progress: bool = True) -> Any:
+        """Do the work, or the dry run where the config asks for it."""
+        work = self.dry_run if self.dry_run is not None and config.dry_run else self.run
+        return work(config, progress=progress)
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
@@ -42,14 +50,14 @@ class Command:
         def call(config: Any = None, *, progress: bool = True, **options: Any) -> Any:
             if config is not None and options:
                 raise ConfigError(f"give either a {cls.__name__} or options, not both (got {', '.join(options)})")
-            return run(build_config(cls, options) if config is None else config, progress=progress)
+            return self.start(build_config(cls, options) if config is None else config, progress=progress)
 
         call.__signature__ = _signature(cls)  # type: ignore[attr-defined]
         return call
 
     def from_command_line(self, config: Any) -> tuple[str, int]:
         """Run; the text to print, and the exit code: 0 unless the result has one of its own."""
-        result = self.run(config)
+        result = self.start(config)
         return self.describe(config, result), getattr(result, "exit_code", 0)
 
 

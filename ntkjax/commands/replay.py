@@ -47,7 +47,7 @@ def replay(config: ReplayConfig, *, progress: bool = True) -> Any:
     if name == "study":  # its file lies in the run, which may have been moved
         content = {**content, "study": [str(folder / "study.yaml")]}
     built = config_from_dict(command.config, {**content, "out": str(out)}, where=str(folder / "config.yaml"))
-    return command.run(built, progress=progress)
+    return command.start(built, progress=progress)
 
 
 def describe(config: Any, result: Any) -> str:

@@ -17,8 +17,8 @@ import numpy as np
 from ntkjax.models import ModelConfig
 from ntkjax.pipeline.options import SelectorOptions
 from ntkjax.pipeline.select import make_selector
-from ntkjax.selection import METHODS, Selection
-from ntkjax.selection.cost import TRAIN, Sizes, passes_of
+from ntkjax.selection import METHODS, Selection, Selector
+from ntkjax.selection.cost import TRAIN, Sizes
 from ntkjax.training import TrainConfig
 
 
@@ -29,15 +29,22 @@ def training_cost(history: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return float(TRAIN * tokens), float(sum(line["tokens"] / line["tokens_per_second"] for line in lines))
 
 
-def asks_the_model(options: SelectorOptions) -> bool:
-    """Whether a selection looks at the model, and so at the warm-up: a method does unless its class has
-    ``uses_model = False``."""
-    return getattr(METHODS[options.method], "uses_model", True) or options.diversity != "none"
+def uses_model(options: SelectorOptions) -> bool:
+    """Whether a selection looks at the model, and so at the warm-up: its method or the pass for diversity does."""
+    return METHODS[options.method].uses_model or options.diversity != "none"
+
+
+def forward_tokens(selector: Selector, options: SelectorOptions, sizes: Sizes, n: int) -> float | None:
+    """Forward-equivalent tokens of a method and of the pass for diversity after it, which takes the gradients of its
+    candidates; None for a method that does not say what it costs."""
+    of_method = selector.forward_tokens(sizes)
+    candidates = 0 if options.diversity == "none" else min(options.diversity_factor * n, sizes.rows)
+    return None if of_method is None else of_method + TRAIN * candidates * sizes.pool / sizes.rows
 
 
 def selection_cost(
     options: SelectorOptions,
-    found: Selection,
+    selection: Selection,
     domain: Any,
     pool: Any,
     config: ModelConfig,
@@ -46,29 +53,29 @@ def selection_cost(
     """Forward-equivalent tokens of a selection, part by part; {} for a method that does not say what it costs.
 
     Args:
-      found: what was chosen: its scored rows are the candidates of stage 2.
+      selection: what was selected; its scored rows are the candidates of stage 2.
       domain, pool: tokenised examples.
       warmup: settings of the warm-up that came before, or None.
     """
-    if not asks_the_model(options):
+    if not uses_model(options):
         return {"warmup": 0.0, "selection": 0.0}
-    epochs = 0.0 if warmup is None else _epochs(warmup, len(domain))
-    sizes = Sizes.of(found, domain, pool, width=config.hidden_size, checkpoints=max(1, math.ceil(epochs)))
-    candidates = 0 if options.diversity == "none" else options.diversity_factor * len(found.selected)
-    asked = passes_of(make_selector(options), sizes, diversity_rows=candidates)
-    return {} if asked is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
+    epochs = 0.0 if warmup is None else epochs_of(warmup, len(domain))
+    sizes = Sizes.of(selection.scored, domain, pool, width=config.hidden_size, checkpoints=max(1, math.ceil(epochs)))
+    tokens = forward_tokens(make_selector(options), options, sizes, len(selection.selected))
+    return {} if tokens is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": tokens}
 
 
-def _epochs(config: TrainConfig, rows: int) -> float:
+def epochs_of(config: TrainConfig, rows: int) -> float:
+    """Passes over so many training examples."""
     return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
 
 
 def multiplied_weights(params: Mapping[str, Any], config: ModelConfig) -> int:
     """P: weights that a token is multiplied with, the head included, embeddings that are only looked up not."""
-    found = 0
+    count = 0
     for name, value in params.items():
         if isinstance(value, Mapping):
-            found += multiplied_weights(value, config)
+            count += multiplied_weights(value, config)
         elif name == "kernel":
-            found += int(np.prod(value.shape))
-    return found + (config.vocab_size * config.hidden_size if "embed" in params and "head" not in params else 0)
+            count += int(np.prod(value.shape))
+    return count + (config.vocab_size * config.hidden_size if "embed" in params and "head" not in params else 0)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
-
-from tyro.conf import arg
+from typing import Any, Literal, TypeVar
 
 from ntkjax.data.dedup import DedupSettings
 from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.parallel import WeightRule, parse_mesh
-from ntkjax.selection.aggregation import check_aggregation
-from ntkjax.selection.diversity import check_diversity
-from ntkjax.selection.ntk import check_precondition
+from ntkjax.selection.diversity import DiversityOptions
+from ntkjax.selection.methods import METHODS, all_option_classes
 
-KernelName = Annotated[str, arg(help=f"The tangent kernel. {describe_kernels()}.")]
-"""A name of `ntkjax.ntk.kernels.KERNELS`, with the table as its help on the command line."""
+Part = TypeVar("Part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,109 +90,69 @@ class DedupOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectorOptions:
-    """NTK-Selector (arXiv 2511.07380) and the choices that it leaves open; other methods take those they have."""
+class MethodOption:
+    """Which method selects."""
 
     method: str = "ntk"
-    """Selection method, a name from ntkjax.selection.METHODS."""
-    kernel: KernelName = "sum_logits"
-    """The tangent kernel, a name of ntkjax.ntk.kernels.KERNELS; --help lists them."""
-    direction: Literal["raw", "contrast", "cosine"] = "raw"
-    """raw: the paper's mean kernel value; contrast: without what the pool's mean gradient shares with the domain's;
-    cosine: divided by gradient norms (costs per-example gradients)."""
-    scores: Literal["forward", "sketch"] = "forward"
-    """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
-    sketch: Literal["rademacher", "sparse", "kronecker"] = "sparse"
-    """The projection of gradients (scores=sketch, and methods that keep gradients). rademacher: the paper's, dense;
-    sparse: ranks like it, at next to no cost; kronecker: of both sides of each matrix."""
-    sketch_size: int = 8192
-    """K, the numbers that a gradient is projected to."""
-    precondition: Literal["none", "adam", "kfac"] = "none"
-    """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
-    of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
-    damping: float = 0.1
-    """lambda over the mean curvature (precondition=kfac, curvature=kfac, method=quad)."""
-    curvature: Literal["kfac", "adam"] = "kfac"
-    """What the direction is preconditioned with, as in --precondition (method=influence)."""
-    adam: Literal["on", "off"] = "on"
-    """on: a pool example is the step that Adam would take on it; off: its plain gradient (method=less, g2is)."""
-    core_share: float = 0.5
-    """Share of the principal components of the domain's gradients that make its core (method=g2is)."""
-    walk_core: float = 0.8
-    """How much of its cosine with the core a walk keeps at each step (method=g2is)."""
-    stage1: Literal["on", "off"] = "on"
-    """on: embedding vote first; off: score the whole pool."""
-    prefilter_factor: int = 4
-    """M_pre / N: how many candidates stage 1 keeps for each example wanted."""
-    pool_sample: int = 512
-    """Pool examples whose mean gradient is the second tangent of the report."""
-    aggregation: Literal["mean", "max", "clusters", "round-robin"] = "mean"
-    """Over the domain's examples (method=ntk). mean: the paper's; clusters: the best of the means of groups of them;
-    max: the best of all; round-robin: each takes its best in turn. The last two need scores=sketch."""
-    domain_clusters: int = 8
-    """Groups of domain examples, at most (aggregation=clusters)."""
-    order: Literal["longest", "shortest"] = "longest"
-    """Which responses come first (method=length)."""
-    buckets: int = 10_000
-    """Hash buckets of words and pairs of words (method=dsir)."""
-    gumbel: bool = True
-    """Sample in proportion to the importance weights; without: the highest weights (method=dsir)."""
-    classifier_sample: int = 20_000
-    """Pool examples, or all, that are ranked by closeness to the domain to teach a classifier (method=betr)."""
-    classifier_share: float = 0.1
-    """The share of them that is the classifier's first class (method=betr)."""
-    transport_alpha: float = 0.5
-    """Up to 1: closeness to the domain; towards 0: mass spread over more examples (method=tsds)."""
-    transport_scale: float = 5.0
-    """C, what a distance between embeddings of length 1 is divided by (method=tsds)."""
-    transport_sigma: float = 0.75
-    """Distance within which examples count as near-duplicates; 0: none do (method=tsds)."""
-    neighbours: int = 5000
-    """Nearest pool examples that may serve a domain example (method=tsds)."""
-    entropy_keep: Literal["intersection", "information", "generative", "semantic"] = "intersection"
-    """Which entropies must lie in the interval: all in use, or that one (method=euds)."""
-    entropy_low: float = 0.25
-    """The interval's lower end, a quantile of the pool (method=euds)."""
-    entropy_high: float = 0.75
-    """Its upper end (method=euds)."""
-    semantic_samples: int = 0
-    """Sampled continuations of every pool prompt for the semantic entropy, costly; 0: leave it out (method=euds)."""
-    semantic_tokens: int = 64
-    """Longest sampled continuation (method=euds)."""
-    semantic_similarity: float = 0.5
-    """Share of words in common from which two continuations mean the same (method=euds)."""
-    pool_clusters: int = 64
-    """Clusters of the pool's embeddings, the arms of the bandit (method=quad)."""
-    probes: int = 8
-    """Members whose influence a pull of an arm computes (method=quad)."""
-    arms_per_round: int = 8
-    """Arms pulled before their bounds are worked out again (method=quad)."""
-    probe_factor: int = 4
-    """Examples probed for each one wanted (method=quad)."""
-    exploration: float = 1.0
-    """Weight of what is not known of an arm, in standard deviations of the influences (method=quad)."""
-    graph_features: Literal["embeddings", "gradients"] = "embeddings"
-    """What similar means; gradients are of the candidates of stage 1 (method=gais)."""
-    graph_edges: float = 0.05
-    """Share of pairs of examples that are joined, the most similar ones (method=gais)."""
-    graph_nodes: int = 512
-    """Examples of a graph, half of them of the domain (method=gais)."""
-    graph_steps: int = 200
-    """Graphs that the attention network is trained on (method=gais)."""
-    diversity: Literal["none", "facility-location", "d-optimal"] = "none"
-    """A pass after any method: of its best candidates those whose gradients repeat each other least.
-    facility-location: every candidate has one like it; d-optimal: as many directions as can be."""
-    diversity_factor: int = 2
-    """Candidates for each example wanted: how much of the score is given for diversity."""
-    diversity_kernel: str = "loss"
-    """Whose gradients are compared, as in --kernel."""
+    """Selection method, a name from ntkjax.selection.METHODS; --method NAME --help shows its options alone."""
 
-    def __post_init__(self):
-        parse(self.kernel)  # an unknown kernel is refused before anything is written
-        check_precondition(self.precondition, self.scores, self.direction, self.damping)
-        check_aggregation(self.aggregation, self.scores, self.domain_clusters)
-        check_diversity(self.diversity, self.diversity_factor)
-        parse(self.diversity_kernel)
+
+@dataclasses.dataclass(frozen=True)
+class SelectorOptions(DiversityOptions, *reversed(all_option_classes()), MethodOption):  # pyright: ignore
+    """NTK-Selector (arXiv 2511.07380) and the choices that it leaves open; other methods take those they have.
+
+    The method, a pass for diversity, and the options of every method by inheritance from their dataclasses
+    (`ntkjax.selection.methods`), where each stands once with its default and its help: tyro reads the strings below the
+    fields of base classes. A new method's options are here as soon as it is in the table.
+    """
+
+    def __post_init__(self) -> None:
+        """Check the options of the pass for diversity and of the chosen method; those of other methods are not used.
+
+        Raises:
+          ConfigError: see the dataclasses of the options.
+        """
+        part_of(self, DiversityOptions)
+        if self.method in METHODS:
+            part_of(self, METHODS[self.method])
+
+
+def part_of(options: Any, cls: type[Part]) -> Part:
+    """``cls`` with the values of ``options``, which has all of its fields."""
+    return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def has_option(method: str, name: str) -> bool:
+    """Whether ``name`` is an option of the method; those of the pass for diversity, and ``method``, are of all."""
+    common = {field.name for cls in (DiversityOptions, MethodOption) for field in dataclasses.fields(cls)}
+    return name in common or any(field.name == name for field in dataclasses.fields(METHODS[method]))
+
+
+def check_method(name: str) -> str:
+    """``name`` if it is a selection method.
+
+    Raises:
+      ConfigError: it is not; the message lists those there are.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"unknown selection method {name!r}; expected one of {', '.join(METHODS)}")
+    return name
+
+
+def check_used(options: SelectorOptions) -> None:
+    """Raise ConfigError for an unknown method, and where an option that it does not have is not at its default.
+
+    For a single selection. A study's options are for all of its methods, each of which takes those it has.
+    """
+    check_method(options.method)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default and not has_option(options.method, field.name):
+            having = ", ".join(name for name in METHODS if has_option(name, field.name))
+            raise ConfigError(
+                f"--{field.name.replace('_', '-')} is {value!r}, and --method {options.method} has no such option; "
+                f"expected it with --method {having}. Leave it out, or choose such a method"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,20 +11,16 @@ from ntkjax.models import LanguageModel
 from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
-from ntkjax.pipeline.options import DataOptions, SelectorOptions
+from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of
 from ntkjax.pipeline.run_dir import package_version
 from ntkjax.pipeline.sample import Sampler
 from ntkjax.pipeline.selection_io import SelectedFormat, read_selection, write_selection
 from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
-from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector
+from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector, described
 from ntkjax.selection.base import check_size
 from ntkjax.selection.diversity import diversify
 from ntkjax.training import TrainConfig
 from ntkjax.types import Params
-
-
-def _epochs(config: TrainConfig, rows: int) -> float:
-    return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
 
 
 def choose(
@@ -75,7 +71,7 @@ def choose(
     settings = {"n": n, "data": data, "seed": seed, "work_dir": out / "rows", "progress": progress}
     problem = problem_of(model, warmed.params, domain, pool, **settings)
     problem = dataclasses.replace(problem, shared_dir=shared, checkpoints=warmed.checkpoints)
-    result = diversify(
+    chosen = diversify(
         selector(problem),
         problem,
         diversity=options.diversity,
@@ -84,6 +80,7 @@ def choose(
         sketch=options.sketch,
         size=options.sketch_size,
     )
+    result = described(chosen, pool.tokens)
     if is_primary():
         write_selection(out, result, pool, selected_format)
     return result
@@ -98,30 +95,18 @@ def check_warmup(method: str, *, given: bool) -> None:
         )
 
 
-def check_method(name: str) -> str:
-    """``name`` if it is a selection method.
-
-    Raises:
-      ConfigError: it is not; the message lists those there are.
-    """
-    if name not in METHODS:
-        raise ConfigError(f"unknown selection method {name!r}; expected one of {', '.join(METHODS)}")
-    return name
-
-
 def make_selector(options: SelectorOptions) -> Selector:
     """The method of ``options`` with the options that it has.
 
     Raises:
       ConfigError: no such method; options out of range, or that cannot be had together.
     """
-    return METHODS[check_method(options.method)](**method_options(options))
+    return part_of(options, METHODS[check_method(options.method)])
 
 
 def method_options(options: SelectorOptions) -> dict[str, Any]:
     """The options that the method ``options.method`` has, by name."""
-    names = {field.name for field in dataclasses.fields(METHODS[options.method])}
-    return {name: value for name, value in dataclasses.asdict(options).items() if name in names}
+    return dataclasses.asdict(part_of(options, METHODS[options.method]))
 
 
 def problem_of(

@@ -34,7 +34,7 @@ class WarmUp:
 
 def needs_checkpoints(method: str) -> bool:
     """Whether a selection method looks at the warm-up's epochs (``uses_checkpoints`` of its class)."""
-    return getattr(METHODS[method], "uses_checkpoints", False)
+    return METHODS[method].uses_checkpoints
 
 
 def warm_up(
@@ -63,15 +63,15 @@ def warm_up(
     if checkpoints:
         every = ends[0] if config.save_every is None else math.gcd(config.save_every, ends[0])
         config = dataclasses.replace(config, save_every=every, keep_checkpoints=None)
-    found, states = params, [(params, *(_moments_like(params),) * 2) for _ in ends]
+    warmed, states = params, [(params, *(_moments_like(params),) * 2) for _ in ends]
     if is_primary():
         folder = out / "warmup"
-        found = fit(model.nll_fn, params, domain.tokens, config, seed=seed, out_dir=folder, progress=progress).params
+        warmed = fit(model.nll_fn, params, domain.tokens, config, seed=seed, out_dir=folder, progress=progress).params
         if model.lora_config is not None:
-            save_adapter(out / "adapter", model, found)
+            save_adapter(out / "adapter", model, warmed)
         states = [saved_state(folder, step, params, config) for step in ends]
-    found, states = broadcast((found, states))
-    return WarmUp(found, tuple(map(WarmupCheckpoint, *zip(*states), epoch_rates(config, ends), ends)) if ends else ())
+    warmed, states = broadcast((warmed, states))
+    return WarmUp(warmed, tuple(map(WarmupCheckpoint, *zip(*states), epoch_rates(config, ends), ends)) if ends else ())
 
 
 def epoch_ends(config: TrainConfig, domain: Loaded) -> list[int]:

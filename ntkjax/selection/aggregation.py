@@ -1,4 +1,4 @@
-"""Aggregation of the kernel values of a pool example with all domain examples: one score, or a rank by turns.
+"""Aggregation over the domain: from the kernel values of a pool example with all domain examples to its score or rank.
 
 ``mean``         s_j = 1/M sum_i k(x_i, x_j)                       one direction g_bar [the paper's]
 ``clusters``     s_j = max_c 1/|D_c| sum_{i in D_c} k(x_i, x_j)    one direction for each group D_c of domain examples
@@ -18,7 +18,7 @@ examples may be close in wording and pull the parameters apart.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,7 @@ from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import SelectionProblem
 from ntkjax.selection.clusters import k_means
 from ntkjax.selection.gradients import gradient_features, in_blocks
+from ntkjax.selection.options import check_choice
 from ntkjax.selection.vote import Neighbours, nearest, unit_rows
 from ntkjax.store import RowStore
 
@@ -40,9 +41,7 @@ BY_EXAMPLE = ("max", "round-robin")
 
 def check_aggregation(aggregation: str, scores: str, domain_clusters: int) -> None:
     """Raise ConfigError where the aggregation cannot be had with the other options."""
-    if aggregation not in get_args(AggregationName):
-        expected = ", ".join(get_args(AggregationName))
-        raise ConfigError(f"aggregation is {aggregation!r}; expected one of {expected}")
+    check_choice("aggregation", aggregation, AggregationName)
     if domain_clusters < 1:
         raise ConfigError(f"domain_clusters must be at least 1, got {domain_clusters}")
     if aggregation in BY_EXAMPLE and scores != "sketch":
@@ -70,11 +69,11 @@ def domain_groups(
     path, members = problem.work_dir / "domain groups", len(problem.domain)
     with RowStore.open(path, rows=members, width=1, dtype=np.int32, manifest=manifest) as store:
         if not store.done().all():
-            found = _groups(features(), count, problem.seed).astype(np.int32)
-            found = np.asarray(broadcast(jnp.asarray(found)))
+            groups = _groups(features(), count, problem.seed).astype(np.int32)
+            groups = np.asarray(broadcast(jnp.asarray(groups)))
             mine = store.mine()
             rows = np.arange(members) if mine is None else np.flatnonzero(mine)
-            store.write(rows, found[rows])
+            store.write(rows, groups[rows])
             store.gather()
         return store.read()[:, 0].astype(np.int64)
 
@@ -99,7 +98,8 @@ def compare_examples(
     direction: str,
     nearest_rows: int,
 ) -> tuple[Neighbours, Float[np.ndarray, " C"]]:
-    """(every domain example's nearest candidates by <u_i, phi_j>, numbered by place; <p, phi_j> [C] float64).
+    """(every domain example's nearest candidates by <u_i, phi_j>, as positions in ``candidates``; <p, phi_j> [C],
+    float64).
 
     p: mean feature of the rows ``sample`` of the pool. u_i by ``direction``: ``raw`` phi_i; ``contrast`` phi_i minus
     its projection on p; ``cosine`` phi_i, and cosines instead of products.
@@ -108,8 +108,8 @@ def compare_examples(
       ConfigError: a gradient of a candidate that is zero, with ``cosine``. UserError: one of the domain that is zero,
         or that ``contrast`` leaves nothing of.
     """
-    wanted = np.union1d(candidates, sample)
-    domain, read = gradient_features(problem, wanted, kernel=kernel, sketch=sketch, size=size)
+    rows = np.union1d(candidates, sample)
+    domain, read = gradient_features(problem, rows, kernel=kernel, sketch=sketch, size=size)
     sums = [read(rows).sum(axis=0, dtype=np.float64) for _, rows in in_blocks(sample)]
     pool_mean = np.sum(sums, axis=0) / len(sample)
     if direction == "contrast":
@@ -121,14 +121,14 @@ def compare_examples(
             f"the gradients of {len(zero)} domain examples are zero (first: row {zero[0]}): no candidate is nearer to "
             "them than another; check their responses, or use aggregation mean"
         )
-    cosine, by_place = direction == "cosine", lambda index: read(candidates[index])
-    found = nearest(domain, by_place, rows=len(candidates), k=nearest_rows, cosine=cosine)
-    if found.zero_norm:
+    cosine, read_candidates = direction == "cosine", lambda index: read(candidates[index])
+    neighbours = nearest(domain, read_candidates, rows=len(candidates), k=nearest_rows, cosine=cosine)
+    if neighbours.zero_norm:
         raise ConfigError(
-            f"direction cosine: the gradients of {found.zero_norm} pool examples are zero, so their cosines are "
+            f"direction cosine: the gradients of {neighbours.zero_norm} pool examples are zero, so their cosines are "
             "undefined; leave them out of the pool, or use direction raw or contrast"
         )
     reference = np.empty(len(candidates))
     for at, rows in in_blocks(candidates):
         reference[at] = read(rows).astype(np.float64) @ pool_mean
-    return found, reference
+    return neighbours, reference

@@ -1,17 +1,36 @@
-"""What every selection method takes and gives. A new method is one file here and one line in ``METHODS``."""
+"""What every selection method takes, gives and says of itself."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ntkjax.errors import ConfigError
+from ntkjax.selection.cost import Sizes
 from ntkjax.types import Params
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What selection asks of batches (``ntkjax.data.BatchPlan`` is one): they can be iterated any number of times."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def only(self, rows: np.ndarray) -> Batches:
+        """The examples among ``rows`` (bool [N]) alone, in batches of the same shapes."""
+        ...
+
+    def without(self, done: np.ndarray) -> Batches:
+        """The batches that hold an example that is not ``done`` (bool [N]), as they are."""
+        ...
 
 
 @runtime_checkable
@@ -35,8 +54,8 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, *, token_budget: int, indices: np.ndarray | None = None) -> Iterable:
-        """Re-iterable batches of the given rows (all by default), each row exactly once."""
+    def batches(self, *, token_budget: int, indices: np.ndarray | None = None) -> Batches:
+        """Batches of the given rows (all by default), each row exactly once."""
         ...
 
 
@@ -134,7 +153,10 @@ class Selection:
       ranks: int64 [N]; 1 is the best score; 0 where not scored.
       selected: int64 [n], rows of the pool, best first.
       votes: int64 [N], domain points that voted for the row in stage 1, or None.
-      diagnostics: plain JSON values: is the score about the domain? See ``diagnostics.describe``.
+      diagnostics: plain JSON values: what the method reports of its own; `ntkjax.selection.diagnostics.described` adds
+        what is reported of every selection.
+      pool_mean_scores: float64 [N], the score of each row with the pool's own mean gradient, NaN where not scored; None
+        where the method has no such thing.
     """
 
     method: str
@@ -143,6 +165,7 @@ class Selection:
     selected: Int[np.ndarray, " n"]
     votes: Int[np.ndarray, " N"] | None = None
     diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pool_mean_scores: Float[np.ndarray, " N"] | None = None
 
     @property
     def scored(self) -> Bool[np.ndarray, " N"]:
@@ -150,8 +173,56 @@ class Selection:
         return self.ranks > 0
 
 
-Selector = Callable[[SelectionProblem], Selection]
-"""A method with its options bound: a frozen dataclass with ``__call__``."""
+class Selector(abc.ABC):
+    """A method with its options bound. A subclass is a frozen dataclass in ``ntkjax/selection/methods/``, which
+    inherits from the dataclass of its options (see `ntkjax.selection.options`) and then from this class::
+
+        @dataclasses.dataclass(frozen=True)
+        class LengthSelector(LengthOptions, Selector): ...
+
+    What the pipeline, the forecast and the study ask of a method stands here with its default; a method overrides what
+    is different.
+    """
+
+    uses_model: ClassVar[bool] = True
+    """Whether the method looks at the model, and so at the warm-up. ``forward_tokens`` of one that does not is 0."""
+    uses_checkpoints: ClassVar[bool] = False
+    """Whether it looks at the epochs of the warm-up (``SelectionProblem.checkpoints``): they are then kept."""
+    stage1: str = "off"
+    """``on``: the embedding vote leaves M_pre rows, which alone are scored. An option of the methods that have it."""
+
+    @abc.abstractmethod
+    def __call__(self, problem: SelectionProblem) -> Selection:
+        """The n rows it selects, with the scores of all that it scored.
+
+        Raises:
+          ConfigError: the problem lacks something that the method needs. UserError: data that it cannot work with.
+        """
+
+    def forward_tokens(self, sizes: Sizes) -> float | None:
+        """What it asks of the model, in forward-equivalent tokens as counted in `ntkjax.selection.cost`; None: it does
+        not say, and is left out of forecasts and of the study's costs."""
+        return None if self.uses_model else 0.0
+
+    def scored_rows(self, n: int, rows: int) -> int:
+        """How many of ``rows`` pool rows it scores to select n: all, unless it says otherwise."""
+        return rows
+
+    @property
+    def embeds_pool(self) -> bool:
+        """Whether an embedding of every pool row is kept on disk."""
+        return self.stage1 == "on"
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a gradient feature that is kept on disk of the domain and of every row that is scored; 0: none."""
+        return 0
+
+    @property
+    def forward_kernel(self) -> str | None:
+        """The kernel whose scores, by one forward-mode pass with two tangents (the domain's direction and the pool's),
+        are all that is asked after stage 1; None: more is asked, or something else."""
+        return None
 
 
 def rank(scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
@@ -168,11 +239,11 @@ def ranked_rows(scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " S"]:
     return scored[np.argsort(-scores[scored], kind="stable")]
 
 
-def ranks_after(taken: Int[np.ndarray, " n"], scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """Ranks 1 to n for ``taken`` in order, then every other row with a score by score, ties by lower row; 0 for rows
-    without one."""
+def ranks_after(selected: Int[np.ndarray, " n"], scores: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Ranks 1 to n for the rows ``selected`` in their order, then every other row with a score by score, ties by lower
+    row; 0 for rows without one."""
     order = ranked_rows(scores)
-    order = np.concatenate([taken, order[~np.isin(order, taken)]])
+    order = np.concatenate([selected, order[~np.isin(order, selected)]])
     ranks = np.zeros(len(scores), np.int64)
     ranks[order] = np.arange(1, len(order) + 1)
     return ranks
@@ -185,8 +256,9 @@ def select_top(
     *,
     votes: Int[np.ndarray, " N"] | None = None,
     diagnostics: dict[str, Any] | None = None,
+    pool_mean_scores: Float[np.ndarray, " N"] | None = None,
 ) -> Selection:
-    """The n rows with the highest scores.
+    """The n rows with the highest scores; the other arguments as in `Selection`.
 
     Raises:
       ConfigError: fewer than n rows have a score.
@@ -196,4 +268,5 @@ def select_top(
         raise ConfigError(
             f"{method}: n = {n}, but only {len(order)} pool examples were scored; raise the prefilter factor"
         )
-    return Selection(method, np.asarray(scores, np.float64), rank(scores), order[:n], votes, diagnostics or {})
+    scores = np.asarray(scores, np.float64)
+    return Selection(method, scores, rank(scores), order[:n], votes, diagnostics or {}, pool_mean_scores)

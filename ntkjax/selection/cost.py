@@ -5,8 +5,8 @@ frozen weights it is a little less), and a forward pass that carries t tangents 
 time. What is counted is what a method asks for when it stands alone: embeddings or gradients that another method has
 computed before are counted again. Searches, sketches and classifiers are not counted; they are small beside the passes.
 
-A method says what it costs in its own file: ``passes(sizes)``, with its options bound. One that never looks at the
-model has ``uses_model = False`` and no ``passes``.
+A method says what it costs in its own file: ``forward_tokens(sizes)``, with its options bound (see
+`ntkjax.selection.base.Selector`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-
-from ntkjax.selection.base import Selection
+from jaxtyping import Bool
 
 FORWARD, TRAIN = 1, 3
 
@@ -41,11 +40,11 @@ class Sizes:
     checkpoints: int = 1
 
     @classmethod
-    def of(cls, found: Selection, domain: Any, pool: Any, *, width: int, checkpoints: int = 1) -> Sizes:
-        """Those of a selection over tokenised examples."""
+    def of(cls, scored: Bool[np.ndarray, " N"], domain: Any, pool: Any, *, width: int, checkpoints: int = 1) -> Sizes:
+        """Those of tokenised examples, of whose pool the rows ``scored`` were scored."""
         lengths = np.asarray(pool.lengths, np.int64)
-        total, scored = float(np.asarray(domain.lengths, np.int64).sum()), float(lengths[found.scored].sum())
-        return cls(total, float(lengths.sum()), scored, len(lengths), width, checkpoints)
+        of_domain, of_scored = float(np.asarray(domain.lengths, np.int64).sum()), float(lengths[scored].sum())
+        return cls(of_domain, float(lengths.sum()), of_scored, len(lengths), width, checkpoints)
 
     @property
     def embeddings(self) -> float:
@@ -60,22 +59,3 @@ class Sizes:
     def stage1(self, switch: str) -> float:
         """The embedding vote before the scores, where it is ``on``."""
         return self.embeddings if switch == "on" else 0.0
-
-
-def scored_rows(selector: Any, n: int, rows: int) -> int:
-    """How many of ``rows`` a method scores to choose n: the candidates of stage 1, those that are probed, or all."""
-    factor = getattr(selector, "probe_factor", None)
-    if getattr(selector, "stage1", "off") == "on":
-        factor = selector.prefilter_factor
-    return rows if factor is None else min(factor * n, rows)
-
-
-def passes_of(selector: Any, sizes: Sizes, *, diversity_rows: int = 0) -> float | None:
-    """Forward-equivalent tokens of a method with its options bound, and of the gradients of the ``diversity_rows``
-    candidates of a pass for diversity after it; None for a method that does not say what it costs."""
-    asked = 0.0
-    if getattr(selector, "uses_model", True):
-        if not hasattr(selector, "passes"):
-            return None
-        asked = selector.passes(sizes)
-    return asked + TRAIN * min(diversity_rows, sizes.rows) * sizes.pool / sizes.rows

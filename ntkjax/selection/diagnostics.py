@@ -1,12 +1,13 @@
-"""Diagnostics of every selection: correlation of its scores with length and with the pool's mean gradient, sources."""
+"""What is reported of every selection: whether its scores follow length or the pool's mean, and its sources."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ntkjax.ntk.metrics import spearman
 from ntkjax.selection.base import Dataset, Selection
@@ -14,17 +15,19 @@ from ntkjax.selection.base import Dataset, Selection
 SHOWN = 5
 
 
-def describe(selection: Selection, pool: Dataset, pool_mean_scores: Float[np.ndarray, " N"] | None) -> dict[str, Any]:
+def described(selection: Selection, pool: Dataset) -> Selection:
+    """The selection with `describe` before what the method reports of its own in ``diagnostics``."""
+    return dataclasses.replace(selection, diagnostics=describe(selection, pool) | selection.diagnostics)
+
+
+def describe(selection: Selection, pool: Dataset) -> dict[str, Any]:
     """Plain JSON values over the rows that were scored.
 
-    Args:
-      pool_mean_scores: [N] score of each row with the pool's own mean gradient, NaN where not scored; None where the
-        method has no such thing.
-
     Returns:
-      ``rank_correlation_with_length`` (Spearman of score and response tokens), ``rank_correlation_with_pool_mean``,
-      ``negative_share`` (of scored rows), ``scored``, ``pool``, ``mean_response_tokens_chosen`` / ``_offered``,
-      ``sources_offered`` / ``sources_chosen`` (counts). A correlation is None where it is undefined (a constant side).
+      ``rank_correlation_with_length`` (Spearman of score and response tokens), ``rank_correlation_with_pool_mean``
+      (where there are ``pool_mean_scores``), ``negative_share`` (of scored rows), ``scored``, ``pool``,
+      ``mean_response_tokens_chosen`` / ``_offered``, ``sources_offered`` / ``sources_chosen`` (counts). A correlation
+      is None where it is undefined (a constant side).
     """
     scored = selection.scored
     scores, lengths = selection.scores[scored], np.asarray(pool.response_lengths)
@@ -39,8 +42,8 @@ def describe(selection: Selection, pool: Dataset, pool_mean_scores: Float[np.nda
         "sources_offered": dict(sorted(Counter(sources).items())),
         "sources_chosen": dict(sorted(Counter(sources[int(row)] for row in selection.selected).items())),
     }
-    if pool_mean_scores is not None:
-        report["rank_correlation_with_pool_mean"] = _spearman(scores, pool_mean_scores[scored])
+    if selection.pool_mean_scores is not None:
+        report["rank_correlation_with_pool_mean"] = _spearman(scores, selection.pool_mean_scores[scored])
     return report
 
 

@@ -13,9 +13,9 @@ The top n by a mean score may be near-duplicates: whatever is good about one is 
                        (1 + q_s); A^-1 is kept as I / RIDGE - sum_s u_s u_s^T.
 
 Both F are monotone and submodular, so that the greedy S reaches at least (1 - 1/e) of the best F that any n candidates
-have (Nemhauser et al., 1978). Ties go to the row that the method ranks higher. How good a candidate is counts only in
-that it is one: the factor decides how much of the score is given for diversity. Cost: C K |T| for the similarities, or
-n C K (C candidates, K numbers a feature): linear in the candidates. Memory: C (|T| + K) or (C + n) K numbers.
+have (Nemhauser et al., 1978). Ties go to the row that the method ranks higher. Among the candidates scores do not
+count: the larger the factor, the lower the scores that a diverse choice may have. Cost: C K |T| for the similarities,
+or n C K (C candidates, K numbers a feature): linear in the candidates. Memory: C (|T| + K) or (C + n) K numbers.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
+from ntkjax.ntk.kernels import parse
 from ntkjax.rng import numpy_rng
-from ntkjax.selection.base import Selection, SelectionProblem, ranked_rows
-from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
 from ntkjax.selection.gradients import gradient_features, in_blocks
+from ntkjax.selection.options import SketchOptions, check_choice
 from ntkjax.selection.vote import unit_rows
 
 DiversityName = Literal["none", "facility-location", "d-optimal"]
@@ -43,10 +44,28 @@ TIE = 1e-5
 """Gains of d-optimal that differ by less, relative to the highest, are equal: at first all are, but for rounding."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DiversityOptions(SketchOptions):
+    """A pass for diversity after any method."""
+
+    diversity: DiversityName = "none"
+    """A pass after any method: of its best candidates those whose gradients repeat each other least.
+    facility-location: every candidate has one like it; d-optimal: as many directions as can be."""
+    diversity_factor: int = 2
+    """Candidates of the pass for each example wanted: the method's best. The more there are, the lower the scores that
+    a diverse choice may have."""
+    diversity_kernel: str = "loss"
+    """Whose gradients are compared, as in --kernel."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_diversity(self.diversity, self.diversity_factor)
+        parse(self.diversity_kernel)
+
+
 def check_diversity(diversity: str, factor: int) -> None:
     """Raise ConfigError for an unknown name or a factor that leaves nothing to choose from."""
-    if diversity not in get_args(DiversityName):
-        raise ConfigError(f"diversity is {diversity!r}; expected one of {', '.join(get_args(DiversityName))}")
+    check_choice("diversity", diversity, DiversityName)
     if factor < 2:
         raise ConfigError(f"diversity_factor must be at least 2 candidates for each one wanted, got {factor}")
 
@@ -82,7 +101,7 @@ def diversify(
     _, read = gradient_features(problem, np.sort(candidates), kernel=kernel, sketch=sketch, size=size)
     features = np.concatenate([read(rows) for _, rows in in_blocks(candidates)])
     features, zero = unit_rows(features)
-    own = np.flatnonzero(np.isin(candidates, selection.selected))
+    before = np.flatnonzero(np.isin(candidates, selection.selected))
     if diversity == "facility-location":
         targets = features
         if len(candidates) > TARGETS:
@@ -94,21 +113,21 @@ def diversify(
     else:
         chosen = d_optimal(features, n, ridge=RIDGE, progress=problem.progress)
         value = lambda places: d_value(features, places, RIDGE)
-    taken = candidates[chosen]
-    rest = ranked_rows(selection.scores)
-    ranks = np.zeros(len(selection.scores), np.int64)
-    ranks[np.concatenate([taken, rest[~np.isin(rest, taken)]])] = np.arange(1, len(rest) + 1)
-    found = dataclasses.replace(selection, selected=taken, ranks=ranks)
-    report: dict[str, Any] = selection.diagnostics | describe(found, problem.pool, None)
-    report |= {
+    selected = candidates[chosen]
+    report = {
         "diversity": diversity,
         "diversity_candidates": len(candidates),
-        "diversity_replaced": int(np.sum(~np.isin(selection.selected, taken))),
+        "diversity_replaced": int(np.sum(~np.isin(selection.selected, selected))),
         "diversity_of_the_choice": value(chosen),
-        "diversity_without_the_pass": value(own),
+        "diversity_without_the_pass": value(before),
         "diversity_zero_gradients": zero,
     }
-    return dataclasses.replace(found, diagnostics=report)
+    return dataclasses.replace(
+        selection,
+        selected=selected,
+        ranks=ranks_after(selected, selection.scores),
+        diagnostics=selection.diagnostics | report,
+    )
 
 
 def facility_value(similarity: Float[np.ndarray, "C T"], places: Int[np.ndarray, " s"]) -> float:

@@ -6,14 +6,15 @@ gradients are what an Adam step would make of them (LESS, arXiv 2402.04333): fro
 
     g_j  ->  m' / sqrt(v' + 1e-8),    m' = 0.9 m + 0.1 g_j,    v' = 0.999 v + 0.001 g_j^2
 
-elementwise, without bias correction, before the sketch. The domain's are plain: the step is to lower its loss.
+elementwise, without bias correction, before the sketch. The domain's gradients stay as they are: they say how its loss
+changes along a step, and the pool's examples give the steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,37 +26,18 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
-from ntkjax.ntk.kronecker import KroneckerSketch
-from ntkjax.ntk.sketch import RademacherSketch, Sketch
-from ntkjax.ntk.sparse import SparseSketch
-from ntkjax.selection.base import Dataset, SelectionProblem, WarmupCheckpoint
-from ntkjax.selection.embedding import stage1_votes
+from ntkjax.ntk.sketch import Sketch
+from ntkjax.selection.base import Batches, Dataset, SelectionProblem, Selector, WarmupCheckpoint
+from ntkjax.selection.embeddings import stage1_votes
+from ntkjax.selection.options import SKETCHES, GradientOptions, Stage1Options
 from ntkjax.selection.shared import open_shared, parts_to_do
 from ntkjax.selection.vote import Votes, unit_rows
 from ntkjax.types import Params
 
-SketchName = Literal["rademacher", "sparse", "kronecker"]
-Switch = Literal["on", "off"]
-SKETCHES: dict[str, Callable[..., Sketch]] = {
-    "rademacher": RademacherSketch,
-    "sparse": SparseSketch,
-    "kronecker": KroneckerSketch,
-}
 BLOCK = 1024
 """Rows of features read at a time."""
 ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
 ReadRows = Callable[[np.ndarray], Float[np.ndarray, "n K"]]
-
-
-def check_options(sketch: str, sketch_size: int, stage1: str, prefilter_factor: int, adam: str = "on") -> None:
-    """Raise ConfigError where one of the options that all gradient methods have cannot be used."""
-    for name, value, kind in (("sketch", sketch, SketchName), ("stage1", stage1, Switch), ("adam", adam, Switch)):
-        if value not in get_args(kind):
-            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
-    for name, value in (("sketch_size", sketch_size), ("prefilter_factor", prefilter_factor)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    SKETCHES[sketch](sketch_size)  # a size that the sketch cannot have is refused here
 
 
 # -- stage 1 --
@@ -94,9 +76,26 @@ def find_candidates(problem: SelectionProblem, *, stage1: str, prefilter_factor:
     ``prefilter_factor`` * n rows with the most votes, each domain point voting for its M_pre / 4 nearest; off: all."""
     if stage1 == "off":
         return Candidates(np.arange(len(problem.pool)))
-    wanted = prefilter_factor * problem.n
-    votes = stage1_votes(problem, max(1, wanted // 4))
-    return Candidates(votes.top(min(wanted, len(problem.pool))), votes)
+    kept = prefilter_factor * problem.n
+    votes = stage1_votes(problem, max(1, kept // 4))
+    return Candidates(votes.top(min(kept, len(problem.pool))), votes)
+
+
+class Stage1Selector(Stage1Options, Selector):
+    """A method that scores what stage 1 keeps, and reads nothing else of the pool's other rows but their embeddings."""
+
+    def scored_rows(self, n: int, rows: int) -> int:
+        """M_pre = ``prefilter_factor`` * n, or the pool."""
+        return min(self.prefilter_factor * n, rows) if self.stage1 == "on" else rows
+
+
+class GradientSelector(GradientOptions, Stage1Selector):
+    """A method that keeps a sketched gradient of every candidate."""
+
+    @property
+    def feature_size(self) -> int:
+        """K."""
+        return self.sketch_size
 
 
 # -- features --
@@ -228,17 +227,15 @@ class _Features:
         width = self.sketch.width(self.params)
         store = open_shared(self.problem, self.kind, depends, rows=len(self.data), width=width)
         if store is None:
-            found = np.asarray(self._compute(self._batches(rows), None), np.float32)
-            return lambda index: _all_there(found[index])
+            features = np.asarray(self._compute(self._batches(rows), None), np.float32)
+            return lambda index: _all_there(features[index])
         for part, missing in parts_to_do(store, rows):
-            batches: Any = self._batches(part)
-            if hasattr(batches, "without"):
-                batches = batches.without(~missing)
+            batches = self._batches(part).without(~missing)
             self._compute(batches, store)
         store.gather()
         return lambda index: np.asarray(store.read(index), np.float32)
 
-    def _batches(self, rows: np.ndarray) -> Any:
+    def _batches(self, rows: np.ndarray) -> Batches:
         return self.data.batches(token_budget=self.problem.token_budget, indices=rows)
 
     def _compute(self, batches: Any, store: Any) -> np.ndarray:
@@ -273,19 +270,19 @@ def cosines(
 
     A zero phi_j has no direction: its numbers are 0 by convention, and the callers report how many there are.
     """
-    found, zeros = np.empty((len(rows), len(directions))), 0
-    along = np.asarray(directions, np.float64).T
+    products, zeros = np.empty((len(rows), len(directions))), 0
+    columns = np.asarray(directions, np.float64).T
     for at, block in in_blocks(rows):
         unit, zero = unit_rows(np.asarray(read(block), np.float64))
-        found[at], zeros = unit @ along, zeros + zero
-    return found, zeros
+        products[at], zeros = unit @ columns, zeros + zero
+    return products, zeros
 
 
-def place(values: Float[np.ndarray, " C"], rows: Int[np.ndarray, " C"], total: int) -> Float[np.ndarray, " N"]:
-    """Scores of all pool rows, NaN where a row is no candidate."""
-    scores = np.full(total, np.nan)
-    scores[rows] = values
-    return scores
+def scatter(values: Float[np.ndarray, " C"], rows: Int[np.ndarray, " C"], total: int) -> Float[np.ndarray, " N"]:
+    """The ``values`` of the candidates ``rows`` among all pool rows, NaN where a row is no candidate."""
+    scattered = np.full(total, np.nan)
+    scattered[rows] = values
+    return scattered
 
 
 def unit_direction(vector: Float[np.ndarray, " K"], what: str) -> Float[np.ndarray, " K"]:

@@ -95,8 +95,8 @@ def _compare(
     mean, highest = jnp.mean(similarity, axis=0), jnp.max(similarity, axis=0)
     masked = jnp.where(real[None, :], similarity, -jnp.inf)
     rows = jnp.broadcast_to(first + jnp.arange(chunk.shape[0], dtype=first.dtype)[None, :], masked.shape)
-    values, place = jax.lax.top_k(jnp.concatenate([best[0], masked], axis=1), best[0].shape[1])
-    rows = jnp.take_along_axis(jnp.concatenate([best[1], rows], axis=1), place, axis=1)
+    values, columns = jax.lax.top_k(jnp.concatenate([best[0], masked], axis=1), best[0].shape[1])
+    rows = jnp.take_along_axis(jnp.concatenate([best[1], rows], axis=1), columns, axis=1)
     return (values, rows), mean, highest
 
 
@@ -171,6 +171,19 @@ def nearest(
     return Neighbours(np.asarray(best[1]), np.asarray(best[0]), means, highest, zeros)
 
 
+def take_turns(preferred: Int[np.ndarray, "M k"], n: int) -> Int[np.ndarray, " n"]:
+    """The rows that M domain points take by turns, in order, each its first row that is not taken yet; int64 [n],
+    n <= k."""
+    selected: dict[int, None] = {}
+    next_column = np.zeros(len(preferred), np.int64)
+    while len(selected) < n:
+        for point, rows in enumerate(preferred[: n - len(selected)]):
+            while int(rows[next_column[point]]) in selected:
+                next_column[point] += 1
+            selected[int(rows[next_column[point]])] = None
+    return np.fromiter(selected, np.int64, n)
+
+
 def vote(
     domain: Float[np.ndarray, "M D"],
     read_pool: Callable[[np.ndarray], Float[np.ndarray, "b D"]],
@@ -180,6 +193,6 @@ def vote(
     chunk: int = CHUNK,
 ) -> Votes:
     """Each domain point votes for its k nearest pool rows; arguments, memory and errors as for ``nearest``."""
-    found = nearest(domain, read_pool, rows=rows, k=k, chunk=chunk)
-    votes = np.bincount(found.rows.ravel(), minlength=rows).astype(np.int64)
-    return Votes(votes, found.mean, found.zero_norm)
+    neighbours = nearest(domain, read_pool, rows=rows, k=k, chunk=chunk)
+    votes = np.bincount(neighbours.rows.ravel(), minlength=rows).astype(np.int64)
+    return Votes(votes, neighbours.mean, neighbours.zero_norm)

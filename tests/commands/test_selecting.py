@@ -71,11 +71,11 @@ def test_a_finished_selection_is_read_back(selected, files):
 
 
 def test_a_stopped_selection_goes_on_to_the_same_end(selected, files, tmp_path, monkeypatch):
-    import ntkjax.selection.ntk as ntk
+    import ntkjax.pipeline.select as step
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(ntk, "describe", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(step, "described", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert select(files, out) == 130
     assert not (out / "selection.json").exists()
     assert select(files, out) == 0
@@ -146,7 +146,7 @@ def test_what_is_counted_where_scores_are_not_one_pass(files):
 
 
 def test_dry_run_of_a_method_that_does_not_say_what_it_costs_is_refused(files, monkeypatch, tmp_path, capsys):
-    monkeypatch.delattr(METHODS["euds"], "passes")
+    monkeypatch.delattr(METHODS["euds"], "forward_tokens")
     assert select(files, tmp_path / "run", "--dry-run", "--method", "euds") == 2
     assert "does not say what it costs" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from ntkjax.evaluation.outcomes import Outcome
 from ntkjax.models import ModelConfig, init_lm
 from ntkjax.pipeline.cost import multiplied_weights, selection_cost, training_cost
 from ntkjax.pipeline.options import SelectorOptions
-from ntkjax.selection import METHODS, Selection
+from ntkjax.selection import METHODS, Selection, Selector
 from ntkjax.training import TrainConfig
 
 PLACE = Place("x", "all", 4)
@@ -242,7 +242,7 @@ def test_the_passes_of_every_selector_are_known(method, bench):
 
 def test_a_method_that_does_not_say_what_it_costs_has_no_cost(bench, monkeypatch):
     @dataclasses.dataclass(frozen=True)
-    class Quiet:
+    class Quiet(Selector):
         def __call__(self, problem):
             raise NotImplementedError
 

@@ -113,8 +113,7 @@ def test_selections_share_a_warm_up_and_rows(loaded, warmed, tmp_path, monkeypat
         gradient_features(problem, np.arange(5), sketch="sparse", size=16)
         return METHODS["embedding"]()(problem)
 
-    monkeypatch.setitem(METHODS, "random", type("Look", (), {"__call__": lambda self, p: look(p)}))
-    monkeypatch.setattr("ntkjax.pipeline.select.method_options", lambda options: {})
+    monkeypatch.setitem(METHODS, "random", type("Look", (METHODS["random"],), {"__call__": lambda self, p: look(p)}))
     settings = {"n": 3, "warmup": None, "data": DATA, "seed": 0, "progress": False, "warmed": warmed}
     for name in ("one", "two"):
         options = SelectorOptions(method="random" if name == "one" else "embedding")

@@ -5,7 +5,7 @@ import pytest
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection import METHODS
-from ntkjax.selection.betr import best_share, closeness
+from ntkjax.selection.methods.betr import best_share, closeness
 from ntkjax.selection.vote import unit_rows
 
 

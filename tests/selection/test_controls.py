@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError
-from ntkjax.selection import METHODS
+from ntkjax.selection import METHODS, described
 from ntkjax.selection.gradients import find_candidates
 
 
@@ -18,13 +18,8 @@ def test_length_takes_the_longest_or_the_shortest_ties_by_row(planted):
     longest, shortest = METHODS["length"]()(problem), METHODS["length"](order="shortest")(problem)
     assert longest.selected.tolist() == [1, 3, 4] and shortest.selected.tolist() == [2, 5, 0]
     assert longest.scores.tolist() == lengths
-    assert longest.diagnostics["rank_correlation_with_length"] == pytest.approx(1)
-    assert shortest.diagnostics["rank_correlation_with_length"] == pytest.approx(-1)
-
-
-def test_an_unknown_order_is_refused():
-    with pytest.raises(ConfigError, match=r"'big'; expected one of longest, shortest"):
-        METHODS["length"](order="big")
+    assert described(longest, problem.pool).diagnostics["rank_correlation_with_length"] == pytest.approx(1)
+    assert described(shortest, problem.pool).diagnostics["rank_correlation_with_length"] == pytest.approx(-1)
 
 
 def test_random_from_stage_1_draws_from_the_candidates_and_no_others(planted):

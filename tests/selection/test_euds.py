@@ -14,7 +14,7 @@ from ntkjax.data import TokenisedDataset
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.selection import METHODS
-from ntkjax.selection.euds import cluster_entropy, entropy_batch, information_entropy, token_entropies
+from ntkjax.selection.methods.euds import cluster_entropy, entropy_batch, information_entropy, token_entropies
 
 
 def shannon(items):
@@ -131,7 +131,7 @@ def test_semantic_entropy_is_left_out_unless_asked_for(make):
 
 
 def test_finished_rows_are_kept(make, tmp_path, monkeypatch):
-    import ntkjax.selection.euds as euds
+    import ntkjax.selection.methods.euds as euds
 
     monkeypatch.setattr(euds, "SAMPLED_ROWS", 8)
     calls, method = [], METHODS["euds"](semantic_samples=2)
@@ -165,7 +165,7 @@ def test_one_row_at_a_time_gives_the_same(make):
 
 def test_what_it_cannot_do_is_refused(make):
     bad = {
-        "entropy_keep": "both", "entropy_low": -0.1, "entropy_high": 1.1, "semantic_samples": 1, "semantic_tokens": 0,
+        "entropy_low": -0.1, "entropy_high": 1.1, "semantic_samples": 1, "semantic_tokens": 0,
         "semantic_similarity": 0.0,
     }  # fmt: skip
     for name, value in bad.items():

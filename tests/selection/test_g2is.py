@@ -7,7 +7,7 @@ import pytest
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection import METHODS
 from ntkjax.selection.base import WarmupCheckpoint
-from ntkjax.selection.g2is import core_knowledge, walk
+from ntkjax.selection.methods.g2is import core_knowledge, walk
 
 EXACT = {"sketch": "sparse", "sketch_size": 32, "stage1": "off"}  # no inner product of 8 numbers is changed
 

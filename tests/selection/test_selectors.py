@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError
-from ntkjax.selection import METHODS, rank, select_top
+from ntkjax.selection import METHODS, described, rank, select_top
 from ntkjax.selection.diagnostics import examples
 
 
@@ -21,7 +21,7 @@ def test_whole_pool_scores_are_the_row_means_of_the_kernel(kernel, small):
     np.testing.assert_allclose(chosen.scores, expected, atol=1e-5 * np.abs(expected).max())
     assert set(chosen.selected.tolist()) == set(np.argsort(-expected)[:5].tolist())
     assert chosen.scored.all() and chosen.votes is None
-    assert chosen.diagnostics["negative_share"] == np.mean(expected < 0)
+    assert described(chosen, problem.pool).diagnostics["negative_share"] == np.mean(expected < 0)
 
 
 def test_stage_1_limits_what_is_scored(make):
@@ -33,7 +33,7 @@ def test_stage_1_limits_what_is_scored(make):
     assert two.votes.sum() == 6 * 2 and two.votes[two.scored].min() >= two.votes[~two.scored].max()
     assert sorted(two.ranks[two.scored].tolist()) == list(range(1, 9)) and (two.ranks[~two.scored] == 0).all()
     assert two.ranks[two.selected].tolist() == [1, 2]
-    assert two.diagnostics["stage1_candidates"] == two.diagnostics["scored"] == 8
+    assert two.diagnostics["stage1_candidates"] == described(two, problem.pool).diagnostics["scored"] == 8
 
 
 @pytest.mark.parametrize("sketch", ["rademacher", "sparse", "kronecker"])
@@ -79,7 +79,7 @@ def test_a_selection_is_complete_repeatable_and_plain(method, make):
     assert len(set(one.selected.tolist())) == 5
     np.testing.assert_array_equal(one.selected, two.selected)
     np.testing.assert_array_equal(one.scores, two.scores)
-    report = json.loads(json.dumps(one.diagnostics, allow_nan=False))
+    report = json.loads(json.dumps(described(one, problem.pool).diagnostics, allow_nan=False))
     assert sum(report["sources_chosen"].values()) == 5
     assert report["sources_offered"] == {"even": 12, "odd": 12}
     assert -1 <= report["rank_correlation_with_length"] <= 1

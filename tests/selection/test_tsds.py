@@ -6,7 +6,7 @@ from scipy.optimize import linprog
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
-from ntkjax.selection.tsds import TsdsSelector, density_of, draw, transport
+from ntkjax.selection.methods.tsds import TsdsSelector, density_of, draw, transport
 
 
 def objective(gamma, distance, density, price, weight):

@@ -35,13 +35,20 @@ from ntkjax.pipeline.finetune import save_result, train_on
 from ntkjax.pipeline.finetune import summary as training_summary
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
-from ntkjax.pipeline.options import DataOptions, DedupOptions, EvaluationOptions, ModelOptions, SelectorOptions
+from ntkjax.pipeline.options import (
+    DataOptions,
+    DedupOptions,
+    EvaluationOptions,
+    ModelOptions,
+    SelectorOptions,
+    check_used,
+)
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.pipeline.select import check_method, choose
+from ntkjax.pipeline.select import choose
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.base import check_size
-from ntkjax.selection.random import random_rows
+from ntkjax.selection.methods.random import random_rows
 from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
@@ -162,7 +169,7 @@ def _load(config: AdaptConfig, progress: bool) -> _Study:
     model = load_model(config.model, seed=config.seed)
     read = lambda paths: load_data(paths, model, config.data)
     pool = read(config.pool)
-    check_method(config.select.method)
+    check_used(config.select)
     check_size(config.n, len(pool))
     dev = read(config.dev) if config.dev else None
     domain, test = read(config.domain), read(config.test)

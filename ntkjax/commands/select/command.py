@@ -11,19 +11,19 @@ from tyro.conf import arg
 from ntkjax.commands.base import Command
 from ntkjax.commands.select.forecast import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
 from ntkjax.errors import ConfigError
+from ntkjax.pipeline.cost import epochs_of, forward_tokens
 from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model, trained_parameters
-from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
+from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.pipeline.select import _epochs, check_warmup, choose, make_selector
+from ntkjax.pipeline.select import check_warmup, choose, make_selector
 from ntkjax.pipeline.selection_io import FILES, SelectedFormat
 from ntkjax.report.sections import flat_diagnostics
 from ntkjax.report.tables import to_markdown
-from ntkjax.selection import NtkSelector, Selection
+from ntkjax.selection import Selection
 from ntkjax.selection.base import check_size
-from ntkjax.selection.cost import passes_of, scored_rows
 from ntkjax.training import TrainConfig
 
 
@@ -60,14 +60,13 @@ class SelectConfig:
             raise ConfigError(f"n must be at least 1, got {self.n}")
 
 
-def select(config: SelectConfig, *, progress: bool = True) -> Selection | Forecast:
-    """Select as ``config`` says; with ``dry_run`` forecast it instead.
+def select(config: SelectConfig, *, progress: bool = True) -> Selection:
+    """Select as ``config`` says. (The command with ``dry_run`` is `forecast`.)
 
     Raises:
       UserError: unusable model, data or options; scores that are not finite; a full disk.
     """
-    if config.dry_run:
-        return forecast(config)
+    check_used(config.select)
     RunDir.check(config.out, "select", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
@@ -78,11 +77,11 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     held_out = read_held_out(config.data, test=config.test)
     inputs = inputs_of(model, config.model, domain=domain, pool=pool, **held_out)
     RunDir.check(config.out, "select", config, inputs=inputs)  # before the search for duplicates, which takes time
-    found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
-    found.check_size(config.n)
-    pool, run = found.pool, RunDir.create(config.out, "select", config, inputs=inputs)
+    deduplicated = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
+    deduplicated.check_size(config.n)
+    pool, run = deduplicated.pool, RunDir.create(config.out, "select", config, inputs=inputs)
     run.tell("selection.json", progress)
-    found.write(run)
+    deduplicated.write(run)
     result = choose(
         model,
         trained_parameters(model, config.model),
@@ -102,37 +101,41 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection | Foreca
     return result
 
 
-def forecast(config: SelectConfig) -> Forecast:
+def forecast(config: SelectConfig, *, progress: bool = True) -> Forecast:
     """What ``config`` would take, from the first records of each data set; makes no run directory.
 
     Raises:
       ConfigError: a method that does not say what it costs.
     """
+    check_used(config.select)
     options, selector = config.select, make_selector(config.select)
     model = load_model(config.model, seed=config.seed)
     params = trained_parameters(model, config.model)
     domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
     sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
     (pool_rows, exact), (domain_rows, _) = count_examples(config.pool, sample), count_examples(config.domain, domain)
-    epochs = 0.0 if config.skip_warmup else _epochs(config.warmup, domain_rows)
+    epochs = 0.0 if config.skip_warmup else epochs_of(config.warmup, domain_rows)
     timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
-    stage1 = getattr(selector, "stage1", "off") == "on"
-    scored = scored_rows(selector, config.n, pool_rows)
-    one_pass = isinstance(selector, NtkSelector) and selector.one_pass
-    if one_pass and options.diversity == "none":
-        phases = timing.forward_scores(options.kernel, candidates=scored if stage1 else None)
+    scored, kernel = selector.scored_rows(config.n, pool_rows), selector.forward_kernel
+    if kernel is not None and options.diversity == "none":
+        phases = timing.forward_scores(kernel, candidates=scored if selector.stage1 == "on" else None)
     else:
         sizes = timing.sizes(scored, width=model.config.hidden_size)
-        diverse = 0 if options.diversity == "none" else options.diversity_factor * config.n
-        passes = passes_of(selector, sizes, diversity_rows=diverse)
-        if passes is None:
-            raise ConfigError(f"--dry-run: --method {options.method} does not say what it costs; give it `passes`")
-        phases = timing.counted(f"{options.method}, counted", passes)
-    embeds = stage1 or (getattr(selector, "uses_model", True) and not hasattr(selector, "stage1"))
+        tokens = forward_tokens(selector, options, sizes, config.n)
+        if tokens is None:
+            raise ConfigError(
+                f"--dry-run: --method {options.method} does not say what it costs; give its class `forward_tokens`"
+            )
+        phases = timing.counted(f"{options.method}, counted", tokens)
     disk = disk_bytes(
-        sample, domain_rows, pool_rows, n=config.n, embedding=model.config.hidden_size if embeds else 0,
-        features=0 if one_pass else getattr(selector, "sketch_size", 0), scored=scored,
-    )  # fmt: skip
+        sample,
+        domain_rows,
+        pool_rows,
+        n=config.n,
+        embedding=model.config.hidden_size if selector.embeds_pool else 0,
+        features=selector.feature_size,
+        scored=scored,
+    )
     return Forecast(phases, pool_rows, exact, tree_bytes(model.params), tree_bytes(params), disk)
 
 
@@ -145,4 +148,4 @@ def describe(config: Any, result: Any) -> str:
     return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{reading_of_run(config, 'data.json')}\n{chosen}"
 
 
-COMMAND = Command(SelectConfig, select, describe, divides=True)
+COMMAND = Command(SelectConfig, select, describe, divides=True, dry_run=forecast)

@@ -210,12 +210,12 @@ class Timing:
             *self._phase("score pool", scored, of_pool, self.sample, score_batch, lambda b: (built, params, pair, b)),
         )  # fmt: skip
 
-    def counted(self, name: str, passes: float) -> tuple[Phase, ...]:
-        """The warm-up, timed, and ``passes`` tokens sent forward (`ntkjax.selection.cost`) at the speed of embedding.
+    def counted(self, name: str, tokens: float) -> tuple[Phase, ...]:
+        """The warm-up, timed, and so many ``tokens`` sent forward (`ntkjax.selection.cost`) at the speed of embedding.
 
         What a backward pass or a tangent costs is taken from the count, and memory is that of the forward pass.
         """
-        return *self._warm_up(), *self._embed(name, self.pool_rows, round(passes))
+        return *self._warm_up(), *self._embed(name, self.pool_rows, round(tokens))
 
     def sizes(self, scored: int, *, width: int) -> Sizes:
         """What passes are counted from, with so many rows scored."""

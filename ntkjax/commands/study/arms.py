@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ntkjax.commands.study.spec import MethodSpec, StudySpec
 from ntkjax.errors import ConfigError
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
-from ntkjax.pipeline.cost import asks_the_model
+from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.options import SelectorOptions
 from ntkjax.selection import METHODS
 from ntkjax.training import TrainConfig
@@ -120,7 +120,7 @@ def _arms(spec: StudySpec, entry: MethodSpec, where: str) -> list[Arm]:
         kind="selected",
         select=select,
         train=dataclasses.replace(train, learning_rate=rates[0]),
-        warmup=spec.warmup if entry.warmup == "shared" and asks_the_model(select) else None,
+        warmup=spec.warmup if entry.warmup == "shared" and uses_model(select) else None,
         parameters=entry.parameters or changed.get("parameters") or own,
         rates=rates,
     )

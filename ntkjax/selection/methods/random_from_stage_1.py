@@ -6,16 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
-from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.embedding import stage1_votes
+from ntkjax.selection.embeddings import EmbeddingMethod, stage1_votes
+from ntkjax.selection.options import PrefilterOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomFromStage1Selector:
+class RandomFromStage1Selector(PrefilterOptions, EmbeddingMethod):
     """score_j ~ U(0, 1) for the M_pre = ``prefilter_factor`` * n rows with the most votes, none for the others; top n.
 
     Source: a control of ours; the candidates are those of ``NtkSelector`` with the same
@@ -27,16 +25,6 @@ class RandomFromStage1Selector:
       ConfigError: ``prefilter_factor`` below 1.
     """
 
-    prefilter_factor: int = 4
-
-    def __post_init__(self) -> None:
-        if self.prefilter_factor < 1:
-            raise ConfigError(f"prefilter_factor must be at least 1, got {self.prefilter_factor}")
-
-    def passes(self, sizes: Sizes) -> float:
-        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
-        return sizes.embeddings
-
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)
         kept = min(self.prefilter_factor * problem.n, rows)
@@ -45,5 +33,4 @@ class RandomFromStage1Selector:
         scores = np.full(rows, np.nan)
         scores[candidates] = numpy_rng(problem.seed, "selection", "random from stage 1").random(rows)[candidates]
         chosen = select_top("random-from-stage-1", scores, problem.n, votes=votes.votes)
-        report = describe(chosen, problem.pool, None) | {"stage1_candidates": kept}
-        return dataclasses.replace(chosen, diagnostics=report)
+        return dataclasses.replace(chosen, diagnostics={"stage1_candidates": kept})

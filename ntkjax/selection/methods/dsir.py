@@ -1,4 +1,4 @@
-"""DSIR (arXiv 2302.03169): importance resampling on hashed word n-grams. Reads text, asks no model."""
+"""DSIR (arXiv 2302.03169): importance resampling on hashed word n-grams. It reads text and runs no model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
-from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.base import Selection, SelectionProblem, Selector, select_top
+from ntkjax.selection.options import Options, check_least
 
 WORD = re.compile(r"\w+|[^\w\s]+")
 """A run of letters, digits and underscores, or a run of punctuation."""
@@ -26,7 +26,21 @@ CACHED = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
-class DsirSelector:
+class DsirOptions(Options):
+    """Options of ``dsir``."""
+
+    buckets: int = 10_000
+    """Hash buckets of words and pairs of words."""
+    gumbel: bool = True
+    """Sample in proportion to the importance weights; without: the highest weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "buckets")
+
+
+@dataclasses.dataclass(frozen=True)
+class DsirSelector(DsirOptions, Selector):
     """log w(x) = sum_b c_b(x) [log(p_b + 1e-8) - log(q_b + 1e-8)]; the n highest log w(x) + Gumbel(0, 1).
 
     c(x): how many lower-case words and pairs of neighbouring words fall in each of ``buckets`` hash buckets; p, q: the
@@ -47,14 +61,7 @@ class DsirSelector:
       ConfigError: a problem without texts; a side without any word; ``buckets`` below 1.
     """
 
-    buckets: int = 10_000
-    gumbel: bool = True
-
     uses_model: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.buckets < 1:
-            raise ConfigError(f"buckets must be at least 1, got {self.buckets}")
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         if problem.domain_texts is None or problem.pool_texts is None:
@@ -62,8 +69,7 @@ class DsirSelector:
         weights = log_weights(problem.domain_texts, problem.pool_texts, self.buckets)
         noise = numpy_rng(problem.seed, "selection", "dsir").gumbel(size=len(weights)) if self.gumbel else 0.0
         chosen = select_top("dsir", weights + noise, problem.n)
-        report = describe(chosen, problem.pool, None) | {"buckets": self.buckets, "gumbel": self.gumbel}
-        return dataclasses.replace(chosen, diagnostics=report)
+        return dataclasses.replace(chosen, diagnostics={"buckets": self.buckets, "gumbel": self.gumbel})
 
 
 def log_weights(domain: Sequence[str], pool: Sequence[str], buckets: int) -> Float[np.ndarray, " N"]:

@@ -11,22 +11,36 @@ from jaxtyping import Bool, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.gradients import (
-    SketchName,
-    Switch,
-    check_options,
+    GradientSelector,
     find_candidates,
     gradient_features,
     in_blocks,
-    place,
+    scatter,
     unit_direction,
 )
+from ntkjax.selection.options import AdamOptions, GradientOptions
 from ntkjax.selection.vote import unit_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class G2isSelector:
+class G2isOptions(AdamOptions, GradientOptions):
+    """Options of ``g2is``."""
+
+    core_share: float = 0.5
+    """Share of the principal components of the domain's gradients that make its core, above 0, at most 1."""
+    walk_core: float = 0.8
+    """How much of its cosine with the core a walk keeps at each step, above 0, at most 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("core_share", "walk_core"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class G2isSelector(G2isOptions, GradientSelector):
     """A walk over z_j = Pi Gamma(x_j) / |Pi Gamma(x_j)|, Adam's update from the loss gradient of each candidate:
 
         start     argmax_j cos(z_j, v)                                              (the anchor)
@@ -47,32 +61,13 @@ class G2isSelector:
 
     Memory: 4 K bytes a candidate, all of them at once; time: n products of [C, K] with a vector.
 
-    Attributes:
-      sketch, sketch_size: Pi and K. stage1, prefilter_factor: see `find_candidates`.
-      core_share, walk_core: above 0, at most 1.
-      adam: ``off`` walks over plain gradients, see `LessSelector`.
-
     Raises:
       ConfigError: options out of range; a problem without checkpoints. UserError: a core knowledge of zero.
     """
 
-    sketch: SketchName = "sparse"
-    sketch_size: int = 8192
-    stage1: Switch = "on"
-    prefilter_factor: int = 4
-    core_share: float = 0.5
-    walk_core: float = 0.8
-    adam: Switch = "on"
-
     uses_checkpoints: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor, self.adam)
-        for name in ("core_share", "walk_core"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-
-    def passes(self, sizes: Sizes) -> float:
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
         return sizes.stage1(self.stage1) + sizes.gradients
 
@@ -88,16 +83,16 @@ class G2isSelector:
             nodes[at], zero = unit_rows(read(rows))
             zeros += zero
         walked = walk(nodes, core, problem.n, self.walk_core)
-        scores = place(nodes @ core.astype(np.float32), candidates.rows, len(problem.pool))
-        taken = candidates.rows[walked.nodes]
-        chosen = Selection("g2is", scores, ranks_after(taken, scores), taken, candidates.counts)
-        report = describe(chosen, problem.pool, None) | {
+        scores = scatter(nodes @ core.astype(np.float32), candidates.rows, len(problem.pool))
+        selected = candidates.rows[walked.nodes]
+        report = {
             "core_components": components,
             "restarts": len(walked.starts) - 1,
             "longest_walk": int(np.diff([*walked.starts, problem.n]).max()),
             "zero_gradients": zeros,
         }
-        return dataclasses.replace(chosen, diagnostics=report | candidates.report())
+        ranks = ranks_after(selected, scores)
+        return Selection("g2is", scores, ranks, selected, candidates.counts, report | candidates.report())
 
 
 def core_knowledge(domain: Float[np.ndarray, "M K"], share: float) -> tuple[Float[np.ndarray, " K"], int]:

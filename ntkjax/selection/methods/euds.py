@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.rows import collect_rows, iterate
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.base import Selection, SelectionProblem, Selector, select_top
 from ntkjax.selection.cost import FORWARD, Sizes
-from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.options import Options, check_choice, check_least
 from ntkjax.selection.shared import open_shared
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, valid_mask
 
@@ -29,7 +29,40 @@ SAMPLED_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class EudsSelector:
+class EudsOptions(Options):
+    """Options of ``euds``."""
+
+    entropy_keep: Keep = "intersection"
+    """Which entropies must lie in the interval: all in use, or that one."""
+    entropy_low: float = 0.25
+    """The interval's lower end, a quantile of the pool; 0 <= low < high <= 1."""
+    entropy_high: float = 0.75
+    """Its upper end."""
+    semantic_samples: int = 0
+    """k: sampled continuations of every pool prompt for the semantic entropy, costly, at least 2; 0: leave it out."""
+    semantic_tokens: int = 64
+    """Longest sampled continuation."""
+    semantic_similarity: float = 0.5
+    """Share of words in common from which two continuations mean the same, above 0, at most 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("entropy_keep", self.entropy_keep, Keep)
+        if not 0 <= self.entropy_low < self.entropy_high <= 1:
+            raise ConfigError(
+                f"entropy_low = {self.entropy_low}, entropy_high = {self.entropy_high}: expected 0 <= low < high <= 1"
+            )
+        if self.semantic_samples < 0 or self.semantic_samples == 1:
+            raise ConfigError(f"semantic_samples must be 0 (left out) or at least 2, got {self.semantic_samples}")
+        if self.entropy_keep == "semantic" and not self.semantic_samples:
+            raise ConfigError("entropy_keep semantic needs sampled continuations: give semantic_samples, 8 for example")
+        check_least(self, "semantic_tokens")
+        if not 0 < self.semantic_similarity <= 1:
+            raise ConfigError(f"semantic_similarity must be above 0 and at most 1, got {self.semantic_similarity}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EudsSelector(EudsOptions, Selector):
     """Keep the pool rows whose entropies lie between two quantiles of the pool; the domain is not looked at.
 
     information  -sum_v f_v log f_v, f_v the share of token v among the tokens of prompt and response
@@ -49,55 +82,26 @@ class EudsSelector:
     continuations mean the same: where the Jaccard similarity of their sets of words is ``semantic_similarity`` or more
     with the first member of the cluster, in order (an entailment model would be better, and is none of ours).
 
-    Attributes:
-      entropy_keep: ``intersection`` of the intervals of all entropies in use, or that of one of them.
-      entropy_low, entropy_high: quantiles, 0 <= low < high <= 1.
-      semantic_samples: k, 0 or at least 2. semantic_tokens: longest sampled continuation.
-      semantic_similarity: above 0, at most 1.
-
     Raises:
       ConfigError: options out of range; a problem without ``entropy_fn``, or without ``sample_fn`` where it is needed.
     """
 
-    entropy_keep: str = "intersection"
-    entropy_low: float = 0.25
-    entropy_high: float = 0.75
-    semantic_samples: int = 0
-    semantic_tokens: int = 64
-    semantic_similarity: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.entropy_keep not in get_args(Keep):
-            raise ConfigError(f"entropy_keep is {self.entropy_keep!r}; expected one of {', '.join(get_args(Keep))}")
-        if not 0 <= self.entropy_low < self.entropy_high <= 1:
-            raise ConfigError(
-                f"entropy_low = {self.entropy_low}, entropy_high = {self.entropy_high}: expected 0 <= low < high <= 1"
-            )
-        if self.semantic_samples < 0 or self.semantic_samples == 1:
-            raise ConfigError(f"semantic_samples must be 0 (left out) or at least 2, got {self.semantic_samples}")
-        if self.entropy_keep == "semantic" and not self.semantic_samples:
-            raise ConfigError("entropy_keep semantic needs sampled continuations: give semantic_samples, 8 for example")
-        if self.semantic_tokens < 1:
-            raise ConfigError(f"semantic_tokens must be at least 1, got {self.semantic_tokens}")
-        if not 0 < self.semantic_similarity <= 1:
-            raise ConfigError(f"semantic_similarity must be above 0 and at most 1, got {self.semantic_similarity}")
-
-    def passes(self, sizes: Sizes) -> float:
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Entropies of the pool, and the continuations that are sampled."""
         sampled = self.semantic_samples * (sizes.pool + sizes.rows * self.semantic_tokens)
         return FORWARD * (sizes.pool + sampled)
 
     def __call__(self, problem: SelectionProblem) -> Selection:
-        found = self.entropies(problem)
-        used = list(found) if self.entropy_keep == "intersection" else [self.entropy_keep]
-        depth = np.min([self.depth(found[name]) for name in used], axis=0)
+        entropies = self.entropies(problem)
+        used = list(entropies) if self.entropy_keep == "intersection" else [self.entropy_keep]
+        depth = np.min([self.depth(entropies[name]) for name in used], axis=0)
         chosen = select_top("euds", depth, problem.n)
-        report = describe(chosen, problem.pool, None) | {
+        report: dict[str, Any] = {
             "entropies_used": ", ".join(used),
             "inside_the_interval": int(np.sum(depth >= 0)),
             "filled_from_outside": int(np.sum(depth[chosen.selected] < 0)),
         }
-        for name, values in found.items():
+        for name, values in entropies.items():
             edges = np.quantile(values, [self.entropy_low, self.entropy_high])
             report[f"{name}_entropy_interval"] = f"{edges[0]:.4g} to {edges[1]:.4g} nats"
         return dataclasses.replace(chosen, diagnostics=report)
@@ -109,10 +113,10 @@ class EudsSelector:
             what = "an entropy_fn" if problem.entropy_fn is None else "a sample_fn (or leave semantic_samples at 0)"
             raise ConfigError(f"euds asks the model for its predictions: give the problem {what}")
         both = token_entropies(problem)
-        found = {"information": both[:, 0], "generative": both[:, 1]}
+        entropies = {"information": both[:, 0], "generative": both[:, 1]}
         if wants_samples:
-            found["semantic"] = self.semantic(problem)
-        return found
+            entropies["semantic"] = self.semantic(problem)
+        return entropies
 
     def depth(self, values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         """min(u - low, high - u): how far inside the interval; negative outside."""
@@ -147,11 +151,11 @@ def token_entropies(problem: SelectionProblem) -> Float[np.ndarray, "N 2"]:
     store = open_shared(problem, "entropies", {"theta": tree_digest(problem.params)}, rows=len(problem.pool), width=2)
     fn = as_pytree_fn(problem.entropy_fn) if problem.entropy_fn is not None else None
     batches = problem.pool.batches(token_budget=problem.token_budget)
-    found = (
+    results = (
         (np.asarray(batch.index), entropy_batch(fn, problem.params, batch))
         for batch in iterate(batches, problem.progress and "entropies", "entropies", store)
     )
-    return np.asarray(collect_rows(found, rows=len(problem.pool), store=store, what="entropy"), np.float64)
+    return np.asarray(collect_rows(results, rows=len(problem.pool), store=store, what="entropy"), np.float64)
 
 
 @jax.jit
@@ -181,11 +185,11 @@ def cluster_entropy(texts: Sequence[str], similarity: float) -> float:
     for text in texts:
         words = set(re.findall(r"\w+|[^\w\s]", text.casefold()))
         near = (k for k, leader in enumerate(leaders) if _overlap(words, leader) >= similarity)
-        place = next(near, len(leaders))
-        if place == len(leaders):
+        cluster = next(near, len(leaders))
+        if cluster == len(leaders):
             leaders.append(words)
             sizes.append(0)
-        sizes[place] += 1
+        sizes[cluster] += 1
     shares = np.asarray(sizes, np.float64) / max(len(texts), 1)
     return float(max(0.0, -np.sum(shares * np.log(shares))))
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from ntkjax.errors import ConfigError
-from ntkjax.ntk.precondition import DAMPING
 from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.gradients import Switch
-from ntkjax.selection.ntk import DirectionName, NtkSelector
+from ntkjax.selection.gradients import Stage1Selector
+from ntkjax.selection.methods.ntk import NtkSelector, check_precondition
+from ntkjax.selection.options import DampingOptions, DirectionOptions, Stage1Options, check_choice
 
 CurvatureName = Literal["kfac", "adam"]
 
 
 @dataclasses.dataclass(frozen=True)
-class InfluenceSelector:
+class InfluenceOptions(DirectionOptions, Stage1Options, DampingOptions):
+    """Options of ``influence``."""
+
+    curvature: CurvatureName = "kfac"
+    """kfac: P = H + lambda I; adam: P = diag(sqrt(v)) + eps, the step sizes that Adam would take on the domain."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("curvature", self.curvature, CurvatureName)
+        check_precondition(self.curvature, "forward", self.direction)
+
+
+@dataclasses.dataclass(frozen=True)
+class InfluenceSelector(InfluenceOptions, Stage1Selector):
     """score_j = <P^-1 g_bar, g_j>, g the gradient of the loss at theta, g_bar the domain's mean; top n.
 
     With P = H + lambda I that is, to first order, how much the mean loss of the domain falls for each unit of weight
@@ -27,37 +39,18 @@ class InfluenceSelector:
     Open in the source and chosen by us: H is the Kronecker-factored empirical Fisher of the domain's loss, not of the
     training set's (the domain is what theta was warmed up on); damping is relative to the mean curvature.
 
-    Attributes:
-      curvature: ``kfac``; or ``adam``, P = diag(sqrt(v)) + eps, the step sizes that Adam would take on the domain.
-      damping: lambda of ``kfac``, over the mean curvature.
-      direction: ``raw``; ``contrast``: without what the pool's mean gradient shares with the domain's.
-      stage1, prefilter_factor, pool_sample: as for ``ntk``.
-
     Raises:
       ConfigError: options out of range.
     """
-
-    curvature: CurvatureName = "kfac"
-    damping: float = DAMPING
-    direction: DirectionName = "raw"
-    stage1: Switch = "on"
-    prefilter_factor: int = 4
-    pool_sample: int = 512
-
-    def __post_init__(self) -> None:
-        if self.curvature not in get_args(CurvatureName):
-            expected = ", ".join(get_args(CurvatureName))
-            raise ConfigError(f"curvature is {self.curvature!r}; expected one of {expected}")
-        self.as_ntk()
 
     def as_ntk(self) -> NtkSelector:
         """The same as options of ``ntk``."""
         options = dataclasses.asdict(self)
         return NtkSelector(kernel="loss", precondition=options.pop("curvature"), **options)
 
-    def passes(self, sizes: Sizes) -> float:
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
-        return self.as_ntk().passes(sizes)
+        return self.as_ntk().forward_tokens(sizes)
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         return dataclasses.replace(self.as_ntk()(problem), method="influence")

@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
-from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.embedding import embed_both
+from ntkjax.selection.embeddings import EmbeddingMethod, embed_both
+from ntkjax.selection.options import Options, check_least
 from ntkjax.selection.vote import CHUNK, unit_rows
 
 BLOCK = 64
@@ -22,7 +21,23 @@ MAX_ITERATIONS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class BetrSelector:
+class BetrOptions(Options):
+    """Options of ``betr``."""
+
+    classifier_sample: int = 20_000
+    """S: pool examples, or all, that are ranked by closeness to the domain to teach a classifier."""
+    classifier_share: float = 0.1
+    """The share of them that is the classifier's first class, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "classifier_sample", least=2)
+        if not 0 < self.classifier_share < 1:
+            raise ConfigError(f"classifier_share must lie between 0 and 1, got {self.classifier_share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BetrSelector(BetrOptions, EmbeddingMethod):
     """On a sample of S pool rows r_j = max_i log2(1 / rank_i(j)), rank_i(j) the place of row j (1: first) in the sample
     by cosine similarity to domain example i; the ``classifier_share`` of the sample with the highest r_j is class 1,
     the rest class 0; score_j = w . z_j + b, the log-odds of class 1 under a logistic regression, for the whole pool.
@@ -34,25 +49,9 @@ class BetrSelector:
     drawn uniformly, ``classifier_sample`` rows or the pool; equal r_j (many domain examples put different rows
     first) are ordered by the highest similarity to the domain, then by lower row.
 
-    Attributes:
-      classifier_sample: S. classifier_share: between 0 and 1.
-
     Raises:
       ConfigError: options out of range; a sample below 2 rows. UserError: a domain example whose embedding is zero.
     """
-
-    classifier_sample: int = 20_000
-    classifier_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.classifier_sample < 2:
-            raise ConfigError(f"classifier_sample must be at least 2, got {self.classifier_sample}")
-        if not 0 < self.classifier_share < 1:
-            raise ConfigError(f"classifier_share must lie between 0 and 1, got {self.classifier_share}")
-
-    def passes(self, sizes: Sizes) -> float:
-        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
-        return sizes.embeddings
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)
@@ -73,7 +72,7 @@ class BetrSelector:
             scores[index] = classifier.decision_function(unit_rows(np.asarray(read_pool(index)))[0].astype(np.float64))
         chosen = select_top("betr", scores, problem.n)
         top = np.argsort(-scores[drawn], kind="stable")[: positive.sum()]
-        report = describe(chosen, problem.pool, None) | {
+        report = {
             "classifier_sample": len(drawn),
             "classifier_positives": int(positive.sum()),
             "classifier_positives_found": float(positive[top].mean()),

@@ -8,20 +8,18 @@ from typing import ClassVar
 import numpy as np
 
 from ntkjax.rng import numpy_rng
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
-from ntkjax.selection.diagnostics import describe
+from ntkjax.selection.base import Selection, SelectionProblem, Selector, select_top
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomSelector:
+class RandomSelector(Selector):
     """score_j ~ U(0, 1), from the problem's seed; top n."""
 
     uses_model: ClassVar[bool] = False
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         scores = numpy_rng(problem.seed, "selection", "random").random(len(problem.pool))
-        chosen = select_top("random", scores, problem.n)
-        return dataclasses.replace(chosen, diagnostics=describe(chosen, problem.pool, None))
+        return select_top("random", scores, problem.n)
 
 
 def random_rows(pool: int, n: int, seed: int) -> np.ndarray:

@@ -12,21 +12,24 @@ from jaxtyping import Float, Int
 from ntkjax.errors import ConfigError
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.gradients import (
-    SketchName,
-    Switch,
-    check_options,
+    GradientSelector,
     cosines,
     find_candidates,
     gradient_features,
-    place,
+    scatter,
 )
+from ntkjax.selection.options import AdamOptions, GradientOptions
 from ntkjax.selection.vote import unit_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class LessSelector:
+class LessOptions(AdamOptions, GradientOptions):
+    """Options of ``less``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LessSelector(LessOptions, GradientSelector):
     """score_j = max_k sum_t eta_t / (sum_t' eta_t') mean_{i in D_k} cos(Pi Gamma_t(x_j), Pi g_t(x_i)); top n.
 
     D_k: the domain examples of subtask k, here of one ``source``; t: the checkpoints at the end of the warm-up's
@@ -39,27 +42,16 @@ class LessSelector:
     held-out set to these checkpoints. Its sketch is dense Rademacher (``--sketch rademacher``), ours sparse by default;
     it scores the whole pool (``--stage1 off``), we by default what stage 1 keeps, as for every gradient method.
 
-    Attributes:
-      sketch, sketch_size: Pi and K. stage1, prefilter_factor: see `find_candidates`.
-      adam: ``off`` takes the plain gradient for Gamma_t. After a warm-up on a small domain 0.9 m is the larger part of
-        every m', so that all Gamma_t point nearly the same way; this is what remains without it.
+    ``adam`` off takes the plain gradient for Gamma_t. After a warm-up on a small domain 0.9 m is the larger part of
+    every m', so that all Gamma_t point nearly the same way; without it this is not so.
 
     Raises:
       ConfigError: options out of range; a problem without checkpoints.
     """
 
-    sketch: SketchName = "sparse"
-    sketch_size: int = 8192
-    stage1: Switch = "on"
-    prefilter_factor: int = 4
-    adam: Switch = "on"
-
     uses_checkpoints: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor, self.adam)
-
-    def passes(self, sizes: Sizes) -> float:
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Gradients at every checkpoint."""
         return sizes.stage1(self.stage1) + sizes.checkpoints * sizes.gradients
 
@@ -69,12 +61,11 @@ class LessSelector:
         names, subtask = np.unique(np.asarray(problem.domain.sources, dtype=str), return_inverse=True)
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
         influence, report = self.influence(problem, candidates.rows, subtask)
-        scores = place(influence.max(axis=1), candidates.rows, len(problem.pool))
+        scores = scatter(influence.max(axis=1), candidates.rows, len(problem.pool))
         chosen = select_top("less", scores, problem.n, votes=candidates.counts)
         best = influence[np.searchsorted(candidates.rows, chosen.selected)].argmax(axis=1)
         report |= {"subtasks_chosen_for": dict(sorted(Counter(names[best].tolist()).items()))}
-        report = describe(chosen, problem.pool, None) | report | candidates.report()
-        return dataclasses.replace(chosen, diagnostics=report)
+        return dataclasses.replace(chosen, diagnostics=report | candidates.report())
 
     def influence(
         self, problem: SelectionProblem, rows: Int[np.ndarray, " C"], subtask: Int[np.ndarray, " M"]
@@ -87,9 +78,9 @@ class LessSelector:
             domain, read = gradient_features(problem, rows, adam=self.adam == "on", **options)
             unit, zero = unit_rows(np.asarray(domain, np.float64))
             means = np.stack([unit[subtask == k].mean(axis=0) for k in range(subtask.max() + 1)])
-            found, missing = cosines(read, rows, means)
-            total = total + weight * found
-            zeros, domain_zeros = [*zeros, missing], [*domain_zeros, zero]
+            cosine, zero_rows = cosines(read, rows, means)
+            total = total + weight * cosine
+            zeros, domain_zeros = [*zeros, zero_rows], [*domain_zeros, zero]
         return np.asarray(total), {
             "checkpoint_steps": [checkpoint.step for checkpoint in problem.checkpoints],
             "checkpoint_weights": weights.tolist(),

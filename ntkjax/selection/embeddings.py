@@ -1,38 +1,31 @@
-"""Stage 1 of NTK-Selector alone (arXiv 2511.07380): domain examples vote for their nearest pool examples."""
+"""Embeddings of domain and pool, computed once, and the vote of stage 1 (arXiv 2511.07380) over them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
 
 from ntkjax.fingerprint import tree_digest
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.base import SelectionProblem, Selector
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
 from ntkjax.selection.shared import open_shared
 from ntkjax.selection.vote import Votes, embed, vote
 from ntkjax.store import RowStore
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddingSelector:
-    """score_j = votes_j + (1 + mean cosine similarity_j) / 4: the n rows with the most votes, ties by similarity.
+class EmbeddingMethod(Selector):
+    """A method that embeds domain and pool, and by default asks no more of the model."""
 
-    The second term lies in [0, 1/2], so it orders rows with equal votes and no others.
-    """
-
-    def passes(self, sizes: Sizes) -> float:
-        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
+    def forward_tokens(self, sizes: Sizes) -> float:
+        """Domain and pool embedded once."""
         return sizes.embeddings
 
-    def __call__(self, problem: SelectionProblem) -> Selection:
-        found = stage1_votes(problem, problem.n)
-        scores = found.votes + (1 + found.similarity.astype(np.float64)) / 4
-        chosen = select_top("embedding", scores, problem.n, votes=found.votes)
-        return dataclasses.replace(chosen, diagnostics=describe(chosen, problem.pool, None))
+    @property
+    def embeds_pool(self) -> bool:
+        """Always."""
+        return True
 
 
 def stage1_votes(problem: SelectionProblem, k: int) -> Votes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.rng import named_key, numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.embedding import embed_both
-from ntkjax.selection.gradients import Candidates, Switch, check_options, find_candidates, gradient_features
+from ntkjax.selection.embeddings import embed_both
+from ntkjax.selection.gradients import Candidates, GradientSelector, find_candidates, gradient_features
+from ntkjax.selection.options import GradientOptions, check_choice, check_least
 from ntkjax.selection.vote import unit_rows
 
 FeatureName = Literal["embeddings", "gradients"]
@@ -34,7 +34,29 @@ Network = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class GaisSelector:
+class GaisOptions(GradientOptions):
+    """Options of ``gais``; those of stage 1 and of the sketch count with ``graph_features`` gradients only."""
+
+    graph_features: FeatureName = "embeddings"
+    """What similar means: embeddings as in stage 1; or gradients of the loss, of the candidates of stage 1."""
+    graph_edges: float = 0.05
+    """Share of pairs of examples that are joined, the most similar ones; above 0, below 1."""
+    graph_nodes: int = 512
+    """Examples of a graph, half of them of the domain; at least 4."""
+    graph_steps: int = 200
+    """Graphs that the attention network is trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("graph_features", self.graph_features, FeatureName)
+        if not 0 < self.graph_edges < 1:
+            raise ConfigError(f"graph_edges must lie between 0 and 1, got {self.graph_edges}")
+        check_least(self, "graph_nodes", least=4)
+        check_least(self, "graph_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class GaisSelector(GaisOptions, GradientSelector):
     """score_j = log-odds that row j belongs to the domain, by graph attention over examples like it; top n.
 
     Nodes: features x scaled to length 1, minus their mean over a sample of the pool, scaled to length 1 again. Two
@@ -54,37 +76,25 @@ class GaisSelector:
     and found by being hard to tell apart. Also chosen by us: tau, the similarity that the share ``graph_edges`` of
     pairs reaches in a graph drawn from the seed; widths, rates and steps; scoring against a fixed graph.
 
-    Attributes:
-      graph_features: ``embeddings`` as in stage 1, or ``gradients`` of the loss, sketched, of stage 1's candidates.
-      graph_edges: share of pairs that are joined, above 0, below 1.
-      graph_nodes, graph_steps: at least 4; at least 1.
-      sketch, sketch_size, stage1, prefilter_factor: with gradients only, as for other gradient methods.
-
     Raises:
       ConfigError: options out of range. UserError: a domain example whose features are zero.
     """
 
-    graph_features: str = "embeddings"
-    graph_edges: float = 0.05
-    graph_nodes: int = 512
-    graph_steps: int = 200
-    sketch: str = "sparse"
-    sketch_size: int = 8192
-    stage1: Switch = "on"
-    prefilter_factor: int = 4
+    @property
+    def embeds_pool(self) -> bool:
+        """With embeddings as features; with gradients, where stage 1 is on."""
+        return self.graph_features == "embeddings" or self.stage1 == "on"
 
-    def __post_init__(self) -> None:
-        if self.graph_features not in get_args(FeatureName):
-            expected = ", ".join(get_args(FeatureName))
-            raise ConfigError(f"graph_features is {self.graph_features!r}; expected one of {expected}")
-        if not 0 < self.graph_edges < 1:
-            raise ConfigError(f"graph_edges must lie between 0 and 1, got {self.graph_edges}")
-        for name, least in (("graph_nodes", 4), ("graph_steps", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        check_options(self.sketch, self.sketch_size, self.stage1, self.prefilter_factor)
+    @property
+    def feature_size(self) -> int:
+        """K with gradients as features."""
+        return self.sketch_size if self.graph_features == "gradients" else 0
 
-    def passes(self, sizes: Sizes) -> float:
+    def scored_rows(self, n: int, rows: int) -> int:
+        """With gradients as features what stage 1 keeps, otherwise all."""
+        return super().scored_rows(n, rows) if self.graph_features == "gradients" else rows
+
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
         if self.graph_features == "embeddings":
             return sizes.embeddings
@@ -102,13 +112,13 @@ class GaisSelector:
             rows = candidates.rows[start : start + CHUNK]
             padded = np.resize(rows, min(CHUNK, len(candidates.rows)))  # one shape, so one compilation
             apart = padded[:, None] != index[None, :]
-            found = confidence(network, nodes.centred(read(padded)), x, apart, tau)
-            scores[rows] = np.asarray(found, np.float64)[: len(rows)]
+            log_odds = confidence(network, nodes.centred(read(padded)), x, apart, tau)
+            scores[rows] = np.asarray(log_odds, np.float64)[: len(rows)]
         if not np.isfinite(scores[candidates.rows]).all():
             raise UserError("gais: the network did not stay finite; lower graph_steps or use graph_features embeddings")
         chosen = select_top("gais", scores, problem.n, votes=candidates.counts)
         own = np.asarray(confidence(network, x, x, ~np.eye(len(x), dtype=bool), tau))
-        report = describe(chosen, problem.pool, None) | candidates.report() | {
+        report = candidates.report() | {
             "graph_threshold": float(tau),
             "graph_accuracy": float(np.mean((own > 0) == (labels > 0))),
             "confidence_of_the_last_chosen": float(1 / (1 + np.exp(-scores[chosen.selected[-1]]))),
@@ -120,8 +130,8 @@ class GaisSelector:
         if self.graph_features == "embeddings":
             return Candidates(np.arange(len(problem.pool))), *embed_both(problem, problem.embed_fn, "embeddings")
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
-        found = gradient_features(problem, candidates.rows, sketch=self.sketch, size=self.sketch_size)
-        return candidates, *found
+        features = gradient_features(problem, candidates.rows, sketch=self.sketch, size=self.sketch_size)
+        return candidates, *features
 
     def train(self, problem: SelectionProblem, nodes: Nodes, rng: np.random.Generator, tau: np.float32) -> Network:
         """The network after ``graph_steps`` graphs."""

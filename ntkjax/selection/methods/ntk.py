@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KernelFunctions, build, parse
-from ntkjax.ntk.precondition import DAMPING, PreconditionerName, build_preconditioner
+from ntkjax.ntk.precondition import PreconditionerName, build_preconditioner
 from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
@@ -32,27 +32,24 @@ from ntkjax.selection.aggregation import (
 )
 from ntkjax.selection.base import Selection, SelectionProblem, ranks_after, select_top
 from ntkjax.selection.cost import FORWARD, TRAIN, Sizes
-from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.gradients import (
+from ntkjax.selection.gradients import Candidates, Stage1Selector, domain_features, find_candidates, scatter
+from ntkjax.selection.options import (
     SKETCHES,
-    Candidates,
-    SketchName,
-    Switch,
-    domain_features,
-    find_candidates,
-    place,
+    DampingOptions,
+    DirectionOptions,
+    KernelName,
+    SketchOptions,
+    Stage1Options,
+    check_choice,
 )
-from ntkjax.selection.rds import take_turns
+from ntkjax.selection.vote import take_turns
 from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
-DirectionName = Literal["raw", "contrast", "cosine"]
 
 
-def check_precondition(name: str, scores: str, direction: str, damping: float) -> None:
+def check_precondition(name: str, scores: str, direction: str) -> None:
     """Raise ConfigError where a preconditioner cannot serve the other options."""
-    if not damping > 0:
-        raise ConfigError(f"damping must be above 0, got {damping}")
     if name == "none":
         return
     if scores != "forward":
@@ -65,60 +62,58 @@ def check_precondition(name: str, scores: str, direction: str, damping: float) -
 
 
 @dataclasses.dataclass(frozen=True)
-class NtkSelector:
-    """The paper's two stages, and the choices it leaves open.
+class NtkOptions(DirectionOptions, SketchOptions, Stage1Options, DampingOptions):
+    """Options of ``ntk``, NTK-Selector (arXiv 2511.07380): the defaults are the paper's but for the sketch."""
 
-    Attributes:
-      kernel: ``sum_logits`` [paper], ``loss``, ``spectral:m``, ... (see `ntkjax.ntk.kernels.parse`).
-      direction: ``raw`` [paper]: <g_bar, g_j>. ``contrast``: <g_bar - proj_p g_bar, g_j> with p the mean gradient of
-        the pool sample. ``cosine``: <g_bar, g_j> / (|g_bar| |g_j|), which needs every candidate's gradient norm and so
-        costs per-example gradients.
-      scores: ``forward`` (exact) or ``sketch`` (the paper's path, K = ``sketch_size``).
-      sketch: the map of ``scores`` sketch: ``rademacher`` [paper], ``sparse`` or ``kronecker``. The default ranks like
-        the paper's and costs next to nothing (experiments/bench_sketch.py).
-      precondition: ``none``; ``adam`` or ``kfac``: <P^-1 g_bar, g_j> with P from the domain's loss (see
-        `ntkjax.ntk.precondition`), the pool's mean gradient treated alike.
-      damping: of ``kfac``, over the mean curvature.
-      stage1: ``on``: only the M_pre = ``prefilter_factor`` * n rows with the most votes are scored, each domain point
-        voting for M_pre / 4; ``off``: every row is scored.
-      pool_sample: rows of the whole pool, drawn from the seed, whose mean gradient is one more tangent.
-      aggregation: ``mean`` [paper], ``clusters``, ``max`` or ``round-robin`` over the domain's examples, see
-        `ntkjax.selection.aggregation`; the last two need ``scores`` sketch.
-      domain_clusters: how many groups of domain examples ``clusters`` makes, at most.
-    """
-
-    kernel: str = "sum_logits"
-    direction: DirectionName = "raw"
+    kernel: KernelName = "sum_logits"
+    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware; trace, centred_trace: exact; spectral:m,
+    centred_spectral:m, hutchinson:m: m outputs that approximate the trace."""
     scores: ScoreMethod = "forward"
-    sketch: SketchName = "sparse"
-    sketch_size: int = 8192
+    """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
     precondition: PreconditionerName = "none"
-    damping: float = DAMPING
-    stage1: Switch = "on"
-    prefilter_factor: int = 4
-    pool_sample: int = 512
+    """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
+    of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
     aggregation: AggregationName = "mean"
+    """Over the domain's examples. mean: the paper's; clusters: the best of the means of groups of them; max: the best
+    of all; round-robin: each takes its best in turn. The last two need scores=sketch."""
     domain_clusters: int = 8
+    """Groups of domain examples, at most (aggregation=clusters)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse(self.kernel)
-        kinds = {"direction": DirectionName, "scores": ScoreMethod, "sketch": SketchName, "stage1": Switch}
-        for name, kind in (kinds | {"precondition": PreconditionerName}).items():
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
-        check_precondition(self.precondition, self.scores, self.direction, self.damping)
+        check_choice("scores", self.scores, ScoreMethod)
+        check_choice("precondition", self.precondition, PreconditionerName)
+        check_precondition(self.precondition, self.scores, self.direction)
         check_aggregation(self.aggregation, self.scores, self.domain_clusters)
-        for name in ("sketch_size", "prefilter_factor", "pool_sample"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NtkSelector(NtkOptions, Stage1Selector):
+    """The paper's two stages, and the choices it leaves open.
+
+    Stage 2 scores the M_pre = ``prefilter_factor`` * n rows with the most votes along one direction: g_bar [paper],
+    what ``direction`` leaves of it, P^-1 of that with ``precondition`` (`ntkjax.ntk.precondition`; the pool's mean
+    gradient is treated alike), or one for each group of domain examples (`ntkjax.selection.aggregation`). ``scores``
+    sketch is the paper's way to the same numbers; the default sketch ranks like the paper's and costs next to nothing
+    (experiments/bench_sketch.py).
+
+    Raises:
+      ConfigError: options out of range, or that do not go together.
+    """
 
     @property
-    def one_pass(self) -> bool:
-        """Whether the candidates are scored by one forward-mode pass with two tangents, and nothing else."""
+    def forward_kernel(self) -> str | None:
+        """The kernel, with the options under which one pass with two tangents is all that is asked."""
         plain = (self.scores, self.aggregation, self.precondition) == ("forward", "mean", "none")
-        return plain and self.direction != "cosine"
+        return self.kernel if plain and self.direction != "cosine" else None
 
-    def passes(self, sizes: Sizes) -> float:
+    @property
+    def feature_size(self) -> int:
+        """K where more than one forward-mode pass is asked."""
+        return 0 if self.forward_kernel is not None else self.sketch_size
+
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Mean gradients of domain and pool sample, then the candidates under all directions at once; or, where
         examples of the domain are looked at one by one or scores are sketched, the gradients of all of them."""
         outputs = parse(self.kernel).outputs(sizes.width)
@@ -140,22 +135,21 @@ class NtkSelector:
     def __call__(self, problem: SelectionProblem) -> Selection:
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
         if self.aggregation in BY_EXAMPLE:
-            chosen, reference, more = self.by_example(problem, candidates)
+            chosen, report = self.by_example(problem, candidates), {}
         else:
-            scores, reference, more = self.score(problem, candidates.rows)
-            chosen = select_top("ntk", scores, problem.n, votes=candidates.counts)
+            scores, pool_mean_scores, report = self.score(problem, candidates.rows)
+            chosen = select_top("ntk", scores, problem.n, votes=candidates.counts, pool_mean_scores=pool_mean_scores)
         options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition", "aggregation")}
-        report = describe(chosen, problem.pool, reference) | options | more | candidates.report()
-        return dataclasses.replace(chosen, diagnostics=report)
+        return dataclasses.replace(chosen, diagnostics=options | report | candidates.report())
 
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """(s_j along ``direction``, s_j with the pool's own mean gradient: float64 [N], NaN outside ``candidates``; and
-        what to report)."""
+        """(s_j along the domain's direction, s_j with the pool's own mean gradient: float64 [N], NaN outside
+        ``candidates``; and what to report)."""
         budget = problem.token_budget
         functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
         kernel = build(self.kernel, functions, problem.params, seed=problem.seed)
         domain, report = self.groups(problem)
-        found = kernel_scores(
+        scored = kernel_scores(
             kernel,
             problem.params,
             domain[0],
@@ -168,8 +162,8 @@ class NtkSelector:
             store=self.store(problem, "scores", width=len(domain) + 1),
             progress=problem.progress and "score pool",
         )
-        along = self.along(found, problem, kernel, candidates)
-        return along.max(axis=1), np.asarray(found.scores[:, -1], np.float64), report
+        by_group = self.along(scored, problem, kernel, candidates)
+        return by_group.max(axis=1), np.asarray(scored.scores[:, -1], np.float64), report
 
     def sample(self, problem: SelectionProblem) -> np.ndarray:
         """The pool rows whose mean gradient stands for the pool's."""
@@ -188,14 +182,14 @@ class NtkSelector:
         return [plan.only(labels == group) for group in range(len(sizes))], {"domain_cluster_sizes": sizes}
 
     def along(
-        self, found: KernelScores, problem: SelectionProblem, kernel: Kernel, candidates: np.ndarray
+        self, scored: KernelScores, problem: SelectionProblem, kernel: Kernel, candidates: np.ndarray
     ) -> np.ndarray:
         """The scores along ``direction`` for each group of domain examples, float64 [N, groups]."""
-        raw, gram = np.asarray(found.scores[:, :-1], np.float64), found.gram
+        raw, gram = np.asarray(scored.scores[:, :-1], np.float64), scored.gram
         if self.direction == "raw":
             return raw
         if self.direction == "contrast":  # what each direction shares with the pool's, the last
-            return raw - gram[:-1, -1] / gram[-1, -1] * np.asarray(found.scores[:, -1:], np.float64)
+            return raw - gram[:-1, -1] / gram[-1, -1] * np.asarray(scored.scores[:, -1:], np.float64)
         squares = squared_norms(
             kernel,
             problem.params,
@@ -213,12 +207,10 @@ class NtkSelector:
             )
         return raw / np.sqrt(np.asarray(squares, np.float64)[:, None] * np.diagonal(gram)[:-1])
 
-    def by_example(
-        self, problem: SelectionProblem, candidates: Candidates
-    ) -> tuple[Selection, np.ndarray, dict[str, Any]]:
-        """(the selection by ``max`` or ``round-robin``, s_j with the pool's own mean gradient, what to report)."""
+    def by_example(self, problem: SelectionProblem, candidates: Candidates) -> Selection:
+        """The selection by ``max`` or ``round-robin``, without what is reported."""
         turns = self.aggregation == "round-robin"
-        found, reference = compare_examples(
+        neighbours, pool_mean_scores = compare_examples(
             problem,
             candidates.rows,
             self.sample(problem),
@@ -229,12 +221,13 @@ class NtkSelector:
             nearest_rows=problem.n if turns else 1,
         )
         rows = len(problem.pool)
-        scores = place(found.highest.astype(np.float64), candidates.rows, rows)
-        chosen = select_top("ntk", scores, problem.n, votes=candidates.counts)
+        scores = scatter(neighbours.highest.astype(np.float64), candidates.rows, rows)
+        pool_mean_scores = scatter(pool_mean_scores, candidates.rows, rows)
+        chosen = select_top("ntk", scores, problem.n, votes=candidates.counts, pool_mean_scores=pool_mean_scores)
         if turns:
-            taken = candidates.rows[take_turns(found.rows, problem.n)]
-            chosen = dataclasses.replace(chosen, ranks=ranks_after(taken, scores), selected=taken)
-        return chosen, place(reference, candidates.rows, rows), {}
+            selected = candidates.rows[take_turns(neighbours.rows, problem.n)]
+            chosen = dataclasses.replace(chosen, ranks=ranks_after(selected, scores), selected=selected)
+        return chosen
 
     def make_sketch(self, problem: SelectionProblem) -> Sketch | None:
         """The projection of the paper's path, or None on the exact path."""

@@ -10,16 +10,39 @@ from jaxtyping import Float, Int
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem
-from ntkjax.selection.cost import Sizes
-from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.embedding import embed_both
+from ntkjax.selection.embeddings import EmbeddingMethod, embed_both
+from ntkjax.selection.options import Options, check_least
 from ntkjax.selection.vote import nearest, unit_rows
 
 BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class TsdsSelector:
+class TsdsOptions(Options):
+    """Options of ``tsds``."""
+
+    transport_alpha: float = 0.5
+    """alpha. Up to 1: closeness to the domain; towards 0: mass spread over more examples."""
+    transport_scale: float = 5.0
+    """C, what a distance between embeddings of length 1 is divided by."""
+    transport_sigma: float = 0.75
+    """sigma: distance within which examples count as near-duplicates; 0: none do, every rho is 1."""
+    neighbours: int = 5000
+    """Nearest pool examples that may serve a domain example; rho counts among all of these."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.transport_alpha <= 1:
+            raise ConfigError(f"transport_alpha must be above 0 and at most 1, got {self.transport_alpha}")
+        if not self.transport_scale > 0:
+            raise ConfigError(f"transport_scale must be above 0, got {self.transport_scale}")
+        if not self.transport_sigma >= 0:
+            raise ConfigError(f"transport_sigma must be at least 0, got {self.transport_sigma}")
+        check_least(self, "neighbours")
+
+
+@dataclasses.dataclass(frozen=True)
+class TsdsSelector(TsdsOptions, EmbeddingMethod):
     """min over gamma [M, N] >= 0 with sum_j gamma_ij = 1/M of
     alpha/C sum_ij gamma_ij d_ij + (1 - alpha) M max_ij rho_j gamma_ij;
     n rows are drawn in proportion to the mass p_j = sum_i gamma_ij.
@@ -34,58 +57,35 @@ class TsdsSelector:
     replacement (Gumbel noise on log p), since a selection holds every row once; where fewer than n rows have mass the
     nearest others fill up, counted in the report.
 
-    Attributes:
-      transport_alpha, transport_scale, transport_sigma: alpha, C, sigma (0: every rho is 1).
-      neighbours: rows that may receive the mass of one domain example, its nearest; rho counts among all of these.
-
     Cost: besides the search, |U|^2 D for rho, U the rows among the neighbours of any domain example.
 
     Raises:
       ConfigError: options out of range. UserError: a domain example whose embedding is zero.
     """
 
-    transport_alpha: float = 0.5
-    transport_scale: float = 5.0
-    transport_sigma: float = 0.75
-    neighbours: int = 5000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.transport_alpha <= 1:
-            raise ConfigError(f"transport_alpha must be above 0 and at most 1, got {self.transport_alpha}")
-        if not self.transport_scale > 0:
-            raise ConfigError(f"transport_scale must be above 0, got {self.transport_scale}")
-        if not self.transport_sigma >= 0:
-            raise ConfigError(f"transport_sigma must be at least 0, got {self.transport_sigma}")
-        if self.neighbours < 1:
-            raise ConfigError(f"neighbours must be at least 1, got {self.neighbours}")
-
-    def passes(self, sizes: Sizes) -> float:
-        """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
-        return sizes.embeddings
-
     def __call__(self, problem: SelectionProblem) -> Selection:
         rows = len(problem.pool)
         domain, read_pool = embed_both(problem, problem.embed_fn, "embeddings")
-        found = nearest(domain, read_pool, rows=rows, k=self.neighbours)
-        used, place = np.unique(found.rows, return_inverse=True)
-        place = place.reshape(found.rows.shape)
+        nearby = nearest(domain, read_pool, rows=rows, k=self.neighbours)
+        used, position = np.unique(nearby.rows, return_inverse=True)
+        position = position.reshape(nearby.rows.shape)
         density = density_of(unit_rows(np.asarray(read_pool(used)))[0], self.transport_sigma)
-        distance = np.sqrt(np.maximum(2 - 2 * found.similarity.astype(np.float64), 0))
+        distance = np.sqrt(np.maximum(2 - 2 * nearby.similarity.astype(np.float64), 0))
 
         price, weight = self.transport_alpha / self.transport_scale, 1 - self.transport_alpha
-        moved = transport(distance, density[place], price, weight)
+        moved = transport(distance, density[position], price, weight)
         mass = np.zeros(rows)
-        np.add.at(mass, found.rows.ravel(), moved.ravel())
-        order = draw(mass, found.highest, numpy_rng(problem.seed, "selection", "tsds"))
+        np.add.at(mass, nearby.rows.ravel(), moved.ravel())
+        order = draw(mass, nearby.highest, numpy_rng(problem.seed, "selection", "tsds"))
         ranks = np.zeros(rows, np.int64)
         ranks[order] = np.arange(1, rows + 1)
-        chosen = Selection("tsds", mass, ranks, order[: problem.n])
-        report = describe(chosen, problem.pool, None) | {
+        selected = order[: problem.n]
+        report = {
             "rows_with_mass": int(np.sum(mass > 0)),
-            "filled_without_mass": int(np.sum(mass[chosen.selected] == 0)),
+            "filled_without_mass": int(np.sum(mass[selected] == 0)),
             "mean_density": float(density.mean()),
         }
-        return dataclasses.replace(chosen, diagnostics=report)
+        return Selection("tsds", mass, ranks, selected, diagnostics=report)
 
 
 def density_of(unit: Float[np.ndarray, "U D"], sigma: float) -> Float[np.ndarray, " U"]:

@@ -16,15 +16,15 @@ from tqdm import tqdm
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.kernels import KernelFunctions, build
-from ntkjax.ntk.precondition import DAMPING, build_preconditioner
+from ntkjax.ntk.precondition import build_preconditioner
 from ntkjax.ntk.scores import Direction, mean_direction, scores_along
 from ntkjax.parallel import broadcast
 from ntkjax.rng import numpy_rng
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.base import Batches, Selection, SelectionProblem, select_top
 from ntkjax.selection.clusters import k_means
 from ntkjax.selection.cost import TRAIN, Sizes
-from ntkjax.selection.diagnostics import describe
-from ntkjax.selection.embedding import embed_both
+from ntkjax.selection.embeddings import EmbeddingMethod, embed_both
+from ntkjax.selection.options import DampingOptions, check_least
 from ntkjax.selection.shared import open_shared
 from ntkjax.selection.vote import CHUNK, unit_rows
 
@@ -37,7 +37,30 @@ FINER = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class QuadSelector:
+class QuadOptions(DampingOptions):
+    """Options of ``quad``."""
+
+    pool_clusters: int = 64
+    """Clusters of the pool's embeddings, the arms of the bandit; fewer where pulling each once would take more than a
+    quarter of the rows to probe."""
+    probes: int = 8
+    """Members whose influence a pull of an arm computes."""
+    arms_per_round: int = 8
+    """Arms pulled before their bounds are worked out again."""
+    probe_factor: int = 4
+    """Examples probed for each one wanted."""
+    exploration: float = 1.0
+    """Weight of what is not known of an arm, in standard deviations of the influences; at least 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "pool_clusters", "probes", "arms_per_round", "probe_factor")
+        if not self.exploration >= 0:
+            raise ConfigError(f"exploration must be at least 0, got {self.exploration}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadSelector(QuadOptions, EmbeddingMethod):
     """score_j = <(H + lambda I)^-1 g_bar, g_j> of the rows that a bandit probed, none for the others; top n.
 
     The pool's embeddings are grouped by k-means; a group c is an arm. First every arm is pulled once, then round after
@@ -57,33 +80,17 @@ class QuadSelector:
     length 1 (there: a text encoder); the bound is in units of sd, since influences have none; the n best of the probed
     rows instead of a threshold, which would have to be tuned; arms are weighed by their mean, not by their size.
 
-    Attributes:
-      pool_clusters: arms; fewer where pulling each once would take more than a quarter of the rows to probe.
-      probes, arms_per_round, probe_factor: at least 1. exploration: at least 0. damping: lambda over mean curvature.
-
     Finished probes are kept, so a killed run repeats the bandit's choices without computing them again.
 
     Raises:
       ConfigError: options out of range.
     """
 
-    pool_clusters: int = 64
-    probes: int = 8
-    arms_per_round: int = 8
-    probe_factor: int = 4
-    exploration: float = 1.0
-    damping: float = DAMPING
+    def scored_rows(self, n: int, rows: int) -> int:
+        """Those that are probed: ``probe_factor`` * n, or the pool."""
+        return min(self.probe_factor * n, rows)
 
-    def __post_init__(self) -> None:
-        for name in ("pool_clusters", "probes", "arms_per_round", "probe_factor"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.exploration >= 0:
-            raise ConfigError(f"exploration must be at least 0, got {self.exploration}")
-        if not self.damping > 0:
-            raise ConfigError(f"damping must be above 0, got {self.damping}")
-
-    def passes(self, sizes: Sizes) -> float:
+    def forward_tokens(self, sizes: Sizes) -> float:
         """Embeddings; mean gradient and curvature of the domain; a tangent on the rows that were probed."""
         return sizes.embeddings + 2 * TRAIN * sizes.domain + 2 * sizes.scored
 
@@ -108,7 +115,7 @@ class QuadSelector:
                 rounds += 1
                 bar.update(len(asked))
         chosen = select_top("quad", scores, problem.n)
-        report = describe(chosen, problem.pool, None) | {
+        report = {
             "pool_clusters": len(np.unique(labels)),
             "probed": bandit.probed,
             "rounds": rounds,
@@ -166,10 +173,10 @@ class Bandit:
 
     def learn(self, arms: Int[np.ndarray, " a"], rewards: list[Float[np.ndarray, " _"]]) -> None:
         """The rewards of what was drawn."""
-        for arm, found in zip(arms, rewards):
-            self.counts[arm] += len(found)
-            self._sums[arm] += found.sum()
-            self._seen.append(found)
+        for arm, part in zip(arms, rewards):
+            self.counts[arm] += len(part)
+            self._sums[arm] += part.sum()
+            self._seen.append(part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +187,7 @@ class Probe:
     kernel: Any
     direction: Direction
     store: Any
-    plan: Any
+    plan: Batches
 
     @classmethod
     def prepare(cls, problem: SelectionProblem, options: QuadSelector) -> Probe:
@@ -209,7 +216,7 @@ class Probe:
         return cls(problem, kernel, Direction(_solve(solve, mean.outputs)), store, plan)
 
     def __call__(self, rows: Int[np.ndarray, " b"]) -> Float[np.ndarray, " b"]:
-        found = scores_along(
+        influences = scores_along(
             self.kernel,
             self.problem.params,
             [self.direction],
@@ -217,12 +224,10 @@ class Probe:
             rows=len(self.problem.pool),
             store=self.store,
         )
-        return np.asarray(found[rows, 0], np.float64)
+        return np.asarray(influences[rows, 0], np.float64)
 
-    def batches(self, rows: Int[np.ndarray, " b"]) -> Any:
+    def batches(self, rows: Int[np.ndarray, " b"]) -> Batches:
         """These rows in batches of the shapes that the whole pool has: no round compiles anything."""
-        if not hasattr(self.plan, "only"):
-            return self.problem.pool.batches(token_budget=self.problem.token_budget, indices=rows)
         wanted = np.zeros(len(self.problem.pool), bool)
         wanted[rows] = True
         return self.plan.only(wanted)
@@ -250,15 +255,15 @@ def pool_clusters(problem: SelectionProblem, count: int) -> Int[np.ndarray, " N"
     drawn = np.sort(rng.choice(rows, size=min(SAMPLE, rows), replace=False))
     sample, _ = unit_rows(np.asarray(read_pool(drawn)))
     _, centres = k_means(sample, count, seed=int(rng.integers(2**31)), starts=STARTS)
-    found = np.empty(rows, np.int32)
+    labels = np.empty(rows, np.int32)
     for start in range(0, rows, CHUNK):
         index = np.arange(start, min(start + CHUNK, rows))
         near = unit_rows(np.asarray(read_pool(index)))[0] @ centres.T - np.sum(centres**2, axis=1) / 2
-        found[index] = np.argmax(near, axis=1)
-    found = np.asarray(broadcast(jnp.asarray(found)))
+        labels[index] = np.argmax(near, axis=1)
+    labels = np.asarray(broadcast(jnp.asarray(labels)))
     if store is not None:
         mine = store.mine()
         index = np.arange(rows) if mine is None else np.flatnonzero(mine)
-        store.write(index, found[index])
+        store.write(index, labels[index])
         store.gather()
-    return found.astype(np.int64)
+    return labels.astype(np.int64)

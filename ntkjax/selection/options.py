@@ -1,0 +1,148 @@
+"""Options that several methods share, and their checks.
+
+The options of a method are a frozen dataclass in the method's file that inherits from these. The options of the command
+line inherit from all of them (`ntkjax.pipeline.options.SelectorOptions`), so that an option stands once, with its help
+in the string below it: one that several methods have belongs here. Order of bases where a class has several of them:
+`DirectionOptions`, `AdamOptions`, `SketchOptions`, `Stage1Options`, `DampingOptions`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
+
+from tyro.conf import arg
+
+from ntkjax.errors import ConfigError
+from ntkjax.ntk.kernels import describe_kernels
+from ntkjax.ntk.kronecker import KroneckerSketch
+from ntkjax.ntk.precondition import DAMPING
+from ntkjax.ntk.sketch import RademacherSketch, Sketch
+from ntkjax.ntk.sparse import SparseSketch
+
+KernelName = Annotated[str, arg(help=f"The tangent kernel. {describe_kernels()}.")]
+"""A name of `ntkjax.ntk.kernels.KERNELS`, with the table as its help on the command line."""
+SketchName = Literal["rademacher", "sparse", "kronecker"]
+DirectionName = Literal["raw", "contrast", "cosine"]
+Switch = Literal["on", "off"]
+SKETCHES: dict[str, Callable[..., Sketch]] = {
+    "rademacher": RademacherSketch,
+    "sparse": SparseSketch,
+    "kronecker": KroneckerSketch,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a method. A subclass checks its own after those that it inherits.
+
+    Raises:
+      ConfigError: an option out of range, or options that do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SketchOptions(Options):
+    """The projection of gradients to features, where gradients are kept."""
+
+    sketch: SketchName = "sparse"
+    """The projection of gradients (scores=sketch, and methods that keep gradients). rademacher: the paper's, dense;
+    sparse: ranks like it, at next to no cost; kronecker: of both sides of each matrix."""
+    sketch_size: int = 8192
+    """K, the numbers that a gradient is projected to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("sketch", self.sketch, SketchName)
+        check_least(self, "sketch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefilterOptions(Options):
+    """How many candidates the embedding vote keeps."""
+
+    prefilter_factor: int = 4
+    """M_pre / N: how many candidates stage 1 keeps for each example wanted; each domain point votes for M_pre / 4."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "prefilter_factor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Options(PrefilterOptions):
+    """The embedding vote before the scores."""
+
+    stage1: Switch = "on"
+    """on: embedding vote first; off: score the whole pool."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("stage1", self.stage1, Switch)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientOptions(SketchOptions, Stage1Options):
+    """What the methods share that keep a sketched gradient of every candidate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        SKETCHES[self.sketch](self.sketch_size)  # a size that the sketch cannot have is refused here
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamOptions(Options):
+    """Whether a pool example counts by its gradient or by Adam's step (see `ntkjax.selection.gradients`)."""
+
+    adam: Switch = "on"
+    """on: a pool example is the step that Adam would take on it; off: its plain gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("adam", self.adam, Switch)
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectionOptions(Options):
+    """The direction along which the pool is scored."""
+
+    direction: DirectionName = "raw"
+    """raw: the paper's mean kernel value <g_bar, g_j>; contrast: <g_bar - proj_p g_bar, g_j>, without what the pool's
+    mean gradient p shares with the domain's; cosine: <g_bar, g_j> / (|g_bar| |g_j|) (costs per-example gradients)."""
+    pool_sample: int = 512
+    """Pool examples, drawn from the seed, whose mean gradient p is the second tangent of the report."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("direction", self.direction, DirectionName)
+        check_least(self, "pool_sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class DampingOptions(Options):
+    """The damping of a Kronecker-factored curvature."""
+
+    damping: float = DAMPING
+    """lambda over the mean curvature (precondition=kfac, curvature=kfac, method=quad)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damping > 0:
+            raise ConfigError(f"damping must be above 0, got {self.damping}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ConfigError unless ``value`` is one of the values of the Literal ``choices``."""
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(get_args(choices))}")
+
+
+def check_least(options: Any, *names: str, least: int = 1) -> None:
+    """Raise ConfigError where one of the named options is below ``least``."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, got {getattr(options, name)}")
