@@ -10,11 +10,12 @@ from tyro.conf import arg
 
 from ntkjax.commands.base import Command
 from ntkjax.evaluation import METRICS, Evaluation, compare, read_outcomes, values
+from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import describe_choices
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model
-from ntkjax.pipeline.options import DataOptions, EvaluationOptions, ModelOptions
+from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.tables import to_markdown

@@ -7,6 +7,7 @@ from ntkjax.evaluation.comparison import compare, compare_seeds, paired_values
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll, summarise_nll
 from ntkjax.evaluation.metrics import METRICS, Metric, values
+from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
 from ntkjax.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from ntkjax.evaluation.run import Evaluation, evaluate_model
 from ntkjax.evaluation.significance import (
@@ -26,6 +27,8 @@ __all__ = [
     "METRICS",
     "ChoiceScores",
     "Evaluation",
+    "EvaluationOptions",
+    "EvaluationSettings",
     "GeneratedAnswer",
     "Interval",
     "McNemar",

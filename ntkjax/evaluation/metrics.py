@@ -118,9 +118,9 @@ class Metric:
         """``value``, or its negative where lower is better: the larger the better."""
         return value if self.higher_is_better else -value
 
-    def text(self, value: float, digits: int | None = None) -> str:
+    def text(self, value: float) -> str:
         """A value as it is printed, shares in percent, without the unit."""
-        return f"{self.scale * value:.{self.digits if digits is None else digits}f}"
+        return f"{self.scale * value:.{self.digits}f}"
 
 
 _ENTRIES = (

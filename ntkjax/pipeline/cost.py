@@ -51,15 +51,11 @@ def selection_cost(
     """
     if not asks_the_model(options):
         return {"warmup": 0.0, "selection": 0.0}
-    epochs = 0.0 if warmup is None else _epochs(warmup, len(domain))
+    epochs = 0.0 if warmup is None else warmup.epochs_over(len(domain))
     sizes = Sizes.of(found, domain, pool, width=config.hidden_size, checkpoints=max(1, math.ceil(epochs)))
     candidates = 0 if options.diversity == "none" else options.diversity_factor * len(found.selected)
     asked = passes_of(make_selector(options), sizes, diversity_rows=candidates)
     return {} if asked is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": asked}
-
-
-def _epochs(config: TrainConfig, rows: int) -> float:
-    return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
 
 
 def multiplied_weights(params: Mapping[str, Any], config: ModelConfig) -> int:

@@ -194,15 +194,3 @@ class SelectorOptions:
         check_aggregation(self.aggregation, self.scores, self.domain_clusters)
         check_diversity(self.diversity, self.diversity_factor)
         parse(self.diversity_kernel)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
-    """What is measured on the test examples."""
-
-    answer_template: str = "So the answer is {}."
-    """The response whose likelihood decides between choices; {} is the choice."""
-    generation: bool = False
-    """Also generate answers greedily and read "So the answer is X" from them."""
-    max_new_tokens: int = 128
-    """Longest generated answer."""

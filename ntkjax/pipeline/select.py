@@ -23,10 +23,6 @@ from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
 
-def _epochs(config: TrainConfig, rows: int) -> float:
-    return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
-
-
 def choose(
     model: LanguageModel,
     params: Params,

@@ -27,6 +27,7 @@ from ntkjax.commands.base import Command
 from ntkjax.errors import ConfigError
 from ntkjax.evaluation import METRICS, Outcome
 from ntkjax.evaluation.metrics import means
+from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.arms import BASE, DOMAIN, EQUAL, RANDOM
@@ -37,7 +38,7 @@ from ntkjax.pipeline.finetune import save_result, train_on
 from ntkjax.pipeline.finetune import summary as training_summary
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
-from ntkjax.pipeline.options import DataOptions, DedupOptions, EvaluationOptions, ModelOptions, SelectorOptions
+from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.select import check_method, choose

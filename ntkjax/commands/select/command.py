@@ -17,7 +17,7 @@ from ntkjax.pipeline.load import load_data, load_model, trained_parameters
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.pipeline.select import _epochs, check_warmup, choose, make_selector
+from ntkjax.pipeline.select import check_warmup, choose, make_selector
 from ntkjax.pipeline.selection_io import FILES, SelectedFormat
 from ntkjax.report.sections import flat_diagnostics
 from ntkjax.report.tables import to_markdown
@@ -114,7 +114,7 @@ def forecast(config: SelectConfig) -> Forecast:
     domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
     sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
     (pool_rows, exact), (domain_rows, _) = count_examples(config.pool, sample), count_examples(config.domain, domain)
-    epochs = 0.0 if config.skip_warmup else _epochs(config.warmup, domain_rows)
+    epochs = 0.0 if config.skip_warmup else config.warmup.epochs_over(domain_rows)
     timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
     stage1 = getattr(selector, "stage1", "off") == "on"
     scored = scored_rows(selector, config.n, pool_rows)
