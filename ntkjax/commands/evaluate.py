@@ -9,17 +9,16 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from ntkjax.commands.base import Command
-from ntkjax.evaluation import Evaluation, compare, read_outcomes
+from ntkjax.evaluation import METRICS, Evaluation, compare, read_outcomes, values
+from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import describe_choices
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model
-from ntkjax.pipeline.options import DataOptions, EvaluationOptions, ModelOptions
+from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.tables import to_markdown
-
-COMPARED = ("correct_raw", "correct_norm", "correct_generated", "nll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,37 +72,22 @@ def _outcomes_file(run: str) -> Path:
 
 
 def differences(first: list, second: list, seed: int) -> list[dict]:
-    """``compare`` of two runs' outcomes for every quantity that both of them have."""
-    shared = [key for key in COMPARED if _has(first, key) and _has(second, key)]
-    return [compare(first, second, key, seed=seed) for key in shared]
-
-
-def _has(outcomes: list, key: str) -> bool:
-    return any(getattr(outcome, key) is not None for outcome in outcomes)
+    """``compare`` of two runs' outcomes for every metric that both of them have."""
+    has = lambda outcomes, metric: values(outcomes, metric) is not None
+    shared = [metric for metric in METRICS.values() if has(first, metric) and has(second, metric)]
+    return [compare(first, second, metric, seed=seed) for metric in shared]
 
 
 def describe(config: Any, result: Any) -> str:
-    """The summary's headline numbers."""
+    """Every metric with its interval, and what to know before reading them."""
     summary, rows = result.summary, []
+    for name, entry in summary["metrics"].items():
+        metric = METRICS[name]
+        low, high = map(metric.text, entry["interval"])
+        value = f"{metric.text(entry['mean'])}{'%' * metric.share} [{low}, {high}]"
+        rows.append({"measure": metric.measure_label, "value": value})
     if summary["choices"] is not None:
-        for kind in ("raw", "norm"):
-            low, high = summary["choices"][f"accuracy_{kind}_interval"]
-            value = summary["choices"][f"accuracy_{kind}"]
-            rows.append(
-                {
-                    "measure": f"accuracy, {kind} likelihood",
-                    "value": f"{100 * value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]",
-                }
-            )
         rows.append({"measure": "commonest answer", "value": f"{100 * summary['choices']['majority_accuracy']:.1f}%"})
-    if summary["likelihood"] is not None:
-        rows.append(
-            {"measure": "response NLL, nats per token", "value": f"{summary['likelihood']['nll_per_example']:.4f}"}
-        )
-    if summary["generation"] is not None and summary["generation"]["accuracy"] is not None:
-        rows.append(
-            {"measure": "accuracy, generated answers", "value": f"{100 * summary['generation']['accuracy']:.1f}%"}
-        )
     unjudged = (summary["generation"] or {"without_gold": 0})["without_gold"]
     judged = f"generated answers: {unjudged} of {summary['n']} examples have no answer to judge them by" * bool(
         unjudged

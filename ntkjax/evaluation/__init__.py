@@ -4,6 +4,8 @@ from ntkjax.evaluation.choices import ChoiceScores, score_choices
 from ntkjax.evaluation.comparison import compare, compare_seeds, paired_values
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll, summarise_nll
+from ntkjax.evaluation.metrics import METRICS, Metric, values
+from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
 from ntkjax.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from ntkjax.evaluation.run import Evaluation, evaluate_model
 from ntkjax.evaluation.significance import (
@@ -20,11 +22,15 @@ from ntkjax.evaluation.significance import (
 from ntkjax.evaluation.summary import summarise
 
 __all__ = [
+    "METRICS",
     "ChoiceScores",
     "Evaluation",
+    "EvaluationOptions",
+    "EvaluationSettings",
     "GeneratedAnswer",
     "Interval",
     "McNemar",
+    "Metric",
     "Outcome",
     "ResponseNLL",
     "bootstrap_mean",
@@ -43,6 +49,7 @@ __all__ = [
     "score_choices",
     "summarise",
     "summarise_nll",
+    "values",
     "wilson_interval",
     "write_outcomes",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ntkjax.errors import UserError
+from ntkjax.evaluation.metrics import Metric, right_or_wrong
 from ntkjax.evaluation.significance import hierarchical_bootstrap, mcnemar, paired_bootstrap
 
 
@@ -34,18 +35,17 @@ def check_same_examples(first_ids: Sequence[str], second_ids: Sequence[str]) -> 
         )
 
 
-def _metric(outcome, key: str):
-    if isinstance(outcome, Mapping):
-        return outcome.get(key)
-    return getattr(outcome, key)
+def _as_metric(key: str | Metric) -> Metric:
+    return key if isinstance(key, Metric) else Metric(key, key, key)
 
 
 def _id(outcome) -> str:
     return str(outcome["id"] if isinstance(outcome, Mapping) else outcome.id)
 
 
-def paired_values(first: Sequence, second: Sequence, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Per-example values of ``key`` from two runs' outcomes (``Outcome`` objects or dicts), as float64 [n] each.
+def paired_values(first: Sequence, second: Sequence, key: str | Metric) -> tuple[np.ndarray, np.ndarray]:
+    """Per-example values of ``key`` (a field of `Outcome`, or a `Metric`) from two runs' outcomes (``Outcome`` objects
+    or dicts), as float64 [n] each.
 
     Examples for which *neither* run has a value (no choices, say) are left out; one that only one run has is
     an error.
@@ -54,15 +54,16 @@ def paired_values(first: Sequence, second: Sequence, key: str) -> tuple[np.ndarr
       UserError: ids that differ, a value that only one run has, or no values at all.
     """
     check_same_examples([_id(o) for o in first], [_id(o) for o in second])
-    pairs = [(_id(a), _metric(a, key), _metric(b, key)) for a, b in zip(first, second)]
+    metric = _as_metric(key)
+    pairs = [(_id(a), metric.value(a), metric.value(b)) for a, b in zip(first, second)]
     for name, a, b in pairs:
         if (a is None) != (b is None):
             raise UserError(
-                f"example {name!r}: only the {'second' if a is None else 'first'} run has a value of {key!r}"
+                f"example {name!r}: only the {'second' if a is None else 'first'} run has a value of {metric.key!r}"
             )
     kept = [(a, b) for _, a, b in pairs if a is not None]
     if not kept:
-        raise UserError(f"no example has a value of {key!r} to compare")
+        raise UserError(f"no example has a value of {metric.key!r} to compare")
     table = np.asarray(kept, dtype=np.float64)
     return table[:, 0], table[:, 1]
 
@@ -70,7 +71,7 @@ def paired_values(first: Sequence, second: Sequence, key: str) -> tuple[np.ndarr
 def compare(
     first: Sequence,
     second: Sequence,
-    key: str = "correct_norm",
+    key: str | Metric = "correct_norm",
     *,
     level: float = 0.95,
     resamples: int = 10_000,
@@ -84,9 +85,9 @@ def compare(
     """
     a, b = paired_values(first, second, key)
     settings = {"level": level, "resamples": resamples, "seed": seed}
-    binary = bool(np.all(np.isin(a, (0.0, 1.0))) and np.all(np.isin(b, (0.0, 1.0))))
+    binary = right_or_wrong(a) and right_or_wrong(b)
     return {
-        "key": key,
+        "key": _as_metric(key).key,
         "n": int(a.size),
         "first": float(a.mean()),
         "second": float(b.mean()),
@@ -99,7 +100,7 @@ def compare(
 def compare_seeds(
     first: Sequence[Sequence],
     second: Sequence[Sequence],
-    key: str = "correct_norm",
+    key: str | Metric = "correct_norm",
     *,
     level: float = 0.95,
     resamples: int = 10_000,
@@ -124,11 +125,11 @@ def compare_seeds(
         check_same_examples([_id(o) for o in first[0]], [_id(o) for o in other])
     if len({a.size for a, _ in pairs}) != 1:
         sizes = [a.size for a, _ in pairs]
-        raise UserError(f"the seeds have values of {key!r} for different numbers of examples: {sizes}")
+        raise UserError(f"the seeds have values of {_as_metric(key).key!r} for different numbers of examples: {sizes}")
     table = np.stack([b - a for a, b in pairs])
     settings = {"level": level, "resamples": resamples, "seed": seed}
     return {
-        "key": key,
+        "key": _as_metric(key).key,
         "seeds": runs,
         "n": int(table.shape[1]),
         "first": [float(a.mean()) for a, _ in pairs],

@@ -12,11 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkjax.data.encode import tokenise, tokenizer_digest
-from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import UserError
 from ntkjax.evaluation.answers import compile_pattern, default_pattern
 from ntkjax.evaluation.choices import (
-    DEFAULT_TEMPLATE,
     ChoiceScores,
     check_template,
     gold_choice,
@@ -25,6 +23,7 @@ from ntkjax.evaluation.choices import (
 )
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers, gold_answer
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll
+from ntkjax.evaluation.options import EvaluationSettings
 from ntkjax.evaluation.outcomes import Outcome, OutcomeLog
 from ntkjax.evaluation.summary import summarise
 from ntkjax.fingerprint import weights_fingerprint
@@ -43,16 +42,10 @@ def evaluate_model(
     model: Any,
     params: Params,
     records: Any,
+    settings: EvaluationSettings = EvaluationSettings(),
     *,
     max_length: int,
     token_budget: int,
-    answer_template: str = DEFAULT_TEMPLATE,
-    answer_pattern: str | None = None,
-    choices: bool | None = None,
-    likelihood: bool = True,
-    generation: bool = False,
-    max_new_tokens: int = 256,
-    loss_turns: LossTurns = "all",
     path: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -61,16 +54,9 @@ def evaluate_model(
 
     Args:
       model: a `LanguageModel`. params: any subset of its parameter tree, overlaid on its weights.
-      records: `Records`.
+      records: `Records`. settings: what is measured.
       max_length: longest sequence, tokens; prompts are cut from the left to fit and the cuts counted.
       token_budget: tokens in a batch, padding included.
-      answer_template: the response for a choice; exactly one ``{}``.
-      answer_pattern: regular expression for reading generated answers; None derives it from the template.
-      choices: accuracy over choices. None: of the examples that have choices and an answer, which may be none; True: an
-        error if there are none.
-      likelihood: NLL of the records' own responses.
-      generation: generate answers greedily, at most ``max_new_tokens``, and judge them.
-      loss_turns: which assistant turns of a conversation the NLL is taken over, see `ntkjax.data.tokenise`.
       path: outcomes as JSON lines; written as the run goes, and a run that was cut off goes on where it
         stopped. A path that holds finished outcomes of the same settings and weights is read back instead.
       seed: of the bootstrap intervals; nothing else is random.
@@ -81,35 +67,28 @@ def evaluate_model(
     """
     if len(records) == 0:
         raise UserError("there are no examples to evaluate; check the test file and the limit")
-    check_template(answer_template)
-    pattern = (answer_pattern or default_pattern(answer_template)) if generation else None
-    settings = {
-        "max_length": max_length,
-        "answer_template": answer_template,
-        "answer_pattern": pattern,
-        "choices": choices,
-        "likelihood": likelihood,
-        "loss_turns": loss_turns,
-        "generation": generation,
-        "max_new_tokens": max_new_tokens if generation else None,
-    }
+    check_template(settings.answer_template)
+    pattern = (settings.answer_pattern or default_pattern(settings.answer_template)) if settings.generation else None
+    decides = dataclasses.asdict(settings) | {"max_length": max_length, "answer_pattern": pattern}
+    if not settings.generation:
+        decides["max_new_tokens"] = None
     if path is not None:
-        settings["examples"] = _records_fingerprint(records)
-        settings["weights"] = weights_fingerprint(getattr(model, "params", {}), params)
+        decides["examples"] = _records_fingerprint(records)
+        decides["weights"] = weights_fingerprint(getattr(model, "params", {}), params)
         tokenizer = getattr(model, "tokenizer", None)  # its template decides what is read and where answers end
-        settings["tokenizer"] = None if tokenizer is None else tokenizer_digest(tokenizer)[:16]
-    log = OutcomeLog(path, settings)
+        decides["tokenizer"] = None if tokenizer is None else tokenizer_digest(tokenizer)[:16]
+    log = OutcomeLog(path, decides)
     outcomes = log.finished
     if outcomes is None:
         bases, choice_rows, response_rows = _bases(records, pattern)
-        job = _Job(model, params, records, bases, log, max_length, token_budget, answer_template, loss_turns, progress)
-        _check_any(choices, likelihood, generation, choice_rows, response_rows, len(records))
-        if choices is not False:
+        job = _Job(model, params, records, bases, log, settings, max_length, token_budget, progress)
+        _check_any(settings, choice_rows, response_rows, len(records))
+        if settings.choices is not False:
             job.choices(choice_rows)
-        if likelihood:
+        if settings.likelihood:
             job.likelihood(response_rows)
-        if generation:
-            job.generation(list(range(len(records))), pattern, max_new_tokens)
+        if settings.generation:
+            job.generation(list(range(len(records))), pattern)
         outcomes = log.finish(bases)
     return Evaluation(outcomes, summarise(outcomes, seed=seed))
 
@@ -123,10 +102,9 @@ class _Job:
     records: Any
     bases: list[Outcome]
     log: OutcomeLog
+    settings: EvaluationSettings
     max_length: int
     token_budget: int
-    answer_template: str
-    loss_turns: LossTurns
     progress: bool
 
     def choices(self, rows: list[int]) -> None:
@@ -137,7 +115,7 @@ class _Job:
                 self.records,
                 max_length=self.max_length,
                 token_budget=self.token_budget,
-                answer_template=self.answer_template,
+                answer_template=self.settings.answer_template,
                 rows=todo,
             )
 
@@ -148,7 +126,7 @@ class _Job:
 
         def run(todo: list[int]) -> Iterator[list[ResponseNLL]]:
             dataset = tokenise(
-                self.records, self.model.tokenizer, max_length=self.max_length, loss_turns=self.loss_turns
+                self.records, self.model.tokenizer, max_length=self.max_length, loss_turns=self.settings.loss_turns
             )
             return response_nll(
                 self.model,
@@ -171,16 +149,17 @@ class _Job:
             piece, base = scored.get(row), self.bases[row]
             if piece is None or row in known or piece["dropped_choices"]:
                 continue
-            texts, example = [self.answer_template.format(choice) for choice in base.choices or []], self.records[row]
+            example, template = self.records[row], self.settings.answer_template
+            texts = [template.format(choice) for choice in base.choices or []]
             earlier = any(message["role"] == "assistant" for message in example.messages or ())
-            if example.response in texts and not (earlier and self.loss_turns == "all"):
+            if example.response in texts and not (earlier and self.settings.loss_turns == "all"):
                 c = texts.index(example.response)
                 tokens = piece["logprob_tokens"][c]
                 found[row] = {"nll": -piece["logprobs"][c] / tokens, "nll_tokens": tokens}
         if found:
             self.log.add("likelihood", found)
 
-    def generation(self, rows: list[int], pattern: str | None, max_new_tokens: int) -> None:
+    def generation(self, rows: list[int], pattern: str | None) -> None:
         def run(todo: list[int]) -> Iterator[list[GeneratedAnswer]]:
             return generate_answers(
                 self.model,
@@ -188,8 +167,8 @@ class _Job:
                 self.records,
                 max_length=self.max_length,
                 token_budget=self.token_budget,
-                max_new_tokens=max_new_tokens,
-                answer_template=self.answer_template,
+                max_new_tokens=self.settings.max_new_tokens,
+                answer_template=self.settings.answer_template,
                 answer_pattern=pattern,
                 rows=todo,
             )
@@ -223,15 +202,14 @@ def _bases(records: Any, pattern: str | None) -> tuple[list[Outcome], list[int],
     return bases, choice_rows, response_rows
 
 
-def _check_any(
-    choices: bool | None, likelihood: bool, generation: bool, choice_rows: list[int], response_rows: list[int], n: int
-) -> None:
-    if choices and not choice_rows:
+def _check_any(settings: EvaluationSettings, choice_rows: list[int], response_rows: list[int], n: int) -> None:
+    if settings.choices and not choice_rows:
         raise UserError(
             f"none of the {n} examples has choices and an answer, so there is no accuracy over choices; expected "
             "records with the fields 'choices' and 'answer'; add them to the records"
         )
-    if not (generation or (likelihood and response_rows) or (choices is not False and choice_rows)):
+    measurable = (settings.likelihood and response_rows) or (settings.choices is not False and choice_rows)
+    if not (settings.generation or measurable):
         raise UserError(
             f"there is nothing to evaluate: of {n} examples {len(response_rows)} have a response, and "
             f"{len(choice_rows)} have choices and an answer; expected one or the other; fill in the field "

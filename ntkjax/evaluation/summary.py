@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ntkjax.evaluation.answers import count_answers
 from ntkjax.evaluation.likelihood import summarise_nll
+from ntkjax.evaluation.metrics import METRICS, Metric, right_or_wrong, values
 from ntkjax.evaluation.outcomes import Outcome
 from ntkjax.evaluation.significance import bootstrap_mean, wilson_interval
 
@@ -21,7 +22,8 @@ def summarise(outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0
       ``n``; ``accuracy`` with ``accuracy_interval`` (Wilson) and ``accuracy_kind``: ``raw`` (choices by
       summed likelihood, what a model trained on such responses maximises) where there are choices, else
       ``generated``, else all None; ``choices`` (see `summarise_choices`), ``likelihood``, ``generation``:
-      dicts, None where not evaluated.
+      dicts, None where not evaluated; ``metrics``: of every metric of `METRICS` that an example has, by name, as in
+      `summarise_metric`.
     """
     choices = summarise_choices(outcomes, level=level)
     generation = summarise_generation(outcomes, level=level)
@@ -38,14 +40,31 @@ def summarise(outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0
             "accuracy_interval": generation["accuracy_interval"],
             "accuracy_kind": "generated",
         }
+    found = {name: summarise_metric(outcomes, metric, level=level, seed=seed) for name, metric in METRICS.items()}
     return {
         "n": len(outcomes),
         **head,
         "level": level,
+        "metrics": {name: entry for name, entry in found.items() if entry is not None},
         "choices": choices,
         "likelihood": summarise_likelihood(outcomes, level=level, seed=seed),
         "generation": generation,
     }
+
+
+def summarise_metric(
+    outcomes: Sequence[Outcome], metric: Metric, *, level: float = 0.95, seed: int = 0
+) -> dict[str, Any] | None:
+    """``n`` examples that have the metric, their ``mean`` and its ``interval`` [low, high]: Wilson's where values are
+    right or wrong, else BCa over examples; None where no example has it."""
+    table = values(outcomes, metric)
+    if table is None:
+        return None
+    if metric.share and right_or_wrong(table):
+        interval = wilson_interval(int(table.sum()), table.size, level=level)
+    else:
+        interval = bootstrap_mean(table, level=level, seed=seed)
+    return {"n": int(table.size), "mean": interval.estimate, "interval": [interval.low, interval.high]}
 
 
 def _accuracy(name: str, correct: Sequence[bool | None], level: float) -> dict[str, Any]:
@@ -69,10 +88,19 @@ def describe_choices(with_choices: int, n: int) -> str:
     return f"{with_choices} of {n} examples have choices and an answer: accuracy over choices is about them"
 
 
-def majority(outcomes: Sequence[Outcome]) -> tuple[str, int]:
+def majority(outcomes: Iterable[Outcome]) -> tuple[str, int]:
     """The commonest gold answer of the outcomes and how often it is right (ties: the first by text)."""
-    counts = count_answers((str(o.gold), o.choices) for o in outcomes)
-    return next(iter(counts.items()))
+    return _commonest((str(o.gold), o.choices) for o in outcomes)
+
+
+def _commonest(asked: Iterable[tuple[str, Sequence[str] | None]]) -> tuple[str, int]:
+    return next(iter(count_answers(asked).items()))
+
+
+def majority_accuracy(asked: Sequence[tuple[str, Sequence[str] | None]]) -> float | None:
+    """The share of questions, given as (gold answer, choices), that the commonest gold answer is right for; None where
+    there are none."""
+    return _commonest(asked)[1] / len(asked) if asked else None
 
 
 def _by_source(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

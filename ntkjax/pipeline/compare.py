@@ -6,24 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ntkjax.evaluation import Outcome, compare_seeds, hierarchical_bootstrap, holm, mcnemar
+from ntkjax.evaluation import METRICS, Metric, Outcome, compare_seeds, hierarchical_bootstrap, holm, mcnemar, values
+from ntkjax.evaluation.metrics import right_or_wrong
 
 Runs = Mapping[str, Sequence[Sequence[Outcome]]]
 """method -> one list of outcomes for each seed; a method without randomness has one list."""
-
-METRICS = {
-    "accuracy": "correct_raw",
-    "accuracy_norm": "correct_norm",
-    "accuracy_generated": "correct_generated",
-    "nll": "nll",
-}
-"""Name in results.json -> field of an outcome. nll is the mean over examples of nats per response token."""
-
-
-def values(outcomes: Sequence[Outcome], field: str) -> np.ndarray | None:
-    """The field of every example that has it, float64 [n]; None where no example has."""
-    found = [getattr(outcome, field) for outcome in outcomes if getattr(outcome, field) is not None]
-    return np.asarray(found, np.float64) if found else None
 
 
 def summarise_method(runs: Sequence[Sequence[Outcome]], *, seed: int) -> dict:
@@ -33,8 +20,8 @@ def summarise_method(runs: Sequence[Sequence[Outcome]], *, seed: int) -> dict:
     for a single run.
     """
     row: dict = {"seeds": len(runs), "examples": len(runs[0])}
-    for name, field in METRICS.items():
-        tables = [values(run, field) for run in runs]
+    for name, metric in METRICS.items():
+        tables = [values(run, metric) for run in runs]
         if any(table is None for table in tables):
             continue
         table = np.stack([t for t in tables if t is not None])
@@ -63,11 +50,11 @@ def compare_methods(runs: Runs, pairs: Sequence[tuple[str, str]], *, seed: int) 
     for method, reference in pairs:
         if method not in runs or reference not in runs:
             continue
-        for name, field in METRICS.items():
-            if any(values(run, field) is None for run in [*runs[method], *runs[reference]]):
+        for name, metric in METRICS.items():
+            if any(values(run, metric) is None for run in [*runs[method], *runs[reference]]):
                 continue
-            result = compare_seeds(runs[reference], runs[method], field, seed=seed)
-            tested = None if field == "nll" else _mcnemar_by_seed(runs[reference], runs[method], field)
+            result = compare_seeds(runs[reference], runs[method], metric, seed=seed)
+            tested = _mcnemar_by_seed(runs[reference], runs[method], metric)
             rows.append(
                 {
                     "method": method,
@@ -85,10 +72,23 @@ def compare_methods(runs: Runs, pairs: Sequence[tuple[str, str]], *, seed: int) 
 
 
 def _mcnemar_by_seed(
-    first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Outcome]], field: str
-) -> list[float]:
+    first: Sequence[Sequence[Outcome]], second: Sequence[Sequence[Outcome]], metric: Metric
+) -> list[float] | None:
+    """The exact p-value of each seed's pair of runs; None where the metric is not right-or-wrong."""
     count = max(len(first), len(second))
     first = list(first) * (count if len(first) == 1 else 1)
     second = list(second) * (count if len(second) == 1 else 1)
-    right = lambda run: np.asarray([bool(getattr(o, field)) for o in run if getattr(o, field) is not None])
-    return [mcnemar(right(a), right(b)).p_exact for a, b in zip(first, second)]
+    pairs = [(values(a, metric), values(b, metric)) for a, b in zip(first, second)]
+    if not (metric.share and all(right_or_wrong(table) for pair in pairs for table in pair if table is not None)):
+        return None
+    return [mcnemar(a, b).p_exact for a, b in pairs if a is not None and b is not None]
+
+
+def spread(numbers: Sequence[float | int | np.floating]) -> dict:
+    """``mean`` (None for no numbers), ``sd`` (n - 1; None for fewer than two) and the numbers, ``values``."""
+    table = [float(number) for number in numbers]
+    return {
+        "mean": float(np.mean(table)) if table else None,
+        "sd": float(np.std(table, ddof=1)) if len(table) > 1 else None,
+        "values": table,
+    }

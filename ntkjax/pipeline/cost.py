@@ -59,15 +59,10 @@ def selection_cost(
     """
     if not uses_model(options):
         return {"warmup": 0.0, "selection": 0.0}
-    epochs = 0.0 if warmup is None else epochs_of(warmup, len(domain))
+    epochs = 0.0 if warmup is None else warmup.epochs_over(len(domain))
     sizes = Sizes.of(selection.scored, domain, pool, width=config.hidden_size, checkpoints=max(1, math.ceil(epochs)))
     tokens = forward_tokens(make_selector(options), options, sizes, len(selection.selected))
     return {} if tokens is None else {"warmup": TRAIN * sizes.domain * epochs, "selection": tokens}
-
-
-def epochs_of(config: TrainConfig, rows: int) -> float:
-    """Passes over so many training examples."""
-    return float(config.epochs) if config.steps is None else config.steps * config.batch_size / rows
 
 
 def multiplied_weights(params: Mapping[str, Any], config: ModelConfig) -> int:

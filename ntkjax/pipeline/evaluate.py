@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ntkjax.evaluation import Evaluation, evaluate_model
+from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.load import Loaded, longest
-from ntkjax.pipeline.options import DataOptions, EvaluationOptions
+from ntkjax.pipeline.options import DataOptions
 from ntkjax.types import Params
 
 
@@ -22,18 +24,15 @@ def evaluate_on(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """``evaluate_model`` with a stage's options: accuracy of the examples that have choices and an answer, and the
+    """``evaluate_model`` with a command's options: accuracy of the examples that have choices and an answer, and the
     likelihood of all."""
     return evaluate_model(
         model,
         params,
         test.records,
+        EvaluationSettings(**dataclasses.asdict(options), loss_turns=data.loss_turns),
         max_length=longest(model, data),
         token_budget=data.token_budget,
-        answer_template=options.answer_template,
-        generation=options.generation,
-        max_new_tokens=options.max_new_tokens,
-        loss_turns=data.loss_turns,
         path=path,
         seed=seed,
         progress=progress,

@@ -153,15 +153,3 @@ def check_used(options: SelectorOptions) -> None:
                 f"--{field.name.replace('_', '-')} is {value!r}, and --method {options.method} has no such option; "
                 f"expected it with --method {having}. Leave it out, or choose such a method"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
-    """What is measured on the test examples."""
-
-    answer_template: str = "So the answer is {}."
-    """The response whose likelihood decides between choices; {} is the choice."""
-    generation: bool = False
-    """Also generate answers greedily and read "So the answer is X" from them."""
-    max_new_tokens: int = 128
-    """Longest generated answer."""

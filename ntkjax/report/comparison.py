@@ -4,8 +4,9 @@ Every part is optional: what a run does not have, its page leaves out. The dict 
 
     title, lead        texts
     command            the command line; settings: its config as a nested dict
-    metric             name of the headline number and its unit, default "accuracy (%)", given as fractions
-    lower_is_better    default: whether the metric is counted in nats
+    metric             name of the headline number and its unit, default "accuracy (%)"
+    percent            whether it is given as fractions and shown times 100, default yes
+    lower_is_better    default no
     chance             value of guessing
     highlight          methods drawn in the accent colour
     methods            [{method, mean, low, high, seeds: [value, ...], and any further columns}, ...]
@@ -62,7 +63,7 @@ def comparison_page(run: Mapping[str, Any]) -> Page:
 def headline_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the headline table, ready for ``tables``: method, mean [low, high], each seed, the rest."""
     metric = run.get("metric", "accuracy (%)")
-    percent = "%" in metric
+    percent = run.get("percent", True)
     rows = []
     for entry in run.get("methods", ()):
         row = {"method": entry["method"]}
@@ -80,7 +81,7 @@ def _results(run: Mapping[str, Any]) -> Iterator[Section]:
     if not methods:
         return
     metric = run.get("metric", "accuracy (%)")
-    lower = run.get("lower_is_better", "nats" in metric)
+    lower, percent = run.get("lower_is_better", False), run.get("percent", True)
     best = (min if lower else max)(range(len(methods)), key=lambda i: methods[i]["mean"])
     yield Heading("Results")
     caption = run.get("caption", "Mean over seeds with its 95 % interval; the best mean in bold.")
@@ -88,14 +89,14 @@ def _results(run: Mapping[str, Any]) -> Iterator[Section]:
     png = plots.accuracy_by_method(
         methods,
         label=metric,
-        percent="%" in metric,
+        percent=percent,
         highlight=run.get("highlight", ()),
         chance=run.get("chance"),
     )
     yield Figure(png, f"{metric} by method", "Bar: mean. Band: 95 % interval. Dots: one per seed.")
     if run.get("differences"):
         yield Heading("Differences", 3)
-        yield Table([_difference(entry, "%" in metric) for entry in run["differences"]])
+        yield Table([_difference(entry, percent) for entry in run["differences"]])
     for extra in run.get("extra", ()):
         yield Heading(extra["heading"], 3)
         if extra.get("text"):

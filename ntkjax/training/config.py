@@ -73,6 +73,10 @@ class TrainConfig:
     lift_interval: int = 200
     """Optimiser steps between two choices of those entries."""
 
+    def epochs_over(self, examples: int) -> float:
+        """Passes over so many training examples: ``epochs``, or what ``steps`` amount to."""
+        return float(self.epochs) if self.steps is None else self.steps * self.batch_size / examples
+
     def __post_init__(self) -> None:
         _check_types(self)
         _check_ranges(self)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.evaluation import evaluate_model, read_outcomes, summarise
+from ntkjax.evaluation import EvaluationSettings, evaluate_model, read_outcomes, summarise
 from ntkjax.evaluation import run as module
 from ntkjax.evaluation.outcomes import Outcome
 
@@ -80,7 +80,7 @@ def test_likelihood_is_the_same_with_and_without_choices(stub, write_records, mo
     rows[5]["prompt"] = "long " * 40
     records = write_records(rows)
     limited = {**SETTINGS, "max_length": 100}
-    alone = evaluate_model(stub, {}, records, choices=False, **limited)
+    alone = evaluate_model(stub, {}, records, EvaluationSettings(choices=False), **limited)
     passes, real = [], module.response_nll
     monkeypatch.setattr(module, "response_nll", lambda *a, **o: passes.extend(o["indices"]) or real(*a, **o))
     together = evaluate_model(stub, {}, records, **limited)
@@ -104,7 +104,9 @@ def test_ties_and_truncation_are_counted(toys, tokenizer, write_records):
     flat = toys.unigram_stub(tokenizer, jnp.zeros(len(tokenizer)))
     rows = [{**row, "choices": ["ab", "cd"], "answer": "cd"} for row in yes_no(3)]
     rows[0]["prompt"] = "long " * 30
-    result = evaluate_model(flat, {}, write_records(rows), likelihood=False, **{**SETTINGS, "max_length": 60})
+    result = evaluate_model(
+        flat, {}, write_records(rows), EvaluationSettings(likelihood=False), **{**SETTINGS, "max_length": 60}
+    )
     c = result.summary["choices"]
     assert (c["ties_raw"], c["ties_norm"], c["truncated_prompts"]) == (3, 3, 1)
     assert c["predicted_raw_shares"] == {"ab": 1.0} and c["accuracy_raw"] == 0.0
@@ -158,11 +160,11 @@ def test_no_choices(stub, write_records):
     records = write_records([{"id": "a", "prompt": "why?", "response": "Because."}])
     result = evaluate_model(stub, {}, records, **SETTINGS)
     assert result.summary["accuracy"] is None and result.summary["likelihood"]["n"] == 1
-    assert evaluate_model(stub, {}, records, choices=False, **SETTINGS).outcomes == result.outcomes
+    assert evaluate_model(stub, {}, records, EvaluationSettings(choices=False), **SETTINGS).outcomes == result.outcomes
     with pytest.raises(UserError, match=r"none of the 1 examples has choices and an answer"):
-        evaluate_model(stub, {}, records, choices=True, **SETTINGS)
+        evaluate_model(stub, {}, records, EvaluationSettings(choices=True), **SETTINGS)
     with pytest.raises(UserError, match=r"nothing to evaluate: of 1 examples 1 have a response, and 0 have choices"):
-        evaluate_model(stub, {}, records, likelihood=False, **SETTINGS)
+        evaluate_model(stub, {}, records, EvaluationSettings(likelihood=False), **SETTINGS)
 
 
 def test_broken_weights_are_reported(toys, tokenizer, write_records):
@@ -178,8 +180,9 @@ def test_empty_records(stub, write_records):
 
 def test_everything_with_a_real_model(model, nine, tmp_path):
     """Choices, likelihood and generation together, and the counts add up."""
-    settings = {**SETTINGS, "token_budget": 2000, "generation": True, "max_new_tokens": 4}
-    result = evaluate_model(model, {}, nine, path=tmp_path / "o.jsonl", **settings)
+    settings = {**SETTINGS, "token_budget": 2000}
+    wanted = EvaluationSettings(generation=True, max_new_tokens=4)
+    result = evaluate_model(model, {}, nine, wanted, path=tmp_path / "o.jsonl", **settings)
     g = result.summary["generation"]
     assert g["n"] == 9 and g["parsed"] + g["forced"] + g["unmatched"] == 9
     assert g["accuracy"] == np.mean([o.correct_generated for o in result.outcomes])

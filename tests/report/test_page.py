@@ -187,7 +187,7 @@ def test_a_selection_may_lack_its_scores():
 
 
 def test_of_losses_the_lowest_is_best_and_nothing_is_in_percent():
-    run = RUN | {"metric": "response NLL (nats per token)"}
+    run = RUN | {"metric": "response NLL (nats per token)", "percent": False, "lower_is_better": True}
     assert headline_rows(run)[1]["response NLL (nats per token)"] == "0.462 [0.431, 0.493]"
     tables = [section for section in comparison_page(run).sections if isinstance(section, Table)]
     assert tables[0].best == (0,)

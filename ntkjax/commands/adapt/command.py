@@ -24,10 +24,13 @@ from tyro.conf import arg
 from ntkjax.commands.adapt.report import choices_line, difference_rows, method_rows, write_report
 from ntkjax.commands.base import Command
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation import Outcome
-from ntkjax.evaluation.summary import majority
+from ntkjax.evaluation import METRICS, Outcome
+from ntkjax.evaluation.metrics import means
+from ntkjax.evaluation.options import EvaluationOptions
+from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.files import read_json
 from ntkjax.models import LanguageModel
+from ntkjax.pipeline.arms import BASE, DOMAIN, EQUAL, RANDOM
 from ntkjax.pipeline.compare import compare_methods, summarise_method
 from ntkjax.pipeline.deduplicate import deduplicate, summary, totals
 from ntkjax.pipeline.evaluate import evaluate_on
@@ -38,7 +41,6 @@ from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.pipeline.options import (
     DataOptions,
     DedupOptions,
-    EvaluationOptions,
     ModelOptions,
     SelectorOptions,
     check_used,
@@ -52,7 +54,7 @@ from ntkjax.selection.methods.random import random_rows
 from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
-BASE, DOMAIN, EQUAL, RANDOM, NTK = "base", "domain-only", "domain-only-equal-steps", "random", "ntk-selector"
+NTK = "ntk-selector"
 ARMS = (BASE, DOMAIN, EQUAL, RANDOM, NTK)
 PAIRS = ((NTK, RANDOM), (NTK, EQUAL), (NTK, DOMAIN), (NTK, BASE), (RANDOM, EQUAL), (EQUAL, DOMAIN), (DOMAIN, BASE))
 """(method, reference): the differences that are reported."""
@@ -205,7 +207,7 @@ def _run_arm(study: _Study, seed: int, arm: str, selected: dict[int, np.ndarray]
     found = _evaluate(study, result.params, folder)
     detail = {"arm": arm, "seed": seed, "selection_seconds": selecting, **training_summary(result)}
     curve = [[line["step"], line["loss"]] for line in result.history if "loss" in line]
-    study.run.log(**detail, **_means(found))
+    study.run.log(**detail, **means(found))
     return detail | {"curve": curve}, found
 
 
@@ -249,11 +251,6 @@ def _evaluate(study: _Study, params: Params, folder: Path) -> list[Outcome]:
     return result.outcomes
 
 
-def _means(outcomes: list[Outcome]) -> dict[str, float]:
-    row = summarise_method([outcomes], seed=0)
-    return {name: entry["mean"] for name, entry in row.items() if isinstance(entry, dict)}
-
-
 def _results(
     study: _Study, outcomes: dict[str, list[list[Outcome]]], details: list[dict], selected: dict[int, np.ndarray]
 ) -> dict[str, Any]:
@@ -264,7 +261,7 @@ def _results(
         "comparisons": compare_methods(outcomes, PAIRS, seed=seed),
         "runs": details,
         "selections": {str(s): read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
-        "majority_accuracy": _majority(one),
+        "majority_accuracy": majority_accuracy([(str(o.gold), o.choices) for o in one if o.correct_raw is not None]),
         "examples": {"all": len(one), "with_choices": sum(o.correct_raw is not None for o in one)},
         "duplicates": study.duplicates,
         "data": {
@@ -280,15 +277,10 @@ def _results(
     }
 
 
-def _majority(outcomes: list[Outcome]) -> float | None:
-    scored = [o for o in outcomes if o.correct_raw is not None]
-    return majority(scored)[1] / len(scored) if scored else None
-
-
 def describe(config: Any, result: Any) -> str:
     """The table of methods, differences and the report's path."""
     results = result.results
-    differences = [row for row in difference_rows(results) if row["metric"] != "accuracy norm"]
+    differences = difference_rows(results, [metric.name for metric in METRICS.values() if metric.headline])
     parts = [to_markdown(method_rows(results)), to_markdown(differences), *filter(None, [choices_line(results)])]
     parts += [summary(results["duplicates"]), reading(results["data"])]
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from ntkjax.evaluation import METRICS, Metric
+from ntkjax.evaluation import metrics as metric_table
 from ntkjax.evaluation.summary import describe_choices
 from ntkjax.files import read_json, write_bytes
 from ntkjax.pipeline.deduplicate import summary
@@ -18,14 +20,6 @@ from ntkjax.report.comparison import comparison_page
 from ntkjax.report.page import write_page
 from ntkjax.report.sections import flat_diagnostics
 from ntkjax.report.tables import format_estimate, format_spread, to_csv, to_latex, to_markdown
-
-HEADLINES = ("accuracy", "accuracy_generated", "nll")
-"""The metric that stands first: the first of these that every method has."""
-LABELS = {
-    "accuracy": "accuracy (%)",
-    "accuracy_generated": "accuracy, generated (%)",
-    "nll": "response NLL (nats per token)",
-}
 
 
 def write_report(run: RunDir, results: Mapping[str, Any], *, extra: list[dict] | None = None) -> None:
@@ -44,9 +38,9 @@ def write_report(run: RunDir, results: Mapping[str, Any], *, extra: list[dict] |
     write_page(run.path / "report.html", comparison_page(content))
 
 
-def headline(results: Mapping[str, Any]) -> str | None:
+def headline(results: Mapping[str, Any]) -> Metric | None:
     """The metric that stands first; None where the methods share none."""
-    return next((name for name in HEADLINES if all(name in entry for entry in results["methods"].values())), None)
+    return metric_table.headline(lambda name: all(name in entry for entry in results["methods"].values()))
 
 
 def choices_line(results: Mapping[str, Any]) -> str:
@@ -60,14 +54,11 @@ def method_rows(results: Mapping[str, Any]) -> list[dict]:
     rows, first = [], headline(results)
     for method, entry in results["methods"].items():
         row: dict[str, Any] = {"method": method}
-        for name in ("accuracy", "accuracy_norm", "accuracy_generated", "nll"):
+        for name, metric in METRICS.items():
             if name in entry:
-                percent = name != "nll"
-                label = f"{name.replace('_', ' ')} (%)" if percent else "response NLL (nats/token)"
-                row[label] = format_spread(entry[name]["mean"], entry[name]["sd"], percent=percent)
+                row[metric.adapt_column] = format_spread(entry[name]["mean"], entry[name]["sd"], percent=metric.share)
         if first is not None:
-            head, (scale, digits) = entry[first], (1, 4) if first == "nll" else (100, 1)
-            row["95% interval"] = f"{scale * head['low']:.{digits}f} to {scale * head['high']:.{digits}f}"
+            row["95% interval"] = f"{first.text(entry[first.name]['low'])} to {first.text(entry[first.name]['high'])}"
         steps = [r["steps"] for r in results["runs"] if r["arm"] == method]
         row["steps"] = steps[0] if steps else 0
         row["seeds"] = entry["seeds"]
@@ -75,21 +66,20 @@ def method_rows(results: Mapping[str, Any]) -> list[dict]:
     return rows
 
 
-def difference_rows(results: Mapping[str, Any]) -> list[dict]:
-    """Paired differences between methods with their intervals and tests, ready for a table."""
+def difference_rows(results: Mapping[str, Any], names: Collection[str] = METRICS) -> list[dict]:
+    """Paired differences between methods in the metrics of these ``names``, with their intervals and tests, ready for a
+    table."""
     rows = []
-    for entry in results["comparisons"]:
-        percent = entry["metric"] != "nll"
-        digits = 1 if percent else 4
-        scale = 100 if percent else 1
+    for entry in [entry for entry in results["comparisons"] if entry["metric"] in names]:
+        metric = METRICS[entry["metric"]]
         rows.append(
             {
                 "comparison": f"{entry['method']} − {entry['reference']}",
                 "metric": entry["metric"].replace("_", " "),
                 "difference [95% interval]": format_estimate(
-                    entry["difference"], entry["low"], entry["high"], percent=percent, digits=digits
+                    entry["difference"], entry["low"], entry["high"], percent=metric.share, digits=metric.digits
                 ),
-                "each seed": ", ".join(f"{scale * x:+.{digits}f}" for x in entry["per_seed"]),
+                "each seed": ", ".join(f"{metric.scale * x:+.{metric.digits}f}" for x in entry["per_seed"]),
                 "McNemar p, each seed": None
                 if entry["p_mcnemar"] is None
                 else ", ".join(f"{p:.3g}" for p in entry["p_mcnemar"]),
@@ -117,14 +107,16 @@ def markdown(results: Mapping[str, Any], extra: list[dict]) -> str:
 def page_content(run: RunDir, results: Mapping[str, Any], extra: list[dict]) -> dict[str, Any]:
     """The dict that ``comparison_page`` reads."""
     config = _yaml(run.path / "config.yaml")
-    key = headline(results) or "nll"
-    percent = key != "nll"
+    first = headline(results)
+    assert first is not None  # every method was evaluated on the same examples with the same options
+    beside = [m for m in METRICS.values() if m.beside and m is not first]
+    beside = [m for m in beside if any(m.name in entry for entry in results["methods"].values())]
     methods = [
         {
             "method": method,
-            **{k: entry[key][k] for k in ("mean", "low", "high")},
-            "seeds": entry[key]["per_seed"] if entry["seeds"] > 1 else [],
-            **({"nll": f"{entry['nll']['mean']:.4f}"} if percent and "nll" in entry else {}),
+            **{k: entry[first.name][k] for k in ("mean", "low", "high")},
+            "seeds": entry[first.name]["per_seed"] if entry["seeds"] > 1 else [],
+            **{m.name: m.text(entry[m.name]["mean"]) for m in beside if m.name in entry},
         }
         for method, entry in results["methods"].items()
     ]
@@ -133,10 +125,12 @@ def page_content(run: RunDir, results: Mapping[str, Any], extra: list[dict]) -> 
         "lead": "Fine-tuning on the domain alone, with random pool data, and with what the tangent kernel chose.",
         "command": f"ntkjax replay {run.path.name}",
         "settings": config,
-        "metric": LABELS[key],
+        "metric": first.axis_label,
+        "percent": first.share,
+        "lower_is_better": not first.higher_is_better,
         "methods": methods,
-        "columns": {"nll": "response NLL (nats per token)"} if percent else {},
-        "chance": results.get("majority_accuracy") if key == "accuracy" else None,
+        "columns": {m.name: m.axis_label for m in beside},
+        "chance": results.get("majority_accuracy") if first.chance else None,
         "highlight": ["ntk-selector"],
         "extra": [{"heading": "Paired differences", "rows": difference_rows(results)}, *extra],
         "selections": [_selection(run, seed, found) for seed, found in list(results["selections"].items())[:1]],
@@ -196,7 +190,7 @@ def _write_plots(folder: Path, content: Mapping[str, Any]) -> None:
         "methods.png": plots.accuracy_by_method(
             content["methods"],
             label=content["metric"],
-            percent="%" in content["metric"],
+            percent=content["percent"],
             highlight=content["highlight"],
             chance=content["chance"],
         ),

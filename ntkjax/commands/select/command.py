@@ -11,7 +11,7 @@ from tyro.conf import arg
 from ntkjax.commands.base import Command
 from ntkjax.commands.select.forecast import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
 from ntkjax.errors import ConfigError
-from ntkjax.pipeline.cost import epochs_of, forward_tokens
+from ntkjax.pipeline.cost import forward_tokens
 from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model, trained_parameters
@@ -114,7 +114,7 @@ def forecast(config: SelectConfig, *, progress: bool = True) -> Forecast:
     domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
     sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
     (pool_rows, exact), (domain_rows, _) = count_examples(config.pool, sample), count_examples(config.domain, domain)
-    epochs = 0.0 if config.skip_warmup else epochs_of(config.warmup, domain_rows)
+    epochs = 0.0 if config.skip_warmup else config.warmup.epochs_over(domain_rows)
     timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
     scored, kernel = selector.scored_rows(config.n, pool_rows), selector.forward_kernel
     if kernel is not None and options.diversity == "none":

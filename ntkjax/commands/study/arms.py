@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from ntkjax.commands.study.spec import MethodSpec, StudySpec
 from ntkjax.errors import ConfigError
+from ntkjax.pipeline.arms import BASE, DOMAIN, EQUAL, RANDOM
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.options import SelectorOptions
 from ntkjax.selection import METHODS
 from ntkjax.training import TrainConfig
 
-BASE, DOMAIN, EQUAL, RANDOM = "base", "domain-only", "domain-only-equal-steps", "random"
 ALL = "all"
 TRAINING: dict[str, dict[str, Any]] = {
     "loss-reweighting": {"train": {"loss_reweighting": "linupper"}},

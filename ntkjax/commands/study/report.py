@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ntkjax.commands.study import tables
+from ntkjax.evaluation import METRICS
 from ntkjax.files import read_json, written_file
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report import plots
@@ -185,7 +186,7 @@ def _methods(cells: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> 
          "seeds": c["test"][metric]["per_seed"] if c["runs"] > 1 else []}
         for c in cells
     ]  # fmt: skip
-    chance = results["majority"].get(cells[0]["domain"]) if tables.is_percent(metric) else None
+    chance = results["majority"].get(cells[0]["domain"]) if METRICS[metric].chance else None
     label, percent = tables.label_of(metric), tables.is_percent(metric)
     return plots.accuracy_by_method(rows, label=label, percent=percent, highlight=results["focus"], chance=chance)
 
@@ -279,7 +280,7 @@ def _place(results: Mapping[str, Any], place: Mapping[str, Any], by_place: Mappi
     rows, cells = tables.place_table(results, place), tables.at(results["cells"], place)
     metric = cells[0]["metric"]
     found = [(i, c["test"][metric]["mean"]) for i, c in enumerate(cells) if metric in c.get("test", {})]
-    best = (min if metric == "nll" else max)(found, key=lambda pair: pair[1])[0] if found else None
+    best = max(found, key=lambda pair: METRICS[metric].better(pair[1]))[0] if found else None
     return {
         "heading": heading_of(place),
         "rows": rows,

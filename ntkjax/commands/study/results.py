@@ -17,16 +17,26 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ntkjax.commands.study.arms import BASE, RANDOM, Arm, has_kernel
+from ntkjax.commands.study.arms import Arm, has_kernel
 from ntkjax.commands.study.runner import FAILURE, RESULT, TRAINED, Runner, read_json
 from ntkjax.commands.study.setup import Bench, Place, Task
-from ntkjax.evaluation import Outcome, hierarchical_bootstrap, hierarchical_p, holm, paired_values, read_outcomes
-from ntkjax.evaluation.answers import count_answers
+from ntkjax.evaluation import (
+    Metric,
+    Outcome,
+    hierarchical_bootstrap,
+    hierarchical_p,
+    holm,
+    paired_values,
+    read_outcomes,
+    values,
+)
 from ntkjax.evaluation.choices import gold_choice
-from ntkjax.pipeline.compare import METRICS, summarise_method, values
+from ntkjax.evaluation.metrics import headline
+from ntkjax.evaluation.summary import majority_accuracy
+from ntkjax.pipeline.arms import BASE, RANDOM
+from ntkjax.pipeline.compare import spread, summarise_method
 from ntkjax.pipeline.cost import multiplied_weights
 
-LOWER_IS_BETTER = ("nll",)
 MOST_SOURCES = 12
 """Sources of a test set that get a column of their own."""
 
@@ -173,7 +183,7 @@ def _failure(found: Found) -> dict[str, Any]:
 
 def _majority(test: Any) -> float | None:
     asked = [(example.answer, example.choices) for example in test.records if gold_choice(example) is not None]
-    return next(iter(count_answers(asked).values())) / len(asked) if asked else None
+    return majority_accuracy(asked)
 
 
 def _with_choices(test: Any) -> dict[str, int]:
@@ -196,11 +206,13 @@ class _Cells:
                 self.outcomes[label] = {f.task.seed: read_outcomes(_folder(f) / "outcomes.jsonl") for f in runs}
         self.metric = self._headline()
 
-    def _headline(self) -> str | None:
-        for name in ("accuracy", "accuracy_generated", "nll"):
-            if any(f.result.get("test", {}).get(name) is not None for runs in self.done.values() for f in runs):
-                return name
-        return None
+    def _headline(self) -> Metric | None:
+        done = [f for runs in self.done.values() for f in runs]
+        return headline(lambda name: any(f.result.get("test", {}).get(name) is not None for f in done))
+
+    @property
+    def _metric_name(self) -> str | None:
+        return None if self.metric is None else self.metric.name
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each arm: its metrics over seeds and examples, what it took, what it chose."""
@@ -210,13 +222,13 @@ class _Cells:
             done = self.done[arm.label]
             failed = sum(f.status == "failed" for f in self.runs[arm.label])
             row = self.head | {"arm": arm.label, "kind": arm.kind, "focus": arm.label in self.bench.focus}
-            row |= {"runs": len(done), "failed": failed, "metric": self.metric}
+            row |= {"runs": len(done), "failed": failed, "metric": self._metric_name}
             if done and self.outcomes:
                 row["test"] = summarise_method(list(self.outcomes[arm.label].values()), seed=0)
                 row["by_source"] = self._by_source(arm.label)
             numbers = [run_metrics(f.result, weights) for f in done]
             names = dict.fromkeys(name for number in numbers for name in number)
-            row["means"] = {name: _spread([n[name] for n in numbers if n.get(name) is not None]) for name in names}
+            row["means"] = {name: spread([x for n in numbers if (x := n.get(name)) is not None]) for name in names}
             row["learning_rate"] = done[0].rate if done and arm.kind != BASE else None
             row["example_run"] = _folder(done[0]).name if done and arm.select is not None else None
             row["domain_examples"] = self.bench.domains[self.place.domain].examples(self.place.size)
@@ -229,11 +241,11 @@ class _Cells:
         sources = list(dict.fromkeys(o.source for o in runs[0]))
         if self.metric is None or not 1 < len(sources) <= MOST_SOURCES:
             return {}
-        field = METRICS[self.metric]
-        of = lambda run, source: values([o for o in run if o.source == source], field)
+        metric = self.metric
+        of = lambda run, source: values([o for o in run if o.source == source], metric)
         found = {source: [of(run, source) for run in runs] for source in sources}
         return {
-            source: _spread([table.mean() for table in tables if table is not None]) | {"examples": len(tables[0])}
+            source: spread([table.mean() for table in tables if table is not None]) | {"examples": len(tables[0])}
             for source, tables in found.items()
             if tables[0] is not None
         }
@@ -243,18 +255,19 @@ class _Cells:
         dev has no such metric."""
         whole = {label: runs for label, runs in self.done.items() if runs and len(runs) == len(self.runs[label])}
         baselines = {label: runs for label, runs in whole.items() if label not in self.bench.focus}
-        sign = 1 if self.metric in LOWER_IS_BETTER else -1
-        on_dev = lambda f: f.result["dev"].get(self.metric)
+        metric = self.metric
+        name = None if metric is None else metric.name
+        on_dev = lambda f: f.result["dev"].get(name)
         judged = all(on_dev(f) is not None for runs in baselines.values() for f in runs)
         rank = lambda runs: (
-            sign * float(np.mean([on_dev(f) for f in runs])) if judged else 0.0,
+            -metric.better(float(np.mean([on_dev(f) for f in runs]))) if judged and metric is not None else 0.0,
             float(np.mean([f.result["dev_loss"] for f in runs])),
         )
         return min(baselines, key=lambda label: rank(baselines[label])) if baselines else None
 
     def strongest_row(self) -> dict[str, Any]:
         """Which baseline it is."""
-        return self.head | {"arm": self.strongest(), "metric": self.metric}
+        return self.head | {"arm": self.strongest(), "metric": self._metric_name}
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Every arm against random and against the strongest baseline (once where that is random), in the headline
@@ -280,13 +293,13 @@ class _Cells:
         seeds = [seed for seed in ours if seed in theirs]
         if not seeds:
             return None
-        tables = [paired_values(theirs[seed], ours[seed], METRICS[self.metric]) for seed in seeds]
+        tables = [paired_values(theirs[seed], ours[seed], self.metric) for seed in seeds]
         table = np.stack([second - first for first, second in tables])
         interval = hierarchical_bootstrap(table)
         return self.head | {
             "arm": label,
             "reference": reference,
-            "metric": self.metric,
+            "metric": self.metric.name,
             "difference": interval.estimate,
             "low": interval.low,
             "high": interval.high,
@@ -333,10 +346,3 @@ def _mean_jaccard(first: Mapping[int, set[int]], second: Mapping[int, set[int]])
 
 def _mean(numbers: Sequence[float]) -> float | None:
     return float(np.mean(numbers)) if numbers else None
-
-
-def _spread(numbers: Sequence[Any]) -> dict[str, Any]:
-    """Mean, standard deviation (n - 1; None for one number) and the numbers."""
-    table = [float(number) for number in numbers]
-    sd = float(np.std(table, ddof=1)) if len(table) > 1 else None
-    return {"mean": _mean(table), "sd": sd, "values": table}

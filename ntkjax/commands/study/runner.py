@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.commands.study.arms import BASE
 from ntkjax.commands.study.setup import Bench, Place, Task
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
+from ntkjax.evaluation.metrics import means
 from ntkjax.files import read_json, write_json
 from ntkjax.models import LanguageModel
-from ntkjax.pipeline.compare import METRICS, values
+from ntkjax.pipeline.arms import BASE
 from ntkjax.pipeline.cost import selection_cost, training_cost
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on
@@ -290,12 +290,6 @@ def dev_loss(result: FitResult, config: TrainConfig) -> float:
     """Dev loss (nats per response token) of the parameters that the run ends with."""
     losses = [line["dev_loss"] for line in result.history if line.get("kind") == "dev" and line["step"] > 0]
     return min(losses) if config.restore_best else losses[-1]
-
-
-def means(outcomes: list[Outcome]) -> dict[str, float]:
-    """The mean of every metric that the outcomes have."""
-    found = {name: values(outcomes, field) for name, field in METRICS.items()}
-    return {name: float(table.mean()) for name, table in found.items() if table is not None}
 
 
 def token_mean(outcomes: list[Outcome]) -> float:

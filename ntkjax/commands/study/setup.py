@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from ntkjax.assets import tiny_lm_path, write_planted_task
-from ntkjax.commands.study.arms import BASE, Arm, arms_of, focus_of
+from ntkjax.commands.study.arms import Arm, arms_of, focus_of
 from ntkjax.commands.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
 from ntkjax.data.buckets import bucket_lengths
 from ntkjax.data.mapping import Source, prepare
@@ -19,6 +19,7 @@ from ntkjax.files import read_json
 from ntkjax.fingerprint import digest
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
+from ntkjax.pipeline.arms import BASE
 from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
 from ntkjax.pipeline.inputs import adapter_digests, model_digests

@@ -37,9 +37,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ntkjax.assets import DEMO
 from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError
+from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.ntk.kernels import parse
 from ntkjax.pipeline.config_io import config_from_dict
-from ntkjax.pipeline.options import DataOptions, DedupOptions, EvaluationOptions, ModelOptions, SelectorOptions
+from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.pipeline.run_dir import read_yaml
 from ntkjax.training import TrainConfig
 

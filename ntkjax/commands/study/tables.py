@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ntkjax.evaluation import METRICS
 from ntkjax.evaluation.summary import describe_choices
 from ntkjax.report.tables import format_estimate, format_spread
 
 Row = dict[str, Any]
-SHOWN_METRICS = {
-    "accuracy": "accuracy (%)",
-    "accuracy_generated": "accuracy, generated (%)",
-    "nll": "response NLL (nats/token)",
-}
 _PLACE = ("domain", "size", "budget")
 _READABLE = {"size": "examples of the domain", "budget": "N"}
 
 
 def label_of(metric: str | None) -> str:
     """A metric with its unit, as axes and columns show it."""
-    return SHOWN_METRICS.get(metric or "", str(metric))
+    return METRICS[metric].column_label if metric in METRICS else str(metric)
 
 
 def is_percent(metric: str | None) -> bool:
     """Whether a metric is a share, shown times 100."""
-    return metric is not None and metric.startswith("accuracy")
+    return metric in METRICS and METRICS[metric].share
 
 
 def choices_lines(results: Mapping[str, Any]) -> list[str]:
@@ -45,7 +41,7 @@ def at(rows: Sequence[Mapping[str, Any]], place: Mapping[str, Any]) -> list[Mapp
     return [row for row in rows if all(row[key] == place[key] for key in _PLACE)]
 
 
-def spread(entry: Mapping[str, Any] | None, percent: bool, digits: int | None = None) -> str | None:
+def mean_and_sd(entry: Mapping[str, Any] | None, percent: bool, digits: int | None = None) -> str | None:
     """``mean ± sd`` of an entry with both, or None."""
     if entry is None or entry.get("mean") is None:
         return None
@@ -63,10 +59,10 @@ def main_table(results: Mapping[str, Any]) -> list[Row]:
         row = rows.setdefault(key, shown | {"method": cell["arm"]})
         percent = is_percent(cell["metric"])
         if cell["metric"] is not None:
-            value = spread(cell.get("test", {}).get(cell["metric"]), percent)
+            value = mean_and_sd(cell.get("test", {}).get(cell["metric"]), percent)
             row[f"{cell['domain']}: {label_of(cell['metric'])}"] = _with_failures(value, cell)
         if "precision" in cell["means"]:
-            row[f"{cell['domain']}: precision at N (%)"] = spread(cell["means"]["precision"], True)
+            row[f"{cell['domain']}: precision at N (%)"] = mean_and_sd(cell["means"]["precision"], True)
     return list(rows.values())
 
 
@@ -77,8 +73,8 @@ def _with_failures(value: str | None, cell: Mapping[str, Any]) -> str | None:
 
 
 def place_table(results: Mapping[str, Any], place: Mapping[str, Any]) -> list[Row]:
-    """One row for each arm of a place: headline with interval, NLL, differences from random and from the strongest
-    baseline with their corrected p-values, precision at N."""
+    """One row for each arm of a place: headline with interval, metrics shown beside it, differences from random and
+    from the strongest baseline with their corrected p-values, precision at N."""
     compared = at(results["comparisons"], place)
     rows = []
     for cell in at(results["cells"], place):
@@ -86,17 +82,18 @@ def place_table(results: Mapping[str, Any], place: Mapping[str, Any]) -> list[Ro
         percent = is_percent(metric)
         row: Row = {"method": cell["arm"]}
         if metric is not None:
-            row[label_of(metric)] = _with_failures(spread(test.get(metric), percent), cell)
+            row[label_of(metric)] = _with_failures(mean_and_sd(test.get(metric), percent), cell)
             head = test.get(metric)
             row["95% interval"] = None if head is None else _range(head, percent)
-        if metric != "nll" and "nll" in test:
-            row[label_of("nll")] = spread(test["nll"], False)
+        for name, other in METRICS.items():
+            if other.beside and name != metric and name in test:
+                row[other.column_label] = mean_and_sd(test[name], other.share)
         for entry in [entry for entry in compared if entry["arm"] == cell["arm"]]:
             against = entry["role"] if entry["role"] == "random" else f"strongest ({entry['reference']})"
             row[f"− {against}"] = difference(entry)
             row[f"p, {entry['role']}"] = entry["p_holm"]
         if "precision" in means:
-            row["precision at N (%)"] = spread(means["precision"], True)
+            row["precision at N (%)"] = mean_and_sd(means["precision"], True)
         rows.append(row | {"runs": cell["runs"]})
     return rows
 
@@ -112,17 +109,15 @@ def source_table(results: Mapping[str, Any]) -> list[Row]:
     for cell in results["cells"]:
         found = cell.get("by_source") or {}
         if found:
-            shown = {name: spread(entry, is_percent(cell["metric"])) for name, entry in found.items()}
+            shown = {name: mean_and_sd(entry, is_percent(cell["metric"])) for name, entry in found.items()}
             rows.append(_named(cell) | {"method": cell["arm"], "metric": label_of(cell["metric"])} | shown)
     return rows
 
 
 def difference(entry: Mapping[str, Any]) -> str:
     """``+1.2 [0.3, 2.1]``, in points where the metric is a share."""
-    percent = is_percent(entry["metric"])
-    text = format_estimate(
-        entry["difference"], entry["low"], entry["high"], percent=percent, digits=None if percent else 4
-    )
+    metric = METRICS[entry["metric"]]
+    text = format_estimate(entry["difference"], entry["low"], entry["high"], percent=metric.share, digits=metric.digits)
     return text if text.startswith("-") else f"+{text}"
 
 
@@ -130,15 +125,14 @@ def difference_table(results: Mapping[str, Any]) -> list[Row]:
     """Every comparison: place, arm, reference, difference with interval, each seed, p and Holm's p."""
     rows = []
     for entry in results["comparisons"]:
-        percent = is_percent(entry["metric"])
-        scale, digits = (100, 1) if percent else (1, 4)
+        metric = METRICS[entry["metric"]]
         rows.append(
             {
                 **_named(entry),
                 "comparison": f"{entry['arm']} − {entry['reference']}",
                 "reference is": {"random": "random", "strongest": "the strongest baseline"}[entry["role"]],
-                f"difference ({'points' if percent else 'nats/token'}) [95% interval]": difference(entry),
-                "each seed": ", ".join(f"{scale * x:+.{digits}f}" for x in entry["per_seed"]),
+                f"difference ({metric.difference_unit}) [95% interval]": difference(entry),
+                "each seed": ", ".join(f"{metric.scale * x:+.{metric.digits}f}" for x in entry["per_seed"]),
                 "p": entry["p"],
                 "p, Holm": entry["p_holm"],
             }
@@ -189,12 +183,12 @@ def selection_table(results: Mapping[str, Any]) -> list[Row]:
             row = _named(cell) | {"method": cell["arm"]}
             if "precision" in means:
                 row |= {
-                    "precision at N (%)": spread(means["precision"], True),
+                    "precision at N (%)": mean_and_sd(means["precision"], True),
                     "chance (%)": 100 * means["chance"]["mean"],
                 }
             row |= {
-                "rank correlation with length": spread(means.get("rank_correlation_with_length"), False, 2),
-                "with the pool's mean": spread(means.get("rank_correlation_with_pool_mean"), False, 2),
+                "rank correlation with length": mean_and_sd(means.get("rank_correlation_with_length"), False, 2),
+                "with the pool's mean": mean_and_sd(means.get("rank_correlation_with_pool_mean"), False, 2),
                 "tokens chosen": (means.get("mean_response_tokens_chosen") or {}).get("mean"),
                 "tokens offered": (means.get("mean_response_tokens_offered") or {}).get("mean"),
                 "same rows in two seeds (Jaccard)": overlap["between_seeds"].get(cell["arm"]),
@@ -242,7 +236,7 @@ def numbers(results: Mapping[str, Any]) -> list[Row]:
         for name, entry in cell.get("test", {}).items():
             if isinstance(entry, Mapping):
                 rows.append(head | {"metric": name, **{key: entry[key] for key in ("mean", "sd", "low", "high")}})
-        for name in ("precision", "dev_loss", "dev_accuracy", "passes_total", "flops"):
+        for name in ("precision", "dev_loss", f"dev_{cell['metric']}", "passes_total", "flops"):
             if name in cell["means"]:
                 entry = cell["means"][name]
                 rows.append(

@@ -1,0 +1,10 @@
+"""Names of the arms that `adapt` and `study` share; results.json, run directories and tables hold them."""
+
+BASE = "base"
+"""The model as it is."""
+DOMAIN = "domain-only"
+"""Fine-tuned on the domain for its own epochs."""
+EQUAL = "domain-only-equal-steps"
+"""The domain alone for as many optimiser steps as the arms with auxiliary data."""
+RANDOM = "random"
+"""The domain and pool examples drawn uniformly."""
