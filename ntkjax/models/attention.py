@@ -50,7 +50,7 @@ def attend(
         size = min(max(MIN_BLOCK, -(-t // 4)), MAX_BLOCK)
         ends = [*range(size, t, size), t]
         starts = [0, *ends[:-1]]
-        row = jnp.arange(t)
+        row = jnp.arange(t, dtype=jnp.int32)
         seen = [row[None, :end] <= row[start:end, None] for start, end in zip(starts, ends)]
         if window is not None:
             near = [row[start:end, None] - row[None, :end] < window for start, end in zip(starts, ends)]

@@ -197,7 +197,7 @@ def _load_params(
 
 
 def _without_prefix(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
-    """Some checkpoints were saved without the family's prefix in front of every name (GPT-2's "transformer.")."""
+    """Some checkpoints were saved without the family's prefix in front of every name."""
     prefix = family_of(spec.config.family).optional_prefix
     if not prefix or table["embed/weight"].name.removeprefix(prefix) not in tensors:
         return table
