@@ -1,10 +1,10 @@
 """Several tangents of one function on one primal pass.
 
 ``jax.vmap`` of ``jax.jvp`` over the tangent alone computes the primal pass once, and gives every array that depends on
-the tangent one more axis. On a CPU the products of such arrays take half as long again as those of plain ones. A
-function wrapped by `unbatched_tangents` is pushed forward once for each tangent instead, in plain arrays; the compiler
-finds that the primal passes are one and the same computation, and keeps one. Only ``jax.custom_jvp`` and
-``jax.custom_batching.custom_vmap`` are used.
+the tangent one more axis. On a CPU the products of such arrays are slower than those of plain ones, and more memory is
+in use. A function wrapped by `unbatched_tangents` is linearised once (``jax.linearize``) and its linear part is applied
+once for each tangent instead, in plain arrays: for a layer of a decoder inside the loop over layers, so that what
+the linear part needs is kept for one layer alone. ``jax.custom_jvp`` and ``jax.custom_batching.custom_vmap`` do it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,23 @@ def stacked_jvp(push: Callable[..., Any], stacked: tuple) -> Any:
 
 
 def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn``, pushed forward once for each tangent where ``jax.vmap`` adds an axis to its tangents alone.
+    """``fn``, linearised once and applied to each tangent where ``jax.vmap`` adds an axis to its tangents alone.
 
     For forward mode only (`ntkjax.types.forward_mode_only`): JAX cannot transpose it. Arguments and results are
-    pytrees; every array that is differentiated must be an argument, and the results floating. The program grows with
-    the number of tangents.
+    pytrees; every array that is differentiated must be an argument, and the results floating. What ``fn`` marks
+    by ``jax.checkpoint`` is computed again for each tangent. The program grows with their number.
     """
+
+    def of_moved(args: tuple, moved: dict[int, Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
+        """``fn`` as a function of the leaves of ``args`` that have a tangent, and these leaves, by number."""
+        leaves, tree = jax.tree.flatten(args)
+        merged = lambda some: fn(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+        return merged, {i: leaves[i] for i in moved}
 
     def push(args: tuple, moved: dict[int, Any]) -> tuple[Any, Any]:
         """Value and tangent, ``moved`` the tangents of some of the arguments' leaves by number."""
-        leaves, tree = jax.tree.flatten(args)
-        of_moved = lambda values: fn(*tree.unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)]))
-        return jax.jvp(of_moved, ({i: leaves[i] for i in moved},), (moved,))
+        of_some, values = of_moved(args, moved)
+        return jax.jvp(of_some, (values,), (moved,))
 
     pushed = jax.custom_batching.custom_vmap(push)
 
@@ -53,9 +58,10 @@ def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
             axes = jax.tree.map(lambda yes: 0 if yes else None, tuple(batched))
             found = jax.vmap(push, in_axes=axes, axis_size=size)(args, moved)
             return found, jax.tree.map(lambda _: True, found)
+        value, along = jax.linearize(*of_moved(args, moved))
         turn = lambda i: jax.tree.map(lambda yes, leaf: leaf[i] if yes else leaf, batched[1], moved)
-        values, tangents = zip(*(pushed(args, turn(i)) for i in range(size)), strict=True)
-        found = values[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
+        tangents = [along(turn(i)) for i in range(size)]
+        found = value, jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
         return found, (jax.tree.map(lambda _: False, found[0]), jax.tree.map(lambda _: True, found[1]))
 
     def rule(primals: tuple, tangents: tuple) -> tuple[Any, Any]:

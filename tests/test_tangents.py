@@ -93,7 +93,7 @@ def cost(run, *args) -> dict:
     return jax.jit(run).lower(*args).compile().cost_analysis()
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_the_primal_pass_of_a_loop_is_computed_once(wrap):
     rows, width = 64, 32
     x, weights, stacked = jnp.ones((rows, width)), jnp.eye(width), jnp.ones((3, width, width))

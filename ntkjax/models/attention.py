@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ntkjax.types import float32_or_better
+from ntkjax.types import float32_or_better, forward_mode_only
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # queries of a causal block: below 32 the products are too small to be fast
 
@@ -42,8 +42,9 @@ def attend(
     groups = k.shape[2]
     q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    block = _attend_block if forward_mode_only.value else _attend_block_again
     if mask is not None:
-        out = _attend_block(q, k, v, mask[:, None, None], *settings)
+        out = block(q, k, v, mask[:, None, None], *settings)
     else:
         # A block of queries sees no key behind its last one: at 256 tokens that spares a third of the products, and the
         # smaller weights a third of the tangents' time on a CPU.
@@ -56,16 +57,13 @@ def attend(
             near = [row[start:end, None] - row[None, :end] < window for start, end in zip(starts, ends)]
             seen = [causal & close for causal, close in zip(seen, near)]
         pieces = [
-            _attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], visible[None, None, None], *settings)
+            block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], visible[None, None, None], *settings)
             for start, end, visible in zip(starts, ends, seen)
         ]
         out = jnp.concatenate(pieces, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(v.dtype)
 
 
-# The weights are made again in the backward pass: keeping those of every layer takes twice the memory, and on a CPU
-# twice the time, at 512 tokens.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5))
 def _attend_block(
     q: Float[Array, "B K G T H"],
     k: Float[Array, "B K S H"],
@@ -78,6 +76,11 @@ def _attend_block(
     # One plain matrix product for each key/value head: einsum over five axes takes more than twice as long on a CPU.
     rows = q.reshape(*k.shape[:2], -1, q.shape[-1])
     return _weighted_sum(rows, k, v, mask, scale, soft_cap).reshape(q.shape)
+
+
+# The weights are made again in the backward pass: keeping those of every layer takes twice the memory, and on a CPU
+# twice the time, at 512 tokens. There is none in forward mode, where several tangents share them.
+_attend_block_again = jax.checkpoint(_attend_block, prevent_cse=False, static_argnums=(4, 5))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
