@@ -7,6 +7,7 @@ pool, see `ntkjax.store`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -23,12 +24,6 @@ from ntkjax.errors import ConfigError, UserError
 
 DATA, MODEL = "data", "model"
 WeightRule = Literal["tensor", "fully-sharded"]
-
-# Stacked [L, in, out]: which axis is split over the model axis of the mesh. Column-parallel layers split
-# their outputs, row-parallel ones their inputs, so that one all-reduce per attention and per MLP suffices
-# (Megatron-LM, 1909.08053).
-COLUMN_PARALLEL = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
-ROW_PARALLEL = ("attention/o", "mlp/down")
 
 _WAIT_SECONDS = 7 * 24 * 3600  # a barrier waits for whole passes over the pool; a process that dies ends it at once
 _barriers = itertools.count()
@@ -94,33 +89,34 @@ def describe_mesh(mesh: Mesh | None) -> str | None:
 # -- weights and batches --
 
 
-def _split_axes(path: str, rank: int, rule: str) -> dict[int, str]:
-    """Axis -> mesh axis of the parameter at ``path``."""
-    *branch, name = path.split("/")
-    layer, shards = "/".join(branch[-2:]), rule == "fully-sharded"
-    if path in ("embed/weight", "head/kernel"):
-        return {0: MODEL} | ({1: DATA} if shards else {})
-    if name == "kernel" and layer in (*COLUMN_PARALLEL, *ROW_PARALLEL):
-        split, other = (rank - 1, rank - 2) if layer in COLUMN_PARALLEL else (rank - 2, rank - 1)
-        return {split: MODEL} | ({other: DATA} if shards else {})
-    return {rank - 1: MODEL} if name == "bias" and layer in COLUMN_PARALLEL else {}
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which axes of a parameter are divided over a mesh, counted from the last (-1); None for none.
+
+    Attributes:
+      model: the axis over "model". data: the axis over "data" as well, where weights are fully sharded.
+    """
+
+    model: int | None = None
+    data: int | None = None
 
 
-def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, rule: str = "tensor") -> NamedSharding:
-    """Where the parameter at ``path`` ("layers/attention/q/kernel") lives: split over the mesh or replicated.
+def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, split: Split, rule: str = "tensor") -> NamedSharding:
+    """Where the parameter at ``path`` (it stands in errors) lives: split over the mesh or replicated.
 
-    ``tensor``: q, k, v, gate and up are split over "model" on their outputs, o and down on their inputs, embedding and
-    head on the vocabulary. ``fully-sharded``: the other axis of each is split over "data" as well, so that a device
-    holds 1 / (data x model) of the weights and gathers a layer when it comes to it. Norms, adapters and everything
-    else are replicated. Raises ConfigError where an axis does not divide.
+    ``tensor``: ``split.model`` is split over "model". ``fully-sharded``: ``split.data`` is split over "data" as well,
+    so that a device holds 1 / (data x model) of the weights and gathers a layer when it comes to it. A model's family
+    declares the split of each parameter. Raises ConfigError where an axis does not divide.
     """
     if rule not in ("tensor", "fully-sharded"):
         raise ConfigError(f"weights {rule!r}: expected tensor or fully-sharded")
     spec: list[str | None] = [None] * len(shape)
-    for axis, name in _split_axes(path, len(shape), rule).items():
+    divided = [(split.model, MODEL)] + ([(split.data, DATA)] if rule == "fully-sharded" else [])
+    for axis, name in divided:
         parts = mesh.shape[name]
-        if parts == 1:
+        if axis is None or parts == 1:
             continue
+        axis %= len(shape)
         if shape[axis] % parts:
             divisors = [d for d in range(1, parts + 1) if shape[axis] % d == 0 and parts % d == 0]
             raise ConfigError(
@@ -131,11 +127,11 @@ def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, rule: str = "te
     return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
 
-def put(array: Array | np.ndarray, path: str, mesh: Mesh | None, rule: str = "tensor") -> Array:
+def put(array: Array | np.ndarray, path: str, mesh: Mesh | None, split: Split, rule: str = "tensor") -> Array:
     """The parameter on its devices: by ``weight_sharding``, or on the default device without a mesh."""
     if mesh is None:
         return jax.device_put(array)
-    return jax.device_put(array, weight_sharding(path, array.shape, mesh, rule))
+    return jax.device_put(array, weight_sharding(path, array.shape, mesh, split, rule))
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:

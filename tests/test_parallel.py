@@ -15,7 +15,18 @@ from ntkjax.ntk.features import gradient_features
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.scores import kernel_scores
 from ntkjax.ntk.sketch import RademacherSketch
-from ntkjax.parallel import cluster, make_mesh, mesh_of, parse_mesh, process, put, shard_batch, start, weight_sharding
+from ntkjax.parallel import (
+    Split,
+    cluster,
+    make_mesh,
+    mesh_of,
+    parse_mesh,
+    process,
+    put,
+    shard_batch,
+    start,
+    weight_sharding,
+)
 from ntkjax.selection.vote import embed
 from ntkjax.training import TrainConfig, fit
 from ntkjax.training.step import train_step
@@ -57,13 +68,13 @@ def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(data, model, near)
 )
 def test_the_sharding_rule(path, shape, spec):
     mesh = make_mesh(data=1, model=4, devices=need(4))
-    assert weight_sharding(path, shape, mesh).spec == spec
+    assert weight_sharding(path, shape, mesh, CONFIG.split(path)).spec == spec
 
 
 def test_an_axis_that_does_not_divide_is_an_error_that_names_what_would():
     mesh = make_mesh(data=1, model=4, devices=need(4))
     with pytest.raises(ConfigError, match=r"embed/weight.*model=4.*model=2 would"):
-        weight_sharding("embed/weight", (66, 32), mesh)
+        weight_sharding("embed/weight", (66, 32), mesh, CONFIG.split("embed/weight"))
     with pytest.raises(ConfigError, match="6 rows"):
         rows = np.zeros((6, 4), np.int32)
         shard_batch({"tokens": rows}, make_mesh(data=4, devices=need(4)))
@@ -104,7 +115,7 @@ def test_a_checkpoint_is_spread_as_it_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
     loaded = load_lm(tmp_path, mesh=mesh, lora=None)
     for path, value in paths(loaded.params).items():
-        assert value.sharding == put(np.asarray(value), path, mesh).sharding, path
+        assert value.sharding == put(np.asarray(value), path, mesh, CONFIG.split(path)).sharding, path
         np.testing.assert_array_equal(value, flat[path], err_msg=path)
 
 
@@ -187,7 +198,7 @@ def test_what_names_no_mesh(text):
 
 def test_fully_sharded_weights_are_split_over_both_axes():
     mesh = make_mesh(data=2, model=2, devices=need(4))
-    where = lambda path, shape: weight_sharding(path, shape, mesh, "fully-sharded").spec
+    where = lambda path, shape: weight_sharding(path, shape, mesh, CONFIG.split(path), "fully-sharded").spec
     assert where("layers/attention/q/kernel", (2, 32, 64)) == PartitionSpec(None, "data", "model")
     assert where("layers/mlp/down/kernel", (2, 48, 32)) == PartitionSpec(None, "model", "data")
     assert where("embed/weight", (64, 32)) == PartitionSpec("model", "data")
@@ -195,7 +206,7 @@ def test_fully_sharded_weights_are_split_over_both_axes():
     with pytest.raises(ConfigError, match=r"mlp/up/kernel.*axis 1.*data=2.*data=1 would"):
         where("layers/mlp/up/kernel", (2, 33, 48))
     with pytest.raises(ConfigError, match="expected tensor or fully-sharded"):
-        weight_sharding("norm/scale", (32,), mesh, "zero")
+        weight_sharding("norm/scale", (32,), mesh, Split(), "zero")
 
 
 def test_training_keeps_its_layout_and_its_program():

@@ -127,8 +127,7 @@ def score_packed(
 
 
 def _check_positions(model: Any, packed: Sequence[Packed]) -> None:
-    config: Any = getattr(model, "config", None)
-    limit = config.max_positions if getattr(config, "family", None) == "gpt2" else None
+    limit = getattr(getattr(model, "config", None), "position_limit", None)  # a stub may have no configuration
     longest = max((int(p.positions.max()) + 1 for p in packed), default=0)
     if limit is not None and longest > limit:
         raise UserError(

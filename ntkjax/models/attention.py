@@ -1,12 +1,13 @@
-"""softmax(q k^T / sqrt(H)) v, in blocks of queries where the mask is causal; every derivative is plain products."""
+"""softmax(scale q k^T) v, in blocks of queries where the mask is causal; every derivative is plain products."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.types import float32_or_better, forward_mode_only
 
@@ -19,31 +20,44 @@ def attend(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "b T S"] | None,
     implementation: str,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v with N / K query heads per key/value head; ``mask`` None means causal.
+    """softmax(scale q k^T) v with N / K query heads per key/value head; ``mask`` None means causal.
+
+    ``scale`` None is 1 / sqrt(H). With a ``soft_cap`` c the scores s become c tanh(s / c) before the mask. ``window``
+    w, for causal attention alone: query t sees the keys t - w < s <= t.
 
     cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is
     written out: jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
     """
-    if implementation == "cudnn" and mask is None and q.dtype.itemsize == 2:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    plain = mask is None and window is None and soft_cap is None
+    if implementation == "cudnn" and plain and q.dtype.itemsize == 2:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", scale=scale)
+    assert mask is None or window is None, "a window beside a mask: the mask must hold it"
     b, t, n, h = q.shape
+    settings = (1.0 / math.sqrt(h) if scale is None else scale, soft_cap)
     groups = k.shape[2]
     q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     block = _attend_block if forward_mode_only.value else _attend_block_again
     if mask is not None:
-        out = block(q, k, v, mask[:, None, None])
+        out = block(q, k, v, mask[:, None, None], *settings)
     else:
         # A block of queries sees no key behind its last one: at 256 tokens that spares a third of the products, and the
         # smaller weights a third of the tangents' time on a CPU.
         size = min(max(MIN_BLOCK, -(-t // 4)), MAX_BLOCK)
         ends = [*range(size, t, size), t]
         starts = [0, *ends[:-1]]
-        row = jnp.arange(t)
-        seen = [(row[None, :end] <= row[start:end, None])[None, None, None] for start, end in zip(starts, ends)]
+        row = jnp.arange(t, dtype=jnp.int32)
+        seen = [row[None, :end] <= row[start:end, None] for start, end in zip(starts, ends)]
+        if window is not None:
+            near = [row[start:end, None] - row[None, :end] < window for start, end in zip(starts, ends)]
+            seen = [causal & close for causal, close in zip(seen, near)]
         pieces = [
-            block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], visible)
+            block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], visible[None, None, None], *settings)
             for start, end, visible in zip(starts, ends, seen)
         ]
         out = jnp.concatenate(pieces, axis=3)
@@ -51,56 +65,73 @@ def attend(
 
 
 def _attend_block(
-    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "b c d T S"]
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "b c d T S"],
+    scale: float,
+    soft_cap: float | None,
 ) -> Float[Array, "B K G T H"]:
     """One block of queries; K key/value heads with G query heads each, in float32 or better."""
     # One plain matrix product for each key/value head: einsum over five axes takes more than twice as long on a CPU.
     rows = q.reshape(*k.shape[:2], -1, q.shape[-1])
-    return _weighted_sum(rows, k, v, mask).reshape(q.shape)
+    return _weighted_sum(rows, k, v, mask, scale, soft_cap).reshape(q.shape)
 
 
 # The weights are made again in the backward pass: keeping those of every layer takes twice the memory, and on a CPU
 # twice the time, at 512 tokens. There is none in forward mode, where several tangents share them.
-_attend_block_again = jax.checkpoint(_attend_block, prevent_cse=False)
+_attend_block_again = jax.checkpoint(_attend_block, prevent_cse=False, static_argnums=(4, 5))
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _weighted_sum(
-    q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "b c d T S"]
+    q: Float[Array, "B K Q H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "b c d T S"],
+    scale: float,
+    soft_cap: float | None,
 ) -> Float[Array, "B K Q H"]:
-    """W v with W = softmax(q k^T / sqrt(H)), Q = G T queries of a key/value head; every query sees a key at least.
+    """W v with W = softmax(s), s = scale q k^T or its soft cap c tanh(scale q k^T / c), Q = G T queries of a key/value
+    head; every query sees a key at least.
 
-    Its tangent, with U = W * (dq k^T + q dk^T) / sqrt(H) elementwise, is
+    Its tangent, with U = W * ds elementwise, ds = scale (dq k^T + q dk^T), times 1 - tanh^2 under a soft cap, is
 
         U v + W dv - (U 1) W v:
 
     dW = U - W * (U 1) itself would be one more pass over [Q, S]. Reverse mode transposes the same rule.
     """
-    return _product(_weights(q, k, mask), v)
+    return _product(_weights(_scores(q, k, scale), mask, soft_cap)[0], v)
 
 
 @_weighted_sum.defjvp
-def _weighted_sum_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _weighted_sum_jvp(scale: float, soft_cap: float | None, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     q, k, v, mask = primals
     dq, dk, dv, _ = tangents
-    weights = _weights(q, k, mask)
+    weights, slope = _weights(_scores(q, k, scale), mask, soft_cap)
     out = _product(weights, v)
-    moved = weights * (_scores(dq, k) + _scores(q, dk))
+    moved = weights * (_scores(dq, k, scale) + _scores(q, dk, scale))
+    moved = moved if slope is None else moved * slope
     drift = jnp.sum(moved, axis=-1, keepdims=True)
     return out, _product(moved, v) + _product(weights, dv) - drift * out
 
 
 def _weights(
-    q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], mask: Bool[Array, "b c d T S"]
-) -> Float[Array, "B K Q S"]:
-    scores = _scores(q, k)
+    scores: Float[Array, "B K Q S"], mask: Bool[Array, "b c d T S"], soft_cap: float | None
+) -> tuple[Float[Array, "B K Q S"], Float[Array, "B K Q S"] | None]:
+    """softmax of the masked scores, soft-capped before; and the soft cap's slope, None where there is none."""
+    slope = None
+    if soft_cap is not None:
+        turned = jnp.tanh(scores * (1.0 / soft_cap))
+        scores, slope = soft_cap * turned, 1.0 - turned * turned
     apart = scores.reshape(*scores.shape[:2], -1, *mask.shape[-2:])
-    return jax.nn.softmax(jnp.where(mask, apart, jnp.finfo(scores.dtype).min), axis=-1).reshape(scores.shape)
+    masked = jnp.where(mask, apart, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(masked, axis=-1).reshape(scores.shape), slope
 
 
-def _scores(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K Q S"]:
-    """q k^T / sqrt(H)."""
-    return _product(q, k.swapaxes(2, 3)) * (1.0 / math.sqrt(q.shape[-1]))
+def _scores(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], scale: float) -> Float[Array, "B K Q S"]:
+    """scale q k^T."""
+    return _product(q, k.swapaxes(2, 3)) * scale
 
 
 def _product(x: Float[Array, "B K Q n"], y: Float[Array, "B K n m"]) -> Float[Array, "B K Q m"]:

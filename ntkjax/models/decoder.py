@@ -1,50 +1,39 @@
-"""Llama, Qwen2, Qwen3 and every Llama-shaped decoder: RMSNorm, rotary grouped-query attention, gated MLP."""
+"""The decoder of every family: embeddings, blocks, the last norm. What they are made of follows from the shape."""
 
 from __future__ import annotations
 
-import dataclasses
-
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ntkjax.errors import UserError
 from ntkjax.models.layers import (
     Block,
     Embedding,
     Head,
     KVCache,
-    Linear,
     ModelSpec,
-    RMSNorm,
-    activation,
-    place,
-    rope_angles,
+    layer_inputs,
+    make_context,
+    make_norm,
     scan_layers,
 )
 
 
-class GatedMLP(nnx.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, spec: ModelSpec):
-        c = spec.config
-        self.gate = Linear(spec, "mlp/gate", c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up = Linear(spec, "mlp/up", c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down = Linear(spec, "mlp/down", c.intermediate_size, c.hidden_size, c.mlp_bias)
-        self.activation = c.activation
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(activation(self.activation)(self.gate(x)) * self.up(x))
-
-
 class Decoder(nnx.Module):
-    """Tokens to hidden states after the last norm. The head is held, not applied."""
+    """Tokens to hidden states after the last norm. The head is held, not applied.
+
+    ``wpe`` holds learned positions [max_positions, D] where the family has them.
+    """
 
     def __init__(self, spec: ModelSpec):
         c = spec.config
         self.spec = spec
         self.embed = Embedding(c.vocab_size, c.hidden_size, spec.dtype)
-        self.layers = Block(spec, GatedMLP, RMSNorm)
-        self.norm = RMSNorm((c.hidden_size,), c.norm_eps, spec.dtype)
+        if c.learned_positions:
+            self.wpe = Embedding(c.max_positions, c.hidden_size, spec.dtype)
+        self.layers = Block(spec)
+        self.norm = make_norm(spec, (c.hidden_size,))
         if not c.tied:
             self.head = Head(c.vocab_size, c.hidden_size, spec.dtype)
 
@@ -58,11 +47,22 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm, float32 or better [B, T, D], and the extended cache (None without one).
 
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
-        ``segments`` as in Batch; not together with a cache.
+        ``segments`` as in Batch; not together with a cache. UserError when the sequence or the cache is longer than
+        learned positions.
         """
-        c = self.spec.config
-        positions, context = place(tokens, positions, cache, segments)
+        c, limit = self.spec.config, self.spec.config.position_limit
+        needed = tokens.shape[1] if cache is None else cache.keys.shape[2]
+        # Given positions (packed choices restart them) are below T; only the default ones reach T - 1.
+        if limit is not None and needed > limit and positions is None:
+            raise UserError(
+                f"a sequence of {needed} tokens is longer than the model's {limit} learned positions "
+                "(n_positions): shorten the prompts, the answers or the batch's length"
+            )
         x = self.embed(tokens)
-        context = dataclasses.replace(context, rope=rope_angles(c.rope, c.head_dim, positions, x.dtype))
-        x, cache = scan_layers(self.layers, x, context, cache, self.spec.remat)
+        if c.embed_scale is not None:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        positions, context = make_context(c, tokens, positions, cache, segments, x.dtype)
+        if c.learned_positions:
+            x = x + self.wpe(positions)
+        x, cache = scan_layers(self.layers, x, context, cache, self.spec.remat, layer_inputs(c))
         return self.norm(x), cache

@@ -57,13 +57,13 @@ Piece = tuple[str, Source, int | None]
 
 
 def _pieces(model: LanguageModel) -> dict[str, list[Piece]]:
-    """Tensor name -> what it is made of, in order along its last axis (more than one for GPT-2's fused q, k, v)."""
+    """Tensor name -> the parameters that it is made of (more than one where layers are fused)."""
     found: dict[str, list[Piece]] = collections.defaultdict(list)
     for path, source in sources(model.spec).items():
         stacked = path.startswith("layers/")
         for layer in range(model.config.num_layers) if stacked else (None,):
             found[source.name.format(layer)].append((path, source, layer))
-    return {name: sorted(parts, key=lambda piece: piece[1].part) for name, parts in found.items()}
+    return dict(found)
 
 
 def _size(model: LanguageModel, leaves: dict[str, Any], parts: list[Piece]) -> int:
@@ -96,11 +96,14 @@ def _dtype(model: LanguageModel) -> Any:
 
 def _tensor(model: LanguageModel, leaves: dict[str, Any], name: str, parts: list[Piece]) -> np.ndarray:
     """One tensor of the checkpoint, on the host, in the model's dtype."""
-    arrays = []
-    for path, source, layer in parts:
-        value = _merged(model, leaves, path, layer).astype(_dtype(model))
-        arrays.append(value.T if source.transpose else value)
-    return np.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
+    values = [_merged(model, leaves, path, layer).astype(_dtype(model)) for path, _, layer in parts]
+    whole, transpose = values[0], parts[0][1].transpose
+    if (share := parts[0][1].share) is not None:
+        whole = np.zeros((*whole.shape[:-1], share.total), whole.dtype)
+        for (_, source, _), value in zip(parts, values):
+            assert source.share is not None
+            whole[..., source.share.columns()] = value
+    return whole.T if transpose else whole
 
 
 def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, layer: int | None) -> np.ndarray:

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models.decoder import Decoder
-from ntkjax.models.gpt2 import GPT2
 from ntkjax.models.layers import KVCache, ModelSpec, matmul
 from ntkjax.types import Batch, Params, at_least_float32, predict_mask, valid_mask
 
@@ -31,8 +30,7 @@ MAX_LOGITS = 1 << 26
 @functools.lru_cache(maxsize=64)
 def structure(spec: ModelSpec) -> tuple[Any, dict]:
     """The nnx graph of the model and its parameter tree of jax.ShapeDtypeStruct; nothing is allocated."""
-    build = GPT2 if spec.config.family == "gpt2" else Decoder
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(spec)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(spec)))
     return graph, nnx.to_pure_dict(state)
 
 

@@ -50,7 +50,7 @@ def generate(
     """
     _check_options(max_new_tokens, key, temperature, top_p, batch_size)
     prompts = [[int(token) for token in prompt] for prompt in prompts]
-    limit = model.config.max_positions if model.config.family == "gpt2" else None
+    limit = model.config.position_limit
     for i, prompt in enumerate(prompts):
         _check_prompt(i, prompt, model.config.vocab_size, max_new_tokens, limit)
     weights, stop = overlay(model.params, params), jnp.asarray(_stop_tokens(model, stop_tokens), jnp.int32)

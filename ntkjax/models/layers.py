@@ -19,9 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.models.attention import attend
-from ntkjax.models.config import ModelConfig, RopeConfig
+from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
-from ntkjax.parallel import ROW_PARALLEL
 from ntkjax.tangents import unbatched_tangents
 from ntkjax.types import at_least_float32, float32_or_better, forward_mode_only
 
@@ -46,8 +45,7 @@ class ModelSpec:
 
     def linears(self) -> tuple[str, ...]:
         """Paths of the linear layers inside a block: "attention/q", ..., "mlp/down"."""
-        mlp = ("mlp/up", "mlp/down") if self.config.family == "gpt2" else ("mlp/gate", "mlp/up", "mlp/down")
-        return ("attention/q", "attention/k", "attention/v", "attention/o", *mlp)
+        return tuple(self.config.linears)
 
     def lora_for(self, name: str) -> LoraConfig | None:
         """The adapter of the linear layer ``name``, or None."""
@@ -80,18 +78,52 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer shares.
+    """What a layer needs beside its input.
 
     Attributes:
-      rope: rotary cos and sin, [B, T, H/2] each; None where positions are learned.
-      mask: [B, T, S]; None: causal.
-      lengths: int32 [B], tokens in the cache; None without one.
+      rope: rotary cos and sin [B, T, R/2]; None for no rotary positions. For all layers, where these differ in their
+        rotary positions, [kinds, B, T, R/2].
+      mask: True where query t may see key s [B, T, S]; None for causal attention.
+      lengths: the cache's lengths [B]; None without a cache.
+      distance: how far key s lies behind query t [B, T, S]; None where there is no mask, or no layer has a window.
+      window: how many tokens the layer's queries see, int32 []; None where no layer has a window.
     """
 
     # Any: inside JAX's transformations the leaves are also tracers, tangents and markers of zero tangents.
     rope: Any
     mask: Any
     lengths: Any
+    distance: Any = None
+    window: Any = None
+
+    def of_layer(self, own: dict[str, Array]) -> Context:
+        """The context of one layer, ``own`` its slice of ``layer_inputs``."""
+        context = self
+        if "rope" in own:
+            assert self.rope is not None
+            cos, sin = (jnp.take(kinds, own["rope"], axis=0) for kinds in self.rope)
+            context = dataclasses.replace(context, rope=(cos, sin))
+        return dataclasses.replace(context, window=own["window"]) if "window" in own else context
+
+
+def rope_kinds(config: ModelConfig) -> tuple[RopeConfig | None, ...]:
+    """The rotary positions that the layers have, each once."""
+    return tuple(dict.fromkeys(layer.rope for layer in config.layers))
+
+
+def layer_inputs(config: ModelConfig) -> dict[str, Array]:
+    """What differs from layer to layer and is no parameter, int32 [L] each; {} where all layers are alike.
+
+    "rope": which of ``rope_kinds``. "window": how many tokens a query sees; a layer without a window sees any number.
+    """
+    kinds, own = rope_kinds(config), {}
+    if len(kinds) > 1:
+        own["rope"] = jnp.asarray([kinds.index(layer.rope) for layer in config.layers], jnp.int32)
+    if any(layer.window is not None for layer in config.layers):
+        every = np.iinfo(np.int32).max
+        sizes = [every if layer.window is None else layer.window for layer in config.layers]
+        own["window"] = jnp.asarray(sizes, jnp.int32)
+    return own
 
 
 def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "... O"]:
@@ -104,11 +136,12 @@ def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "..
 class Linear(nnx.Module):
     """x W + b + scale (x A) B; kernel [L, in, out], bias [L, out], lora_a [L, in, r], lora_b [L, r, out]."""
 
-    def __init__(self, spec: ModelSpec, name: str, inputs: int, outputs: int, bias: bool):
+    def __init__(self, spec: ModelSpec, name: str):
         layers, lora = spec.config.num_layers, spec.lora_for(name)
+        inputs, outputs, bias = spec.config.linears[name]
         self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs), spec.dtype))
         self.has_bias, self.scale = bias, lora.scale if lora else None
-        self.whole_inputs = name not in ROW_PARALLEL
+        self.whole_inputs = spec.config.split(f"layers/{name}/kernel").model != -2
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), spec.dtype))
         if lora:
@@ -137,16 +170,17 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed and returned in float32 or better."""
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, computed and returned in float32 or better."""
 
-    def __init__(self, shape: tuple[int, ...], eps: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones(shape, float32_or_better(dtype)))
-        self.eps = eps
+    def __init__(self, shape: tuple[int, ...], eps: float, dtype: str, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.ones(shape, float32_or_better(dtype)) - offset)
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
         x = at_least_float32(x)
         y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return y * along_last(self.scale[...], y)
+        scale = along_last(self.scale[...], y)
+        return y * (scale if self.offset == 0 else self.offset + scale)
 
 
 class LayerNorm(nnx.Module):
@@ -162,6 +196,14 @@ class LayerNorm(nnx.Module):
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return y * along_last(self.scale[...], y) + along_last(self.bias[...], y)
+
+
+def make_norm(spec: ModelSpec, shape: tuple[int, ...]) -> RMSNorm | LayerNorm:
+    """The norm that the model's blocks have, over the last axis of ``shape``."""
+    c = spec.config
+    if c.block.norm == "layer":
+        return LayerNorm(shape, c.norm_eps, spec.dtype)
+    return RMSNorm(shape, c.norm_eps, spec.dtype, c.block.norm_offset)
 
 
 def along_last(vector: Float[Array, " D"], x: Float[Array, "*A D"]) -> Float[Array, "*b D"]:
@@ -201,8 +243,11 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies, float32 [head_dim / 2], computed as transformers does (modeling_rope_utils)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """Inverse frequencies, float32 [R / 2] for R rotated dimensions, computed as transformers does
+    (modeling_rope_utils).
+    """
+    dims = rope.dims(head_dim)
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     inverse = np.float32(1.0) / np.power(np.float32(rope.theta), exponents, dtype=np.float32)
     if rope.kind == "linear":
         inverse = inverse / np.float32(rope.factor)
@@ -221,21 +266,44 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rope_angles(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array]:
-    """cos and sin of position * frequency, each [B, T, head_dim / 2] in float32 or better."""
+    """cos and sin of position * frequency, each [B, T, R / 2] in float32 or better."""
     dtype = float32_or_better(dtype)
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim)).astype(dtype)
     angles = positions.astype(dtype)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def all_angles(config: ModelConfig, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array] | None:
+    """The ``rope`` of a Context for all layers. A layer without rotary positions among others turns by no angle."""
+    kinds = rope_kinds(config)
+    if not config.rotary_dims:
+        return None
+    still = (*positions.shape, config.rotary_dims[0] // 2)
+    wide = float32_or_better(dtype)
+    angles = [
+        (jnp.ones(still, wide), jnp.zeros(still, wide))
+        if rope is None
+        else rope_angles(rope, config.head_dim, positions, dtype)
+        for rope in kinds
+    ]
+    if len(angles) == 1:
+        return angles[0]
+    return jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
+
+
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x_i, x_{i + H/2}) by the position's angles; the dtype of x is kept."""
-    first, second = jnp.split(at_least_float32(x), 2, axis=-1)
+    """Rotate the pairs (x_i, x_{i + R/2}), i < R/2, by the position's angles [B, T, R/2]; the dtype of x is kept.
+
+    The dimensions from R on stay as they are.
+    """
+    dims = 2 * cos.shape[-1]
+    turned, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
+    first, second = jnp.split(at_least_float32(turned), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if rest is None else jnp.concatenate([turned, rest], axis=-1)
 
 
 def attention_mask(
@@ -257,6 +325,20 @@ def attention_mask(
     return causal[None] & ((keys == 0) | (keys == queries))
 
 
+def key_distance(
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: KVCache | None
+) -> Int[Array, "B T S"] | None:
+    """How far key s lies behind query t, for windows; None where ``attention_mask`` is None.
+
+    In packed choices by position: a choice's first token stands right behind the prompt, whatever lies between. With
+    a cache by slot, which is the position.
+    """
+    if cache is not None:
+        slots = cache.lengths[:, None] + jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]
+        return slots[:, :, None] - jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, None, :]
+    return None if segments is None else positions[:, :, None] - positions[:, None, :]
+
+
 def _append(slots: Array, new: Array, lengths: Array) -> Array:
     """Write ``new`` [B, T, K, H] into ``slots`` [B, S, K, H] at each row's length."""
     write = lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, jnp.zeros_like(at), jnp.zeros_like(at)))
@@ -264,27 +346,32 @@ def _append(slots: Array, new: Array, lengths: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with optional rotary positions, qk-norm and biases."""
+    """Grouped-query self-attention with optional rotary positions, qk-norm, window, soft cap and biases."""
 
     def __init__(self, spec: ModelSpec):
-        c = spec.config
-        query, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.q = Linear(spec, "attention/q", c.hidden_size, query, c.qkv_bias)
-        self.k = Linear(spec, "attention/k", c.hidden_size, kv, c.qkv_bias)
-        self.v = Linear(spec, "attention/v", c.hidden_size, kv, c.qkv_bias)
-        self.o = Linear(spec, "attention/o", query, c.hidden_size, c.o_bias)
-        self.qk_norm, self.head_dim, self.implementation = c.qk_norm, c.head_dim, spec.attention
-        if c.qk_norm:
-            self.q_norm = RMSNorm((c.num_layers, c.head_dim), c.norm_eps, spec.dtype)
-            self.k_norm = RMSNorm((c.num_layers, c.head_dim), c.norm_eps, spec.dtype)
+        c, block = spec.config, spec.config.block
+        self.q = Linear(spec, "attention/q")
+        self.k = Linear(spec, "attention/k")
+        self.v = Linear(spec, "attention/v")
+        self.o = Linear(spec, "attention/o")
+        self.qk_norm, self.head_dim, self.implementation = block.qk_norm, c.head_dim, spec.attention
+        self.query_scale, self.soft_cap = block.query_scale, block.soft_cap
+        if block.qk_norm is not None:
+            heads = (1, 1) if block.qk_norm == "head" else (c.num_heads, c.num_kv_heads)
+            shapes = [(c.num_layers, count * c.head_dim) for count in heads]
+            make = lambda shape: RMSNorm(shape, c.norm_eps, spec.dtype, block.norm_offset)
+            self.q_norm, self.k_norm = map(make, shapes)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Output [B, T, D] and this layer's updated (keys, values), or None without a cache."""
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        if self.qk_norm:
+        q, k, v = self.q(x), self.k(x), heads(self.v(x))
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q).astype(x.dtype), self.k_norm(k).astype(x.dtype)
+        q, k = heads(q), heads(k)
+        if self.qk_norm == "head":
             q, k = self.q_norm(q).astype(x.dtype), self.k_norm(k).astype(x.dtype)
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
@@ -292,33 +379,78 @@ class Attention(nnx.Module):
             assert context.lengths is not None
             k, v = _append(cached[0], k, context.lengths), _append(cached[1], v, context.lengths)
             cached = (k, v)
-        y = attend(q, k, v, context.mask, self.implementation)
+        mask, window = context.mask, context.window
+        if mask is not None and window is not None:
+            mask, window = mask & (context.distance < window), None
+        y = attend(q, k, v, mask, self.implementation, scale=self.query_scale, soft_cap=self.soft_cap, window=window)
         return self.o(y.reshape(*y.shape[:2], -1)), cached
 
 
-class Block(nnx.Module):
-    """x + attention(norm_1(x)), then x + mlp(norm_2(x)); ``mlp(spec)`` and ``norm(shape, eps, dtype)`` make parts."""
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, spec: ModelSpec, mlp: Callable[..., Any], norm: Callable[..., Any]):
-        c = spec.config
+    def __init__(self, spec: ModelSpec):
+        self.gate = Linear(spec, "mlp/gate")
+        self.up = Linear(spec, "mlp/up")
+        self.down = Linear(spec, "mlp/down")
+        self.activation = spec.config.activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(activation(self.activation)(self.gate(x)) * self.up(x))
+
+
+class MLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, spec: ModelSpec):
+        self.up = Linear(spec, "mlp/up")
+        self.down = Linear(spec, "mlp/down")
+        self.activation = spec.config.activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(activation(self.activation)(self.up(x)))
+
+
+class Block(nnx.Module):
+    """Attention and MLP on a residual stream x, with norms where the layer says.
+
+    norm_1 and norm_2 stand before attention and MLP, post_norm_1 and post_norm_2 after them: with both,
+
+        x = x + post_norm_1(attention(norm_1(x)));  x = x + post_norm_2(mlp(norm_2(x))).
+
+    A parallel block takes both from the same x: x + attention(norm_1(x)) + mlp(norm_2(x)).
+    """
+
+    def __init__(self, spec: ModelSpec):
+        layer: LayerSpec = spec.config.block
         self.attention = Attention(spec)
-        self.mlp = mlp(spec)
-        self.norm_1 = norm((c.num_layers, c.hidden_size), c.norm_eps, spec.dtype)
-        self.norm_2 = norm((c.num_layers, c.hidden_size), c.norm_eps, spec.dtype)
+        self.mlp = {"gated": GatedMLP, "plain": MLP}[layer.mlp](spec)
+        shape = (spec.config.num_layers, spec.config.hidden_size)
+        self.before, self.after = layer.norms != "after", layer.norms != "before"
+        self.parallel = layer.parallel
+        if self.before:
+            self.norm_1, self.norm_2 = make_norm(spec, shape), make_norm(spec, shape)
+        if self.after:
+            self.post_norm_1, self.post_norm_2 = make_norm(spec, shape), make_norm(spec, shape)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None):
-        y, cached = self.attention(self.norm_1(x).astype(x.dtype), context, cached)
-        x = x + y
-        return x + self.mlp(self.norm_2(x).astype(x.dtype)), cached
+        y, cached = self.attention(self.norm_1(x).astype(x.dtype) if self.before else x, context, cached)
+        y = self.post_norm_1(y).astype(x.dtype) if self.after else y
+        after_attention = x + y
+        inner = x if self.parallel else after_attention
+        z = self.mlp(self.norm_2(inner).astype(x.dtype) if self.before else inner)
+        return after_attention + (self.post_norm_2(z).astype(x.dtype) if self.after else z), cached
 
 
-def place(
+def make_context(
+    config: ModelConfig,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"] | None,
     cache: KVCache | None,
     segments: Int[Array, "B T"] | None,
+    dtype: Any,
 ) -> tuple[Int[Array, "B T"], Context]:
-    """Where each token stands, and what every layer shares but the rotary angles.
+    """Where each token stands, and what the layers need beside their input.
 
     ``positions`` None means 0, 1, ..., T - 1 in every row, after what the cache already holds. ``segments`` as in
     Batch; ValueError together with a cache.
@@ -329,26 +461,39 @@ def place(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
         positions = positions if cache is None else positions + cache.lengths[:, None]
-    mask = attention_mask(rows, length, segments, cache)
-    return positions, Context(None, mask, None if cache is None else cache.lengths)
+    windows = any(layer.window is not None for layer in config.layers)
+    return positions, Context(
+        all_angles(config, positions, dtype),
+        attention_mask(rows, length, segments, cache),
+        None if cache is None else cache.lengths,
+        key_distance(positions, segments, cache) if windows else None,
+    )
 
 
 def scan_layers(
-    block: nnx.Module, x: Float[Array, "B T D"], context: Context, cache: KVCache | None, remat: bool
+    block: nnx.Module,
+    x: Float[Array, "B T D"],
+    context: Context,
+    cache: KVCache | None,
+    remat: bool,
+    own: dict[str, Array],
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Run ``block``, whose parameters are stacked [L, ...], as L layers: one compiled body, scanned."""
+    """Run ``block``, whose parameters are stacked [L, ...], as L layers: one compiled body, scanned.
+
+    ``own``: see ``layer_inputs``.
+    """
     graph, stacked = nnx.split(block)
 
-    def one(carry, state, cached, context):
+    def one(carry, state, cached, own, context):
         layer: Any = nnx.merge(graph, state)
-        return layer(carry, context, cached)
+        return layer(carry, context.of_layer(own), cached)
 
     if forward_mode_only.value:
         one = unbatched_tangents(one)
     elif remat:
         one = jax.checkpoint(one, prevent_cse=False)
     pairs = None if cache is None else (cache.keys, cache.values)
-    x, pairs = jax.lax.scan(lambda carry, inputs: one(carry, *inputs, context), x, (stacked, pairs))
+    x, pairs = jax.lax.scan(lambda carry, inputs: one(carry, *inputs, context), x, (stacked, pairs, own))
     if cache is None or pairs is None:
         return x, None
     return x, KVCache(pairs[0], pairs[1], cache.lengths + x.shape[1])

@@ -50,7 +50,7 @@ class LanguageModel:
         {"embed": {"weight" [V, D]}, "layers": {"attention": {"q": {"kernel" [L, in, out], "bias" [L, out],
         "lora_a" [L, in, r], "lora_b" [L, r, out]}, "k", "v", "o", "q_norm", "k_norm"}, "mlp": {"gate", "up",
         "down"}, "norm_1": {"scale" [L, D]}, "norm_2"}, "norm": {"scale" [D]}, "head": {"kernel" [V, D]}}.
-        No head where it is tied; GPT-2 has "wpe" and biases, and no gate.
+        No head where it is tied; learned positions are "wpe"; biases, gate and norms as the layers have them.
       tokenizer: a transformers tokenizer, or None.
       mesh: the device mesh the weights are spread over, or None.
       hf_config: the config.json it was loaded from, or None.
@@ -90,7 +90,7 @@ class LanguageModel:
         """A new adapter drawn from ``seed`` (A uniform, B zero), with the tree and dtypes of ``lora``."""
         shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         fresh = {path: init_leaf(self.spec, path, shape(leaf), seed) for path, leaf in paths(self.lora).items()}
-        return unflatten({path: put(leaf, path, self.mesh) for path, leaf in fresh.items()})
+        return unflatten({path: put(leaf, path, self.mesh, self.config.split(path)) for path, leaf in fresh.items()})
 
     def with_params(self, params: Params) -> LanguageModel:
         """The model with ``params`` (any subset of the tree) in place of its own weights; UserError as in overlay."""
@@ -215,14 +215,16 @@ def check_dtype(dtype: str) -> str:
 
 
 def init_leaf(spec: ModelSpec, path: str, shape: jax.ShapeDtypeStruct, seed: int) -> Array:
-    """A fresh leaf: adapters as in PEFT (A uniform, B zero), scales 1, biases 0, weights normal(initializer_range)."""
+    """A fresh leaf: adapters as in PEFT (A uniform, B zero), norms that multiply by 1, biases 0, weights
+    normal(initializer_range).
+    """
     name = path.rsplit("/", 1)[-1]
     if name == "lora_a":
         return jnp.asarray(init_lora_a(numpy_rng(seed, "lora", path), shape.shape, shape.dtype))
     if name in ("lora_b", "bias"):
         return jnp.zeros(shape.shape, shape.dtype)
     if name == "scale":
-        return jnp.ones(shape.shape, shape.dtype)
+        return jnp.ones(shape.shape, shape.dtype) - spec.config.block.norm_offset
     noise = numpy_rng(seed, "weights", path).standard_normal(shape.shape, np.float32)
     return jnp.asarray((spec.config.initializer_range * noise).astype(shape.dtype))
 
@@ -245,5 +247,6 @@ def init_lm(
     """
     spec = ModelSpec(config, lora, check_dtype(dtype), remat, attention)
     flat = paths(param_shapes(spec))
-    leaves = {path: put(init_leaf(spec, path, shape, seed), path, mesh, weights) for path, shape in flat.items()}
+    fresh = lambda path, shape: put(init_leaf(spec, path, shape, seed), path, mesh, config.split(path), weights)
+    leaves = {path: fresh(path, shape) for path, shape in flat.items()}
     return LanguageModel(spec, unflatten(leaves), tokenizer, mesh)

@@ -16,7 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ntkjax.errors import CheckpointError, UserError
-from ntkjax.models.config import ModelConfig, read_token_ids
+from ntkjax.models.config import ModelConfig
+from ntkjax.models.families import family_of
+from ntkjax.models.families.base import read_token_ids
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import LanguageModel, LoadReport, check_dtype, init_leaf, paths, unflatten
@@ -184,25 +186,26 @@ def _load_params(
     spec: ModelSpec, tensors: dict[str, TensorInfo], where: str, seed: int, mesh: Mesh | None, rule: str
 ) -> tuple[dict, LoadReport]:
     flat, table = paths(param_shapes(spec)), sources(spec)
-    table = _without_prefix(table, tensors)
+    table = _without_prefix(spec, table, tensors)
     _check_names(spec, table, tensors, where)
     _check_shapes(spec, flat, table, tensors)
     leaves = {}
     for path, shape in flat.items():
         if path in table:
-            leaves[path] = _load_leaf(path, shape, table[path], tensors, mesh, rule)
+            leaves[path] = _load_leaf(spec, path, shape, table[path], tensors, mesh, rule)
         else:
-            leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, rule)
-    counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(info.name))
+            leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, spec.config.split(path), rule)
+    counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(spec, info.name))
     parameters = sum(int(np.prod(flat[path].shape)) for path in table)
     return unflatten(leaves), LoadReport(where, "", counts.total(), parameters, dict(counts))
 
 
-def _without_prefix(table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
-    """The first GPT-2 checkpoints were saved without the "transformer." in front of every name."""
-    if "wte.weight" not in tensors:
+def _without_prefix(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
+    """Some checkpoints were saved without the family's prefix in front of every name."""
+    prefix = family_of(spec.config.family).optional_prefix
+    if not prefix or table["embed/weight"].name.removeprefix(prefix) not in tensors:
         return table
-    bare = lambda source: dataclasses.replace(source, name=source.name.removeprefix("transformer."))
+    bare = lambda source: dataclasses.replace(source, name=source.name.removeprefix(prefix))
     return {path: bare(source) for path, source in table.items()}
 
 
@@ -219,17 +222,18 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
         )
     needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
     missing = sorted(needed - tensors.keys())
+    head = family_of(spec.config.family).tensors["head/kernel"] + ".weight"
     if missing:
         hint = ""
-        if missing == ["lm_head.weight"]:
+        if missing == [head]:
             hint = " (a model whose head is its embedding says tie_word_embeddings: true in config.json)"
         raise CheckpointError(f"{where}: {_listed('tensor', missing)} missing{hint}")
-    unused = sorted(name for name in tensors.keys() - needed if not is_buffer(name))
-    if unused == ["lm_head.weight"] and spec.config.tied:
+    unused = sorted(name for name in tensors.keys() - needed if not is_buffer(spec, name))
+    if unused == [head] and spec.config.tied:
         embedding = tensors[table["embed/weight"].name]
-        if not np.array_equal(tensors["lm_head.weight"].read(), embedding.read()):
+        if not np.array_equal(tensors[head].read(), embedding.read()):
             raise CheckpointError(
-                f"{where}: tensor 'lm_head.weight' differs from {embedding.name!r}, although config.json "
+                f"{where}: tensor {head!r} differs from {embedding.name!r}, although config.json "
                 "ties them (tie_word_embeddings): set it to false to use both"
             )
         return
@@ -245,6 +249,7 @@ def _listed(noun: str, names: list[str]) -> str:
 
 
 def _load_leaf(
+    spec: ModelSpec,
     path: str,
     shape: jax.ShapeDtypeStruct,
     source: Source,
@@ -253,10 +258,11 @@ def _load_leaf(
     rule: str,
 ) -> Array:
     """One parameter, its layers written one by one into a stack that already lies on the device."""
-    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, rule)
+    split = spec.config.split(path)
+    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, split, rule)
     if not path.startswith("layers/"):
         info = tensors[source.name]
-        array = put(_host_tensor(info, source), path, mesh, rule)
+        array = put(_host_tensor(info, source), path, mesh, split, rule)
         return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
     stack = _zeros(shape.shape, str(shape.dtype), sharding)
     for layer in range(shape.shape[0]):
@@ -273,16 +279,18 @@ def _host_tensor(info: TensorInfo, source: Source) -> np.ndarray:
             "(quantised weights are not supported)"
         )
     tensor = info.read()
-    width = tensor.shape[-1] // source.parts
-    return tensor[..., source.part * width : (source.part + 1) * width]
+    if source.share is None:
+        return tensor
+    return np.take(tensor, source.share.columns(), axis=0 if source.transpose else -1)
 
 
 def _check_shapes(spec: ModelSpec, flat: dict, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> None:
     """Every tensor has the shape that config.json asks for: checked before anything of these sizes is made."""
     for path, source in table.items():
         shape = flat[path].shape[1:] if path.startswith("layers/") else flat[path].shape
-        expected = shape[::-1] if source.transpose else shape
-        expected = (*expected[:-1], expected[-1] * source.parts)
+        outputs = shape[-1:] if source.share is None else (source.share.total,)
+        expected = (*shape[:-1], *outputs)
+        expected = expected[::-1] if source.transpose else expected
         for info in (tensors[name] for name in _names_of(spec, path, source)):
             if info.shape != expected:
                 raise CheckpointError(

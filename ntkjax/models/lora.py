@@ -16,23 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
+from ntkjax.models.families import linear_aliases
 from ntkjax.types import at_least_float32, float32_or_better, forward_mode_only
-
-# Names of the linear layers in Hugging Face checkpoints, so that a PEFT user's target_modules work here.
-_ALIASES = {
-    "q_proj": ("attention/q",),
-    "k_proj": ("attention/k",),
-    "v_proj": ("attention/v",),
-    "o_proj": ("attention/o",),
-    "gate_proj": ("mlp/gate",),
-    "up_proj": ("mlp/up",),
-    "down_proj": ("mlp/down",),
-    "c_attn": ("attention/q", "attention/k", "attention/v"),
-    "attn.c_proj": ("attention/o",),
-    "c_fc": ("mlp/up",),
-    "mlp.c_proj": ("mlp/down",),
-    "c_proj": ("attention/o", "mlp/down"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +68,9 @@ class LoraConfig:
 def _matching(target: str, linears: tuple[str, ...]) -> list[str]:
     if target == "all-linear":
         return list(linears)
-    exact = [name for name in linears if target in (name, name.split("/")[-1]) or name in _ALIASES.get(target, ())]
+    # Names of the linear layers in Hugging Face checkpoints: a PEFT user's target_modules work here.
+    aliases = linear_aliases(target)
+    exact = [name for name in linears if target in (name, name.split("/")[-1]) or name in aliases]
     if exact:
         return exact
     try:

@@ -1,40 +1,41 @@
-"""Where each parameter lies in a Hugging Face checkpoint: tensor names, transposition, fused tensors."""
+"""Where each parameter lies in a Hugging Face checkpoint: tensor names, transposition, fused tensors, PEFT modules.
+
+All follow from what a family declares (`ntkjax.models.families.base.Family`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
+import numpy as np
+from jaxtyping import Int
+
+from ntkjax.models.config import ModelConfig
+from ntkjax.models.families import FAMILIES, family_of
+from ntkjax.models.families.base import Family
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.layers import ModelSpec
 
-_DECODER = {
-    "embed/weight": "model.embed_tokens.weight",
-    "norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-    "layers/norm_1": "model.layers.{}.input_layernorm",
-    "layers/norm_2": "model.layers.{}.post_attention_layernorm",
-    "layers/attention/q_norm": "model.layers.{}.self_attn.q_norm",
-    "layers/attention/k_norm": "model.layers.{}.self_attn.k_norm",
-    **{f"layers/attention/{n}": f"model.layers.{{}}.self_attn.{n}_proj" for n in "qkvo"},
-    **{f"layers/mlp/{n}": f"model.layers.{{}}.mlp.{n}_proj" for n in ("gate", "up", "down")},
-}
-_GPT2 = {
-    "embed/weight": "transformer.wte.weight",
-    "wpe/weight": "transformer.wpe.weight",
-    "norm/scale": "transformer.ln_f.weight",
-    "norm/bias": "transformer.ln_f.bias",
-    "head/kernel": "lm_head.weight",
-    "layers/norm_1": "transformer.h.{}.ln_1",
-    "layers/norm_2": "transformer.h.{}.ln_2",
-    **{f"layers/attention/{n}": "transformer.h.{}.attn.c_attn" for n in "qkv"},
-    "layers/attention/o": "transformer.h.{}.attn.c_proj",
-    "layers/mlp/up": "transformer.h.{}.mlp.c_fc",
-    "layers/mlp/down": "transformer.h.{}.mlp.c_proj",
-}
 
-# Buffers that old versions of transformers saved beside the weights; they hold nothing that is learned.
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A parameter's part of a tensor's outputs.
+
+    The outputs (the last axis, or the first where the checkpoint holds [out, in]) are ``groups`` runs of equal length;
+    of each, the parameter has ``width`` from ``start`` on. ``total`` is their number in all.
+    """
+
+    start: int
+    width: int
+    total: int
+    groups: int = 1
+
+    def columns(self) -> Int[np.ndarray, " outputs"]:
+        """Places of the parameter's outputs in the tensor, in order."""
+        run = np.arange(self.start, self.start + self.width)
+        return (np.arange(self.groups)[:, None] * (self.total // self.groups) + run[None]).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,37 +45,90 @@ class Source:
     Attributes:
       name: tensor name, with "{}" for the layer where the parameter is stacked.
       transpose: the checkpoint holds [out, in] where the parameter is [in, out].
-      part, parts: the parameter is this one of ``parts`` equal slices of the tensor's last axis (fused q, k,
-      v).
+      share: its part of the tensor's outputs where several parameters share it (fused q, k, v); None: all of it.
     """
 
     name: str
     transpose: bool = False
-    part: int = 0
-    parts: int = 1
+    share: Share | None = None
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
     """For each parameter path but the adapter's, where it lies in a checkpoint of this architecture."""
-    gpt2 = spec.config.family == "gpt2"
-    table, flat = _GPT2 if gpt2 else _DECODER, {}
+    family, flat = family_of(spec.config.family), {}
+    shares = _shares(family, spec.config, spec.linears())
     for path in _leaf_paths(param_shapes(spec)):
-        if path in table:
-            flat[path] = Source(table[path])
-            continue
-        layer, leaf = path.rsplit("/", 1)
+        stem, leaf = path.rsplit("/", 1)
         if leaf in ("lora_a", "lora_b"):
             continue
-        fused = layer.rsplit("/", 1)[-1] if gpt2 and layer.startswith("layers/attention/") else ""
-        part, parts = ("qkv".index(fused), 3) if fused in ("q", "k", "v") else (0, 1)
-        name = f"{table[layer]}.{'bias' if leaf == 'bias' else 'weight'}"
-        flat[path] = Source(name, leaf == "kernel" and not gpt2, part, parts)
+        linear = path.startswith("layers/") and leaf == "kernel"
+        name = f"{family.tensors.get(path) or family.tensors[stem]}.{'bias' if leaf == 'bias' else 'weight'}"
+        flat[path] = Source(name, linear and not family.conv1d, shares.get(stem))
     return flat
 
 
-def is_buffer(name: str) -> bool:
+def _shares(family: Family, config: ModelConfig, linears: tuple[str, ...]) -> dict[str, Share]:
+    """The part of each linear layer that shares its tensor with others."""
+    found: dict[str, Share] = {}
+    for names in _by_module(family, linears).values():
+        widths = [config.linears[name][1] for name in names]
+        groups = config.num_kv_heads if family.fused_by_head else 1
+        total, start = sum(widths), 0
+        for name, width in zip(names, widths) if len(names) > 1 else ():
+            found[f"layers/{name}"] = Share(start, width // groups, total, groups)
+            start += width // groups
+    return found
+
+
+def _by_module(family: Family, linears: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """A block's tensors, "model.layers.{}.mlp.up_proj", and the linear layers in each, in the block's order."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in linears:
+        tensor = family.tensors[f"layers/{name}"]
+        found[tensor] = (*found.get(tensor, ()), name)
+    return found
+
+
+def modules(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """PEFT's modules of a layer, "self_attn.q_proj", and the linear layers that each holds side by side."""
+    found = _by_module(family_of(spec.config.family), spec.linears())
+    return {_module(tensor): names for tensor, names in found.items()}
+
+
+def every_module() -> Mapping[str, tuple[str, ...]]:
+    """As ``modules``, of all families."""
+    found: dict[str, tuple[str, ...]] = {}
+    for family in FAMILIES.values():
+        linears = tuple(
+            path.removeprefix("layers/")
+            for path in family.tensors
+            if path.startswith(("layers/attention/", "layers/mlp/")) and not path.endswith("_norm")
+        )
+        found |= {_module(tensor): names for tensor, names in _by_module(family, linears).items()}
+    return found
+
+
+def module_columns(spec: ModelSpec, module: str) -> Int[np.ndarray, " outputs"]:
+    """Places in a module's outputs of its linear layers' outputs, these one after the other."""
+    found = _shares(family_of(spec.config.family), spec.config, spec.linears())
+    names = modules(spec)[module]
+    if len(names) == 1:
+        return np.arange(spec.config.linears[names[0]][1])
+    return np.concatenate([found[f"layers/{name}"].columns() for name in names])
+
+
+def layer_prefix(spec: ModelSpec) -> str:
+    """What stands before the number of a layer: "model.layers"."""
+    return family_of(spec.config.family).tensors["layers/attention/o"].split(".{}.")[0]
+
+
+def _module(tensor: str) -> str:
+    return tensor.split(".{}.")[1]
+
+
+def is_buffer(spec: ModelSpec, name: str) -> bool:
     """True for tensors that are saved but not learned: inverse frequencies, causal masks."""
-    return _BUFFERS.search(name) is not None
+    return any(re.search(pattern, name) for pattern in family_of(spec.config.family).buffers)
 
 
 def _leaf_paths(tree: dict, where: str = "") -> list[str]:

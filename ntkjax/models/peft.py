@@ -30,31 +30,18 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError
 from ntkjax.files import written_folder
-from ntkjax.models.config import LARGEST
+from ntkjax.models.families import family_of
+from ntkjax.models.families.base import LARGEST
 from ntkjax.models.files import write_json, write_tensors
 from ntkjax.models.lm import LanguageModel
 from ntkjax.models.load import read_json
 from ntkjax.models.lora import LoraConfig
+from ntkjax.models.names import every_module, layer_prefix, module_columns, modules
 from ntkjax.models.safetensors_file import read_header
 from ntkjax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_DECODER_MODULES = {
-    "self_attn.q_proj": ("attention/q",),
-    "self_attn.k_proj": ("attention/k",),
-    "self_attn.v_proj": ("attention/v",),
-    "self_attn.o_proj": ("attention/o",),
-    "mlp.gate_proj": ("mlp/gate",),
-    "mlp.up_proj": ("mlp/up",),
-    "mlp.down_proj": ("mlp/down",),
-}
-_GPT2_MODULES = {
-    "attn.c_attn": ("attention/q", "attention/k", "attention/v"),
-    "attn.c_proj": ("attention/o",),
-    "mlp.c_fc": ("mlp/up",),
-    "mlp.c_proj": ("mlp/down",),
-}
 _PREFIX = "base_model.model."
 # Options that leave the mathematics of a stored adapter alone. Anything else that is set is refused.
 _HARMLESS = (
@@ -117,13 +104,15 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
     lora = _lora_of(model)
     _refuse_other_changes(model, params)
     ours = _factors(model.with_params(params).lora)
-    layers = _layer_prefix(model)
+    layers = layer_prefix(model.spec)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for module, names in _modules(model).items():
+    for module, names in modules(model.spec).items():
         if not any(name in ours for name in names):
             continue
-        a, b = _fuse([ours.get(name) for name in names], _widths(model, names))
+        a, side_by_side = _fuse([ours.get(name) for name in names], _widths(model, names))
+        b = np.empty_like(side_by_side)
+        b[..., module_columns(model.spec, module)] = side_by_side
         ranks[module] = a.shape[-1]
         for i in range(a.shape[0]):
             key = f"{_PREFIX}{layers}.{i}.{module}"
@@ -147,10 +136,11 @@ def load_adapter(directory: str | Path, model: LanguageModel) -> Params:
     tensors = _read_tensors(folder)
     where, wanted = folder / WEIGHTS, _factors(model.lora)
     loaded: dict[str, Factors] = {}
-    for module, names in _modules(model).items():
+    for module, names in modules(model.spec).items():
         targets = [name for name in names if name in wanted]
         if targets:
             a, b = _stack(tensors, model, module, config, lora, where)
+            b = b[..., module_columns(model.spec, module)]
             parts = _split(a, b, names, targets, lora.rank, _widths(model, names), f"{where}: {module}")
             loaded.update(parts)
     if tensors:
@@ -170,10 +160,10 @@ def adapter_lora_config(directory: str | Path) -> LoraConfig:
     folder = Path(directory)
     config = _read_config(folder)
     targets: set[str] = set()
-    rank = 1
+    rank, known = 1, every_module()
     for key, tensor in (tensors := _read_tensors(folder)).items():
         found = re.fullmatch(r".*\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", key)
-        names = {**_DECODER_MODULES, **_GPT2_MODULES}.get(found[1]) if found else None
+        names = known.get(found[1]) if found else None
         if names is None:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts, so the adapter is not "
@@ -257,22 +247,9 @@ def _lora_of(model: LanguageModel) -> LoraConfig:
     return model.spec.lora
 
 
-def _modules(model: LanguageModel) -> dict[str, tuple[str, ...]]:
-    return _GPT2_MODULES if model.config.family == "gpt2" else _DECODER_MODULES
-
-
-def _layer_prefix(model: LanguageModel) -> str:
-    return "transformer.h" if model.config.family == "gpt2" else "model.layers"
-
-
 def _widths(model: LanguageModel, names: tuple[str, ...]) -> list[int]:
     """Output sizes of our linear layers ``names``."""
-    return [_node(model.params, name)["kernel"].shape[-1] for name in names]
-
-
-def _node(tree: Params, name: str) -> dict[str, Any]:
-    group, layer = name.split("/")
-    return tree["layers"][group][layer]
+    return [model.config.linears[name][1] for name in names]
 
 
 def _factors(lora: Params) -> dict[str, Factors]:
@@ -362,11 +339,11 @@ def _stack(
     """Take one module's tensors of all layers out of ``tensors``: A [L, in, r], B [L, r, out] at the model's
     scale, r the largest of its layers; zeros where the directory adapts other layers only.
     """
-    names = _modules(model)[module]
-    inputs, outputs = _node(model.params, names[0])["kernel"].shape[1], sum(_widths(model, names))
+    names = modules(model.spec)[module]
+    inputs, outputs = model.config.linears[names[0]][0], sum(_widths(model, names))
     stacked: list[Factors | None] = []
     for i in range(model.config.num_layers):
-        full = f"{_layer_prefix(model)}.{i}.{module}"
+        full = f"{layer_prefix(model.spec)}.{i}.{module}"
         keys = [f"{_PREFIX}{full}.lora_{part}.weight" for part in "AB"]
         if not config.adapts(full) and not any(key in tensors for key in keys):
             stacked.append(None)
@@ -412,7 +389,8 @@ def _as_params(lora: Params, loaded: dict[str, Factors], where: Path) -> Params:
 
 
 def _peft_config(model: LanguageModel, lora: LoraConfig, ranks: dict[str, int]) -> dict[str, Any]:
-    gpt2 = model.config.family == "gpt2"
+    ends = [module.split(".")[-1] for module in modules(model.spec)]
+    unique = len(set(ends)) == len(ends)  # GPT-2 has two modules c_proj
     wider = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     size = lambda rank: math.sqrt(rank) if lora.rslora else rank
     plain = lambda x: int(x) if x == int(x) else x
@@ -425,10 +403,10 @@ def _peft_config(model: LanguageModel, lora: LoraConfig, ranks: dict[str, int]) 
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": gpt2,
+        "fan_in_fan_out": family_of(model.config.family).conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": list(ranks) if gpt2 else [module.split(".")[-1] for module in ranks],
+        "target_modules": [module.split(".")[-1] if unique else module for module in ranks],
         "rank_pattern": wider,
         "alpha_pattern": {module: plain(lora.scale * size(rank)) for module, rank in wider.items()},
         "modules_to_save": None,
@@ -457,7 +435,8 @@ def _read_config(folder: Path) -> _PeftConfig:
             why = f" ({_REASONS[key]})" if key in _REASONS else ""
             raise fail(f"{key} = {value!r} is not supported{why}; {_MERGE}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank <= LARGEST or type(alpha) not in (int, float) or not abs(alpha) <= LARGEST:
+    numbers = isinstance(rank, int) and isinstance(alpha, int | float) and not isinstance(rank, bool)
+    if not numbers or isinstance(alpha, bool) or not 0 < rank <= LARGEST or not abs(alpha) <= LARGEST:
         raise fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
     layers = config.get("layers_to_transform")
 

@@ -52,7 +52,7 @@ def model_digests(model: LanguageModel) -> dict[str, str]:
     frozen = {path: leaf for path, leaf in paths(model.params).items() if path not in adapter}
     return {
         "weights": weights_fingerprint(frozen),
-        "configuration": digest(dataclasses.asdict(model.config))[:16],
+        "configuration": digest(model.config.settings())[:16],
         "tokenizer": tokenizer_digest(model.tokenizer)[:16],
     }
 

@@ -13,9 +13,9 @@ from ntkjax.models import KVCache, LoraConfig, ModelConfig, RopeConfig, init_lm
 from ntkjax.models.attention import attend
 from ntkjax.models.functions import forward, structure
 from ntkjax.models.layers import (
-    Context,
     RMSNorm,
     attention_mask,
+    make_context,
     rope_angles,
     rope_frequencies,
     rotate,
@@ -156,9 +156,8 @@ def test_scan_equals_a_loop_over_layers():
     model = init_lm(SMALL, seed=0)
     whole = nnx.merge(structure(model.spec)[0], model.params)
     x = whole.embed(jnp.asarray(TOKENS))
-    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
-    context = Context(rope_angles(SMALL.rope, 4, positions, x.dtype), None, None)
-    scanned, _ = scan_layers(whole.layers, x, context, None, remat=False)
+    _, context = make_context(SMALL, jnp.asarray(TOKENS), None, None, None, x.dtype)
+    scanned, _ = scan_layers(whole.layers, x, context, None, remat=False, own={})
     graph, stacked = nnx.split(whole.layers)
     looped, slice_of = x, lambda layer: jax.tree.map(lambda w: w[layer], stacked)
     for layer in range(3):

@@ -37,7 +37,8 @@ def hf_tensors(model) -> dict[str, np.ndarray]:
         layers = range(model.config.num_layers) if path.startswith("layers/") else [None]
         for i in layers:
             value = np.asarray(flat[path] if i is None else flat[path][i])
-            parts.setdefault(source.name.format(i), {})[source.part] = value.T if source.transpose else value
+            start = 0 if source.share is None else source.share.start
+            parts.setdefault(source.name.format(i), {})[start] = value.T if source.transpose else value
     return {n: np.ascontiguousarray(np.concatenate([p[i] for i in sorted(p)], -1)) for n, p in parts.items()}
 
 

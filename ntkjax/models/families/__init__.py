@@ -1,0 +1,37 @@
+"""Model families: one file each, and one line here."""
+
+from __future__ import annotations
+
+from ntkjax.errors import CheckpointError
+from ntkjax.models.families.base import Family
+from ntkjax.models.families.gpt2 import GPT2
+from ntkjax.models.families.llama import LLAMA
+from ntkjax.models.families.qwen2 import QWEN2
+from ntkjax.models.families.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        GPT2,
+    )
+}
+
+
+def family_of(name: str) -> Family:
+    """The family of that name; CheckpointError for a name that FAMILIES lacks."""
+    if name not in FAMILIES:
+        raise CheckpointError(f"family {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def linear_aliases(alias: str) -> tuple[str, ...]:
+    """Linear layers ("attention/q") that some family's checkpoints call ``alias``: "q_proj", "attn.c_proj"."""
+    found: dict[str, None] = {}
+    for family in FAMILIES.values():
+        for path, tensor in family.tensors.items():
+            if path.startswith("layers/") and (tensor == alias or tensor.endswith(f".{alias}")):
+                found[path.removeprefix("layers/")] = None
+    return tuple(found)

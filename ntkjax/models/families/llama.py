@@ -1,0 +1,94 @@
+"""Llama and what has its shape (Mistral without a window, SmolLM2): RMS norms, rotary positions, grouped-query
+attention, a gated MLP.
+
+Refused: sliding windows shorter than the context, rope scalings other than linear and llama3, partial rotary factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ntkjax.models.families.base import Family, ModelShape, Reader, rope_keys
+
+MISTRAL = "MistralForCausalLM"
+
+TENSORS = {
+    "embed/weight": "model.embed_tokens",
+    "norm": "model.norm",
+    "head/kernel": "lm_head",
+    "layers/norm_1": "model.layers.{}.input_layernorm",
+    "layers/norm_2": "model.layers.{}.post_attention_layernorm",
+    "layers/attention/q": "model.layers.{}.self_attn.q_proj",
+    "layers/attention/k": "model.layers.{}.self_attn.k_proj",
+    "layers/attention/v": "model.layers.{}.self_attn.v_proj",
+    "layers/attention/o": "model.layers.{}.self_attn.o_proj",
+    "layers/attention/q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers/attention/k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+    "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+    "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+}
+
+
+def decoder_fields(reader: Reader, *, head_dim: int | None = None) -> dict[str, Any]:
+    """Fields of ModelShape that Llama and the families of its shape read alike.
+
+    ``head_dim`` is transformers' default where the key is absent; None means hidden_size / num_attention_heads.
+    """
+    heads, hidden = reader.number("num_attention_heads"), reader.number("hidden_size")
+    if reader.config.get("head_dim") is None and head_dim is None and hidden % heads:
+        raise reader.fail(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; no head_dim")
+    return reader.common() | {
+        "hidden_size": hidden,
+        "intermediate_size": reader.number("intermediate_size"),
+        "num_layers": reader.number("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": reader.number("num_key_value_heads", heads),
+        "head_dim": reader.number("head_dim", head_dim or hidden // heads),
+        "max_positions": reader.number("max_position_embeddings", 2048),
+        "norm_eps": reader.number("rms_norm_eps", 1e-6, float),
+        "activation": reader.activation("hidden_act", "silu"),
+        "rope": reader.rope(),
+        "tied": reader.flag("tie_word_embeddings", False),
+    }
+
+
+def decoder_keys(shape: ModelShape) -> dict[str, Any]:
+    """The keys of config.json that ``decoder_fields`` and its callers read."""
+    return {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.norm_eps,
+        "hidden_act": shape.activation,
+        "attention_bias": shape.o_bias,
+        "mlp_bias": shape.mlp_bias,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    } | rope_keys(shape.rope)
+
+
+def _read(reader: Reader) -> ModelShape:
+    mistral = reader.architecture == MISTRAL  # its config class has neither bias
+    reader.refuse_windows(lambda: mistral)
+    attention, mlp = reader.flag("attention_bias", False), reader.flag("mlp_bias", False)
+    return ModelShape(
+        family="llama",
+        qkv_bias=attention and not mistral,
+        o_bias=attention and not mistral,
+        mlp_bias=mlp and not mistral,
+        **decoder_fields(reader),
+    )
+
+
+LLAMA = Family(
+    name="llama",
+    architectures={"LlamaForCausalLM": "llama", MISTRAL: "mistral"},
+    read=_read,
+    write=decoder_keys,
+    tensors=TENSORS,
+)
