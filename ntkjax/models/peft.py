@@ -435,9 +435,11 @@ def _read_config(folder: Path) -> _PeftConfig:
             why = f" ({_REASONS[key]})" if key in _REASONS else ""
             raise fail(f"{key} = {value!r} is not supported{why}; {_MERGE}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    numbers = isinstance(rank, int) and isinstance(alpha, int | float) and not isinstance(rank, bool)
-    if not numbers or isinstance(alpha, bool) or not 0 < rank <= LARGEST or not abs(alpha) <= LARGEST:
-        raise fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
+    wrong = fail(f"r = {rank!r}, lora_alpha = {alpha!r}: expected a positive integer and a number")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= LARGEST:
+        raise wrong
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= LARGEST:
+        raise wrong
     layers = config.get("layers_to_transform")
 
     def listed(key: str) -> str | tuple[str, ...]:

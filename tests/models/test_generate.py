@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import types
 
 import jax
 import numpy as np
@@ -88,6 +87,18 @@ def test_params_are_laid_over_the_weights() -> None:
     assert expected != generate(model, {}, [LONG], max_new_tokens=8)[0]
 
 
+class _Ending:
+    """As much of a tokenizer as says where generation stops: no chat template, one end token."""
+
+    eos_token, added_tokens_decoder, all_special_tokens = "<end>", {}, ()
+
+    def __init__(self, eos_token_id: int):
+        self.eos_token_id = eos_token_id
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return {"<end>": self.eos_token_id}[token]
+
+
 def test_stops_at_the_first_stop_token_and_keeps_it() -> None:
     model = make("qwen3")
     short, long = generate(model, {}, [SHORT, LONG], max_new_tokens=8)
@@ -95,7 +106,7 @@ def test_stops_at_the_first_stop_token_and_keeps_it() -> None:
     cut = lambda tokens: tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
     assert generate(model, {}, [SHORT, LONG], max_new_tokens=8, stop_tokens=[stop]) == [cut(short), cut(long)]
     assert len(cut(long)) <= 3
-    own = dataclasses.replace(model, tokenizer=types.SimpleNamespace(eos_token_id=stop))
+    own = dataclasses.replace(model, tokenizer=_Ending(stop))
     assert generate(own, {}, [SHORT, LONG], max_new_tokens=8) == [cut(short), cut(long)]
     assert generate(own, {}, [SHORT, LONG], max_new_tokens=8, stop_tokens=[]) == [short, long]
     configured = dataclasses.replace(make("qwen3", eos_token_ids=(7, 9)), tokenizer=own.tokenizer)
