@@ -84,7 +84,7 @@ def printed(files, tmp_path_factory) -> dict[str, list]:
     study = {
         "model": {"model": files.model, "lora_rank": 2}, "pool": files.pool, "budgets": 6,
         "domains": {"ball": {"train": files.domain, "dev": files.dev, "test": files.test}},
-        "methods": [{"method": "toy", "toy_sign": -1.0}],
+        "methods": [{"method": "toy", "toy_sign": -1.0}], "dedup": {"mode": "off"},
     }  # fmt: skip
     (root / "study.json").write_text(json.dumps(study))
     select = ["select", *files.flags("model", "domain", "pool"), "--n", "5", "--lora-rank", "2", "--skip-warmup"]
