@@ -71,8 +71,8 @@ def test_the_bounds_say_what_the_matrix_tests():
     matrix = dict(reversed(entry.split(":")) for entry in re.search(r"^MATRIX := (.*)$", makefile, re.M)[1].split())
     locks = {lock.stem: lock for lock in LOCKS if lock.name.startswith("py")}
     assert set(matrix) == set(locks)
-    prefix = "Programming Language :: Python :: "
-    pythons = {line.removeprefix(prefix) for line in project()["classifiers"] if line.startswith(prefix)}
+    prefix = "Programming Language :: Python :: 3."
+    pythons = {"3." + line.removeprefix(prefix) for line in project()["classifiers"] if line.startswith(prefix)}
     assert set(matrix.values()) == pythons
     assert all(name.startswith("py" + version.replace(".", "")) for name, version in matrix.items())
     low, high = re.search(r"jax>=0\.(\d+),<0\.(\d+)", " ".join(project()["dependencies"])).groups()

@@ -44,7 +44,7 @@ def contract(a: Params, b: Params, *, outputs: Literal["sum", "each", "pairs"] =
         flat_x, flat_y = (z.reshape(*z.shape[:2], -1) for z in (x, y))  # [n, c, p]
         if outputs == "each":  # [c, n, p], a matrix product for each c
             return _matmul(jnp.swapaxes(flat_x, 0, 1), jnp.swapaxes(flat_y, 0, 1))
-        rows = [z.reshape(-1, z.shape[2]) for z in (flat_x, flat_y)]  # [n c, p]
+        rows = [z.reshape(z.shape[0] * z.shape[1], z.shape[2]) for z in (flat_x, flat_y)]  # [n c, p]
         return _matmul(*rows).reshape(*x.shape[:2], *y.shape[:2])
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))

@@ -121,11 +121,11 @@ def test_what_is_written(fresh):
 
 
 def test_a_replay_that_was_stopped_goes_on_and_computes_nothing_twice(fresh, files, tmp_path, monkeypatch):
-    import ntkjax.commands.verify.comparisons as verify_rows
+    import ntkjax.commands.verify.command as command
 
     out = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(verify_rows, "compare", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(command, "compare", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["replay", str(fresh), "--out", str(out)]) == 130
     logged = (out / "metrics.jsonl").read_text()
     assert not (out / "results.json").exists() and '"sum_logits sketched"' in logged
