@@ -64,6 +64,10 @@ def load_lm(
     hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
     config = read_config(directory, hf_config)
     tensors = find_tensors(directory)
+    if config.num_layers > len(tensors):  # before anything is made for each layer
+        raise CheckpointError(
+            f"{directory}: config.json asks for {config.num_layers} layers: there are only {len(tensors)} tensors"
+        )
     spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, attention)
     if lora is not None:
         lora.matches(spec.linears())
@@ -216,10 +220,6 @@ def _names_of(spec: ModelSpec, path: str, source: Source) -> list[str]:
 
 def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
     """No tensor may be missing, and none may be left over."""
-    if spec.config.num_layers > len(tensors):
-        raise CheckpointError(
-            f"{where}: config.json asks for {spec.config.num_layers} layers: there are only {len(tensors)} tensors"
-        )
     needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
     missing = sorted(needed - tensors.keys())
     head = family_of(spec.config.family).tensors["head/kernel"] + ".weight"
