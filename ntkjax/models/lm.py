@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ntkjax.data.prompts import stop_tokens
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import functions
 from ntkjax.models.config import DTYPES, ModelConfig
@@ -83,6 +82,8 @@ class LanguageModel:
     def stop_tokens(self) -> frozenset[int]:
         """Where generation stops: the token that ends a turn in training, the tokenizer's eos, and those of config.json
         and generation_config.json."""
+        from ntkjax.data.prompts import stop_tokens  # what reads records is not needed to run a model
+
         ends = self.config.eos_token_ids
         return frozenset(ends) if self.tokenizer is None else stop_tokens(self.tokenizer, ends)
 

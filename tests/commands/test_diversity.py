@@ -45,7 +45,7 @@ def test_it_chooses_among_the_best_and_says_what_it_changed(method, files, tmp_p
 
 
 def test_facility_location_goes_on_from_finished_features(files, tmp_path, monkeypatch):
-    import ntkjax.commands.select.command as selecting
+    import ntkjax.pipeline.select as selecting
 
     flags = ["--method", "embedding", "--diversity", "facility-location"]
     assert select(files, tmp_path / "whole", *flags) == 0

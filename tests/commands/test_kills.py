@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ntkjax.commands.select.command as selecting
+import ntkjax.pipeline.select as selecting
 from ntkjax.cli import main
 from ntkjax.models import LoraConfig, adapter_lora_config, load_adapter, load_lm, save_adapter, save_merged
 from ntkjax.store import RowStore

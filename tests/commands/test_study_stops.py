@@ -19,7 +19,7 @@ import yaml
 import ntkjax.commands.study.command as study_command
 import ntkjax.commands.study.runner as study_run
 from ntkjax.errors import UserError
-from ntkjax.selection import METHODS
+from ntkjax.selection import METHODS, Selector
 
 # -- stopped, and gone on --
 
@@ -80,13 +80,11 @@ def test_a_study_killed_at_random_moments_ends_the_same(study, done, files, jobs
 
 
 @dataclasses.dataclass(frozen=True)
-class Broken:
-    """A selector that fails with what it is told."""
-
-    error: type = ValueError
+class Broken(Selector):
+    """A selector that fails."""
 
     def __call__(self, problem):
-        raise self.error("the pool is upside down")
+        raise ValueError("the pool is upside down")
 
 
 def test_failures_are_kept_shown_and_tried_again_only_when_asked(study, files, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from ntkjax.ntk import Kernel, KernelFunctions, build, kernel_matrix, parse
 from ntkjax.ntk.kernels import KERNELS, KernelKind, describe_kernels, kernel_names
 from ntkjax.ntk.outputs import directions
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.ntk import NtkSelector
+from ntkjax.selection.methods.ntk import NtkSelector
 
 ADD = """
 from ntkjax.ntk.kernels import KERNELS, Kernel, KernelKind
@@ -86,7 +86,7 @@ def test_a_new_entry_is_parsed_built_and_named_in_the_message(toy, coordinates):
 
 def test_a_new_entry_decides_what_a_selection_costs(coordinates):
     sizes = Sizes(domain=10.0, pool=100.0, scored=40.0, rows=20, width=16, checkpoints=1)
-    cost = lambda kernel: NtkSelector(kernel=kernel).passes(sizes)
+    cost = lambda kernel: NtkSelector(kernel=kernel).forward_tokens(sizes)
     assert cost("coordinates:5") == cost("spectral:5") != cost("coordinates:4")
 
 
