@@ -57,8 +57,8 @@ class DataOptions:
     """Longest sequence in tokens. Longer conversations lose whole turns from the front, then their prompt tokens on the
     left; every truncation is counted."""
     loss_turns: LossTurns = "all"
-    """Which turns of a conversation are trained and scored. all: every assistant turn with its end token; last: the
-    last one alone. A message with weight 0 or train false is never trained."""
+    """Which assistant turns of a conversation are trained and scored. all: every one with its end token; last: the last
+    turn alone. A message with weight 0 or train false is never trained."""
     token_budget: int = 8192
     """Tokens (rows x length) in a batch of one device, in passes that do not train."""
 
