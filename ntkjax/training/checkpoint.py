@@ -31,7 +31,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None):
         self.folder = folder
         index, count = process()
-        # In a job of several processes each run belongs to one of them (see stages.selecting.warm_up).
+        # In a job of several processes each run belongs to one of them (see ntkjax.pipeline.warmup.warm_up).
         alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index))
         self._alone = count > 1
         options = ocp.CheckpointManagerOptions(
