@@ -16,6 +16,8 @@ from ntkjax.parallel import Split
 __all__ = ["DTYPES", "LayerSpec", "ModelConfig", "RopeConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_LAYERS = 4096
+"""More layers than any decoder has: a larger number is a mistake in config.json, and is refused before one is made."""
 
 # What may differ between the layers of one model.
 _BY_LAYER = ("rope", "window")
@@ -31,6 +33,8 @@ class ModelConfig(ModelShape):
 
     def __post_init__(self) -> None:
         family = family_of(self.family)
+        if not 0 < self.num_layers <= MAX_LAYERS:
+            raise CheckpointError(f"{self.num_layers} layers: expected 1 to {MAX_LAYERS}; mend the number of layers")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"num_attention_heads = {self.num_heads} is not a multiple of num_key_value_heads = "
@@ -145,7 +149,11 @@ class ModelConfig(ModelShape):
             raise reader.fail(f"architecture {names[0]!r} is not supported; supported: {', '.join(by_name)}")
         if config.get("quantization_config"):
             raise reader.fail("quantization_config is set: quantised weights are not supported; use the original")
-        return cls(**vars(by_name[names[0]].read(reader)))
+        shape = vars(by_name[names[0]].read(reader))
+        try:
+            return cls(**shape)
+        except CheckpointError as error:
+            raise reader.fail(str(error)) from None
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """A ``config.json`` that transformers v4 and v5 both read, and that ``from_hf`` reads back to this
