@@ -88,6 +88,8 @@ def show(config: ShowConfig, *, progress: bool = True) -> Shown:
         loss_turns=reading.loss_turns,
         on_bad_record=reading.on_bad_record,
     )
+    if not config.row:
+        raise ConfigError("--row names no record; expected one or more numbers, counted from 0, such as --row 0 3")
     for row in config.row:
         if not 0 <= row < len(data):
             raise ConfigError(f"--row {row}: there are {len(data)} records; expected 0 to {len(data) - 1}")

@@ -75,10 +75,43 @@ def _open_zstd(path: str) -> io.BufferedIOBase:
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path, "rb"), "zstd"))  # type: ignore[arg-type]
 
 
+class _Streams(io.RawIOBase):
+    """The content of a file of compressed streams, one behind the other; ``make`` gives a decompressor for one.
+
+    bz2 and lzma of the standard library end in silence at bytes behind a stream that begin no other.
+    """
+
+    def __init__(self, path: str, make: Callable[[], Any]):
+        self._file, self._make, self._one = Path(path).open("rb"), make, make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._one.eof:
+                # xz files may be padded with zeros (the format's specification, 2.2).
+                rest = (self._one.unused_data or self._file.read(_JSON_CHUNK)).lstrip(b"\0")
+                if not rest:
+                    return 0
+                self._one = self._make()
+            else:
+                rest = self._file.read(_JSON_CHUNK) if self._one.needs_input else b""
+                if self._one.needs_input and not rest:
+                    raise EOFError("the compressed data ends too early")
+            if data := self._one.decompress(rest, len(buffer)):
+                buffer[: len(data)] = data
+                return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 _OPENERS: dict[str, Callable[[str], Any]] = {
     ".gz": gzip.GzipFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".bz2": lambda path: io.BufferedReader(_Streams(path, bz2.BZ2Decompressor)),
+    ".xz": lambda path: io.BufferedReader(_Streams(path, lzma.LZMADecompressor)),
     ".zst": _open_zstd,
 }
 

@@ -5,6 +5,7 @@ Readers are those of `ntkjax.data.formats`; saved data sets and hub data count t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from ntkjax.errors import DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _ROWS = 1000
+MAX_ENTRIES = 100_000
+"""Files and folders that are looked at in a directory of data."""
 # What datasets' save_to_disk writes beside the rows: of a Dataset, of a DatasetDict.
 _SAVED, _SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
@@ -60,7 +63,7 @@ def _expand(source: str, split: str) -> list[str]:
         raise DataError("the path of the data is empty; expected a file, directory or hub id; check the variable it "
                         "comes from")  # fmt: skip
     if folder:
-        found = sorted(_inside(path, split))
+        found = sorted(_inside(path, split, itertools.count(1), path))
         if not found:
             raise DataError(
                 f"{source}: no data in this directory; expected files ending in {suffixes()}, or what "
@@ -76,8 +79,8 @@ def _expand(source: str, split: str) -> list[str]:
     return [_readable(source)]
 
 
-def _inside(folder: Path, split: str) -> Iterator[str]:
-    """The sources in a directory and those below it, hidden ones left out."""
+def _inside(folder: Path, split: str, seen: Iterator[int], top: Path) -> Iterator[str]:
+    """The sources in a directory and those below it, hidden ones left out. ``seen`` counts what lies below ``top``."""
     if is_saved(folder):
         yield str(folder)
     elif (folder / _SAVED_SPLITS).is_file():
@@ -89,10 +92,14 @@ def _inside(folder: Path, split: str) -> Iterator[str]:
             raise DataError(f"{folder}: a folder of Dataset.save_to_disk without {missing}; expected both of "
                             f"{', '.join(_SAVED)}; it may be incomplete: copy it again")  # fmt: skip
         for path in entries:
+            if next(seen) > MAX_ENTRIES:
+                raise DataError(f"{top}: more than {MAX_ENTRIES} files and folders; expected a directory of data; "
+                                "name the files, or a directory further down")  # fmt: skip
             if path.name.startswith("."):
                 continue
             if path.is_dir():
-                yield from () if path.is_symlink() else _inside(path, split)  # links may lead in a circle
+                # Links may lead in a circle.
+                yield from () if path.is_symlink() else _inside(path, split, seen, top)
             elif suffix_of(path) in FORMATS and path.is_file():
                 yield _readable(str(path))
 

@@ -346,6 +346,12 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> Any:
     except Exception as error:  # transformers and tokenizers raise many kinds for a bad file
         hint = "" if where == directory else remedy
         raise CheckpointError(f"{where}: the tokenizer files cannot be read{hint} ({_one_line(error)})") from error
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict) and "default" not in templates:
+        raise CheckpointError(
+            f"{directory / _SETTINGS}: chat_template holds the templates {', '.join(sorted(templates))} and none named "
+            "'default'; expected one of that name; rename the one that is meant to 'default'"
+        )
     _check_special(tokenizer, config.vocab_size, directory)
     return tokenizer
 

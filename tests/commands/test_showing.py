@@ -55,6 +55,8 @@ def test_the_command_prints_parts_and_tokens(chats, capsys):
 def test_a_row_that_is_not_there_is_named(chats):
     with pytest.raises(ConfigError, match=r"--row 2: there are 2 records; expected 0 to 1"):
         ntkjax.show(model=TINY, data=chats, row=(2,))
+    with pytest.raises(ConfigError, match=r"--row names no record"):
+        ntkjax.show(model=TINY, data=chats, row=())
 
 
 def test_what_was_lost_and_where_generation_stops(tmp_path, capsys):

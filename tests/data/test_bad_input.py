@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from ntkjax.data import read_records
+from ntkjax.data import read_records, sources
 from ntkjax.errors import DataError, UserError
 
 GOOD = {"id": "a", "prompt": "p", "response": "r"}
@@ -162,6 +162,17 @@ def test_bad_paths(tmp_path):
         read_records(tmp_path)
     with pytest.raises(DataError, match="no data was given"):
         read_records([])
+
+
+def test_a_directory_of_everything_is_refused(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f.jsonl").write_text(json.dumps(GOOD | {"id": name}))
+    monkeypatch.setattr(sources, "MAX_ENTRIES", 6)
+    assert len(read_records(tmp_path)) == 3
+    monkeypatch.setattr(sources, "MAX_ENTRIES", 5)
+    with pytest.raises(DataError, match=f"{tmp_path}: more than 5 files and folders.*name the files"):
+        read_records(tmp_path)
 
 
 def test_hub_id_without_the_hub():

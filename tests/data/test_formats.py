@@ -61,6 +61,17 @@ def test_damaged_compressed_files_are_named(tmp_path, packed, suffix):
         read_records(path, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_stands_behind_a_compressed_stream_is_no_silence(tmp_path, packed):
+    path = tmp_path / f"f.jsonl{packed}"
+    path.write_bytes(PACK[packed](LINES.encode()) + b"no stream at all")
+    with pytest.raises(DataError, match=rf"not a readable {packed} file"):
+        read_records(path, cache_dir=tmp_path / "cache")
+    if packed != ".zst":  # zeros may pad the others
+        path.write_bytes(PACK[packed](LINES.encode()) + b"\0" * 8)
+        assert texts(path, tmp_path) == EXPECTED
+
+
 def test_a_keyed_object_is_read_whatever_its_keys_are(tmp_path, monkeypatch):
     rows = {f'key {i} "{{': record for i, record in enumerate(MANY)}
     path = tmp_path / "f.json"

@@ -321,6 +321,13 @@ def with_tokenizer(tmp_path):
     return build
 
 
+def test_templates_of_which_none_is_the_default_are_refused(with_tokenizer):
+    named = {"rag": "{{ messages }}", "tool_use": "{{ tools }}"}
+    with pytest.raises(CheckpointError, match=r"chat_template holds the templates rag, tool_use and none named 'def"):
+        load_lm(with_tokenizer(12, [], named))
+    assert load_lm(with_tokenizer(12, [], named | {"default": "{{ messages }}"})).tokenizer is not None
+
+
 @pytest.mark.parametrize(
     ("template", "settings", "words"),
     [
