@@ -34,7 +34,7 @@ def stacked_jvp(push: Callable[..., Any], stacked: tuple) -> Any:
 def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn``, linearised once and applied to each tangent where ``jax.vmap`` adds an axis to its tangents alone.
 
-    For forward mode only (`ntkjax.types.forward_mode_only`): JAX cannot transpose it. Arguments and results are
+    For forward mode alone (`ntkjax.types.forward_mode`): JAX cannot transpose it. Arguments and results are
     pytrees; every array that is differentiated must be an argument, and the results floating. What ``fn`` marks
     by ``jax.checkpoint`` is computed again for each tangent. The program grows with their number.
     """

@@ -1,4 +1,4 @@
-"""Array and pytree aliases, the batch of tokens, whether forward mode alone is used, and the letters in shapes.
+"""Array and pytree aliases, the batch of tokens, functions for forward mode, and the letters in shapes.
 
 N pool, M domain, B batch, T tokens, D width (hidden size), V vocabulary, P trained parameters, K sketch size,
 R rank, L layers.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,18 @@ ApplyFn = Callable[[Params, Any], Array]
 ScalarFn = Callable[[Params, Any], Array]
 """``output_fn(params, batch) -> [B]``: one number per example, the function whose gradient a kernel compares."""
 
-forward_mode_only = jax.make_user_context(False)
-"""``with forward_mode_only(True):`` promises that no derivative taken inside is transposed (``jax.jvp``, never
-``jax.grad``). A custom rule may then give its tangent by a cheaper program that JAX cannot see to be linear. The scores
-promise it for the function they differentiate: one that takes a gradient itself does so under
-``forward_mode_only(False)``, or JAX stops it with an AssertionError."""
+_Fn = TypeVar("_Fn")
+
+
+def forward_mode(fn: _Fn) -> _Fn:
+    """The same function, for ``jax.jvp`` alone: ``fn.for_forward_mode()`` where it has that method, else ``fn`` itself.
+
+    A custom rule may then give its tangent by a cheaper program, which JAX cannot transpose: ``jax.grad`` of what is
+    returned may stop with an AssertionError. The scores differentiate this form of every output. A function that takes
+    a gradient inside has no such method, and is left as it is.
+    """
+    special = getattr(fn, "for_forward_mode", None)
+    return fn if special is None else special()
 
 
 def predict_mask(batch: Batch) -> Bool[Array, "B T"]:

@@ -82,7 +82,8 @@ class _Streams(io.RawIOBase):
     """
 
     def __init__(self, path: str, make: Callable[[], Any]):
-        self._file, self._make, self._one = Path(path).open("rb"), make, make()
+        self._file = Path(path).open("rb")  # noqa: SIM115 closed by close()
+        self._make, self._one = make, make()
 
     def readable(self) -> bool:
         return True

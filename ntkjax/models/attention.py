@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ntkjax.types import float32_or_better, forward_mode_only
+from ntkjax.types import float32_or_better
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # queries of a causal block: below 32 the products are too small to be fast
 
@@ -24,11 +24,13 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
     window: Int[Array, ""] | None = None,
+    forward_mode: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T) v with N / K query heads per key/value head; ``mask`` None means causal.
 
     ``scale`` None is 1 / sqrt(H). With a ``soft_cap`` c the scores s become c tanh(s / c) before the mask. ``window``
-    w, for causal attention alone: query t sees the keys t - w < s <= t.
+    w, for causal attention alone: query t sees the keys t - w < s <= t. ``forward_mode``: differentiated by ``jax.jvp``
+    alone, so nothing is made again for a backward pass.
 
     cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is
     written out: jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
@@ -42,7 +44,7 @@ def attend(
     groups = k.shape[2]
     q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    block = _attend_block if forward_mode_only.value else _attend_block_again
+    block = _attend_block if forward_mode else _attend_block_again
     if mask is not None:
         out = block(q, k, v, mask[:, None, None], *settings)
     else:

@@ -13,7 +13,6 @@ from ntkjax.models.layers import (
     Head,
     KVCache,
     ModelSpec,
-    layer_inputs,
     make_context,
     make_norm,
     scan_layers,
@@ -64,5 +63,5 @@ class Decoder(nnx.Module):
         positions, context = make_context(c, tokens, positions, cache, segments, x.dtype)
         if c.learned_positions:
             x = x + self.wpe(positions)
-        x, cache = scan_layers(self.layers, x, context, cache, self.spec.remat, layer_inputs(c))
+        x, cache = scan_layers(self.layers, x, context, cache, self.spec)
         return self.norm(x), cache

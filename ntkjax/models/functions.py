@@ -199,6 +199,10 @@ class ModelFn:
         hidden = pool(states, mask)
         return hidden if self.kind == "hidden" else project(self.spec, weights, hidden)
 
+    def for_forward_mode(self) -> ModelFn:
+        """See `ntkjax.types.forward_mode`."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, forward_mode=True))
+
 
 def model_fn(weights: dict, spec: ModelSpec, kind: str, positions: str = "response") -> ModelFn:
     """The function ``kind`` (one of OUTPUTS) over ``positions`` (one of POSITIONS); ConfigError for another name."""

@@ -22,7 +22,7 @@ from ntkjax.models.attention import attend
 from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
 from ntkjax.tangents import unbatched_tangents
-from ntkjax.types import at_least_float32, float32_or_better, forward_mode_only
+from ntkjax.types import at_least_float32, float32_or_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ModelSpec:
       attention: "xla", or "cudnn" for flash attention on GPUs where dtype is 16 bits wide and the mask is
         purely causal. cuDNN has no forward mode (jax.jvp), so it serves embedding and reverse-mode training
         only.
+      forward_mode: the code is differentiated by ``jax.jvp`` alone (`ntkjax.types.forward_mode`).
     """
 
     config: ModelConfig
@@ -42,6 +43,7 @@ class ModelSpec:
     dtype: str = "float32"
     remat: bool = False
     attention: str = "xla"
+    forward_mode: bool = False
 
     def linears(self) -> tuple[str, ...]:
         """Paths of the linear layers inside a block: "attention/q", ..., "mlp/down"."""
@@ -140,7 +142,7 @@ class Linear(nnx.Module):
         layers, lora = spec.config.num_layers, spec.lora_for(name)
         inputs, outputs, bias = spec.config.linears[name]
         self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs), spec.dtype))
-        self.has_bias, self.scale = bias, lora.scale if lora else None
+        self.has_bias, self.scale, self.forward_mode = bias, lora.scale if lora else None, spec.forward_mode
         self.whole_inputs = spec.config.split(f"layers/{name}/kernel").model != -2
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), spec.dtype))
@@ -164,7 +166,7 @@ class Linear(nnx.Module):
             return matmul(rows, w)
         a, b = self.lora_a[...], self.lora_b[...]
         if rows.dtype == w.dtype == a.dtype == b.dtype and w.dtype.itemsize >= 4:
-            return adapted(rows, w, a, b, self.scale, self.whole_inputs)
+            return adapted(rows, w, a, b, self.scale, self.forward_mode and self.whole_inputs)
         # W + scale A B rounded to 16 bits would lose a small adapter.
         return matmul(rows, w) + lora_delta(rows, a, b, self.scale)
 
@@ -354,7 +356,8 @@ class Attention(nnx.Module):
         self.k = Linear(spec, "attention/k")
         self.v = Linear(spec, "attention/v")
         self.o = Linear(spec, "attention/o")
-        self.qk_norm, self.head_dim, self.implementation = block.qk_norm, c.head_dim, spec.attention
+        self.qk_norm, self.head_dim = block.qk_norm, c.head_dim
+        self.implementation, self.forward_mode = spec.attention, spec.forward_mode
         self.query_scale, self.soft_cap = block.query_scale, block.soft_cap
         if block.qk_norm is not None:
             heads = (1, 1) if block.qk_norm == "head" else (c.num_heads, c.num_kv_heads)
@@ -382,7 +385,10 @@ class Attention(nnx.Module):
         mask, window = context.mask, context.window
         if mask is not None and window is not None:
             mask, window = mask & (context.distance < window), None
-        y = attend(q, k, v, mask, self.implementation, scale=self.query_scale, soft_cap=self.soft_cap, window=window)
+        y = attend(
+            q, k, v, mask, self.implementation, scale=self.query_scale, soft_cap=self.soft_cap, window=window,
+            forward_mode=self.forward_mode,
+        )  # fmt: skip
         return self.o(y.reshape(*y.shape[:2], -1)), cached
 
 
@@ -475,25 +481,23 @@ def scan_layers(
     x: Float[Array, "B T D"],
     context: Context,
     cache: KVCache | None,
-    remat: bool,
-    own: dict[str, Array],
+    spec: ModelSpec,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Run ``block``, whose parameters are stacked [L, ...], as L layers: one compiled body, scanned.
-
-    ``own``: see ``layer_inputs``.
-    """
+    """Run ``block``, whose parameters are stacked [L, ...], as L layers: one compiled body, scanned."""
     graph, stacked = nnx.split(block)
 
     def one(carry, state, cached, own, context):
         layer: Any = nnx.merge(graph, state)
         return layer(carry, context.of_layer(own), cached)
 
-    if forward_mode_only.value:
+    if spec.forward_mode:
         one = unbatched_tangents(one)
-    elif remat:
+    elif spec.remat:
         one = jax.checkpoint(one, prevent_cse=False)
     pairs = None if cache is None else (cache.keys, cache.values)
-    x, pairs = jax.lax.scan(lambda carry, inputs: one(carry, *inputs, context), x, (stacked, pairs, own))
+    x, pairs = jax.lax.scan(
+        lambda carry, inputs: one(carry, *inputs, context), x, (stacked, pairs, layer_inputs(spec.config))
+    )
     if cache is None or pairs is None:
         return x, None
     return x, KVCache(pairs[0], pairs[1], cache.lengths + x.shape[1])

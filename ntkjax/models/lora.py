@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
 from ntkjax.models.families import linear_aliases
-from ntkjax.types import at_least_float32, float32_or_better, forward_mode_only
+from ntkjax.types import at_least_float32, float32_or_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def adapted(
     a: Float[Array, "I R"],
     b: Float[Array, "R O"],
     scale: float,
-    whole_inputs: bool = True,
+    joined: bool = False,
 ) -> Float[Array, "N O"]:
     """x W + scale (x A) B with all four in one dtype of 32 bits or more: [N, out].
 
@@ -103,17 +103,18 @@ def adapted(
         dx W' + x dW + scale ((x dA) B + (x A) dB):
 
     W' takes the place of the thin products (x A) B, dx A and (dx A) B, which run far below the speed of a square one.
-    Reverse mode transposes the same rule, and makes W' anew. Under `forward_mode_only` the sum is one product,
+    Reverse mode transposes the same rule, and makes W' anew. With ``joined``, for forward mode alone, the sum is one
+    product,
 
         [dx, x dA, x A] [W'; scale B; scale dB],
 
-    unless ``whole_inputs`` is false: tensor parallelism splits this W along the axis that would be joined.
+    which is of no use where tensor parallelism splits W along the axis that is joined.
     """
     return jnp.matmul(x, w) + lora_delta(x, a, b, scale)
 
 
 @functools.partial(adapted.defjvp, symbolic_zeros=True)
-def _adapted_jvp(scale: float, whole_inputs: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _adapted_jvp(scale: float, joined: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, w, a, b = primals
     merge = lambda w, a, b: w + scale * jnp.matmul(a, b)
     # Made anew in the backward pass: kept, W' of every layer would be a second copy of the weights.
@@ -130,7 +131,7 @@ def _adapted_jvp(scale: float, whole_inputs: bool, primals: tuple, tangents: tup
     value = through(x, w, a, b)
     if not moved:
         return value, jnp.zeros_like(value)
-    if forward_mode_only.value and whole_inputs:
+    if joined:
         rows, columns = zip(*(factors[i](tangent) for i, tangent in moved.items()), strict=True)
         return value, jnp.matmul(jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=0))
     terms = [through(tangent, w, a, b) if i == 0 else jnp.matmul(*factors[i](tangent)) for i, tangent in moved.items()]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ntkjax.ntk.gram import contract, count_rows, gradient_bytes, row_blocks, rows_of
 from ntkjax.ntk.rows import title
-from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
+from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32, forward_mode
 
 MAX_OUTPUTS = 32  # reverse passes of one row at a time: their activations need memory that no gradient shows
 MAX_PASSES = 256  # reverse passes (rows x outputs) at a time
@@ -51,6 +51,10 @@ class Kernel:
         """F(x) [B, m] in at least float32, also where F has one output and no axis for it."""
         values = at_least_float32(self.output_fn(params, batch))
         return values[:, None] if values.ndim == 1 else values
+
+    def for_forward_mode(self) -> Kernel:
+        """The same kernel, its outputs in the form for ``jax.jvp`` alone (`ntkjax.types.forward_mode`)."""
+        return dataclasses.replace(self, output_fn=forward_mode(self.output_fn))
 
     def head_features(self, params: Params, batch: Any) -> Float[Array, "B D"] | None:
         """sqrt(c_h) h(x) [B, D], or None where the head is held fixed."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
+from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32, forward_mode
 
 
 def _contract(h: Float[Array, "B D"], w: Float[Array, "D *m"]) -> Float[Array, "B *m"]:
@@ -35,6 +35,10 @@ class FoldedOutput:
     def __call__(self, params: Params, batch) -> Array:
         return _contract(at_least_float32(self.hidden_fn(params, batch)), self.weight)
 
+    def for_forward_mode(self) -> FoldedOutput:
+        """See `ntkjax.types.forward_mode`."""
+        return dataclasses.replace(self, hidden_fn=forward_mode(self.hidden_fn))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,10 @@ class TrainedHeadOutput:
     def __call__(self, params: Params, batch) -> Float[Array, "B *m"]:
         hidden = at_least_float32(self.hidden_fn(params, batch))
         return _contract(hidden, fold_head(self.head_fn(params), self.probe))
+
+    def for_forward_mode(self) -> TrainedHeadOutput:
+        """See `ntkjax.types.forward_mode`."""
+        return dataclasses.replace(self, hidden_fn=forward_mode(self.hidden_fn))
 
 
 def fold_head(head: Float[ArrayLike, "V D"], v: Float[ArrayLike, "V *m"] | None = None) -> Float[Array, "D *m"]:

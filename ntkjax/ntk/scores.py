@@ -7,8 +7,7 @@ For a kernel k(x, x') = <g(x), g(x')> the mean score of a pool example over M do
 so one reverse pass per domain batch gives g_bar, and one forward-mode pass per pool batch gives the scores. No
 per-example gradient, no projection, no approximation. A kernel of m outputs has m tangents on one primal pass.
 
-Forward mode is promised to the function (`ntkjax.types.forward_mode_only`): an F that takes a gradient itself takes it
-under ``forward_mode_only(False)``.
+F is differentiated in its form for forward mode alone, where it has one (`ntkjax.types.forward_mode`).
 
 Every further direction costs a tangent, about a forward pass. From `MANY` directions on, a gradient for
 each example and its product with all of them is cheaper: its cost does not grow with their number, and it is as exact.
@@ -32,7 +31,7 @@ from ntkjax.ntk.kernel import Kernel, as_kernel
 from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows, title
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
-from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode_only
+from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
 
 METHODS = ("forward", "sketch")
 MANY = 4  # directions: experiments/bench_score.py measures both ways
@@ -138,6 +137,8 @@ def directional_derivatives(output_fn: Callable, params: Params, tangents: Param
     Nothing is kept for a backward pass. `MAX_TANGENTS` of them share a primal pass.
     """
 
+    output_fn = forward_mode(output_fn)
+
     def push(tangent: Params) -> Array:
         return jax.jvp(lambda p: at_least_float32(output_fn(p, batch)), (params,), (tangent,))[1]
 
@@ -148,8 +149,10 @@ def directional_derivatives(output_fn: Callable, params: Params, tangents: Param
 def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) -> Float[Array, "B R"]:
     """<u_r, g(x_j)> for R stacked directions: R m tangents, `MAX_TANGENTS` of them on a primal pass."""
 
+    pushed = forward_mode(kernel)
+
     def push(tangent: Params, column: Array) -> Float[Array, " B"]:
-        moved = jax.jvp(lambda p: kernel.outputs(p, batch), (params,), (tangent,))[1]
+        moved = jax.jvp(lambda p: pushed.outputs(p, batch), (params,), (tangent,))[1]
         return jnp.take(moved, column, axis=1)
 
     sets, m = jax.tree.leaves(stacked.outputs)[0].shape[:2]
@@ -164,16 +167,15 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
 
 
 def _in_turns(push: Callable[..., Array], stacked: tuple) -> Float[Array, "n B"]:
-    """``push`` on n ``stacked`` arguments, in forward mode alone, `MAX_TANGENTS` at a time."""
+    """``push`` on n ``stacked`` arguments, `MAX_TANGENTS` at a time."""
     count = len(jax.tree.leaves(stacked)[0])
     turns, rest = divmod(count, MAX_TANGENTS)
     parts = []
-    with forward_mode_only(True):
-        if turns:
-            whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
-            parts.append(jax.lax.map(lambda args: stacked_jvp(push, args), whole).reshape(count - rest, -1))
-        if rest:
-            parts.append(stacked_jvp(push, jax.tree.map(lambda x: x[count - rest :], stacked)))
+    if turns:
+        whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
+        parts.append(jax.lax.map(lambda args: stacked_jvp(push, args), whole).reshape(count - rest, -1))
+    if rest:
+        parts.append(stacked_jvp(push, jax.tree.map(lambda x: x[count - rest :], stacked)))
     return jnp.concatenate(parts)
 
 

@@ -10,7 +10,8 @@ import pytest
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import LoraConfig, ModelConfig, functions, init_lm, overlay
 from ntkjax.models.lm import paths
-from ntkjax.types import Batch
+from ntkjax.ntk import sum_logits
+from ntkjax.types import Batch, forward_mode
 
 CONFIG = ModelConfig(
     family="qwen2", vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
@@ -252,3 +253,14 @@ def test_random_weights_depend_on_the_seed_alone():
     other = init_lm(CONFIG, seed=2).params["embed"]["weight"]
     assert not np.array_equal(a.params["embed"]["weight"], other)
     assert abs(float(jnp.std(other)) / CONFIG.initializer_range - 1) < 0.1
+
+
+def test_in_their_form_for_forward_mode_functions_have_the_same_values_and_tangents(x64):
+    model, batch = model_with_b("float64"), make_batch()
+    tangent = jax.tree.map(lambda x: 1.0 + 0.1 * x, model.lora)
+    folded = sum_logits(model.hidden_fn, model.head_fn({}))
+    assert forward_mode(folded).hidden_fn.spec.forward_mode and not model.spec.forward_mode
+    for fn in (model.hidden_fn, model.nll_fn, folded):
+        move = jax.jit(lambda fn: jax.jvp(lambda p: fn(p, batch), (model.lora,), (tangent,)))
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+        jax.tree.map(close, move(forward_mode(fn)), move(fn))

@@ -1,5 +1,8 @@
 """Directional scores against the row means of the explicit kernel, and what they must not depend on."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from ntkjax.ntk import IdentitySketch, directional_derivatives, directional_scor
 from ntkjax.ntk.rows import MAX_BAD_ROWS, NonFiniteError, collect_rows
 from ntkjax.ntk.scores import stack_tangents
 from ntkjax.store import RowStore
+from ntkjax.types import forward_mode
 
 DOMAIN, POOL = 7, 23
 
@@ -247,3 +251,38 @@ def test_wrong_use_is_refused(toy):
         mean_gradient(output_fn, params, [])
     with pytest.raises(UserError, match="unknown method 'back'"):
         kernel_scores(output_fn, params, plan, plan, rows=4, method="back")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    x: Any
+    index: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """F(x) = factor theta . x; in its form for forward mode it is ten times as large, to be told apart."""
+
+    factor: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    def __call__(self, params, batch):
+        return self.factor * jnp.matmul(batch.x, params["theta"])
+
+    def for_forward_mode(self):
+        return Product(10.0 * self.factor)
+
+
+def test_pool_examples_are_differentiated_in_the_form_for_forward_mode_and_the_domain_is_not():
+    x = np.asarray([[1.0, 2.0], [3.0, -1.0]], np.float32)
+    batch, params = Rows(jnp.asarray(x), jnp.arange(2, dtype=jnp.int32)), {"theta": jnp.ones(2)}
+    (direction,) = mean_gradient(Product(), params, [batch]).values()
+    np.testing.assert_allclose(direction, x.mean(axis=0))
+    for scores in (
+        kernel_scores(Product(), params, [batch], [batch], rows=2).scores[:, 0],
+        directional_scores(Product(), params, [{"theta": direction}], [batch], rows=2)[:, 0],
+    ):
+        np.testing.assert_allclose(scores, 10 * x @ x.mean(axis=0), rtol=1e-6)
+    plain = lambda params, batch: params
+    assert forward_mode(plain) is plain
