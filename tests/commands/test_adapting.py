@@ -49,7 +49,7 @@ def test_arms_with_auxiliary_data_and_their_control_take_the_same_steps(adapted)
 def test_outcomes_agree_with_the_table(adapted):
     results = json.loads((adapted / "results.json").read_text())
     for seed in (0, 1):
-        outcomes = read_outcomes(adapted / f"seed-{seed}" / "random" / "outcomes.jsonl")
+        outcomes = read_outcomes(adapted / results["folders"]["random"][str(seed)] / "outcomes.jsonl")
         assert len(outcomes) == 10
         mean = np.mean([o.correct_raw for o in outcomes])
         assert results["methods"]["random"]["accuracy"]["per_seed"][seed] == pytest.approx(mean)
@@ -62,7 +62,7 @@ def test_the_report_stands_alone(adapted):
 
 
 def test_an_interrupted_adaptation_goes_on(adapted, files, tmp_path, monkeypatch):
-    import ntkjax.commands.adapt.command as adapting
+    import ntkjax.pipeline.study.runner as adapting
 
     out, calls, real = tmp_path / "run", [], adapting.train_on
 
