@@ -53,8 +53,26 @@ def named_table(heading: str, rows: Rows, *, text: str = "", level: int = 2) -> 
     return [Heading(heading, level), *([Text(text)] if text else []), Table(rows)]
 
 
-def methods_figure(png: bytes, label: str) -> Figure:
-    """The plot of `ntkjax.report.plots.accuracy_by_method`; ``label``: of its axis."""
+def methods_figure(
+    entries: Mapping[str, Mapping[str, Any]],
+    label: str,
+    *,
+    percent: bool,
+    highlight: Sequence[str],
+    chance: float | None,
+) -> Figure:
+    """Means of one metric by method.
+
+    Args:
+      entries: method -> its ``mean``, ``low``, ``high`` and ``per_seed``.
+      label, percent, highlight, chance: as for `ntkjax.report.plots.accuracy_by_method`.
+    """
+    rows = [
+        {"method": name, **{key: entry[key] for key in ("mean", "low", "high")},
+         "seeds": entry["per_seed"] if len(entry["per_seed"]) > 1 else []}
+        for name, entry in entries.items()
+    ]  # fmt: skip
+    png = plots.accuracy_by_method(rows, label=label, percent=percent, highlight=highlight, chance=chance)
     return Figure(png, f"{label} by method", "Bar: mean. Band: 95 % interval. Dots: one per seed.")
 
 

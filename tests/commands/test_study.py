@@ -167,6 +167,15 @@ def test_an_input_that_changes_makes_another_run(study, files, tmp_path):
         selection = grid.selection_key(task)
         return grid.folder("runs", grid.run_key(task, 0.1)).name, grid.folder("selections", selection or {}).name
 
+    grid = grid_of(spec_of(study.content(files)), tmp_path / "unused", "s")
+    task = next(task for task in grid.tasks() if task.arm.label == "alignment")
+    # Another name here, and the runs of every study that is on disk are computed anew.
+    common = {"ntkjax", "weights", "model", "data"}
+    own = {"kind", "dev", "test", "evaluation", "parameters", "seed", "domain", "train", "selection"}
+    assert grid.run_key(task, 0.1).keys() == common | own
+    chosen = {"domain", "pool", "n", "seed", "method", "options", "warmup"}
+    assert (grid.selection_key(task) or {}).keys() == common | chosen
+    assert grid.warmup_key(task).keys() == common | {"domain", "seed", "warmup"}
     first = keys()
     same = [
         keys(methods=[study.ALIGNMENT | {"label": "renamed"}]),

@@ -29,7 +29,7 @@ from ntkjax.evaluation import METRICS, Outcome
 from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.files import read_json
-from ntkjax.pipeline.compare import compare_methods, summarise_method
+from ntkjax.pipeline.compare import compare_methods, paired_runs, summarise_method
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
 from ntkjax.pipeline.deduplicate import summary, totals
@@ -186,12 +186,16 @@ def _arm(config: AdaptConfig, name: str) -> Arm:
 def _results(grid: Grid, runs: Sequence[Run], outcomes: Mapping[str, Mapping[int, list[Outcome]]]) -> dict[str, Any]:
     """The content of results.json, but for the seconds."""
     seed, one = grid.spec.seeds[0], next(iter(next(iter(outcomes.values())).values()))
-    trained = [run for run in runs if run.status == "done" and run.task.arm.kind != BASE]
+    done = [run for run in runs if run.status == "done"]
+    trained = [run for run in done if run.task.arm.kind != BASE]
     return {
         "methods": {name: summarise_method(list(of_seed.values()), seed=seed) for name, of_seed in outcomes.items()},
         "comparisons": [row for pair in PAIRS for row in _compare(outcomes, pair, seed)],
-        "runs": [_detail(run, grid) for run in trained],
-        "folders": {name: _folders(runs, name, grid.out) for name in outcomes},
+        "runs": [_detail(run) for run in trained],
+        "folders": {
+            name: {str(r.task.seed): str(r.path.relative_to(grid.out)) for r in done if r.task.arm.label == name}
+            for name in outcomes
+        },
         "selections": {
             str(run.task.seed): read_json(run.path / "selection.json") for run in trained if run.task.arm.label == NTK
         },
@@ -206,34 +210,19 @@ def _results(grid: Grid, runs: Sequence[Run], outcomes: Mapping[str, Mapping[int
 def _compare(
     outcomes: Mapping[str, Mapping[int, list[Outcome]]], pair: tuple[str, str], seed: int
 ) -> list[dict[str, Any]]:
-    """The rows of one pair of methods, over the seeds that both have; the base model's one run is paired with all."""
+    """The rows of one pair of methods, over the seeds that both have."""
     if not all(name in outcomes for name in pair):
         return []
-    trained = [set(outcomes[name]) for name in pair if name != BASE]
-    seeds = sorted(set.intersection(*trained))
-    paired = {
-        name: list(outcomes[name].values()) if name == BASE else [outcomes[name][s] for s in seeds] for name in pair
-    }
-    return compare_methods(paired, [pair], seed=seed) if seeds else []
+    paired = dict(zip(pair, paired_runs(outcomes, pair)))
+    return compare_methods(paired, [pair], seed=seed) if all(paired.values()) else []
 
 
-def _detail(run: Run, grid: Grid) -> dict[str, Any]:
-    """A trained run in numbers: its steps, its seconds, its loss by step, its folder."""
+def _detail(run: Run) -> dict[str, Any]:
+    """A trained run in numbers: its seconds, its steps, its loss by step."""
     names = ("steps", "best_step", "stopped_early", "clipped_steps", "tokens_per_second", "mean_learning_rate", "curve")
-    seconds = run.result["seconds"]
-    selecting = seconds.get("warmup", 0.0) + seconds.get("selection", 0.0)
-    return {
-        "arm": run.task.arm.label,
-        "seed": run.task.seed,
-        "selection_seconds": selecting,
-        **{name: run.result[name] for name in names},
-    }
-
-
-def _folders(runs: Sequence[Run], name: str, out: Path) -> dict[str, str]:
-    """seed -> the folder of a method's run, within OUT."""
-    done = [run for run in runs if run.task.arm.label == name and run.status == "done"]
-    return {str(run.task.seed): str(run.path.relative_to(out)) for run in done}
+    selecting = sum(run.result["seconds"].get(part, 0.0) for part in ("warmup", "selection"))
+    head = {"arm": run.task.arm.label, "seed": run.task.seed, "selection_seconds": selecting}
+    return head | {name: run.result[name] for name in names}
 
 
 def describe(config: Any, result: Any) -> str:

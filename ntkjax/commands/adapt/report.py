@@ -124,26 +124,21 @@ def all_figures(out: Path, results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every plot, by the name of its file: means, training, and what the first seed's selection scored and chose."""
     first = headline(results)
     assert first is not None  # every method was evaluated on the same examples with the same options
-    methods = [
-        {"method": name, **{key: entry[first.name][key] for key in ("mean", "low", "high")},
-         "seeds": entry[first.name]["per_seed"] if entry["seeds"] > 1 else []}
-        for name, entry in results["methods"].items()
-    ]  # fmt: skip
-    means = plots.accuracy_by_method(
-        methods,
-        label=first.axis_label,
+    methods = sections.methods_figure(
+        {name: entry[first.name] for name, entry in results["methods"].items()},
+        first.axis_label,
         percent=first.share,
         highlight=[NTK],
         chance=results.get("majority_accuracy") if first.chance else None,
     )
     seed = min((run["seed"] for run in results["runs"]), default=None)
     curves = {run["arm"]: run["curve"] for run in results["runs"] if run["seed"] == seed}
-    found = {"methods": sections.methods_figure(means, first.axis_label)}
+    figures = {"methods": methods}
     if curves:
-        found["training"] = Figure(plots.training_curves(curves), "Training loss of each arm", "Training loss.")
+        figures["training"] = Figure(plots.training_curves(curves), "Training loss of each arm", "Training loss.")
     for content in list(results["selections"].values())[:1]:
-        found |= _scored(out, content).figures()
-    return found
+        figures |= _scored(out, content).figures()
+    return figures
 
 
 def _scored(out: Path, selection: Mapping[str, Any]) -> sections.Scored:

@@ -14,7 +14,7 @@ from ntkjax.commands.study import tables
 from ntkjax.evaluation import METRICS
 from ntkjax.files import read_json, written_file
 from ntkjax.pipeline.study.runs import condition_name
-from ntkjax.report import plots, sections
+from ntkjax.report import sections
 from ntkjax.report import study as study_plots
 from ntkjax.report.files import NamedTable, Report, write_report
 from ntkjax.report.page import Bullets, Details, Figure, Heading, Page, Section, Table, Text
@@ -158,8 +158,7 @@ def all_plots(results: Mapping[str, Any]) -> Iterator[Plot]:
     for condition in tables.conditions(results):
         cells = [c for c in tables.at(results["cells"], condition) if c["metric"] in c.get("test", {})]
         if cells:
-            figure = sections.methods_figure(_methods(cells, results), tables.label_of(cells[0]["metric"]))
-            yield Plot(f"methods-{_slug(condition)}", figure, condition=condition_name(condition))
+            yield Plot(f"methods-{_slug(condition)}", _methods(cells, results), condition=condition_name(condition))
     for axis, label in (("budget", "examples chosen (N)"), ("size", "examples of the domain")):
         yield from _over(results, axis, label)
     yield from _cost(results)
@@ -172,16 +171,16 @@ def all_plots(results: Mapping[str, Any]) -> Iterator[Plot]:
             yield Plot(f"overlap-{_slug(overlap)}", figure, "Do methods choose alike?")
 
 
-def _methods(cells: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> bytes:
-    metric = cells[0]["metric"]
-    rows = [
-        {"method": c["arm"], **{k: c["test"][metric][k] for k in ("mean", "low", "high")},
-         "seeds": c["test"][metric]["per_seed"] if c["runs"] > 1 else []}
-        for c in cells
-    ]  # fmt: skip
-    chance = results["majority"].get(cells[0]["domain"]) if METRICS[metric].chance else None
-    label, percent = tables.label_of(metric), tables.is_percent(metric)
-    return plots.accuracy_by_method(rows, label=label, percent=percent, highlight=results["focus"], chance=chance)
+def _methods(cells: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Figure:
+    metric = METRICS[cells[0]["metric"]]
+    chance = results["majority"].get(cells[0]["domain"]) if metric.chance else None
+    return sections.methods_figure(
+        {cell["arm"]: cell["test"][metric.name] for cell in cells},
+        metric.column_label,
+        percent=metric.share,
+        highlight=results["focus"],
+        chance=chance,
+    )
 
 
 def _highlight(results: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from ntkjax.evaluation.choices import gold_choice
 from ntkjax.evaluation.metrics import headline
 from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.files import read_json
-from ntkjax.pipeline.compare import spread, summarise_method
+from ntkjax.pipeline.compare import paired_runs, spread, summarise_method
 from ntkjax.pipeline.cost import multiplied_weights
 from ntkjax.pipeline.study.arms import BASE, RANDOM, Arm
 from ntkjax.pipeline.study.grid import Condition, Grid
@@ -41,7 +41,7 @@ def trial_rows(runner: Runner) -> list[dict[str, Any]]:
         if task.seed != first or len(task.arm.rates) < 2 or task.arm.kind == BASE:
             continue
         best = runner.known_rate(task)
-        for rate, folder in zip(task.arm.rates, runner.trials(task)):
+        for rate, folder in runner.trials(task).items():
             row = dataclasses.asdict(task.condition) | {"arm": task.arm.label, "learning_rate": rate, "dev_loss": None}
             if (folder / TRAINED).exists():
                 row |= {"status": "done", "dev_loss": read_json(folder / TRAINED)["dev_loss"], "chosen": rate == best}
@@ -240,14 +240,10 @@ class ConditionResults:
 
     def _compare(self, label: str, reference: str) -> dict[str, Any] | None:
         assert self.metric is not None
-        ours, theirs = (
-            _for_seeds(self.outcomes[name], self.grid.spec.seeds) if self.kinds[name] == BASE else self.outcomes[name]
-            for name in (label, reference)
-        )
-        seeds = [seed for seed in ours if seed in theirs]
-        if not seeds:
+        ours, theirs = paired_runs(self.outcomes, (label, reference))
+        if not ours:
             return None
-        tables = [paired_values(theirs[seed], ours[seed], self.metric) for seed in seeds]
+        tables = [paired_values(first, second, self.metric) for first, second in zip(theirs, ours)]
         table = np.stack([second - first for first, second in tables])
         interval = hierarchical_bootstrap(table)
         return self.head | {
@@ -277,11 +273,6 @@ class ConditionResults:
             for name, of in chosen.items()
         }
         return self.head | {"arms": names, "jaccard": matrix, "between_seeds": seeds}
-
-
-def _for_seeds(runs: Mapping[int, Any], seeds: Iterable[int]) -> dict[int, Any]:
-    """The base model's only run, for every seed."""
-    return {seed: run for run in runs.values() for seed in seeds}
 
 
 def jaccard(a: set[int], b: set[int]) -> float:

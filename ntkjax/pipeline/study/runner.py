@@ -12,6 +12,7 @@ the hash of what it depends on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -105,14 +106,14 @@ class Runner:
         folder = self.run_folder(task, rate)
         if not (folder / RESULT).exists():
             recorded(folder, lambda: self._finish(task, rate, folder), done=RESULT)
-            for trial in self.trials(task):
+            for trial in self.trials(task).values():
                 shutil.rmtree(trial / "training" / "checkpoints", ignore_errors=True)
         return folder
 
-    def trials(self, task: Task) -> list[Path]:
-        """The folders of the runs that the learning rate is tuned with, and of the run itself where it is one."""
+    def trials(self, task: Task) -> dict[float, Path]:
+        """Learning rate -> the folder of the run, with the first seed, that it is tried with."""
         first = dataclasses.replace(task, seed=self.grid.spec.seeds[0])
-        return [self.run_folder(first, rate) for rate in task.arm.rates]
+        return {rate: self.run_folder(first, rate) for rate in task.arm.rates}
 
     def run_folder(self, task: Task, rate: float) -> Path:
         """Where a run is kept."""
@@ -121,46 +122,42 @@ class Runner:
     # -- learning rates --
 
     def tuned_rate(self, task: Task) -> float:
-        """The learning rate of lowest dev loss among those of the arm, tried with the study's first seed.
+        """The learning rate of lowest dev loss among those of the arm, tried with the first seed.
 
         Raises:
           RunFailed: not one of them could be trained.
         """
-        arm = task.arm
-        if len(arm.rates) == 1 or arm.kind == BASE or self.grid.spec.select_only:
-            return arm.rates[0]
-        trial = dataclasses.replace(task, seed=self.grid.spec.seeds[0])
-        losses, problems = {}, []
-        for rate in arm.rates:
-            folder = self.run_folder(trial, rate)
-            try:
-                if not (folder / TRAINED).exists():
-                    recorded(folder, lambda rate=rate, folder=folder: self._train(trial, rate, folder), done=TRAINED)
-                losses[rate] = read_json(folder / TRAINED)["dev_loss"]
-            except RunFailed as error:
-                problems.append(f"{rate:g}: {error}")
-        if losses:
-            return min(losses, key=lambda rate: (losses[rate], rate))
-        message = f"no learning rate could be trained with seed {trial.seed} ({'; '.join(problems)})"
-        failure = self.run_folder(task, arm.rates[0]) / FAILURE
+        if not self._is_tuned(task):
+            return task.arm.rates[0]
+        first, trials = dataclasses.replace(task, seed=self.grid.spec.seeds[0]), self.trials(task)
+        for rate, folder in trials.items():
+            if not (folder / TRAINED).exists():
+                with contextlib.suppress(RunFailed):
+                    recorded(folder, lambda rate=rate, folder=folder: self._train(first, rate, folder), done=TRAINED)
+        known = self.known_rate(task)
+        if known is not None and (trials[known] / TRAINED).exists():
+            return known
+        problems = "; ".join(f"{rate:g}: {read_json(folder / FAILURE)['message']}" for rate, folder in trials.items())
+        message = f"no learning rate could be trained with seed {first.seed} ({problems})"
+        failure = self.run_folder(task, task.arm.rates[0]) / FAILURE
         if not failure.exists():  # that of a trial says more
             write_json(failure, {"kind": "tuning", "message": message})
         raise RunFailed(message)
 
     def known_rate(self, task: Task) -> float | None:
-        """The tuned rate where every trial has been made (or has failed), without making any; None otherwise."""
-        arm = task.arm
-        if len(arm.rates) == 1 or arm.kind == BASE or self.grid.spec.select_only:
-            return arm.rates[0]
-        trial = dataclasses.replace(task, seed=self.grid.spec.seeds[0])
-        losses = {}
-        for rate in arm.rates:
-            folder = self.run_folder(trial, rate)
-            if (folder / TRAINED).exists():
-                losses[rate] = read_json(folder / TRAINED)["dev_loss"]
-            elif not (folder / FAILURE).exists():
-                return None
-        return min(losses, key=lambda rate: (losses[rate], rate)) if losses else arm.rates[0]
+        """The tuned rate where every trial has been made (or has failed), without making any: the first rate where all
+        have failed; None otherwise."""
+        if not self._is_tuned(task):
+            return task.arm.rates[0]
+        trials = self.trials(task)
+        trained = [rate for rate, folder in trials.items() if (folder / TRAINED).exists()]
+        if any(rate not in trained and not (folder / FAILURE).exists() for rate, folder in trials.items()):
+            return None
+        losses = [(read_json(trials[rate] / TRAINED)["dev_loss"], rate) for rate in trained]
+        return min(losses)[1] if losses else task.arm.rates[0]
+
+    def _is_tuned(self, task: Task) -> bool:
+        return len(task.arm.rates) > 1 and task.arm.kind != BASE and not self.grid.spec.select_only
 
     # -- one run --
 
