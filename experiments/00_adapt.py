@@ -23,7 +23,7 @@ import ntkjax
 from ntkjax.training import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "00_adapt"
-KEPT = ("results.csv", "results.md", "results.json", "config.yaml", "plots/methods.png", "plots/sources.png")
+KEPT = ("tables/main.csv", "results.md", "results.json", "config.yaml", "plots/methods.png", "plots/sources.png")
 
 
 @dataclasses.dataclass(frozen=True)

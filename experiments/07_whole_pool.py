@@ -64,7 +64,7 @@ def content(e: Experiment) -> dict[str, Any]:
 def scores_of(out: Path, arm: str, study: Any) -> dict[tuple[str, int], dict[str, np.ndarray]]:
     """(domain, seed) -> columns of scores.parquet of an arm's selections."""
     found = {}
-    for run in study.found:
+    for run in study.runs:
         if run.task.arm.label != arm or run.status != "done":
             continue
         folder = json.loads((run.folder / "selection.json").read_text(encoding="utf-8"))["folder"]
@@ -72,7 +72,7 @@ def scores_of(out: Path, arm: str, study: Any) -> dict[tuple[str, int], dict[str
         scores = np.asarray([np.nan if s is None else s for s in table["score"]], np.float64)
         columns = {"score": scores, "rank": np.asarray([r or 0 for r in table["rank"]])}
         columns |= {"selected": np.asarray(table["selected"]), "source": np.asarray(table["source"])}
-        found[run.task.place.domain, run.task.seed] = columns
+        found[run.task.condition.domain, run.task.seed] = columns
     return found
 
 

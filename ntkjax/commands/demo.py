@@ -13,12 +13,13 @@ import numpy as np
 from ntkjax.assets import tiny_lm_path, write_planted_task
 from ntkjax.assets.settings import DEMO, DemoSettings
 from ntkjax.commands.adapt.command import NTK, RANDOM, Adaptation, AdaptConfig, adapt
-from ntkjax.commands.adapt.report import method_rows, write_report
+from ntkjax.commands.adapt.report import method_rows, write_adaptation
 from ntkjax.commands.base import Command
 from ntkjax.commands.select.command import SelectConfig, select
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
+from ntkjax.report.files import NamedTable
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.methods.random import random_rows
 from ntkjax.training import TrainConfig
@@ -67,7 +68,7 @@ def demo(config: DemoConfig = DemoConfig(), *, progress: bool = True) -> Demonst
     precision = _precision(chosen, truth, settings.n)
     table = precision_table(precision, truth["useful_share"], settings.n)
     run.write_json("demo.json", {"precision_at_n": precision, "useful_share": truth["useful_share"], "n": settings.n})
-    write_report(RunDir(run.path / "adapt"), adapted.results, extra=[table])
+    write_adaptation(run.path / "adapt", adapted.results, extra={"precision": table})
     return Demonstration(adapted, precision, truth["useful_share"])
 
 
@@ -129,7 +130,7 @@ def _precision(
     return found | {RANDOM: [share(random_rows(len(ids), n, seed)) for seed in seeds]}
 
 
-def precision_table(precision: Mapping[str, list[float]], useful_share: float, n: int) -> dict[str, Any]:
+def precision_table(precision: Mapping[str, list[float]], useful_share: float, n: int) -> NamedTable:
     """Precision at N as a table for the report."""
     rows = [
         {
@@ -144,15 +145,15 @@ def precision_table(precision: Mapping[str, list[float]], useful_share: float, n
         f"Share of the N = {n} chosen examples whose skill the domain needs. "
         f"In the whole pool it is {100 * useful_share:.1f}%."
     )
-    return {"heading": "How much of the useful data was found", "text": text, "rows": rows}
+    return NamedTable("How much of the useful data was found", rows, text=text)
 
 
 def describe(config: Any, result: Any) -> str:
     """The table of methods and how much of the useful data each found."""
     n = len(next(iter(result.adaptation.selected.values())))
-    found = precision_table(result.precision, result.useful_share, n)
+    table = precision_table(result.precision, result.useful_share, n)
     return (
-        f"{to_markdown(method_rows(result.adaptation.results))}\n{found['text']}\n\n{to_markdown(found['rows'])}\n"
+        f"{to_markdown(method_rows(result.adaptation.results))}\n{table.text}\n\n{to_markdown(table.rows)}\n"
         f"{reading(result.adaptation.results['data'])}\n"
         f"report: {Path(config.out) / 'adapt' / 'report.html'}"
     )

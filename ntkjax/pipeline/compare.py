@@ -8,6 +8,7 @@ import numpy as np
 
 from ntkjax.evaluation import METRICS, Metric, Outcome, compare_seeds, hierarchical_bootstrap, holm, mcnemar, values
 from ntkjax.evaluation.metrics import right_or_wrong
+from ntkjax.pipeline.study.arms import BASE
 
 Runs = Mapping[str, Sequence[Sequence[Outcome]]]
 """method -> one list of outcomes for each seed; a method without randomness has one list."""
@@ -69,6 +70,17 @@ def compare_methods(runs: Runs, pairs: Sequence[tuple[str, str]], *, seed: int) 
                 }
             )
     return rows
+
+
+def paired_runs(
+    runs: Mapping[str, Mapping[int, Sequence[Outcome]]], pair: tuple[str, str]
+) -> list[list[Sequence[Outcome]]]:
+    """The runs of two methods, each given by seed, with the seeds that both have; the base model has one run, which is
+    paired with every run of the other."""
+    own = [runs[name] for name in pair if name != BASE]
+    seeds = [seed for seed in own[0] if seed in own[-1]]
+    whole = lambda name: list(runs[name].values()) * len(seeds)
+    return [whole(name) if name == BASE else [runs[name][seed] for seed in seeds] for name in pair]
 
 
 def _mcnemar_by_seed(

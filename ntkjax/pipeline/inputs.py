@@ -3,7 +3,7 @@
 A command reads its data and its model, takes the digests of both (`inputs_of`), and gives them to ``RunDir``, which
 keeps them in inputs.json from before the first result. Equal inputs: what is finished is read back, what is not goes
 on. Other inputs: the directory is refused, and what differs is named. A study is the exception, as its directory may
-hold many runs: each has a folder named from the same digests (`ntkjax.commands.study.setup`), and other inputs are
+hold many runs: each has a folder named from the same digests (`ntkjax.pipeline.study.grid`), and other inputs are
 computed beside them.
 """
 

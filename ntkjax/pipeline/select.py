@@ -23,54 +23,70 @@ from ntkjax.training import TrainConfig
 from ntkjax.types import Params
 
 
+@dataclasses.dataclass(frozen=True)
+class ChoiceSettings:
+    """How a choice is made, besides its method.
+
+    Attributes:
+      n: N, pool examples to choose.
+      data: the token budget of a batch.
+      out: the folder of the selection.
+      shared: a folder in which many selections keep what does not depend on the method (embeddings, gradient features);
+        None: each in its own ``out``. Selections that run at the same time need folders of their own.
+      selected_format: how the selected records are written (see `ntkjax.pipeline.selection_io.write_selected`).
+    """
+
+    n: int
+    seed: int
+    data: DataOptions
+    out: Path
+    shared: Path | None = None
+    selected_format: SelectedFormat = "original"
+    progress: bool = True
+
+
 def choose(
     model: LanguageModel,
     params: Params,
     domain: Loaded,
     pool: Loaded,
     options: SelectorOptions,
+    settings: ChoiceSettings,
     *,
-    n: int,
-    warmup: TrainConfig | None,
-    data: DataOptions,
-    seed: int,
-    out: Path,
-    progress: bool = True,
-    shared: Path | None = None,
-    warmed: WarmUp | None = None,
-    selected_format: SelectedFormat = "original",
+    warmup: TrainConfig | WarmUp | None,
 ) -> Selection:
-    """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into ``out``.
+    """Warm up, select, and write scores.parquet, selected.jsonl, selection.json and the warmed-up adapter into
+    ``settings.out``.
 
-    A selection that ``out`` already holds is read back instead; one that was stopped goes on from its finished rows.
-    That it is of the same inputs is for the caller to know: from inputs.json of its run directory, or because ``out``
-    is named from them.
+    A selection that is there already is read back instead; one that was stopped goes on from its finished rows.
+    That it is of the same inputs is for the caller to know: from inputs.json of its run directory, or because the
+    folder is named from them.
 
     Args:
       params: theta before warm-up.
-      warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); None for none.
-      shared: a folder in which many selections keep what does not depend on the method (embeddings, gradient features);
-        None: each in its own ``out``. Selections that run at the same time need folders of their own.
-      warmed: a warm-up made before (see `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method
-        `needs_checkpoints`); then ``params`` and ``warmup`` are not used.
-      selected_format: how the selected records are written (see `ntkjax.pipeline.selection_io.write_selected`).
+      warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); or a warm-up made before (see
+        `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method `needs_checkpoints`), and then
+        ``params`` are not used; None for none.
 
     Raises:
       ConfigError: a method that looks at the warm-up's epochs, and none to look at.
     """
+    out, seed, progress = settings.out, settings.seed, settings.progress
     if (out / "selection.json").exists():
         return read_selection(out)
     selector = make_selector(options)
-    check_size(n, len(pool))  # before the warm-up, which takes time
-    check_warmup(options.method, given=warmup is not None or warmed is not None)
+    check_size(settings.n, len(pool))  # before the warm-up, which takes time
+    check_warmup(options.method, given=warmup is not None)
     out.mkdir(parents=True, exist_ok=True)
-    if warmed is None and warmup is not None:
+    if isinstance(warmup, TrainConfig):
         keep = needs_checkpoints(options.method)
-        warmed = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress, checkpoints=keep)
-    warmed = WarmUp(params) if warmed is None else warmed
-    settings = {"n": n, "data": data, "seed": seed, "work_dir": out / "rows", "progress": progress}
-    problem = problem_of(model, warmed.params, domain, pool, **settings)
-    problem = dataclasses.replace(problem, shared_dir=shared, checkpoints=warmed.checkpoints)
+        warmup = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress, checkpoints=keep)
+    warmed = WarmUp(params) if warmup is None else warmup
+    problem = problem_of(
+        model, warmed.params, domain, pool,
+        n=settings.n, data=settings.data, seed=seed, work_dir=out / "rows", progress=progress,
+    )  # fmt: skip
+    problem = dataclasses.replace(problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints)
     chosen = diversify(
         selector(problem),
         problem,
@@ -82,7 +98,7 @@ def choose(
     )
     result = described(chosen, pool.tokens)
     if is_primary():
-        write_selection(out, result, pool, selected_format)
+        write_selection(out, result, pool, settings.selected_format)
     return result
 
 

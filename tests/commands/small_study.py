@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import ntkjax.commands.study.runner as study_run
+import ntkjax.pipeline.study.runner as study_run
 from ntkjax.cli import main
 
 QUICK = {"epochs": 1, "batch_size": 4, "max_buckets": 1}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 import ntkjax
+import ntkjax.pipeline.study.runner as runner
 from ntkjax.cli import main
 from ntkjax.evaluation import read_outcomes
 from ntkjax.models import load_lm
@@ -49,7 +51,7 @@ def test_arms_with_auxiliary_data_and_their_control_take_the_same_steps(adapted)
 def test_outcomes_agree_with_the_table(adapted):
     results = json.loads((adapted / "results.json").read_text())
     for seed in (0, 1):
-        outcomes = read_outcomes(adapted / f"seed-{seed}" / "random" / "outcomes.jsonl")
+        outcomes = read_outcomes(adapted / results["folders"]["random"][str(seed)] / "outcomes.jsonl")
         assert len(outcomes) == 10
         mean = np.mean([o.correct_raw for o in outcomes])
         assert results["methods"]["random"]["accuracy"]["per_seed"][seed] == pytest.approx(mean)
@@ -62,9 +64,7 @@ def test_the_report_stands_alone(adapted):
 
 
 def test_an_interrupted_adaptation_goes_on(adapted, files, tmp_path, monkeypatch):
-    import ntkjax.commands.adapt.command as adapting
-
-    out, calls, real = tmp_path / "run", [], adapting.train_on
+    out, calls, real = tmp_path / "run", [], runner.train_on
 
     def stop_at_the_fourth(*args, **kwargs):
         calls.append(1)
@@ -73,12 +73,46 @@ def test_an_interrupted_adaptation_goes_on(adapted, files, tmp_path, monkeypatch
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapting, "train_on", stop_at_the_fourth)
+        patch.setattr(runner, "train_on", stop_at_the_fourth)
         assert adapt(files, out) == 130
     assert not (out / "results.json").exists()
     assert adapt(files, out) == 0
     read = lambda path: json.loads((path / "results.json").read_text())["methods"]
     assert read(out) == read(adapted)
+
+
+def test_a_run_that_fails_is_told_and_tried_again_and_the_others_are_kept(adapted, files, study, monkeypatch, capsys):
+    read = lambda: json.loads((adapted / "results.json").read_text())
+    whole = read()
+    for folder in (whole["folders"]["ntk-selector"]["1"], whole["selections"]["1"]["folder"]):
+        shutil.rmtree(adapted / folder)
+
+    def fail(*args, **kwargs):
+        raise ValueError("the pool is upside down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "choose", fail)
+        assert adapt(files, adapted) == 1
+    page, table = (adapted / "report.html").read_text(), (adapted / "tables" / "failures.md").read_text()
+    assert all("upside down" in said for said in (capsys.readouterr().out, page, table))
+    partly, (failure,) = read(), read()["failures"]
+    assert (failure["arm"], failure["seed"]) == ("ntk-selector", 1) and list(partly["folders"]["ntk-selector"]) == ["0"]
+    expected = {(row["method"], row["reference"], row["metric"]): row["per_seed"] for row in whole["comparisons"]}
+    for row in partly["comparisons"]:  # the seeds that both methods have
+        seeds = expected[row["method"], row["reference"], row["metric"]]
+        assert row["per_seed"] == (seeds[:1] if "ntk-selector" in row["method"] else seeds)
+    calls = study.count_calls(monkeypatch)
+    assert adapt(files, adapted) == 0
+    assert calls == {"choose": 1, "warm_up": 1, "train_on": 1, "evaluate_on": 1}
+    assert all(read()[part] == whole[part] for part in ("methods", "comparisons", "folders"))
+    calls.clear()
+    assert adapt(files, adapted) == 0 and calls == {}
+
+
+def test_what_cannot_be_evaluated_is_told_before_anything_is_trained(files, study, tmp_path, monkeypatch, capsys):
+    calls = study.count_calls(monkeypatch)
+    assert adapt(files, tmp_path / "run", "--answer-template", "no place for the choice") == 2
+    assert "answer_template" in capsys.readouterr().err and calls == {"evaluate_on": 1}
 
 
 def test_replay_gives_the_same_numbers(adapted, tmp_path):

@@ -86,7 +86,7 @@ def test_the_tables_of_adapt_do_with_the_likelihood():
     assert 0 < low < np.mean([o.nll or 0.0 for r in outcomes["random"] for o in r]) < high < 1
     (difference,) = difference_rows(results)
     assert difference["metric"] == "nll" and difference["McNemar p, each seed"] is None
-    assert NONE[1:] in markdown(results, []) and "accuracy (%)" not in markdown(results, [])
+    assert NONE[1:] in markdown(results) and "accuracy (%)" not in markdown(results)
 
 
 @pytest.mark.slow

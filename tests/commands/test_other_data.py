@@ -17,7 +17,7 @@ import ntkjax.data.cache as cache
 import ntkjax.pipeline.inputs as inputs
 from ntkjax.cli import main
 from ntkjax.commands import COMMANDS, load_command
-from ntkjax.commands.study.setup import set_up
+from ntkjax.commands.study.command import grid_of
 from ntkjax.commands.study.spec import spec_of
 from ntkjax.models import LoraConfig, adapter_lora_config, load_adapter, load_lm, save_adapter, save_merged
 from ntkjax.pipeline.run_dir import RunDir
@@ -302,10 +302,10 @@ def study_keys(bed, study, files, tmp_path_factory) -> Callable[..., tuple[str, 
         domain |= {name: str(root / f"{name}.jsonl") for name in ("dev", "test")}
         model = {"model": str(root / "model"), "adapter": str(root / "adapter")}
         settings = {"model": model, "pool": str(root / "pool.jsonl"), "domains": {"ball": domain}}
-        bench = set_up(spec_of(study.content(files, **(settings | more))), out, "study")
-        task = next(task for task in bench.tasks() if task.arm.label == "alignment")
-        run, selection = bench.run_key(task, 0.1), bench.selection_key(task)
-        return bench.folder("runs", run).name, bench.folder("selections", selection or {}).name
+        grid = grid_of(spec_of(study.content(files, **(settings | more))), out, "study")
+        task = next(task for task in grid.tasks() if task.arm.label == "alignment")
+        run, selection = grid.run_key(task, 0.1), grid.selection_key(task)
+        return grid.folder("runs", run).name, grid.folder("selections", selection or {}).name
 
     return keys
 

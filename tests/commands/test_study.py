@@ -14,7 +14,7 @@ import pytest
 import ntkjax
 import ntkjax.commands.study.command as study_command
 from ntkjax.cli import main
-from ntkjax.commands.study.setup import set_up
+from ntkjax.commands.study.command import grid_of
 from ntkjax.commands.study.spec import spec_of
 from ntkjax.evaluation import read_outcomes
 from ntkjax.models import load_lm
@@ -104,8 +104,8 @@ def test_list_says_what_there_is_and_does_nothing(study, done, files, tmp_path, 
              for line in capsys.readouterr().out.splitlines() if line.startswith("| ball")}  # fmt: skip
     assert lines["random"] == ["0, 1", "", ""] and lines["base"] == ["0", "", ""]
     assert lines["dsir"] == [str(1 - seed), "", str(seed)] and calls == {}
-    found = ntkjax.study(study=tmp_path / "study.yaml", out=tmp_path / "out", list=True, progress=False)
-    assert [run.status for run in found.found].count("left") == 1 and found.exit_code == 0
+    listed = ntkjax.study(study=tmp_path / "study.yaml", out=tmp_path / "out", list=True, progress=False)
+    assert [run.status for run in listed.runs].count("left") == 1 and listed.exit_code == 0
 
 
 def _arm(folder: Path) -> str:
@@ -128,7 +128,7 @@ def test_a_finished_study_computes_nothing_and_a_new_label_is_no_new_run(study, 
 def test_replay_reads_the_study_from_the_run_wherever_that_lies(study, done, tmp_path, monkeypatch):
     shutil.copytree(done, tmp_path / "moved")
     (tmp_path / "moved" / "study.yaml").write_text((done / "study.yaml").read_text().replace("dsir", "length"))
-    monkeypatch.setattr(study_command, "_run_all", lambda *args: None)
+    monkeypatch.setattr(study_command, "do_all", lambda *args, **kwargs: None)
     assert main(["replay", str(tmp_path / "moved"), "--out", str(tmp_path / "again")]) == 0
     arms = [cell["arm"] for cell in study.results(tmp_path / "again")["cells"]]
     assert arms[-2:] == ["length", "alignment"] and study.results(tmp_path / "again")["counts"]["left"] == 11
@@ -161,12 +161,21 @@ def test_an_input_that_changes_makes_another_run(study, files, tmp_path):
     """The hash covers weights, data, options, seed and version; not where things lie or what they are called."""
 
     def keys(**more):
-        bench = set_up(spec_of(study.content(files, **more)), tmp_path / "unused", "s")
-        tasks = {task.arm.label: task for task in bench.tasks() if task.seed == 0}
+        grid = grid_of(spec_of(study.content(files, **more)), tmp_path / "unused", "s")
+        tasks = {task.arm.label: task for task in grid.tasks() if task.seed == 0}
         task = tasks.get("alignment") or tasks["renamed"]
-        selection = bench.selection_key(task)
-        return bench.folder("runs", bench.run_key(task, 0.1)).name, bench.folder("selections", selection or {}).name
+        selection = grid.selection_key(task)
+        return grid.folder("runs", grid.run_key(task, 0.1)).name, grid.folder("selections", selection or {}).name
 
+    grid = grid_of(spec_of(study.content(files)), tmp_path / "unused", "s")
+    task = next(task for task in grid.tasks() if task.arm.label == "alignment")
+    # Another name here, and the runs of every study that is on disk are computed anew.
+    common = {"ntkjax", "weights", "model", "data"}
+    own = {"kind", "dev", "test", "evaluation", "parameters", "seed", "domain", "train", "selection"}
+    assert grid.run_key(task, 0.1).keys() == common | own
+    chosen = {"domain", "pool", "n", "seed", "method", "options", "warmup"}
+    assert (grid.selection_key(task) or {}).keys() == common | chosen
+    assert grid.warmup_key(task).keys() == common | {"domain", "seed", "warmup"}
     first = keys()
     same = [
         keys(methods=[study.ALIGNMENT | {"label": "renamed"}]),

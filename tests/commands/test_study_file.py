@@ -10,9 +10,9 @@ import yaml
 from ntkjax.assets import study_path
 from ntkjax.cli import main
 from ntkjax.commands.study.arms import arms_of, focus_of
-from ntkjax.commands.study.setup import choice_options
 from ntkjax.commands.study.spec import normalised, read_study, spec_of
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.pipeline.study.grid import choice_options
 from ntkjax.selection import METHODS
 
 DOMAIN = {"train": "a.jsonl", "dev": "b.jsonl", "test": ["c.jsonl", "d.jsonl"]}

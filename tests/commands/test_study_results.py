@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 
 from ntkjax.commands.study import tables
-from ntkjax.commands.study.arms import Arm
-from ntkjax.commands.study.results import Found, _Cells, jaccard
-from ntkjax.commands.study.setup import Bench, Place, Task
-from ntkjax.commands.study.spec import StudySpec
+from ntkjax.commands.study.results import ConditionResults, jaccard
 from ntkjax.data import TokenisedDataset
 from ntkjax.evaluation import hierarchical_bootstrap, hierarchical_p, write_outcomes
 from ntkjax.evaluation.outcomes import Outcome
 from ntkjax.models import ModelConfig, init_lm
 from ntkjax.pipeline.cost import multiplied_weights, selection_cost, training_cost
 from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.pipeline.study.arms import Arm
+from ntkjax.pipeline.study.grid import Condition, Grid, Task
+from ntkjax.pipeline.study.runs import Run
+from ntkjax.pipeline.study.spec import StudySpec
 from ntkjax.selection import METHODS, Selection, Selector
 from ntkjax.training import TrainConfig
 
-PLACE = Place("x", "all", 4)
+CONDITION = Condition("x", "all", 4)
 SEEDS = (0, 1, 2)
 TRAIN = TrainConfig()
 
@@ -59,15 +60,15 @@ def outcomes(right: int, seed: int) -> list[Outcome]:
     ]
 
 
-class Partial(Bench):
-    """A bench with the parts that results are made from, and no data."""
+class Partial(Grid):
+    """A grid with the parts that results are made from, and no data."""
 
     def __init__(self):
         pass
 
 
 @pytest.fixture(scope="module")
-def bench():
+def grid():
     config = ModelConfig(
         family="llama", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
         intermediate_size=24, tied=True,
@@ -80,7 +81,7 @@ def bench():
     return made
 
 
-def find(folder, arms=ARMS, skip=()) -> list[Found]:
+def find(folder, arms=ARMS, skip=()) -> list[Run]:
     """Finished runs of every arm and seed on disk, but for those of ``skip``, which failed."""
     found = []
     for one, seed in itertools.product(arms, SEEDS):
@@ -89,7 +90,7 @@ def find(folder, arms=ARMS, skip=()) -> list[Found]:
         place = folder / f"{one.label}-{seed}"
         place.mkdir(parents=True)
         if (one.label, seed) in skip:
-            found.append(Found(Task(PLACE, one, seed), "failed", place, 1e-3, message="no"))
+            found.append(Run(Task(CONDITION, one, seed), "failed", place, 1e-3, message="no"))
             continue
         write_outcomes(place / "outcomes.jsonl", outcomes(RIGHT[one.label] + seed, seed))
         shifted = [row + seed for row in CHOSEN.get(one.label, [])]
@@ -99,19 +100,19 @@ def find(folder, arms=ARMS, skip=()) -> list[Found]:
             "selection": {"precision": 0.25, "chance": 0.1, "diagnostics": {"scored": 9, "sources": {}}},
             "passes": {"selection": 5.0, "training": 7.0}, "steps": 4,
         }  # fmt: skip
-        found.append(Found(Task(PLACE, one, seed), "done", place, 1e-3, result))
+        found.append(Run(Task(CONDITION, one, seed), "done", place, 1e-3, result))
     return found
 
 
 @pytest.fixture(scope="module")
-def cells(bench, tmp_path_factory):
-    return _Cells(bench, PLACE, find(tmp_path_factory.mktemp("runs")))
+def cells(grid, tmp_path_factory):
+    return ConditionResults(grid, CONDITION, find(tmp_path_factory.mktemp("runs")))
 
 
-def test_the_strongest_baseline_is_picked_on_dev_and_is_none_of_the_proposed(cells, bench, tmp_path):
+def test_the_strongest_baseline_is_picked_on_dev_and_is_none_of_the_proposed(cells, grid, tmp_path):
     assert cells.strongest() == "strong"  # `weak` is better on test, `mine` is proposed
     # A baseline with a failed run is no reference, however good.
-    incomplete = _Cells(bench, PLACE, find(tmp_path, skip={("strong", 1)}))
+    incomplete = ConditionResults(grid, CONDITION, find(tmp_path, skip={("strong", 1)}))
     assert incomplete.strongest() == "weak"
 
 
@@ -133,7 +134,7 @@ def test_the_base_models_one_run_is_paired_with_every_seed(cells):
     assert row["per_seed"] == pytest.approx(expected) and row["p_holm"] is None
 
 
-def test_holm_by_hand_over_the_methods_of_one_place_and_reference(cells, monkeypatch):
+def test_holm_by_hand_over_the_methods_of_one_condition_and_reference(cells, monkeypatch):
     """p of weak, strong, mine against random 0.04, 0.01, 0.03: sorted, times 3, 2, 1, running maximum."""
     monkeypatch.setattr("ntkjax.commands.study.results.hierarchical_p", lambda table: next(values))
     order = ["base", "weak", "strong", "mine"]
@@ -147,8 +148,8 @@ def test_holm_by_hand_over_the_methods_of_one_place_and_reference(cells, monkeyp
     assert [against_strongest[a] for a in ("random", "weak", "mine")] == pytest.approx([0.4, 0.4, 0.003])
 
 
-def test_a_failed_run_is_in_no_mean_and_is_counted(bench, tmp_path):
-    cells = _Cells(bench, PLACE, find(tmp_path, skip={("mine", 0)}))
+def test_a_failed_run_is_in_no_mean_and_is_counted(grid, tmp_path):
+    cells = ConditionResults(grid, CONDITION, find(tmp_path, skip={("mine", 0)}))
     row = next(r for r in cells.rows() if r["arm"] == "mine")
     assert (row["runs"], row["failed"]) == (2, 1)
     assert row["test"]["accuracy"]["per_seed"] == pytest.approx([34 / 40, 35 / 40])
@@ -187,8 +188,8 @@ def test_tables_hold_the_cells(cells):
     main = tables.main_table(results)
     assert [row["method"] for row in main] == [one.label for one in ARMS]
     assert main[-1]["x: accuracy (%)"] == "85.0 ± 2.5" and main[-1]["x: precision at N (%)"] == "25.0 ± 0.0"
-    place = tables.place_table(results, dataclasses.asdict(PLACE))[-1]
-    assert place["− random"].startswith("+27.5 [") and place["− strongest (strong)"].startswith("+22.5 [")
+    row = tables.condition_table(results, dataclasses.asdict(CONDITION))[-1]
+    assert row["− random"].startswith("+27.5 [") and row["− strongest (strong)"].startswith("+22.5 [")
     in_full = [r for r in tables.numbers(results) if (r["arm"], r["metric"]) == ("mine", "accuracy")]
     assert in_full[0]["mean"] == pytest.approx(34 / 40) and in_full[0]["sd"] == pytest.approx(1 / 40)
     cost = {row["method"]: row for row in tables.cost_table(results)}["mine"]
@@ -213,9 +214,9 @@ def cost(config, warmup=None, scored=(0, 1, 2, 3), **options) -> dict[str, float
     return selection_cost(SelectorOptions(**options), found, tokens([5, 7]), tokens(LENGTHS), config, warmup)
 
 
-def test_passes_of_selections_by_hand(bench):
+def test_passes_of_selections_by_hand(grid):
     """Domain of 12 tokens, pool of 100; forward 1, with gradient 3, t tangents 1 + t."""
-    config, warm = bench.model.config, TrainConfig(epochs=2)
+    config, warm = grid.model.config, TrainConfig(epochs=2)
     assert cost(config, warm, method="random") == {"warmup": 0, "selection": 0}
     assert cost(config, warm, method="embedding") == {"warmup": 3 * 12 * 2, "selection": 112}
     # sum_logits, all rows: gradients of domain and sample (two examples of 25 tokens on average), two tangents.
@@ -234,28 +235,26 @@ def test_passes_of_selections_by_hand(bench):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_passes_of_every_selector_are_known(method, bench):
-    found = cost(bench.model.config, TrainConfig(epochs=1), method=method)
+def test_the_passes_of_every_selector_are_known(method, grid):
+    found = cost(grid.model.config, TrainConfig(epochs=1), method=method)
     assert set(found) == {"warmup", "selection"}
     assert (found["selection"] > 0) == (method not in ("random", "length", "dsir")) == (found["warmup"] > 0)
 
 
-def test_a_method_that_does_not_say_what_it_costs_has_no_cost(bench, monkeypatch):
+def test_a_method_that_does_not_say_what_it_costs_has_no_cost(grid, monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Quiet(Selector):
         def __call__(self, problem):
             raise NotImplementedError
 
     monkeypatch.setitem(METHODS, "quiet", Quiet)
-    assert cost(bench.model.config, TrainConfig(epochs=1), method="quiet") == {}
+    assert cost(grid.model.config, TrainConfig(epochs=1), method="quiet") == {}
 
 
-def test_training_cost_and_weights(bench):
+def test_training_cost_and_weights(grid):
     history = [{"kind": "dev", "dev_loss": 1.0}] + [
         {"kind": "train", "tokens": 100 * i, "tokens_per_second": 50.0} for i in (1, 2)
     ]
     assert training_cost(history) == (900.0, 6.0)
     d, f, kv, v = 16, 24, 8, 60  # q and o [16, 16], k and v [16, 8], three matrices of the MLP, the tied head
-    assert (
-        multiplied_weights(bench.model.params, bench.model.config) == 2 * (2 * d * d + 2 * d * kv + 3 * d * f) + v * d
-    )
+    assert multiplied_weights(grid.model.params, grid.model.config) == 2 * (2 * d * d + 2 * d * kv + 3 * d * f) + v * d

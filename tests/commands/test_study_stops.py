@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import ntkjax.commands.study.command as study_command
-import ntkjax.commands.study.runner as study_run
+import ntkjax.pipeline.study.runner as study_run
+import ntkjax.pipeline.study.runs as study_runs
 from ntkjax.errors import UserError
 from ntkjax.selection import METHODS, Selector
 
@@ -130,10 +130,10 @@ def test_two_processes_do_not_work_on_one_study(study, done, files, tmp_path, ca
 
 def test_compiled_programs_are_dropped_when_they_are_too_many(monkeypatch):
     size, cleared = [10**9], []
-    monkeypatch.setattr(study_command.psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=size[0]))
-    monkeypatch.setattr(study_command.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 10**9))
-    monkeypatch.setattr(study_command.jax, "clear_caches", lambda: cleared.append(size[0]))
-    memory = study_command._Memory()
+    monkeypatch.setattr(study_runs.psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=size[0]))
+    monkeypatch.setattr(study_runs.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 10**9))
+    monkeypatch.setattr(study_runs.jax, "clear_caches", lambda: cleared.append(size[0]))
+    memory = study_runs.Memory()
     for now in (2, 3, 3.1, 4, 5.2):
         size[0] = int(now * 10**9)
         memory.spare()

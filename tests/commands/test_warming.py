@@ -11,7 +11,7 @@ from ntkjax.errors import CheckpointError, ConfigError
 from ntkjax.models import LoraConfig, load_lm
 from ntkjax.pipeline.load import load_data
 from ntkjax.pipeline.options import DataOptions, SelectorOptions
-from ntkjax.pipeline.select import choose
+from ntkjax.pipeline.select import ChoiceSettings, choose
 from ntkjax.pipeline.warmup import epoch_ends, epoch_rates, needs_checkpoints, warm_up
 from ntkjax.selection import METHODS
 from ntkjax.selection.gradients import gradient_features
@@ -114,11 +114,11 @@ def test_selections_share_a_warm_up_and_rows(loaded, warmed, tmp_path, monkeypat
         return METHODS["embedding"]()(problem)
 
     monkeypatch.setitem(METHODS, "random", type("Look", (METHODS["random"],), {"__call__": lambda self, p: look(p)}))
-    settings = {"n": 3, "warmup": None, "data": DATA, "seed": 0, "progress": False, "warmed": warmed}
     for name in ("one", "two"):
         options = SelectorOptions(method="random" if name == "one" else "embedding")
         out, shared = tmp_path / name, tmp_path / "shared"
-        choose(model, model.lora, domain, pool, options, out=out, shared=shared, **settings)
+        settings = ChoiceSettings(3, 0, DATA, out, shared=shared, progress=False)
+        choose(model, model.lora, domain, pool, options, settings, warmup=warmed)
         assert not (out / "warmup").exists() and not (out / "rows").exists()
         assert (out / "selection.json").exists()
     assert len([p for p in shared.iterdir() if p.name.startswith("embeddings-")]) == 1
@@ -130,7 +130,7 @@ def test_a_method_that_needs_epochs_is_refused_without_a_warm_up(loaded, tmp_pat
     model, domain, pool = loaded
     assert not needs_checkpoints("ntk")
     monkeypatch.setitem(METHODS, "random", type("Looks", (METHODS["random"],), {"uses_checkpoints": True}))
-    settings = {"n": 3, "warmup": None, "data": DATA, "seed": 0, "progress": False}
+    settings = ChoiceSettings(3, 0, DATA, tmp_path / "x", progress=False)
     with pytest.raises(ConfigError, match="epochs of the warm-up"):
-        choose(model, model.lora, domain, pool, SelectorOptions(method="random"), out=tmp_path / "x", **settings)
+        choose(model, model.lora, domain, pool, SelectorOptions(method="random"), settings, warmup=None)
     assert not (tmp_path / "x").exists()

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 import ntkjax
-from ntkjax.commands.adapt.report import difference_rows, headline, method_rows, write_report
+from ntkjax.commands.adapt.report import difference_rows, headline, method_rows, write_adaptation
 from ntkjax.commands.evaluate import differences
 from ntkjax.commands.study import tables
 from ntkjax.errors import UserError
 from ntkjax.evaluation import METRICS, Metric, Outcome, compare, summarise, values
 from ntkjax.evaluation.metrics import means
 from ntkjax.pipeline.compare import compare_methods, summarise_method
-from ntkjax.pipeline.run_dir import RunDir
 
 PACKAGE = Path(ntkjax.__file__).parent
 TOY = Metric(
@@ -86,10 +85,10 @@ def test_it_is_in_the_tables_and_the_report_of_adapt(toy, tmp_path):
     assert difference["difference [95% interval]"].startswith("-") and difference["McNemar p, each seed"] is None
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "versions.json").write_text("{}")
-    write_report(RunDir(tmp_path), results)
+    write_adaptation(tmp_path, results)
     page = (tmp_path / "report.html").read_text()
     assert "NLL of the whole response (nats per response)" in page and f"{mean:.4f}" in page
-    for name in ("results.md", "results.csv"):
+    for name in ("results.md", "tables/main.csv"):
         assert LABEL in (tmp_path / name).read_text()
 
 
@@ -98,7 +97,7 @@ def test_it_is_in_the_tables_of_a_study(toy):
     place = {"domain": "d", "size": "all", "budget": 4}
     cell = place | {"arm": "random", "metric": "nll", "test": test, "means": {}, "runs": 2, "failed": 0}
     results = {"cells": [cell], "comparisons": []}
-    (row,) = tables.place_table(results, place)
+    (row,) = tables.condition_table(results, place)
     assert row[LABEL] == f"{test[toy.name]['mean']:.3f} ± {test[toy.name]['sd']:.3f}"
     assert {row["metric"] for row in tables.numbers(results)} == {"nll", toy.name}
     # As the metric that stands first: its label, unit and decimals.
@@ -163,7 +162,7 @@ def named(source: str) -> list[int]:
 
 
 def test_what_compares_and_reports_names_no_metric():
-    folders = ("pipeline", "report", "commands/adapt", "commands/study")
+    folders = ("pipeline", "pipeline/study", "report", "commands/adapt", "commands/study")
     files = [path for folder in folders for path in (PACKAGE / folder).glob("*.py")]
     files.append(PACKAGE / "commands/evaluate.py")
     assert len(files) > 30

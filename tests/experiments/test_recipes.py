@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ntkjax.commands.study import setup as study_setup
 from ntkjax.commands.study.arms import arms_of
 from ntkjax.commands.study.command import run_study
 from ntkjax.commands.study.spec import read_study
 from ntkjax.data import read_records
 from ntkjax.data.mapping import Source, prepare
+from ntkjax.pipeline.study import grid
 
 RECIPES = Path(__file__).resolve().parents[2] / "experiments" / "recipes"
 MODELS = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
@@ -187,14 +187,12 @@ def test_psychology_keeps_the_answers_to_a_question_in_one_split(hub, tmp_path):
 
 def test_a_recipe_runs_end_to_end_on_local_data(hub, tmp_path, monkeypatch):
     """All but the model and the training: mapped data, duplicates, sizes, selections."""
-    monkeypatch.setattr(study_setup, "prepare", lambda sources, *a, **k: prepare([*map(small, sources)], *a, **k))
+    monkeypatch.setattr(grid, "prepare", lambda sources, *a, **k: prepare([*map(small, sources)], *a, **k))
     own = tmp_path / "own.yaml"
     own.write_text("model: {model: embedded}\nbudgets: 20\ndomain_sizes: 30\nseeds: 1\nmethods: [dsir, length]\n"
                    "select_only: true\ndata: {max_length: 64}\n")  # fmt: skip
     spec, content = recipe("qwen3-0.6b", "finance", own)
     found = run_study(spec, content, tmp_path / "run", progress=False)
-    assert {run.task.arm.label: run.status for run in found.found} == dict.fromkeys(
-        ("random", "dsir", "length"), "done"
-    )
+    assert {run.task.arm.label: run.status for run in found.runs} == dict.fromkeys(("random", "dsir", "length"), "done")
     report = json.loads((tmp_path / "run" / "data.json").read_text())
     assert report["pool"]["mapped"][0]["records"] == 40 and report["finance train"]["mapped"][0]["records"] == 50

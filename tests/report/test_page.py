@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from ntkjax.errors import UserError
-from ntkjax.report.comparison import comparison_page, headline_rows
+from ntkjax.report import sections
+from ntkjax.report.files import NamedTable, Report, write_report
 from ntkjax.report.page import (
     Bullets,
     Code,
@@ -124,73 +125,53 @@ def test_the_best_row_stands_out_and_numbers_are_aligned():
     assert '<td class="number">2</td>' in html
 
 
-RUN = {
-    "title": "finance",
-    "command": "ntkjax adapt --n 3",
-    "settings": {"lora": {"rank": 4}, "pool": ["a", "b"], "limit": None},
-    "methods": [
-        {"method": "random", "mean": 0.44, "low": 0.42, "high": 0.46, "seeds": [0.43, 0.45], "steps": 7},
-        {"method": "ntk", "mean": 0.462, "low": 0.431, "high": 0.493, "seeds": [0.45, 0.474], "steps": 8},
-    ],
-    "columns": {"steps": "optimiser steps"},
-    "differences": [{"comparison": "ntk - random", "mean": 0.022, "low": -0.01, "high": 0.05, "p": 0.2}],
-    "extra": [{"heading": "Precision at N", "text": "of the planted skills", "rows": [{"method": "ntk", "p": 0.6}]}],
-    "selections": [
-        {
-            "method": "ntk",
-            "diagnostics": {"rank_correlation_with_length": -0.5, "something_new": 3},
-            "scores": [0.1, 0.2, 0.3],
-            "lengths": [3, 4, 5],
-            "selected": [False, False, True],
-            "offered": {"a": 2, "b": 1},
-            "chosen": {"b": 1},
-            "chosen_examples": [{"prompt": "chosen prompt", "response": "r", "score": 0.3}],
-            "rejected_examples": [{"prompt": "rejected prompt", "response": "r", "score": 0.1}],
-        }
-    ],
-    "training": {"ntk": [(0, 1.0), (1, 0.5)]},
-    "dev": {"ntk": [(0, 1.0), (1, 0.5)]},
-    "versions": {"jax": "0.10.2", "torch": None, "seeds": {"seed": 0}},
-    "seeds": {"seed": [0, 1]},
-    "runtime": {"score": 12.5},
-    "caveats": ["Two seeds are few."],
+SELECTION = {
+    "diagnostics": {"rank_correlation_with_length": -0.5, "something_new": 3, "sources_offered": {"a": 2}},
+    "examples": {
+        "chosen": [{"prompt": "chosen prompt", "response": "r", "score": 0.3}],
+        "just_missed": [{"prompt": "missed prompt", "response": "r", "score": 0.2}],
+        "lowest": [{"prompt": "lowest prompt", "response": "r", "score": 0.1}],
+    },
 }
+SCORED = sections.Scored([0.1, 0.2, 0.3], [3, 4, 5], [False, False, True], {"a": 2, "b": 1}, {"b": 1})
 
 
-def test_a_comparison_shows_all_that_the_run_holds():
-    page = Reader(render_page(comparison_page(RUN)))
+def test_the_sections_show_what_they_are_given():
+    shown = [
+        *sections.asked("ntkjax replay x", "seeds: 3", points=["two arms"]),
+        *sections.failed([{"method": "broken", "message": "upside down"}], "Try again."),
+        *sections.named_table("Cost", [{"a": 1}], text="in seconds"),
+        *sections.Choice.of(SELECTION).sections(list(SCORED.figures().values())),
+        *sections.made_with({"jax": "0.10.2", "torch": None, "seeds": {}}, seeds=[0, 1], seconds={"whole run": 12.5}),
+        *sections.caveats(["Two seeds are few."]),
+    ]
+    page = Reader(render_page(Page("t", "", shown)))
     text = "\n".join(page.texts)
     for expected in (
-        *("ntkjax adapt --n 3", "rank: 4", "pool: a, b", "limit: none"),
-        *("46.2 [43.1, 49.3]", "45.0, 47.4", "optimiser steps", "2.2 [-1.0, 5.0]", "Precision at N"),
-        *("rank correlation with length", "-0.500", "something new", "chosen prompt", "rejected prompt"),
-        *("0.10.2", "seed 0, 1", "12.5", "Two seeds are few."),
+        *("ntkjax replay x", "seeds: 3", "two arms", "upside down", "Try again.", "Cost", "in seconds"),
+        *("rank correlation with length", "-0.500", "near ±1", "something new"),
+        *("chosen prompt", "missed prompt", "lowest prompt", "Chosen", "Rejected"),
+        *("0.10.2", "Seeds: 0, 1.", "12.5", "Two seeds are few."),
     ):
         assert expected in text, expected
     assert "torch" not in text, "what is not installed is not listed"
-    assert len(page.named("img")) == 6
-    best = [i for i, attributes in enumerate(page.named("tr")) if attributes.get("class") == "best"]
-    assert best == [2], "the second method has the highest mean"
+    assert "sources_offered" not in text and len(page.named("img")) == 3
 
 
-@pytest.mark.parametrize("kept", [(), ("methods",), ("selections",), ("dev", "versions"), ("training", "seeds")])
-def test_every_part_of_a_comparison_may_be_absent(kept):
-    page = comparison_page({name: RUN[name] for name in kept})
-    Reader(render_page(page))
-    assert bool(page.sections) == bool(kept)
+def test_what_there_is_nothing_of_has_no_section():
+    nothing = [*sections.failed([], "x"), *sections.named_table("x", []), *sections.caveats([])]
+    assert nothing == [] and sections.Choice({}, {}).sections() == []
 
 
-def test_a_selection_may_lack_its_scores():
-    bare = {"method": "random", "offered": {"a": 1}, "chosen": {"a": 1}}
-    page = Reader(render_page(comparison_page({"selections": [bare]})))
-    assert len(page.named("img")) == 1
-
-
-def test_of_losses_the_lowest_is_best_and_nothing_is_in_percent():
-    run = RUN | {"metric": "response NLL (nats per token)", "percent": False, "lower_is_better": True}
-    assert headline_rows(run)[1]["response NLL (nats per token)"] == "0.462 [0.431, 0.493]"
-    tables = [section for section in comparison_page(run).sections if isinstance(section, Table)]
-    assert tables[0].best == (0,)
+def test_a_report_is_written_and_the_plots_of_the_last_one_go(tmp_path):
+    full = [{"arm": "a", "value": 0.123456}]
+    tables = {"main": NamedTable("Main", [{"arm": "a"}], full), "none": NamedTable("None", [])}
+    for name in ("one", "two"):
+        write_report(tmp_path, Report(Page("t", "", []), "# t\n", tables, {name: PNG}))
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["two.png"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["main.csv", "main.md", "main.tex"]
+    assert "0.123456" in (tmp_path / "tables" / "main.csv").read_text() and (tmp_path / "results.md").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_file_is_written_whole_or_an_error_names_it(tmp_path):

@@ -9,8 +9,6 @@ import pytest
 from PIL import Image
 
 from ntkjax.report import study
-from ntkjax.report.page import render_page
-from ntkjax.report.study_page import study_page
 
 NAMES = [f"method {i}" for i in range(20)]
 CURVES = {name: [(50, 0.4 + i / 100, 0.02), (1000, 0.5 + i / 1000, None)] for i, name in enumerate(NAMES)}
@@ -68,25 +66,3 @@ def test_the_heat_map_shows_its_numbers(axes):
     DRAW["heat"]()
     texts = [t.get_text() for t in axes[0].texts]
     assert texts.count("1.00") == 20 and texts.count(".00") == 20 * 20 - 20 - 1  # what is not known stays empty
-
-
-def test_a_page_of_nothing_and_a_page_of_everything():
-    assert "What was asked" in render_page(study_page({}))
-    png = DRAW["heat"]()
-    place = {"heading": "x, all", "rows": [{"method": "m"}], "png": png, "metric": "accuracy (%)", "best": (0,)}
-    shown = {"method": "m", "diagnostics": {"negative_share": 0.5}}
-    shown |= {f"{kind}_examples": [{"prompt": "<b>p", "response": "r"}] for kind in ("chosen", "rejected")}
-    page = render_page(
-        study_page(
-            {
-                "title": "T", "asked": ["two arms"], "settings": "seeds: 3", "fairness": ["equal steps"],
-                "failures": [{"method": "broken", "message": "upside down"}], "places": [place],
-                "plots": [{"heading": "Overlap", "png": png, "alt": "a"}],
-                "tables": [{"heading": "Cost", "rows": [{"a": 1}]}, {"heading": "None of these", "rows": []}],
-                "selections": [{"domain": "x", "methods": [shown]}], "versions": {"jax": "1"}, "caveats": ["few seeds"],
-            }
-        )
-    )  # fmt: skip
-    for text in ("two arms", "upside down", "Overlap", "Cost", "&lt;b&gt;p", "Rejected", "few seeds", "seeds: 3"):
-        assert text in page
-    assert "None of these" not in page and "<script" not in page and page.count("<img") == 2

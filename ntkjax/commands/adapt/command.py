@@ -1,6 +1,7 @@
 """``ntkjax adapt``: fine-tuning with selected examples, against the domain alone and against random examples.
 
-Arms, each from the same fresh parameters with the same order of data for a given seed:
+It is a study (`ntkjax.pipeline.study`) of one domain and one N, whose learning rates are not tuned. Arms, each from the
+same fresh parameters with the same order of data for a given seed:
 
 - ``base``: the model as it is.
 - ``domain-only``: fine-tuned on the domain for ``train.epochs``.
@@ -12,52 +13,44 @@ Arms, each from the same fresh parameters with the same order of data for a give
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from tyro.conf import arg
 
-from ntkjax.commands.adapt.report import choices_line, difference_rows, method_rows, write_report
+from ntkjax.commands.adapt.report import NTK, choices_line, difference_rows, failure_rows, method_rows, write_adaptation
 from ntkjax.commands.base import Command
-from ntkjax.errors import ConfigError
+from ntkjax.data.mapping import Source
+from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation import METRICS, Outcome
-from ntkjax.evaluation.metrics import means
 from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.files import read_json
-from ntkjax.models import LanguageModel
-from ntkjax.pipeline.arms import BASE, DOMAIN, EQUAL, RANDOM
-from ntkjax.pipeline.compare import compare_methods, summarise_method
-from ntkjax.pipeline.deduplicate import deduplicate, summary, totals
-from ntkjax.pipeline.evaluate import evaluate_on
-from ntkjax.pipeline.finetune import save_result, train_on
-from ntkjax.pipeline.finetune import summary as training_summary
+from ntkjax.pipeline.compare import compare_methods, paired_runs, summarise_method
+from ntkjax.pipeline.cost import uses_model
+from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
+from ntkjax.pipeline.deduplicate import summary, totals
 from ntkjax.pipeline.inputs import inputs_of
-from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
-from ntkjax.pipeline.options import (
-    DataOptions,
-    DedupOptions,
-    ModelOptions,
-    SelectorOptions,
-    check_used,
-)
+from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.pipeline.select import choose
+from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
+from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
+from ntkjax.pipeline.study.runner import FAILURE, Runner
+from ntkjax.pipeline.study.runs import Run, alone, collect, do_all, forget_failures
+from ntkjax.pipeline.study.spec import DomainSpec, StudySpec
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.base import check_size
-from ntkjax.selection.methods.random import random_rows
 from ntkjax.training import TrainConfig
-from ntkjax.types import Params
 
-NTK = "ntk-selector"
 ARMS = (BASE, DOMAIN, EQUAL, RANDOM, NTK)
 PAIRS = ((NTK, RANDOM), (NTK, EQUAL), (NTK, DOMAIN), (NTK, BASE), (RANDOM, EQUAL), (EQUAL, DOMAIN), (DOMAIN, BASE))
 """(method, reference): the differences that are reported."""
+READ = {"domain": "domain train", "pool": "pool", "test": "domain test", "dev": "domain dev"}
+"""Role of the data -> what the grid calls what reading found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +92,8 @@ class Adaptation:
     """What an adaptation came to; ``results`` is the content of results.json.
 
     Attributes:
-      results: config, per-method summaries, comparisons, selections.
-      outcomes: method -> one list of per-example outcomes for each seed.
+      results: per-method summaries, comparisons, runs with their folders, selections, failures.
+      outcomes: method -> one list of per-example outcomes for each seed whose run is done.
       selected: seed -> rows that NTK-Selector chose, best first, of the pool without its duplicates.
     """
 
@@ -108,180 +101,137 @@ class Adaptation:
     outcomes: Mapping[str, list[list[Outcome]]]
     selected: Mapping[int, np.ndarray]
 
-
-@dataclasses.dataclass(frozen=True)
-class _Study:
-    """What every arm shares."""
-
-    config: AdaptConfig
-    run: RunDir
-    model: LanguageModel
-    domain: Loaded
-    pool: Loaded
-    test: Loaded
-    dev: Loaded | None
-    progress: bool
-    duplicates: dict[str, Any] | None
-
-    def folder(self, seed: int, arm: str) -> Path:
-        return self.run.path / f"seed-{seed}" / arm
-
-    def start(self, seed: int) -> Params:
-        """Fresh parameters of this seed, the same for every arm."""
-        return fresh_parameters(self.model, self.config.model, seed)
-
     @property
-    def equal_steps(self) -> int:
-        """Optimiser steps of the arms with auxiliary data."""
-        examples = len(self.domain) + self.config.n
-        per_epoch = math.ceil(examples / self.config.train.batch_size)
-        return self.config.train.steps or max(1, round(self.config.train.epochs * per_epoch))
+    def exit_code(self) -> int:
+        """1 where a run has failed, 0 otherwise."""
+        return int(bool(self.results["failures"]))
 
 
 def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
-    """Run every arm and seed of ``config``; writes results.json, results.md, plots/ and report.html into OUT.
+    """Run every arm and seed of ``config``; writes results.json, results.md, tables/, plots/ and report.html into OUT.
 
-    An arm that has finished is not run again: the same command goes on where it was stopped.
+    A run that is done is not done again: the same command goes on where it was stopped, and tries again what failed. A
+    run that fails is written down and the others go on; see ``Adaptation.exit_code``.
 
     Raises:
-      UserError: unusable model, data or options; a loss that is not finite; a full disk.
+      UserError: unusable model, data or options; the base model cannot be evaluated, or every run fails; a full disk.
     """
-
     began = time.monotonic()
     RunDir.check(config.out, "adapt", config)
-    study = _load(config, progress)
-    run = study.run
-    outcomes: dict[str, list[list[Outcome]]] = {}
-    details: list[dict] = []
-    selected: dict[int, np.ndarray] = {}
-    if BASE in config.arms:
-        outcomes[BASE] = [_evaluate(study, {}, run.path / "base")]
-    for seed in range(config.seed, config.seed + config.seeds):
-        for arm in (name for name in config.arms if name != BASE):
-            detail, found = _run_arm(study, seed, arm, selected)
-            outcomes.setdefault(arm, []).append(found)
-            details.append(detail)
-    results = _results(study, outcomes, details, selected) | {"wall_seconds": time.monotonic() - began}
-    run.write_json("results.json", results)
-    write_report(run, results)
-    return Adaptation(results, outcomes, selected)
+    grid, run = _load(config, progress)
+    runner, tasks = Runner(grid, progress), grid.tasks()
+    with alone(run.path):
+        forget_failures(run.path)
+        base = [task for task in tasks if task.arm.kind == BASE]
+        for part in (base, tasks):  # test data that cannot be evaluated are told before anything is trained
+            do_all(runner, run, part, bar=False)
+            runs = [made for made in collect(runner) if made.task in part]
+            if part and all(made.status == "failed" for made in runs):
+                raise UserError(f"{runs[0].message} (recorded in {runs[0].path / FAILURE})")
+        done = [made for made in runs if made.status == "done"]
+        outcomes: dict[str, dict[int, list[Outcome]]] = {}
+        for arm in grid.arms:
+            of_arm = {made.task.seed: made.outcomes() for made in done if made.task.arm == arm}
+            outcomes |= {arm.label: of_arm} if of_arm else {}
+        results = _results(grid, runs, outcomes) | {"wall_seconds": time.monotonic() - began}
+        run.write_json("results.json", results)
+        write_adaptation(run.path, results)
+    selected = {int(seed): np.asarray(content["selected"]) for seed, content in results["selections"].items()}
+    return Adaptation(results, {name: list(of_seed.values()) for name, of_seed in outcomes.items()}, selected)
 
 
-def _load(config: AdaptConfig, progress: bool) -> _Study:
-    model = load_model(config.model, seed=config.seed)
-    read = lambda paths: load_data(paths, model, config.data)
-    pool = read(config.pool)
+def _load(config: AdaptConfig, progress: bool) -> tuple[Grid, RunDir]:
     check_used(config.select)
-    check_size(config.n, len(pool))
-    dev = read(config.dev) if config.dev else None
-    domain, test = read(config.domain), read(config.test)
-    inputs = inputs_of(model, config.model, domain=domain, pool=pool, test=test, dev=dev)
-    RunDir.check(config.out, "adapt", config, inputs=inputs)  # before the search for duplicates, which takes time
-    held_out = {"test": test.records} | ({} if dev is None else {"dev": dev.records})
-    found = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
-    found.check_size(config.n)
-    run = RunDir.create(config.out, "adapt", config, inputs=inputs)
+    out, files = Path(config.out), lambda names: tuple(Source(name) for name in names)
+    spec = StudySpec(
+        model=config.model,
+        pool=files(config.pool),
+        domains={"domain": DomainSpec(files(config.domain), files(config.dev), files(config.test))},
+        budgets=(config.n,),
+        seeds=tuple(range(config.seed, config.seed + config.seeds)),
+        select=config.select,
+        warmup=config.warmup,
+        train=config.train,
+        data=config.data,
+        dedup=config.dedup,
+        evaluation=config.evaluation,
+        keep_weights=True,
+    )
+    read = read_inputs(spec, out, ("train", "test", "dev"))
+    check_size(config.n, len(read.pool))
+    splits = read.splits["domain"]
+    data = {"domain": splits["train"], "pool": read.pool, "test": splits["test"], "dev": splits.get("dev")}
+    inputs = inputs_of(read.model, config.model, **data)
+    RunDir.check(out, "adapt", config, inputs=inputs)  # before the search for duplicates, which takes time
+    names = sorted(dict.fromkeys(config.arms), key=lambda name: name != BASE)  # the base model comes first
+    arms = tuple(_arm(config, name) for name in names)
+    grid = set_up(
+        spec, arms, read, out, focus=(NTK,), evaluated=("test",), shared_lengths=False, progress=progress
+    )  # fmt: skip
+    run = RunDir.create(out, "adapt", config, inputs=inputs)
     run.tell("results.json", progress)
-    found.write(run)
-    return _Study(config, run, model, domain, found.pool, test, dev, progress, totals(found.report))
+    if grid.reports["domain duplicates"] is not None:
+        run.write_json(DUPLICATES, grid.reports["domain duplicates"])
+    return grid, run
 
 
-def _run_arm(study: _Study, seed: int, arm: str, selected: dict[int, np.ndarray]) -> tuple[dict, list[Outcome]]:
-    config, folder = study.config, study.folder(seed, arm)
-    began = time.monotonic()
-    auxiliary = _auxiliary(study, seed, arm, folder, selected)
-    selecting = time.monotonic() - began
-    train = config.train if arm == DOMAIN else dataclasses.replace(config.train, steps=study.equal_steps)
-    result = train_on(
-        study.model,
-        study.start(seed),
-        study.domain,
-        auxiliary,
-        train,
-        seed=seed,
-        dev=study.dev,
-        out=folder / "training",
-        progress=study.progress,
-    )
-    save_result(folder, study.model, result.params)
-    found = _evaluate(study, result.params, folder)
-    detail = {"arm": arm, "seed": seed, "selection_seconds": selecting, **training_summary(result)}
-    curve = [[line["step"], line["loss"]] for line in result.history if "loss" in line]
-    study.run.log(**detail, **means(found))
-    return detail | {"curve": curve}, found
+def _arm(config: AdaptConfig, name: str) -> Arm:
+    select = {RANDOM: SelectorOptions(method=RANDOM), NTK: config.select}.get(name)
+    kinds: dict[str, Kind] = {BASE: BASE, DOMAIN: DOMAIN, EQUAL: EQUAL}
+    warmup = config.warmup if select is not None and uses_model(select) else None
+    rates = (config.train.learning_rate,)
+    return Arm(name, kinds.get(name, "selected"), select, config.train, warmup, config.model.parameters, rates)
 
 
-def _auxiliary(study: _Study, seed: int, arm: str, folder: Path, selected: dict[int, np.ndarray]) -> Loaded | None:
-    config = study.config
-    if arm == RANDOM:
-        rows = random_rows(len(study.pool), config.n, seed)
-    elif arm == NTK:
-        rows = choose(
-            study.model,
-            study.start(seed),
-            study.domain,
-            study.pool,
-            config.select,
-            n=config.n,
-            warmup=config.warmup,
-            data=config.data,
-            seed=seed,
-            out=folder / "selection",
-            progress=study.progress,
-        ).selected
-        selected[seed] = np.asarray(rows)
-    else:
-        return None
-    return study.pool.subset(np.sort(rows))
-
-
-def _evaluate(study: _Study, params: Params, folder: Path) -> list[Outcome]:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = study.config
-    result = evaluate_on(
-        study.model,
-        params,
-        study.test,
-        config.data,
-        config.evaluation,
-        path=folder / "outcomes.jsonl",
-        seed=config.seed,
-        progress=study.progress,
-    )
-    return result.outcomes
-
-
-def _results(
-    study: _Study, outcomes: dict[str, list[list[Outcome]]], details: list[dict], selected: dict[int, np.ndarray]
-) -> dict[str, Any]:
-    seed, one = study.config.seed, next(iter(outcomes.values()))[0]
-    methods = {name: summarise_method(runs, seed=seed) for name, runs in outcomes.items()}
+def _results(grid: Grid, runs: Sequence[Run], outcomes: Mapping[str, Mapping[int, list[Outcome]]]) -> dict[str, Any]:
+    """The content of results.json, but for the seconds."""
+    seed, one = grid.spec.seeds[0], next(iter(next(iter(outcomes.values())).values()))
+    done = [run for run in runs if run.status == "done"]
+    trained = [run for run in done if run.task.arm.kind != BASE]
     return {
-        "methods": methods,
-        "comparisons": compare_methods(outcomes, PAIRS, seed=seed),
-        "runs": details,
-        "selections": {str(s): read_json(study.folder(s, NTK) / "selection" / "selection.json") for s in selected},
+        "methods": {name: summarise_method(list(of_seed.values()), seed=seed) for name, of_seed in outcomes.items()},
+        "comparisons": [row for pair in PAIRS for row in _compare(outcomes, pair, seed)],
+        "runs": [_detail(run) for run in trained],
+        "folders": {
+            name: {str(r.task.seed): str(r.path.relative_to(grid.out)) for r in done if r.task.arm.label == name}
+            for name in outcomes
+        },
+        "selections": {
+            str(run.task.seed): read_json(run.path / "selection.json") for run in trained if run.task.arm.label == NTK
+        },
+        "failures": [run.failure() for run in runs if run.status == "failed"],
         "majority_accuracy": majority_accuracy([(str(o.gold), o.choices) for o in one if o.correct_raw is not None]),
         "examples": {"all": len(one), "with_choices": sum(o.correct_raw is not None for o in one)},
-        "duplicates": study.duplicates,
-        "data": {
-            name: loaded.report()
-            for name, loaded in (
-                ("domain", study.domain),
-                ("pool", study.pool),
-                ("test", study.test),
-                ("dev", study.dev),
-            )
-            if loaded is not None
-        },
+        "duplicates": totals(grid.reports["domain duplicates"]),
+        "data": {name: grid.reports[read] for name, read in READ.items() if read in grid.reports},
     }
 
 
+def _compare(
+    outcomes: Mapping[str, Mapping[int, list[Outcome]]], pair: tuple[str, str], seed: int
+) -> list[dict[str, Any]]:
+    """The rows of one pair of methods, over the seeds that both have."""
+    if not all(name in outcomes for name in pair):
+        return []
+    paired = dict(zip(pair, paired_runs(outcomes, pair)))
+    return compare_methods(paired, [pair], seed=seed) if all(paired.values()) else []
+
+
+def _detail(run: Run) -> dict[str, Any]:
+    """A trained run in numbers: its seconds, its steps, its loss by step."""
+    names = ("steps", "best_step", "stopped_early", "clipped_steps", "tokens_per_second", "mean_learning_rate", "curve")
+    selecting = sum(run.result["seconds"].get(part, 0.0) for part in ("warmup", "selection"))
+    head = {"arm": run.task.arm.label, "seed": run.task.seed, "selection_seconds": selecting}
+    return head | {name: run.result[name] for name in names}
+
+
 def describe(config: Any, result: Any) -> str:
-    """The table of methods, differences and the report's path."""
+    """The table of methods, differences, failures and the report's path."""
     results = result.results
     differences = difference_rows(results, [metric.name for metric in METRICS.values() if metric.headline])
     parts = [to_markdown(method_rows(results)), to_markdown(differences), *filter(None, [choices_line(results)])]
+    if results["failures"]:
+        parts.append("Failed (the same command tries again):\n" + to_markdown(failure_rows(results)))
     parts += [summary(results["duplicates"]), reading(results["data"])]
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 

@@ -1,4 +1,4 @@
-"""results.md, plots and report.html of an adaptation, from results.json and the files of its selections."""
+"""results.md, tables, plots and report.html of an adaptation, from results.json and the files of its selections."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ import pyarrow.parquet as pq
 from ntkjax.evaluation import METRICS, Metric
 from ntkjax.evaluation import metrics as metric_table
 from ntkjax.evaluation.summary import describe_choices
-from ntkjax.files import read_json, write_bytes
+from ntkjax.files import read_json
 from ntkjax.pipeline.deduplicate import summary
-from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.report import plots
-from ntkjax.report.comparison import comparison_page
-from ntkjax.report.page import write_page
-from ntkjax.report.sections import flat_diagnostics
-from ntkjax.report.tables import format_estimate, format_spread, to_csv, to_latex, to_markdown
+from ntkjax.report import plots, sections
+from ntkjax.report.files import NamedTable, Report, write_report
+from ntkjax.report.page import Figure, Heading, Page, Section, Table, Text
+from ntkjax.report.tables import format_estimate, format_spread, to_markdown
+
+TITLE = "Does selected data help?"
+LEAD = "Fine-tuning on the domain alone, with random pool data, and with what the tangent kernel chose."
+CAPTION = "Mean over seeds with its 95 % interval; the best mean in bold."
+NTK = "ntk-selector"
 
 
-def write_report(run: RunDir, results: Mapping[str, Any], *, extra: list[dict] | None = None) -> None:
-    """Write results.md, results.csv, results.tex, plots/*.png and report.html into the run directory.
+def write_adaptation(out: Path, results: Mapping[str, Any], *, extra: Mapping[str, NamedTable] | None = None) -> None:
+    """Write results.md, tables/, plots/ and report.html into the run directory.
 
     Args:
       results: the content of results.json.
-      extra: further tables for the page, ``[{heading, text, rows}, ...]``.
+      extra: further tables, by the names of their files.
     """
-    rows = method_rows(results)
-    run.write_text("results.csv", to_csv(rows))
-    run.write_text("results.tex", to_latex(rows, caption="Mean and standard deviation over seeds."))
-    run.write_text("results.md", markdown(results, extra or []))
-    content = page_content(run, results, extra or [])
-    _write_plots(run.path / "plots", content)
-    write_page(run.path / "report.html", comparison_page(content))
+    tables = {
+        "main": NamedTable("Mean and standard deviation over seeds.", method_rows(results)),
+        "differences": NamedTable("Paired differences", difference_rows(results)),
+        "failures": NamedTable("What failed", failure_rows(results)),
+        **(extra or {}),
+    }
+    figures = all_figures(out, results)
+    page = Page(TITLE, LEAD, page_sections(out, results, tables, figures))
+    write_report(out, Report(page, markdown(results, extra), tables, {name: f.png for name, f in figures.items()}))
 
 
 def headline(results: Mapping[str, Any]) -> Metric | None:
@@ -88,125 +93,130 @@ def difference_rows(results: Mapping[str, Any], names: Collection[str] = METRICS
     return rows
 
 
-def markdown(results: Mapping[str, Any], extra: list[dict]) -> str:
+def failure_rows(results: Mapping[str, Any]) -> list[dict]:
+    """Runs that failed, with their messages."""
+    names = {"arm": "method", "seed": "seed", "run": "run", "message": "message"}
+    return [{shown: entry[key] for key, shown in names.items()} for entry in results.get("failures", [])]
+
+
+def markdown(results: Mapping[str, Any], extra: Mapping[str, NamedTable] | None = None) -> str:
     """results.md: the tables of the report as text."""
     majority = results.get("majority_accuracy")
     parts = ["# Results", to_markdown(method_rows(results))]
     if majority is not None:
         parts.append(f"Always giving the commonest answer: {100 * majority:.1f}% accuracy.")
-    parts += [f"{line[0].upper()}{line[1:]}." for line in filter(None, [choices_line(results)])]
+    parts += [_sentence(line) for line in filter(None, [choices_line(results)])]
+    if failed := failure_rows(results):
+        parts += ["## What failed", to_markdown(failed)]
     parts += ["## Paired differences", to_markdown(difference_rows(results))]
     for seed, selection in results["selections"].items():
-        rows = [{"diagnostic": k, "value": v} for k, v in flat_diagnostics(selection["diagnostics"]).items()]
-        parts += [f"## Selection of seed {seed}", to_markdown(rows)]
-    for table in extra:
-        parts += [f"## {table['heading']}", *filter(None, [table.get("text")]), to_markdown(table["rows"])]
+        parts += [f"## Selection of seed {seed}", to_markdown(sections.Choice.of(selection).rows())]
+    for table in (extra or {}).values():
+        parts += [f"## {table.heading}", *filter(None, [table.text]), to_markdown(table.rows)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def page_content(run: RunDir, results: Mapping[str, Any], extra: list[dict]) -> dict[str, Any]:
-    """The dict that ``comparison_page`` reads."""
-    config = _yaml(run.path / "config.yaml")
+def _sentence(line: str) -> str:
+    return f"{line[0].upper()}{line[1:]}."
+
+
+def all_figures(out: Path, results: Mapping[str, Any]) -> dict[str, Figure]:
+    """Every plot, by the name of its file: means, training, and what the first seed's selection scored and chose."""
     first = headline(results)
     assert first is not None  # every method was evaluated on the same examples with the same options
-    beside = [m for m in METRICS.values() if m.beside and m is not first]
-    beside = [m for m in beside if any(m.name in entry for entry in results["methods"].values())]
-    methods = [
-        {
-            "method": method,
-            **{k: entry[first.name][k] for k in ("mean", "low", "high")},
-            "seeds": entry[first.name]["per_seed"] if entry["seeds"] > 1 else [],
-            **{m.name: m.text(entry[m.name]["mean"]) for m in beside if m.name in entry},
-        }
-        for method, entry in results["methods"].items()
-    ]
-    return {
-        "title": "Does selected data help?",
-        "lead": "Fine-tuning on the domain alone, with random pool data, and with what the tangent kernel chose.",
-        "command": f"ntkjax replay {run.path.name}",
-        "settings": config,
-        "metric": first.axis_label,
-        "percent": first.share,
-        "lower_is_better": not first.higher_is_better,
-        "methods": methods,
-        "columns": {m.name: m.axis_label for m in beside},
-        "chance": results.get("majority_accuracy") if first.chance else None,
-        "highlight": ["ntk-selector"],
-        "extra": [{"heading": "Paired differences", "rows": difference_rows(results)}, *extra],
-        "selections": [_selection(run, seed, found) for seed, found in list(results["selections"].items())[:1]],
-        "training": _curves(results),
-        "versions": read_json(run.path / "versions.json"),
-        "seeds": sorted({r["seed"] for r in results["runs"]}),
-        "runtime": {"whole run": results.get("wall_seconds")},
-        "caveats": _caveats(results),
-    }
+    methods = sections.methods_figure(
+        {name: entry[first.name] for name, entry in results["methods"].items()},
+        first.axis_label,
+        percent=first.share,
+        highlight=[NTK],
+        chance=results.get("majority_accuracy") if first.chance else None,
+    )
+    seed = min((run["seed"] for run in results["runs"]), default=None)
+    curves = {run["arm"]: run["curve"] for run in results["runs"] if run["seed"] == seed}
+    figures = {"methods": methods}
+    if curves:
+        figures["training"] = Figure(plots.training_curves(curves), "Training loss of each arm", "Training loss.")
+    for content in list(results["selections"].values())[:1]:
+        figures |= _scored(out, content).figures()
+    return figures
 
 
-def _selection(run: RunDir, seed: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    folder = run.path / f"seed-{seed}" / "ntk-selector" / "selection"
-    table = pq.read_table(folder / "scores.parquet").to_pydict()
+def _scored(out: Path, selection: Mapping[str, Any]) -> sections.Scored:
+    """What a selection of results.json scored, from its scores.parquet."""
+    table = pq.read_table(out / selection["folder"] / "scores.parquet").to_pydict()
     scores = np.asarray([np.nan if s is None else s for s in table["score"]], np.float64)
-    scored = np.isfinite(scores)
-    diagnostics = found["diagnostics"]
-    examples = found.get("examples", {})
-    return {
-        "method": f"NTK-Selector (seed {seed})",
-        "text": f"{int(scored.sum()):,} of {len(scored):,} pool examples were scored; the others fell to stage 1."
-        if not scored.all()
-        else "Every pool example was scored.",
-        "diagnostics": flat_diagnostics(diagnostics),
-        "scores": scores[scored],
-        "lengths": np.asarray(table["response_tokens"])[scored],
-        "selected": np.asarray(table["selected"])[scored],
-        "offered": diagnostics["sources_offered"],
-        "chosen": diagnostics["sources_chosen"],
-        "chosen_examples": examples.get("chosen", []),
-        "rejected_examples": [*examples.get("just_missed", []), *examples.get("lowest", [])],
-    }
+    scored, diagnostics = np.isfinite(scores), selection["diagnostics"]
+    lengths, selected = np.asarray(table["response_tokens"])[scored], np.asarray(table["selected"])[scored]
+    offered, chosen = diagnostics["sources_offered"], diagnostics["sources_chosen"]
+    return sections.Scored(scores[scored], lengths, selected, offered, chosen)
 
 
-def _curves(results: Mapping[str, Any]) -> dict[str, list]:
-    seeds = sorted({r["seed"] for r in results["runs"]})
-    return {r["arm"]: r["curve"] for r in results["runs"] if seeds and r["seed"] == seeds[0]}
+def page_sections(
+    out: Path, results: Mapping[str, Any], tables: Mapping[str, NamedTable], figures: Mapping[str, Figure]
+) -> list[Section]:
+    """The page, chapter by chapter."""
+    first = headline(results)
+    assert first is not None
+    entries = results["methods"].values()
+    best = max(range(len(entries)), key=lambda i: first.better(list(entries)[i][first.name]["mean"]))
+    others = {name: table for name, table in tables.items() if name not in ("main", "failures")}
+    settings = (out / "config.yaml").read_text(encoding="utf-8")
+    return [
+        *sections.asked(f"ntkjax replay {out.name}", settings),
+        *sections.failed(tables["failures"].rows, "The same command tries them again."),
+        Heading("Results"),
+        Table(_headline_rows(results, first), caption=CAPTION, best=(best,)),
+        figures["methods"],
+        *(s for t in others.values() for s in sections.named_table(t.heading, t.rows, text=t.text, level=3)),
+        *_selection(results, figures),
+        *([Heading("Training"), figures["training"]] if "training" in figures else []),
+        *sections.made_with(
+            read_json(out / "versions.json"),
+            seeds=sorted({run["seed"] for run in results["runs"]}),
+            seconds={"whole run": results["wall_seconds"]} if "wall_seconds" in results else None,
+        ),
+        *sections.caveats(_caveats(results)),
+    ]
+
+
+def _headline_rows(results: Mapping[str, Any], first: Metric) -> list[dict[str, Any]]:
+    """One row a method: the headline with its interval, each seed, the metrics shown beside it."""
+    entries = results["methods"]
+    beside = [m for m in METRICS.values() if m.beside and m is not first and any(m.name in e for e in entries.values())]
+    rows = []
+    for method, entry in entries.items():
+        head = entry[first.name]
+        shown = format_estimate(head["mean"], head["low"], head["high"], percent=first.share)
+        row: dict[str, Any] = {"method": method, first.axis_label: shown}
+        if entry["seeds"] > 1:
+            row["each seed"] = ", ".join(format_estimate(value, percent=first.share) for value in head["per_seed"])
+        row |= {m.axis_label: m.text(entry[m.name]["mean"]) if m.name in entry else None for m in beside}
+        rows.append(row)
+    return rows
+
+
+def _selection(results: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[Section]:
+    """What the first seed's selection chose."""
+    for seed, content in results["selections"].items():
+        scored, pool = content["diagnostics"]["scored"], content["diagnostics"]["pool"]
+        text = f"{scored:,} of {pool:,} pool examples were scored; the others fell to stage 1."
+        drawn = [figures[name] for name in ("scores", "score-against-length", "sources")]
+        return [
+            Heading(f"What NTK-Selector (seed {seed}) chose, and is it about the domain?"),
+            Text(text if scored < pool else "Every pool example was scored."),
+            *sections.Choice.of(content).sections(drawn),
+        ]
+    return []
 
 
 def _caveats(results: Mapping[str, Any]) -> list[str]:
-    entries = results["methods"].values()
-    runs = max((entry["seeds"] for entry in entries), default=0)
+    seeds = max((entry["seeds"] for entry in results["methods"].values()), default=0)
     notes = [
-        f"Intervals resample test examples and seeds together; with {runs} seeds the part of the seeds is understated."
+        f"Intervals resample test examples and seeds together; with {seeds} seeds the part of the seeds is understated."
     ]
     if results.get("duplicates") is not None:
-        notes += [line[0].upper() + line[1:] + "." for line in summary(results["duplicates"]).splitlines()]
-    notes += [f"{line[0].upper()}{line[1:]}." for line in filter(None, [choices_line(results)])]
+        notes += [_sentence(line) for line in summary(results["duplicates"]).splitlines()]
+    notes += [_sentence(line) for line in filter(None, [choices_line(results)])]
     if results.get("majority_accuracy") is not None:
         notes.append(f"Always giving the commonest answer would score {100 * results['majority_accuracy']:.1f}%.")
     return notes
-
-
-def _write_plots(folder: Path, content: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {
-        "methods.png": plots.accuracy_by_method(
-            content["methods"],
-            label=content["metric"],
-            percent=content["percent"],
-            highlight=content["highlight"],
-            chance=content["chance"],
-        ),
-        "training.png": plots.training_curves(content["training"]),
-    }
-    for entry in content["selections"]:
-        made["scores.png"] = plots.score_distribution(entry["scores"], entry["selected"])
-        made["score-against-length.png"] = plots.score_against_length(
-            entry["scores"], entry["lengths"], entry["selected"]
-        )
-        made["sources.png"] = plots.sources(entry["offered"], entry["chosen"])
-    for name, png in made.items():
-        write_bytes(folder / name, png)
-
-
-def _yaml(path: Path) -> dict:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from ntkjax.pipeline.load import load_data, load_model, trained_parameters
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.pipeline.select import check_warmup, choose, make_selector
+from ntkjax.pipeline.select import ChoiceSettings, check_warmup, choose, make_selector
 from ntkjax.pipeline.selection_io import FILES, SelectedFormat
 from ntkjax.report.sections import flat_diagnostics
 from ntkjax.report.tables import to_markdown
@@ -82,20 +82,11 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     pool, run = deduplicated.pool, RunDir.create(config.out, "select", config, inputs=inputs)
     run.tell("selection.json", progress)
     deduplicated.write(run)
-    result = choose(
-        model,
-        trained_parameters(model, config.model),
-        domain,
-        pool,
-        config.select,
-        n=config.n,
-        warmup=None if config.skip_warmup else config.warmup,
-        data=config.data,
-        seed=config.seed,
-        out=run.path,
-        progress=progress,
-        selected_format=config.selected_format,
+    settings = ChoiceSettings(
+        config.n, config.seed, config.data, run.path, selected_format=config.selected_format, progress=progress
     )
+    theta, warmup = trained_parameters(model, config.model), None if config.skip_warmup else config.warmup
+    result = choose(model, theta, domain, pool, config.select, settings, warmup=warmup)
     asides = {name: {"records": records.report} for name, records in held_out.items()}
     run.write_json("data.json", {"domain": domain.report(), "pool": pool.report(), **asides})
     return result

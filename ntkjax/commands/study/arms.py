@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Any
 
-from ntkjax.commands.study.spec import MethodSpec, StudySpec
 from ntkjax.errors import ConfigError
-from ntkjax.pipeline.arms import BASE, DOMAIN, EQUAL, RANDOM
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
+from ntkjax.pipeline.study.spec import MethodSpec, StudySpec
 from ntkjax.selection import METHODS
 from ntkjax.training import TrainConfig
 
@@ -23,48 +22,6 @@ TRAINING: dict[str, dict[str, Any]] = {
 """Training-time methods: what they change in an arm whose data are chosen at random."""
 FIXED = ("epochs", "steps", "batch_size", "patience")
 """Training options that no arm may have for itself: they decide how many steps are taken, and of what size."""
-
-Kind = Literal["base", "domain-only", "domain-only-equal-steps", "selected"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One line of the tables.
-
-    Attributes:
-      label: its name.
-      kind: ``base``: nothing is trained; ``domain-only``: the domain for its own epochs; ``domain-only-equal-steps``:
-        the domain for as many steps as the arms with chosen data; ``selected``: domain and chosen data.
-      select: how the data are chosen (kind ``selected``).
-      train: settings of the fine-tuning, with the first of ``rates`` as learning rate.
-      warmup: what happens before the choice; None: nothing, as for methods that do not look at the model.
-      parameters: what is fine-tuned.
-      rates: learning rates to choose from on dev.
-    """
-
-    label: str
-    kind: Kind
-    select: SelectorOptions | None
-    train: TrainConfig
-    warmup: TrainConfig | None
-    parameters: Literal["lora", "all"]
-    rates: tuple[float, ...]
-
-    @property
-    def uses_budget(self) -> bool:
-        """Whether the arm is another one for another budget."""
-        return self.kind in ("selected", EQUAL)
-
-    def steps(self, domain: int, budget: int) -> int:
-        """Optimiser steps: those of a run over domain and budget, for every arm but ``domain-only``."""
-        if self.train.steps is not None:
-            return self.train.steps
-        examples = domain if self.kind == DOMAIN else domain + budget
-        return max(1, round(self.train.epochs * math.ceil(examples / self.train.batch_size)))
-
-    def config(self, rate: float, steps: int) -> TrainConfig:
-        """The fine-tuning at a learning rate, in so many steps."""
-        return dataclasses.replace(self.train, learning_rate=rate, steps=steps)
 
 
 def arms_of(spec: StudySpec, where: str = "study") -> tuple[Arm, ...]:
@@ -84,6 +41,9 @@ def arms_of(spec: StudySpec, where: str = "study") -> tuple[Arm, ...]:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ConfigError(f"{where}: methods: two arms are called {', '.join(twice)}; give each its own label")
+    for arm in arms:
+        if arm.parameters == "lora" and spec.model is not None and spec.model.parameters == "all":
+            raise ConfigError(f"{where}: arm {arm.label} trains LoRA, but model.parameters is all; leave that out")
     unknown = [name for name in spec.focus if name not in labels]
     if unknown:
         raise ConfigError(f"{where}: focus: no arm is called {', '.join(unknown)}; there are {', '.join(labels)}")

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import psutil
 import yaml
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from ntkjax.assets import study_path
 from ntkjax.commands.base import Command
-from ntkjax.commands.study.report import heading_of, write_report
-from ntkjax.commands.study.results import Found, analyse, collect, long_rows
-from ntkjax.commands.study.runner import FAILURE, RESULT, RunFailed, Runner
-from ntkjax.commands.study.setup import Bench, set_up
-from ntkjax.commands.study.spec import EMBEDDED, StudySpec, read_study
+from ntkjax.commands.study.arms import arms_of, focus_of
+from ntkjax.commands.study.report import write_study
+from ntkjax.commands.study.results import analyse, long_rows
+from ntkjax.commands.study.spec import read_study
 from ntkjax.commands.study.tables import Row, choices_lines, failure_table, main_table
-from ntkjax.errors import ConfigError, UserError
+from ntkjax.errors import ConfigError
 from ntkjax.pipeline.deduplicate import summary
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
+from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
+from ntkjax.pipeline.study.runner import Runner
+from ntkjax.pipeline.study.runs import Run, alone, collect, condition_name, do_all, forget_failures
+from ntkjax.pipeline.study.spec import EMBEDDED, StudySpec
 from ntkjax.report.tables import to_markdown
 
 
@@ -57,32 +55,32 @@ class Study:
 
     Attributes:
       out: its run directory.
-      found: every wanted run and what there is of it.
+      runs: every wanted run and what there is of it.
       results: the content of results.json; empty where the study was only listed.
     """
 
     out: Path
-    found: Sequence[Found]
+    runs: Sequence[Run]
     results: Mapping[str, Any]
 
     @property
     def exit_code(self) -> int:
         """1 where a run has failed, 0 otherwise (also where some are left)."""
-        return int(any(run.status == "failed" for run in self.found))
+        return int(any(run.status == "failed" for run in self.runs))
 
     def rows(self) -> list[Row]:
-        """What is done, failed and left: one row for each place and arm, with the seeds."""
-        groups: dict[tuple, list[Found]] = {}
-        for run in self.found:
-            groups.setdefault((run.task.place, run.task.arm.label), []).append(run)
+        """What is done, failed and left: one row for each condition and arm, with the seeds."""
+        groups: dict[tuple, list[Run]] = {}
+        for run in self.runs:
+            groups.setdefault((run.task.condition, run.task.arm.label), []).append(run)
         seeds = lambda runs, status: ", ".join(str(r.task.seed) for r in runs if r.status == status) or None
         return [
             {
-                "where": heading_of(dataclasses.asdict(place)),
+                "where": condition_name(condition),
                 "method": label,
                 **{f"{status} (seeds)": seeds(runs, status) for status in ("done", "failed", "left")},
             }
-            for (place, label), runs in groups.items()
+            for (condition, label), runs in groups.items()
         ]
 
 
@@ -121,89 +119,40 @@ def run_study(
     config = StudyConfig((str(out / "study.yaml"),), str(out))
     own = ("study", "out", "list", "retry_failed", "report_only")
     RunDir.check(out, "study", config, ignore=own)
-    runner = Runner(set_up(spec, out, where))
+    runner = Runner(grid_of(spec, out, where))
     if listing:
         return Study(out, collect(runner), {})
     run = RunDir.create(out, "study", config, ignore=own)
     settings = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     run.write_text("study.yaml", settings)
-    run.write_json("data.json", runner.bench.reports)
-    with _alone(out):
+    run.write_json("data.json", runner.grid.reports)
+    with alone(out):
         if retry_failed:
-            forget_failures(runner.bench)
+            forget_failures(out)
         if not report_only:
-            _run_all(runner, run, progress)
+            do_all(runner, run, runner.grid.tasks(), bar=progress)
         return _report(runner, run, settings)
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the system releases whatever becomes of this process.
+def grid_of(spec: StudySpec, out: Path, where: str = "study") -> Grid:
+    """The study's arms, with its model and data loaded and checked.
 
     Raises:
-      UserError: another process holds it.
+      UserError: an unusable model or data, a budget larger than the pool, a size larger than the domain.
     """
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is at work on this study; wait for it, or give another --out "
-                            "(--list shows how far it is)") from None  # fmt: skip
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-@dataclasses.dataclass
-class _Memory:
-    """Compiled programs pile up, one for each shape of a batch that a selection makes: drop them where this process has
-    grown by a quarter of the machine's memory."""
-
-    before: int = dataclasses.field(default_factory=lambda: psutil.Process().memory_info().rss)
-
-    def spare(self) -> None:
-        """Drop compiled programs if there are too many."""
-        if psutil.Process().memory_info().rss - self.before > psutil.virtual_memory().total / 4:
-            jax.clear_caches()
-            self.before = psutil.Process().memory_info().rss
-
-
-def _run_all(runner: Runner, run: RunDir, progress: bool) -> None:
-    tasks, failed, memory = runner.bench.tasks(), 0, _Memory()
-    with tqdm(tasks, disable=not progress, unit="run", desc="study") as bar:
-        for task in bar:
-            memory.spare()
-            where = heading_of(dataclasses.asdict(task.place))
-            bar.set_postfix_str(f"{task.arm.label}, {where}, seed {task.seed}; {failed} failed")
-            known = runner.known_rate(task)
-            new = known is None or not (runner.run_folder(task, known) / RESULT).exists()
-            entry = dataclasses.asdict(task.place) | {"arm": task.arm.label, "seed": task.seed}
-            try:
-                folder = runner.run(task)
-            except RunFailed as error:
-                failed += 1
-                run.log(**entry, status="failed", message=str(error))
-            else:
-                if new:
-                    run.log(**entry, status="done", run=folder.name)
+    arms = arms_of(spec, where)
+    return set_up(spec, arms, read_inputs(spec, out), out, focus=focus_of(spec, arms))
 
 
 def _report(runner: Runner, run: RunDir, settings: str) -> Study:
-    found, bench = collect(runner), runner.bench
-    results = analyse(runner, found)
+    runs, grid = collect(runner), runner.grid
+    results = analyse(runner, runs)
     results["duplicates"] = {
-        name: summary(bench.reports[f"{name} duplicates"]).replace("\n", "; ") for name in bench.domains
+        name: summary(grid.reports[f"{name} duplicates"]).replace("\n", "; ") for name in grid.domains
     }
     run.write_json("results.json", results)
-    write_report(run, results, long_rows(runner, found), title=bench.spec.title, settings=settings)
-    return Study(run.path, found, results)
-
-
-def forget_failures(bench: Bench) -> None:
-    """Remove what says that runs, selections and warm-ups failed, so that they are tried again from where they are."""
-    for kind in ("runs", "selections", "warmups"):
-        for failure in (bench.out / kind).glob(f"*/{FAILURE}"):
-            failure.unlink()
+    write_study(run.path, results, long_rows(runner, runs), title=grid.spec.title, settings=settings)
+    return Study(run.path, runs, results)
 
 
 def describe(config: Any, result: Any) -> str:

@@ -1,10 +1,10 @@
 """Results of the runs of a study: one row for each run and metric, and means, intervals and tests over them.
 
-How a difference is judged. Every arm is compared with ``random`` and with the strongest baseline of its place, on the
-same test examples and seeds. The strongest baseline is the arm that is not proposed (``focus``) with the best mean
+How a difference is judged. Every arm is compared with ``random`` and with the strongest baseline of its condition, on
+the same test examples and seeds. The strongest baseline is the arm that is not proposed (``focus``) with the best mean
 headline metric on dev, never on test, so that picking it does not favour anybody (ties: lower dev loss). Intervals
 resample seeds and examples; p-values come from the same replicates, and are corrected by Holm's method over all arms
-that choose data, within one place and one reference.
+that choose data, within one condition and one reference.
 """
 
 from __future__ import annotations
@@ -12,77 +12,37 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ntkjax.commands.study.arms import Arm, has_kernel
-from ntkjax.commands.study.runner import FAILURE, RESULT, TRAINED, Runner, read_json
-from ntkjax.commands.study.setup import Bench, Place, Task
-from ntkjax.evaluation import (
-    Metric,
-    Outcome,
-    hierarchical_bootstrap,
-    hierarchical_p,
-    holm,
-    paired_values,
-    read_outcomes,
-    values,
-)
+from ntkjax.commands.study.arms import has_kernel
+from ntkjax.evaluation import Metric, Outcome, hierarchical_bootstrap, hierarchical_p, holm, paired_values, values
 from ntkjax.evaluation.choices import gold_choice
 from ntkjax.evaluation.metrics import headline
 from ntkjax.evaluation.summary import majority_accuracy
-from ntkjax.pipeline.arms import BASE, RANDOM
-from ntkjax.pipeline.compare import spread, summarise_method
+from ntkjax.files import read_json
+from ntkjax.pipeline.compare import paired_runs, spread, summarise_method
 from ntkjax.pipeline.cost import multiplied_weights
+from ntkjax.pipeline.study.arms import BASE, RANDOM, Arm
+from ntkjax.pipeline.study.grid import Condition, Grid
+from ntkjax.pipeline.study.runner import FAILURE, TRAINED, Runner
+from ntkjax.pipeline.study.runs import Run
 
 MOST_SOURCES = 12
 """Sources of a test set that get a column of their own."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A run that is wanted, and what there is of it.
-
-    ``folder``: None while its learning rate is not tuned. ``result``: of a run that is done. ``message``: why not.
-    """
-
-    task: Task
-    status: Literal["done", "failed", "left"]
-    folder: Path | None = None
-    rate: float | None = None
-    result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    message: str = ""
-
-
-def collect(runner: Runner) -> list[Found]:
-    """Every wanted run in order, from what is on disk; nothing is computed."""
-    return [_find(runner, task) for task in runner.bench.tasks()]
-
-
-def _find(runner: Runner, task: Task) -> Found:
-    rate = runner.known_rate(task)
-    if rate is None:
-        return Found(task, "left")
-    folder = runner.run_folder(task, rate)
-    if (folder / RESULT).exists():
-        return Found(task, "done", folder, rate, read_json(folder / RESULT))
-    if (folder / FAILURE).exists():
-        return Found(task, "failed", folder, rate, message=read_json(folder / FAILURE)["message"])
-    return Found(task, "left", folder, rate)
-
-
 def trial_rows(runner: Runner) -> list[dict[str, Any]]:
-    """Every learning rate that was tried: place, arm, rate, dev loss, whether it was chosen; failures with their
+    """Every learning rate that was tried: condition, arm, rate, dev loss, whether it was chosen; failures with their
     message."""
-    rows, first = [], runner.bench.spec.seeds[0]
-    for task in runner.bench.tasks():
+    rows, first = [], runner.grid.spec.seeds[0]
+    for task in runner.grid.tasks():
         if task.seed != first or len(task.arm.rates) < 2 or task.arm.kind == BASE:
             continue
         best = runner.known_rate(task)
-        for rate, folder in zip(task.arm.rates, runner.trials(task)):
-            row = dataclasses.asdict(task.place) | {"arm": task.arm.label, "learning_rate": rate, "dev_loss": None}
+        for rate, folder in runner.trials(task).items():
+            row = dataclasses.asdict(task.condition) | {"arm": task.arm.label, "learning_rate": rate, "dev_loss": None}
             if (folder / TRAINED).exists():
                 row |= {"status": "done", "dev_loss": read_json(folder / TRAINED)["dev_loss"], "chosen": rate == best}
             elif (folder / FAILURE).exists():
@@ -100,15 +60,15 @@ def _ends(rates: Sequence[float]) -> tuple[float, float]:
 # -- one row for each run and metric --
 
 
-def long_rows(runner: Runner, found: Iterable[Found]) -> list[dict[str, Any]]:
+def long_rows(runner: Runner, runs: Iterable[Run]) -> list[dict[str, Any]]:
     """results.parquet: the runs' metrics, and the trials' dev losses, one a row; a failure is a row too."""
-    weights = multiplied_weights(runner.bench.model.params, runner.bench.model.config)
+    weights = multiplied_weights(runner.grid.model.params, runner.grid.model.config)
     rows = []
-    for run in found:
+    for run in runs:
         task, select = run.task, run.task.arm.select
         head = {
             "run": run.folder.name if run.folder is not None else None,
-            **dataclasses.asdict(task.place) | {"size": str(task.place.size)},
+            **dataclasses.asdict(task.condition) | {"size": str(task.condition.size)},
             "arm": task.arm.label,
             "method": None if select is None else select.method,
             "kernel": kernel_of(task.arm),
@@ -122,7 +82,7 @@ def long_rows(runner: Runner, found: Iterable[Found]) -> list[dict[str, Any]]:
         rows += [head | {"metric": name, "value": value} for name, value in metrics.items()]
     keep = ("run", "domain", "size", "budget", "arm", "learning_rate", "status", "message")
     for trial in trial_rows(runner):
-        row = {key: trial.get(key) for key in keep} | {"size": str(trial["size"]), "seed": runner.bench.spec.seeds[0]}
+        row = {key: trial.get(key) for key in keep} | {"size": str(trial["size"]), "seed": runner.grid.spec.seeds[0]}
         rows.append(row | {"role": "trial", "metric": "dev_loss", "value": trial["dev_loss"]})
     return rows
 
@@ -134,51 +94,44 @@ def kernel_of(arm: Arm) -> str | None:
 
 def run_metrics(result: Mapping[str, Any], weights: int) -> dict[str, float | int | None]:
     """The numbers of a result.json by name; ``weights``: P, for FLOPs."""
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for split in ("test", "dev"):
-        found |= {f"{split}_{name}": value for name, value in result.get(split, {}).items()}
+        metrics |= {f"{split}_{name}": value for name, value in result.get(split, {}).items()}
     names = ("dev_loss", "steps", "best_step", "clipped_steps", "mean_learning_rate")
-    found |= {name: result[name] for name in names if name in result}
-    found |= {f"seconds_{name}": value for name, value in result.get("seconds", {}).items()}
+    metrics |= {name: result[name] for name in names if name in result}
+    metrics |= {f"seconds_{name}": value for name, value in result.get("seconds", {}).items()}
     passes = result.get("passes", {})
-    found |= {f"passes_{name}": value for name, value in passes.items()}
+    metrics |= {f"passes_{name}": value for name, value in passes.items()}
     if passes and ("selection" in passes or "selection" not in result):
         total = sum(passes.values())
-        found |= {"passes_total": total, "flops": 2 * weights * total}
+        metrics |= {"passes_total": total, "flops": 2 * weights * total}
     chosen = result.get("selection", {})
-    found |= {name: chosen[name] for name in ("precision", "chance") if name in chosen}
+    metrics |= {name: chosen[name] for name in ("precision", "chance") if name in chosen}
     numbers = {k: v for k, v in chosen.get("diagnostics", {}).items() if isinstance(v, int | float)}
-    return found | {name: float(value) for name, value in numbers.items() if name not in found}
+    return metrics | {name: float(value) for name, value in numbers.items() if name not in metrics}
 
 
 # -- what they say together --
 
 
-def analyse(runner: Runner, found: Sequence[Found]) -> dict[str, Any]:
-    """results.json: cells (place x arm), comparisons, overlaps, trials, failures."""
-    bench = runner.bench
-    places = {place: _Cells(bench, place, [f for f in found if f.task.place == place]) for place in bench.places}
-    trained = not bench.spec.select_only
+def analyse(runner: Runner, runs: Sequence[Run]) -> dict[str, Any]:
+    """results.json: cells (condition x arm), comparisons, overlaps, trials, failures."""
+    grid = runner.grid
+    results = [ConditionResults(grid, one, [r for r in runs if r.task.condition == one]) for one in grid.conditions]
+    trained = not grid.spec.select_only
     return {
-        "focus": list(bench.focus),
-        "cells": [row for cells in places.values() for row in cells.rows()],
-        "comparisons": [row for cells in places.values() for row in cells.comparisons()] if trained else [],
-        "strongest": [cells.strongest_row() for cells in places.values()] if trained else [],
-        "overlaps": [cells.overlap() for cells in places.values()],
+        "focus": list(grid.focus),
+        "cells": [row for condition in results for row in condition.rows()],
+        "comparisons": [row for condition in results for row in condition.comparisons()] if trained else [],
+        "strongest": [condition.strongest_row() for condition in results] if trained else [],
+        "overlaps": [condition.overlap() for condition in results],
         "trials": trial_rows(runner),
-        "failures": [_failure(f) for f in found if f.status == "failed"],
-        "counts": {status: sum(f.status == status for f in found) for status in ("done", "failed", "left")},
-        "majority": {name: _majority(data.test) for name, data in bench.domains.items()} if trained else {},
-        "choices": {name: _with_choices(data.test) for name, data in bench.domains.items()} if trained else {},
-        "seeds": list(bench.spec.seeds),
+        "failures": [run.failure() for run in runs if run.status == "failed"],
+        "counts": {status: sum(run.status == status for run in runs) for status in ("done", "failed", "left")},
+        "majority": {name: _majority(data.test) for name, data in grid.domains.items()} if trained else {},
+        "choices": {name: _with_choices(data.test) for name, data in grid.domains.items()} if trained else {},
+        "seeds": list(grid.spec.seeds),
     }
-
-
-def _failure(found: Found) -> dict[str, Any]:
-    assert found.folder is not None
-    place = dataclasses.asdict(found.task.place)
-    return {**place, "arm": found.task.arm.label, "seed": found.task.seed, "run": found.folder.name,
-            "message": found.message}  # fmt: skip
 
 
 def _majority(test: Any) -> float | None:
@@ -191,24 +144,25 @@ def _with_choices(test: Any) -> dict[str, int]:
     return {"all": len(test.records), "with_choices": sum(gold_choice(e) is not None for e in test.records)}
 
 
-class _Cells:
-    """The arms of one place."""
+class ConditionResults:
+    """The results of every arm under one condition."""
 
-    def __init__(self, bench: Bench, place: Place, found: Sequence[Found]):
-        self.bench, self.place = bench, place
-        self.head = dataclasses.asdict(place)
-        self.runs = {arm.label: [f for f in found if f.task.arm.label == arm.label] for arm in bench.arms}
-        self.done = {label: [f for f in runs if f.status == "done"] for label, runs in self.runs.items()}
-        self.kinds = {arm.label: arm.kind for arm in bench.arms}
+    def __init__(self, grid: Grid, condition: Condition, runs: Sequence[Run]):
+        self.grid, self.condition = grid, condition
+        self.head = dataclasses.asdict(condition)
+        self.runs = {arm.label: [run for run in runs if run.task.arm.label == arm.label] for arm in grid.arms}
+        self.done = {label: [run for run in of_arm if run.status == "done"] for label, of_arm in self.runs.items()}
+        self.kinds = {arm.label: arm.kind for arm in grid.arms}
         self.outcomes: dict[str, dict[int, list[Outcome]]] = {}
-        if not bench.spec.select_only:
-            for label, runs in self.done.items():
-                self.outcomes[label] = {f.task.seed: read_outcomes(_folder(f) / "outcomes.jsonl") for f in runs}
+        if not grid.spec.select_only:
+            for label, done in self.done.items():
+                self.outcomes[label] = {run.task.seed: run.outcomes() for run in done}
         self.metric = self._headline()
 
     def _headline(self) -> Metric | None:
-        done = [f for runs in self.done.values() for f in runs]
-        return headline(lambda name: any(f.result.get("test", {}).get(name) is not None for f in done))
+        done = itertools.chain.from_iterable(self.done.values())
+        measured = {name for run in done for name, value in run.result.get("test", {}).items() if value is not None}
+        return headline(lambda name: name in measured)
 
     @property
     def _metric_name(self) -> str | None:
@@ -216,22 +170,22 @@ class _Cells:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each arm: its metrics over seeds and examples, what it took, what it chose."""
-        weights = multiplied_weights(self.bench.model.params, self.bench.model.config)
+        weights = multiplied_weights(self.grid.model.params, self.grid.model.config)
         rows = []
-        for arm in self.bench.arms:
+        for arm in self.grid.arms:
             done = self.done[arm.label]
-            failed = sum(f.status == "failed" for f in self.runs[arm.label])
-            row = self.head | {"arm": arm.label, "kind": arm.kind, "focus": arm.label in self.bench.focus}
+            failed = sum(run.status == "failed" for run in self.runs[arm.label])
+            row = self.head | {"arm": arm.label, "kind": arm.kind, "focus": arm.label in self.grid.focus}
             row |= {"runs": len(done), "failed": failed, "metric": self._metric_name}
             if done and self.outcomes:
                 row["test"] = summarise_method(list(self.outcomes[arm.label].values()), seed=0)
                 row["by_source"] = self._by_source(arm.label)
-            numbers = [run_metrics(f.result, weights) for f in done]
+            numbers = [run_metrics(run.result, weights) for run in done]
             names = dict.fromkeys(name for number in numbers for name in number)
             row["means"] = {name: spread([x for n in numbers if (x := n.get(name)) is not None]) for name in names}
             row["learning_rate"] = done[0].rate if done and arm.kind != BASE else None
-            row["example_run"] = _folder(done[0]).name if done and arm.select is not None else None
-            row["domain_examples"] = self.bench.domains[self.place.domain].examples(self.place.size)
+            row["example_run"] = done[0].path.name if done and arm.select is not None else None
+            row["domain_examples"] = self.grid.domains[self.condition.domain].examples(self.condition.size)
             rows.append(row)
         return rows
 
@@ -243,10 +197,10 @@ class _Cells:
             return {}
         metric = self.metric
         of = lambda run, source: values([o for o in run if o.source == source], metric)
-        found = {source: [of(run, source) for run in runs] for source in sources}
+        by_source = {source: [of(run, source) for run in runs] for source in sources}
         return {
             source: spread([table.mean() for table in tables if table is not None]) | {"examples": len(tables[0])}
-            for source, tables in found.items()
+            for source, tables in by_source.items()
             if tables[0] is not None
         }
 
@@ -254,14 +208,14 @@ class _Cells:
         """The baseline with the best mean headline metric on dev, of those whose runs are all done; by dev loss where
         dev has no such metric."""
         whole = {label: runs for label, runs in self.done.items() if runs and len(runs) == len(self.runs[label])}
-        baselines = {label: runs for label, runs in whole.items() if label not in self.bench.focus}
+        baselines = {label: runs for label, runs in whole.items() if label not in self.grid.focus}
         metric = self.metric
         name = None if metric is None else metric.name
-        on_dev = lambda f: f.result["dev"].get(name)
-        judged = all(on_dev(f) is not None for runs in baselines.values() for f in runs)
+        on_dev = lambda run: run.result["dev"].get(name)
+        judged = all(on_dev(run) is not None for runs in baselines.values() for run in runs)
         rank = lambda runs: (
-            -metric.better(float(np.mean([on_dev(f) for f in runs]))) if judged and metric is not None else 0.0,
-            float(np.mean([f.result["dev_loss"] for f in runs])),
+            -metric.better(float(np.mean([on_dev(run) for run in runs]))) if judged and metric is not None else 0.0,
+            float(np.mean([run.result["dev_loss"] for run in runs])),
         )
         return min(baselines, key=lambda label: rank(baselines[label])) if baselines else None
 
@@ -286,14 +240,10 @@ class _Cells:
 
     def _compare(self, label: str, reference: str) -> dict[str, Any] | None:
         assert self.metric is not None
-        ours, theirs = (
-            _for_seeds(self.outcomes[name], self.bench.spec.seeds) if self.kinds[name] == BASE else self.outcomes[name]
-            for name in (label, reference)
-        )
-        seeds = [seed for seed in ours if seed in theirs]
-        if not seeds:
+        ours, theirs = paired_runs(self.outcomes, (label, reference))
+        if not ours:
             return None
-        tables = [paired_values(theirs[seed], ours[seed], self.metric) for seed in seeds]
+        tables = [paired_values(first, second, self.metric) for first, second in zip(theirs, ours)]
         table = np.stack([second - first for first, second in tables])
         interval = hierarchical_bootstrap(table)
         return self.head | {
@@ -314,7 +264,7 @@ class _Cells:
         chosen: dict[str, dict[int, set[int]]] = {}
         for label, runs in self.done.items():
             if runs and self.kinds[label] == "selected":
-                files = {f.task.seed: _folder(f) / "selection.json" for f in runs}
+                files = {run.task.seed: run.path / "selection.json" for run in runs}
                 chosen[label] = {seed: set(read_json(file)["selected"]) for seed, file in files.items()}
         names = list(chosen)
         matrix = [[_mean_jaccard(chosen[a], chosen[b]) for b in names] for a in names]
@@ -323,16 +273,6 @@ class _Cells:
             for name, of in chosen.items()
         }
         return self.head | {"arms": names, "jaccard": matrix, "between_seeds": seeds}
-
-
-def _folder(found: Found) -> Path:
-    assert found.folder is not None
-    return found.folder
-
-
-def _for_seeds(runs: Mapping[int, Any], seeds: Iterable[int]) -> dict[int, Any]:
-    """The base model's only run, for every seed."""
-    return {seed: run for run in runs.values() for seed in seeds}
 
 
 def jaccard(a: set[int], b: set[int]) -> float:

@@ -34,117 +34,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ntkjax.assets import DEMO
-from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation.options import EvaluationOptions
-from ntkjax.ntk.kernels import parse
 from ntkjax.pipeline.config_io import config_from_dict
-from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions
+from ntkjax.pipeline.options import DedupOptions, SelectorOptions
 from ntkjax.pipeline.run_dir import read_yaml
-from ntkjax.training import TrainConfig
-
-EMBEDDED = "embedded"
-"""The model that ships with the package; as a study file: the study that ships."""
-WHOLE = "all"
-"""A domain size: the whole training file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddedTask:
-    """Sizes of the task that ships with the package, and its seed."""
-
-    task_seed: int = 7
-    pool_size: int = DEMO.pool_size
-    domain_size: int = DEMO.domain_size
-    dev_size: int = DEMO.dev_size
-    test_size: int = DEMO.test_size
-
-
-@dataclasses.dataclass(frozen=True)
-class DomainSpec:
-    """A domain: its files, the sizes of its training set (default: the study's), and what truly helps.
-
-    ``truth``: a JSON file with ``useful_ids``, the ids of the pool examples that help; adds precision at N.
-    """
-
-    train: tuple[Source, ...] = ()
-    dev: tuple[Source, ...] = ()
-    test: tuple[Source, ...] = ()
-    sizes: tuple[int | Literal["all"], ...] = ()
-    truth: str | None = None
-
-    def __post_init__(self) -> None:
-        _at_least_one("sizes", self.sizes)
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodSpec:
-    """One entry of ``methods``.
-
-    Attributes:
-      method: a selector, a training-time method (``loss-reweighting``, ``lift``: on randomly chosen data unless
-        ``method`` and ``train`` are given), or ``all``.
-      label: its name in the tables; default: the method.
-      options: of the selector, over the study's ``select``.
-      train: fields of ``train`` that this arm changes (not those that decide the steps).
-      warmup: ``shared``: the study's; ``none``: this arm selects with parameters that were not warmed up.
-      parameters: what this arm trains (selection is as for all); default: the model's.
-      learning_rates: this arm's own; default: the study's.
-    """
-
-    method: str
-    label: str
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    train: dict[str, Any] = dataclasses.field(default_factory=dict)
-    warmup: Literal["shared", "none"] = "shared"
-    parameters: Literal["lora", "all"] | None = None
-    learning_rates: tuple[float, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class StudySpec:
-    """A study as its file says it; the keys are explained at the top of this file."""
-
-    title: str = "Which selection helps?"
-    model: ModelOptions | None = None
-    embedded: EmbeddedTask | None = None
-    pool: tuple[Source, ...] = ()
-    domains: dict[str, DomainSpec] = dataclasses.field(default_factory=dict)
-    methods: tuple[MethodSpec, ...] = ()
-    kernels: tuple[str, ...] = ()
-    budgets: tuple[int, ...] = ()
-    domain_sizes: tuple[int | Literal["all"], ...] = (WHOLE,)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    select: SelectorOptions = SelectorOptions()
-    warmup: TrainConfig | None = TrainConfig(epochs=1)
-    train: TrainConfig = TrainConfig()
-    learning_rates: tuple[float, ...] = ()
-    data: DataOptions = DataOptions()
-    dedup: DedupOptions = DedupOptions()
-    evaluation: EvaluationOptions = EvaluationOptions()
-    focus: tuple[str, ...] = ()
-    select_only: bool = False
-    keep_weights: bool = False
-
-    def __post_init__(self) -> None:
-        _at_least_one("budgets", self.budgets)
-        _at_least_one("domain_sizes", self.domain_sizes)
-        for name in ("budgets", "domain_sizes", "seeds", "kernels", "learning_rates"):
-            given = getattr(self, name)
-            if len(set(given)) < len(given):
-                raise ConfigError(f"{name}: {list(given)} names a value twice")
-        for kernel in self.kernels:
-            try:
-                parse(kernel)
-            except ConfigError as error:
-                raise ConfigError(f"kernels: {error}") from None
-        if any(rate <= 0 for rate in self.learning_rates):
-            raise ConfigError(f"learning_rates: expected numbers above 0, got {list(self.learning_rates)}")
-        if self.train.patience is not None:
-            raise ConfigError(
-                "train.patience: every arm takes equally many steps, so none may stop early; leave it out"
-            )
+from ntkjax.pipeline.study.spec import EMBEDDED, StudySpec
 
 
 def read_study(files: Sequence[str | Path]) -> tuple[StudySpec, dict[str, Any]]:
@@ -282,6 +176,8 @@ def _check_complete(spec: StudySpec, where: str) -> None:
         raise fail("missing key budgets: how many pool examples to choose, e.g. [300]")
     if not spec.seeds:
         raise fail("seeds: expected at least one")
+    if spec.train.patience is not None:
+        raise fail("train.patience: every arm takes equally many steps, so none may stop early; leave it out")
     if spec.embedded is not None:
         given = [name for name in ("pool", "domains") if getattr(spec, name)]
         if given:
@@ -295,8 +191,3 @@ def _check_complete(spec: StudySpec, where: str) -> None:
         absent = [key for key in files if not getattr(domain, key)]
         if absent:
             raise fail(f"missing key {', '.join(f'domains.{name}.{key}' for key in absent)}")
-
-
-def _at_least_one(name: str, values: Sequence[Any]) -> None:
-    if any(value != WHOLE and value < 1 for value in values):
-        raise ConfigError(f"{name}: expected whole numbers of at least 1, got {list(values)}")

@@ -10,7 +10,8 @@ from ntkjax.evaluation.summary import describe_choices
 from ntkjax.report.tables import format_estimate, format_spread
 
 Row = dict[str, Any]
-_PLACE = ("domain", "size", "budget")
+CONDITION = ("domain", "size", "budget")
+"""The keys of a row that say which condition it is of."""
 _READABLE = {"size": "examples of the domain", "budget": "N"}
 
 
@@ -26,19 +27,19 @@ def is_percent(metric: str | None) -> bool:
 
 def choices_lines(results: Mapping[str, Any]) -> list[str]:
     """For each domain whose test examples have not all choices and an answer: how many have."""
-    found = {name: describe_choices(n["with_choices"], n["all"]) for name, n in results.get("choices", {}).items()}
-    return [f"{name}: {line}" for name, line in found.items() if line]
+    lines = {name: describe_choices(n["with_choices"], n["all"]) for name, n in results.get("choices", {}).items()}
+    return [f"{name}: {line}" for name, line in lines.items() if line]
 
 
-def places(results: Mapping[str, Any]) -> list[Row]:
+def conditions(results: Mapping[str, Any]) -> list[Row]:
     """domain, size and budget of every cell, each once, in order."""
-    found = dict.fromkeys(tuple(cell[key] for key in _PLACE) for cell in results["cells"])
-    return [dict(zip(_PLACE, place)) for place in found]
+    known = dict.fromkeys(tuple(cell[key] for key in CONDITION) for cell in results["cells"])
+    return [dict(zip(CONDITION, condition)) for condition in known]
 
 
-def at(rows: Sequence[Mapping[str, Any]], place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of one place."""
-    return [row for row in rows if all(row[key] == place[key] for key in _PLACE)]
+def at(rows: Sequence[Mapping[str, Any]], condition: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of one condition."""
+    return [row for row in rows if all(row[key] == condition[key] for key in CONDITION)]
 
 
 def mean_and_sd(entry: Mapping[str, Any] | None, percent: bool, digits: int | None = None) -> str | None:
@@ -72,12 +73,12 @@ def _with_failures(value: str | None, cell: Mapping[str, Any]) -> str | None:
     return f"{value or ''} ({cell['failed']} of {cell['failed'] + cell['runs']} failed)".strip()
 
 
-def place_table(results: Mapping[str, Any], place: Mapping[str, Any]) -> list[Row]:
-    """One row for each arm of a place: headline with interval, metrics shown beside it, differences from random and
+def condition_table(results: Mapping[str, Any], condition: Mapping[str, Any]) -> list[Row]:
+    """One row for each arm of a condition: headline with interval, metrics shown beside it, differences from random and
     from the strongest baseline with their corrected p-values, precision at N."""
-    compared = at(results["comparisons"], place)
+    compared = at(results["comparisons"], condition)
     rows = []
-    for cell in at(results["cells"], place):
+    for cell in at(results["cells"], condition):
         metric, test, means = cell["metric"], cell.get("test", {}), cell["means"]
         percent = is_percent(metric)
         row: Row = {"method": cell["arm"]}
@@ -107,9 +108,9 @@ def source_table(results: Mapping[str, Any]) -> list[Row]:
     """The headline metric on each source of the test examples, mean ± sd over seeds, where a test set has several."""
     rows = []
     for cell in results["cells"]:
-        found = cell.get("by_source") or {}
-        if found:
-            shown = {name: mean_and_sd(entry, is_percent(cell["metric"])) for name, entry in found.items()}
+        sources = cell.get("by_source") or {}
+        if sources:
+            shown = {name: mean_and_sd(entry, is_percent(cell["metric"])) for name, entry in sources.items()}
             rows.append(_named(cell) | {"method": cell["arm"], "metric": label_of(cell["metric"])} | shown)
     return rows
 
@@ -122,7 +123,7 @@ def difference(entry: Mapping[str, Any]) -> str:
 
 
 def difference_table(results: Mapping[str, Any]) -> list[Row]:
-    """Every comparison: place, arm, reference, difference with interval, each seed, p and Holm's p."""
+    """Every comparison: condition, arm, reference, difference with interval, each seed, p and Holm's p."""
     rows = []
     for entry in results["comparisons"]:
         metric = METRICS[entry["metric"]]
@@ -141,7 +142,7 @@ def difference_table(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _named(entry: Mapping[str, Any]) -> Row:
-    return {_READABLE.get(key, key): entry[key] for key in _PLACE}
+    return {_READABLE.get(key, key): entry[key] for key in CONDITION}
 
 
 def cost_table(results: Mapping[str, Any]) -> list[Row]:
@@ -169,8 +170,8 @@ def cost_table(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _sum(means: Mapping[str, Any], *names: str) -> float | None:
-    found = [means[name] for name in names if means.get(name) is not None]
-    return float(sum(found)) if found and means.get(names[-1]) is not None else None
+    known = [means[name] for name in names if means.get(name) is not None]
+    return float(sum(known)) if known and means.get(names[-1]) is not None else None
 
 
 def selection_table(results: Mapping[str, Any]) -> list[Row]:
@@ -179,7 +180,7 @@ def selection_table(results: Mapping[str, Any]) -> list[Row]:
     rows = []
     for overlap in results["overlaps"]:
         for cell in [cell for cell in at(results["cells"], overlap) if cell["arm"] in overlap["arms"]]:
-            place, means = overlap["arms"].index(cell["arm"]), cell["means"]
+            row_of, means = overlap["arms"].index(cell["arm"]), cell["means"]
             row = _named(cell) | {"method": cell["arm"]}
             if "precision" in means:
                 row |= {
@@ -194,7 +195,7 @@ def selection_table(results: Mapping[str, Any]) -> list[Row]:
                 "same rows in two seeds (Jaccard)": overlap["between_seeds"].get(cell["arm"]),
             }
             if "random" in overlap["arms"]:
-                row["same rows as random"] = overlap["jaccard"][place][overlap["arms"].index("random")]
+                row["same rows as random"] = overlap["jaccard"][row_of][overlap["arms"].index("random")]
             rows.append(row)
     return rows
 
@@ -232,7 +233,7 @@ def numbers(results: Mapping[str, Any]) -> list[Row]:
     """The main table in full numbers, for CSV: one row for each cell and metric of the test examples."""
     rows = []
     for cell in results["cells"]:
-        head = {key: cell[key] for key in (*_PLACE, "arm", "runs", "failed")}
+        head = {key: cell[key] for key in (*CONDITION, "arm", "runs", "failed")}
         for name, entry in cell.get("test", {}).items():
             if isinstance(entry, Mapping):
                 rows.append(head | {"metric": name, **{key: entry[key] for key in ("mean", "sd", "low", "high")}})
@@ -247,5 +248,5 @@ def numbers(results: Mapping[str, Any]) -> list[Row]:
 
 def difference_numbers(results: Mapping[str, Any]) -> list[Row]:
     """Every comparison in full numbers, for CSV."""
-    keys = (*_PLACE, "arm", "reference", "role", "metric", "difference", "low", "high", "p", "p_holm")
+    keys = (*CONDITION, "arm", "reference", "role", "metric", "difference", "low", "high", "p", "p_holm")
     return [{key: entry[key] for key in keys} for entry in results["comparisons"]]

@@ -1,5 +1,5 @@
-"""One run of a study after the other: warm-up, selection, learning rates, fine-tuning, evaluation; each kept and found
-again by the hash of what it depends on.
+"""One run after the other: warm-up, selection, learning rates, fine-tuning, evaluation; each kept and found again by
+the hash of what it depends on.
 
 ::
 
@@ -7,11 +7,12 @@ again by the hash of what it depends on.
     OUT/shared/             embeddings and gradient features, in folders named from what they depend on
     OUT/selections/<hash>/  scores.parquet, selected.jsonl, selection.json
     OUT/runs/<hash>/        asked.json (what), selection.json, training/metrics.jsonl, trained.json, dev.jsonl,
-                            outcomes.jsonl, and at the end result.json, or failure.json
+                            outcomes.jsonl (of the test set), and at the end result.json, or failure.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -24,24 +25,26 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.commands.study.setup import Bench, Place, Task
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.metrics import means
 from ntkjax.files import read_json, write_json
 from ntkjax.models import LanguageModel
-from ntkjax.pipeline.arms import BASE
 from ntkjax.pipeline.cost import selection_cost, training_cost
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on
 from ntkjax.pipeline.load import Loaded
-from ntkjax.pipeline.select import choose
+from ntkjax.pipeline.select import ChoiceSettings, choose
+from ntkjax.pipeline.study.arms import BASE
+from ntkjax.pipeline.study.grid import Grid, Task
 from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
 from ntkjax.selection import Selection
 from ntkjax.training import FitResult, TrainConfig
 from ntkjax.types import Params
 
 RESULT, FAILURE, TRAINED = "result.json", "failure.json", "trained.json"
+OUTCOMES = {"dev": "dev.jsonl", "test": "outcomes.jsonl"}
+"""Split -> the file of a run's outcomes on it."""
 _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
@@ -84,11 +87,13 @@ class Runner:
     """Does what is missing, one task at a time.
 
     Attributes:
-      bench: what is shared.
+      grid: what is shared.
+      progress: whether every step of a run has a progress bar.
       warmed: the last warm-up made or read, by its folder (many tasks in a row share it).
     """
 
-    bench: Bench
+    grid: Grid
+    progress: bool = False
     warmed: tuple[Path, WarmUp] | None = None
 
     def run(self, task: Task) -> Path:
@@ -101,117 +106,112 @@ class Runner:
         folder = self.run_folder(task, rate)
         if not (folder / RESULT).exists():
             recorded(folder, lambda: self._finish(task, rate, folder), done=RESULT)
-            for trial in self.trials(task):
+            for trial in self.trials(task).values():
                 shutil.rmtree(trial / "training" / "checkpoints", ignore_errors=True)
         return folder
 
-    def trials(self, task: Task) -> list[Path]:
-        """The folders of the runs that the learning rate is tuned with, and of the run itself where it is one."""
-        first = dataclasses.replace(task, seed=self.bench.spec.seeds[0])
-        return [self.run_folder(first, rate) for rate in task.arm.rates]
+    def trials(self, task: Task) -> dict[float, Path]:
+        """Learning rate -> the folder of the run, with the first seed, that it is tried with."""
+        first = dataclasses.replace(task, seed=self.grid.spec.seeds[0])
+        return {rate: self.run_folder(first, rate) for rate in task.arm.rates}
 
     def run_folder(self, task: Task, rate: float) -> Path:
         """Where a run is kept."""
-        return self.bench.folder("runs", self.bench.run_key(task, rate))
+        return self.grid.folder("runs", self.grid.run_key(task, rate))
 
     # -- learning rates --
 
     def tuned_rate(self, task: Task) -> float:
-        """The learning rate of lowest dev loss among those of the arm, tried with the study's first seed.
+        """The learning rate of lowest dev loss among those of the arm, tried with the first seed.
 
         Raises:
           RunFailed: not one of them could be trained.
         """
-        arm = task.arm
-        if len(arm.rates) == 1 or arm.kind == BASE or self.bench.spec.select_only:
-            return arm.rates[0]
-        trial = dataclasses.replace(task, seed=self.bench.spec.seeds[0])
-        losses, problems = {}, []
-        for rate in arm.rates:
-            folder = self.run_folder(trial, rate)
-            try:
-                if not (folder / TRAINED).exists():
-                    recorded(folder, lambda rate=rate, folder=folder: self._train(trial, rate, folder), done=TRAINED)
-                losses[rate] = read_json(folder / TRAINED)["dev_loss"]
-            except RunFailed as error:
-                problems.append(f"{rate:g}: {error}")
-        if losses:
-            return min(losses, key=lambda rate: (losses[rate], rate))
-        message = f"no learning rate could be trained with seed {trial.seed} ({'; '.join(problems)})"
-        failure = self.run_folder(task, arm.rates[0]) / FAILURE
+        if not self._is_tuned(task):
+            return task.arm.rates[0]
+        first, trials = dataclasses.replace(task, seed=self.grid.spec.seeds[0]), self.trials(task)
+        for rate, folder in trials.items():
+            if not (folder / TRAINED).exists():
+                with contextlib.suppress(RunFailed):
+                    recorded(folder, lambda rate=rate, folder=folder: self._train(first, rate, folder), done=TRAINED)
+        known = self.known_rate(task)
+        if known is not None and (trials[known] / TRAINED).exists():
+            return known
+        problems = "; ".join(f"{rate:g}: {read_json(folder / FAILURE)['message']}" for rate, folder in trials.items())
+        message = f"no learning rate could be trained with seed {first.seed} ({problems})"
+        failure = self.run_folder(task, task.arm.rates[0]) / FAILURE
         if not failure.exists():  # that of a trial says more
             write_json(failure, {"kind": "tuning", "message": message})
         raise RunFailed(message)
 
     def known_rate(self, task: Task) -> float | None:
-        """The tuned rate where every trial has been made (or has failed), without making any; None otherwise."""
-        arm = task.arm
-        if len(arm.rates) == 1 or arm.kind == BASE or self.bench.spec.select_only:
-            return arm.rates[0]
-        trial = dataclasses.replace(task, seed=self.bench.spec.seeds[0])
-        losses = {}
-        for rate in arm.rates:
-            folder = self.run_folder(trial, rate)
-            if (folder / TRAINED).exists():
-                losses[rate] = read_json(folder / TRAINED)["dev_loss"]
-            elif not (folder / FAILURE).exists():
-                return None
-        return min(losses, key=lambda rate: (losses[rate], rate)) if losses else arm.rates[0]
+        """The tuned rate where every trial has been made (or has failed), without making any: the first rate where all
+        have failed; None otherwise."""
+        if not self._is_tuned(task):
+            return task.arm.rates[0]
+        trials = self.trials(task)
+        trained = [rate for rate, folder in trials.items() if (folder / TRAINED).exists()]
+        if any(rate not in trained and not (folder / FAILURE).exists() for rate, folder in trials.items()):
+            return None
+        losses = [(read_json(trials[rate] / TRAINED)["dev_loss"], rate) for rate in trained]
+        return min(losses)[1] if losses else task.arm.rates[0]
+
+    def _is_tuned(self, task: Task) -> bool:
+        return len(task.arm.rates) > 1 and task.arm.kind != BASE and not self.grid.spec.select_only
 
     # -- one run --
 
     def _finish(self, task: Task, rate: float, folder: Path) -> None:
-        bench = self.bench
+        grid = self.grid
         self._ask(task, rate, folder)
-        if bench.spec.select_only:
+        if grid.spec.select_only:
             result = self._chosen(task, folder)
         elif task.arm.kind == BASE:
-            result = self._evaluated(bench.model, {}, task, folder)
+            result = self._evaluated(grid.model, {}, task, folder)
         else:
             fitted = self._train(task, rate, folder)
-            save_weights = bench.spec.keep_weights
-            if save_weights:
-                save_result(folder, bench.model_of(task.arm), fitted.params)
+            if grid.spec.keep_weights:
+                save_result(folder, grid.model_of(task.arm), fitted.params)
             result = read_json(folder / TRAINED)
-            found = self._evaluated(bench.model_of(task.arm), fitted.params, task, folder)
-            result |= found | {"seconds": result["seconds"] | found["seconds"]}
+            measured = self._evaluated(grid.model_of(task.arm), fitted.params, task, folder)
+            result |= measured | {"seconds": result["seconds"] | measured["seconds"]}
         write_json(folder / RESULT, result)
         shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)
 
     def _ask(self, task: Task, rate: float, folder: Path) -> None:
-        place = dataclasses.asdict(task.place)
-        asked = {**place, "arm": task.arm.label, "kind": task.arm.kind, "seed": task.seed, "learning_rate": rate}
-        write_json(folder / "asked.json", asked | {"key": self.bench.run_key(task, rate)})
+        condition = dataclasses.asdict(task.condition)
+        asked = {**condition, "arm": task.arm.label, "kind": task.arm.kind, "seed": task.seed, "learning_rate": rate}
+        write_json(folder / "asked.json", asked | {"key": self.grid.run_key(task, rate)})
 
     def _chosen(self, task: Task, folder: Path) -> dict[str, Any]:
         """The selection of a run as its result.json holds it, and a copy of what it chose."""
         if task.arm.select is None:
             return {}
-        found, made = self.selection(task)
+        selection, made = self.selection(task)
         content = read_json(made / "selection.json")
-        write_json(folder / "selection.json", {**content, "folder": str(made.relative_to(self.bench.out))})
-        data, timing = self.bench.domains[task.place.domain], read_json(made / "study.json")
-        domain = data.subset(task.place.size, task.seed)
-        warm = task.arm.warmup and self.bench.warmup_config(task)
-        cost = selection_cost(task.arm.select, found, domain.tokens, data.pool.tokens, self.bench.model.config, warm)
-        chosen = {"diagnostics": content["diagnostics"], "n": len(found.selected)}
+        write_json(folder / "selection.json", {**content, "folder": str(made.relative_to(self.grid.out))})
+        data, timing, domain = self.grid.data(task), read_json(made / "study.json"), self.grid.training_set(task)
+        warm = task.arm.warmup and self.grid.warmup_config(task)
+        config = self.grid.model.config
+        cost = selection_cost(task.arm.select, selection, domain.tokens, data.pool.tokens, config, warm)
+        chosen = {"diagnostics": content["diagnostics"], "n": len(selection.selected)}
         if data.useful is not None:
-            chosen |= {"precision": float(data.useful[found.selected].mean()), "chance": float(data.useful.mean())}
+            chosen |= {"precision": float(data.useful[selection.selected].mean()), "chance": float(data.useful.mean())}
         return {"selection": chosen, "seconds": timing["seconds"], "passes": cost}
 
     def _train(self, task: Task, rate: float, folder: Path) -> FitResult:
         """Fine-tune (or take up what is there) and write trained.json."""
-        bench, data = self.bench, self.bench.domains[task.place.domain]
+        grid, data = self.grid, self.grid.data(task)
         self._ask(task, rate, folder)
         chosen = self._chosen(task, folder)
-        domain, auxiliary = data.subset(task.place.size, task.seed), None
+        domain, auxiliary = grid.training_set(task), None
         if task.arm.select is not None:
             rows = np.asarray(read_json(folder / "selection.json")["selected"], np.int64)
             auxiliary = data.pool.subset(np.sort(rows))
-        config = bench.train_config(task, rate)
+        config = grid.train_config(task, rate)
         result = train_on(
-            bench.model_of(task.arm), bench.start(task.arm, task.seed), domain, auxiliary, config,
-            seed=task.seed, dev=data.dev, out=folder / "training", progress=False,
+            grid.model_of(task.arm), grid.start(task.arm, task.seed), domain, auxiliary, config,
+            seed=task.seed, dev=data.dev, out=folder / "training", progress=self.progress,
         )  # fmt: skip
         cost, seconds = training_cost(result.history)
         content = {
@@ -227,72 +227,76 @@ class Runner:
         return result
 
     def _evaluated(self, model: LanguageModel, params: Params, task: Task, folder: Path) -> dict[str, Any]:
-        data, began = self.bench.domains[task.place.domain], time.monotonic()
-        assert data.dev is not None and data.test is not None
-        dev = self._outcomes(model, params, data.dev, folder / "dev.jsonl")
-        test = self._outcomes(model, params, data.test, folder / "outcomes.jsonl")
-        found: dict[str, Any] = {"dev": means(dev), "test": means(test)}
-        if task.arm.kind == BASE:
-            found["dev_loss"] = token_mean(dev)
-        return found | {"seconds": {"evaluation": time.monotonic() - began}}
+        data, began = self.grid.data(task), time.monotonic()
+        outcomes = {
+            split: self._outcomes(model, params, {"dev": data.dev, "test": data.test}[split], folder / OUTCOMES[split])
+            for split in self.grid.evaluated
+        }
+        measured: dict[str, Any] = {split: means(found) for split, found in outcomes.items()}
+        if task.arm.kind == BASE and "dev" in outcomes:
+            measured["dev_loss"] = token_mean(outcomes["dev"])
+        return measured | {"seconds": {"evaluation": time.monotonic() - began}}
 
-    def _outcomes(self, model: LanguageModel, params: Params, data: Loaded, path: Path) -> list[Outcome]:
-        spec = self.bench.spec
+    def _outcomes(self, model: LanguageModel, params: Params, data: Loaded | None, path: Path) -> list[Outcome]:
+        spec = self.grid.spec
+        assert data is not None
         return evaluate_on(
-            model, params, data, spec.data, spec.evaluation, path=path, progress=False
+            model, params, data, spec.data, spec.evaluation, path=path, progress=self.progress
         ).outcomes  # fmt: skip
 
     # -- what many runs stand on --
 
     def selection(self, task: Task) -> tuple[Selection, Path]:
         """What the task's method chooses, and the folder that holds it."""
-        bench, key, options = self.bench, self.bench.selection_key(task), task.arm.select
+        grid, key, options = self.grid, self.grid.selection_key(task), task.arm.select
         assert key is not None and options is not None
-        folder, data = bench.folder("selections", key), bench.domains[task.place.domain]
+        folder = grid.folder("selections", key)
 
         def work() -> Selection:
-            warmed, seconds = None, None
+            warmed, seconds = None, {}
             if task.arm.warmup is not None:
-                warmed, seconds = self.warm_up(task.place, task.seed, bench.warmup_config(task))
-            began = time.monotonic()
-            found = choose(
-                bench.model, bench.start_of_selection(task.seed), data.subset(task.place.size, task.seed), data.pool,
-                options, n=task.place.budget, warmup=None, data=bench.spec.data, seed=task.seed, out=folder,
-                progress=False, shared=bench.out / "shared", warmed=warmed,
+                warmed, seconds["warmup"] = self.warm_up(task)
+            settings = ChoiceSettings(
+                task.condition.budget, task.seed, grid.spec.data, folder, shared=grid.out / "shared",
+                progress=self.progress,
             )  # fmt: skip
-            timing = {"selection": time.monotonic() - began} | ({} if seconds is None else {"warmup": seconds})
+            start, domain, pool = grid.start_of_selection(task.seed), grid.training_set(task), grid.data(task).pool
+            began = time.monotonic()
+            chosen = choose(grid.model, start, domain, pool, options, settings, warmup=warmed)
             if not (folder / "study.json").exists():
+                timing = {"selection": time.monotonic() - began} | seconds
                 write_json(folder / "study.json", {"seconds": timing, "key": key})
-            return found
+            return chosen
 
         return recorded(folder, work, done="study.json"), folder
 
-    def warm_up(self, place: Place, seed: int, config: TrainConfig) -> tuple[WarmUp, float]:
-        """The warm-up of a place and seed, and the seconds that it took."""
-        bench = self.bench
-        epochs = any(arm.select is not None and needs_checkpoints(arm.select.method) for arm in bench.arms)
-        folder = bench.folder("warmups", bench.warmup_key(place, seed, config))
+    def warm_up(self, task: Task) -> tuple[WarmUp, float]:
+        """The warm-up of a task's condition and seed, and the seconds that it took."""
+        grid = self.grid
+        epochs = any(arm.select is not None and needs_checkpoints(arm.select.method) for arm in grid.arms)
+        folder = grid.folder("warmups", grid.warmup_key(task))
         if epochs:  # they are kept, which an earlier study may not have done
             folder = folder.with_name(folder.name + "-epochs")
         if self.warmed is None or self.warmed[0] != folder:
             self.warmed = None  # its memory first
-            domain = bench.domains[place.domain].subset(place.size, seed)
-            start = bench.start_of_selection(seed)
             work = lambda: warm_up(
-                bench.model, start, domain, config, seed=seed, out=folder, progress=False, checkpoints=epochs
-            )
+                grid.model, grid.start_of_selection(task.seed), grid.training_set(task), grid.warmup_config(task),
+                seed=task.seed, out=folder, progress=self.progress, checkpoints=epochs,
+            )  # fmt: skip
             self.warmed = folder, recorded(folder, work, done=".none")
         lines = (folder / "warmup" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return self.warmed[1], training_cost([json.loads(line) for line in lines])[1]
 
 
-def dev_loss(result: FitResult, config: TrainConfig) -> float:
-    """Dev loss (nats per response token) of the parameters that the run ends with."""
+def dev_loss(result: FitResult, config: TrainConfig) -> float | None:
+    """Dev loss (nats per response token) of the parameters that the run ends with; None without a dev set."""
     losses = [line["dev_loss"] for line in result.history if line.get("kind") == "dev" and line["step"] > 0]
+    if not losses:
+        return None
     return min(losses) if config.restore_best else losses[-1]
 
 
 def token_mean(outcomes: list[Outcome]) -> float:
     """sum nll tokens / sum tokens: what training calls the dev loss."""
-    found = [(o.nll, o.nll_tokens) for o in outcomes if o.nll is not None and o.nll_tokens is not None]
-    return float(sum(nll * tokens for nll, tokens in found) / sum(tokens for _, tokens in found))
+    scored = [(o.nll, o.nll_tokens) for o in outcomes if o.nll is not None and o.nll_tokens is not None]
+    return float(sum(nll * tokens for nll, tokens in scored) / sum(tokens for _, tokens in scored))

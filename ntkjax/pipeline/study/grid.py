@@ -1,4 +1,5 @@
-"""The model and the data of a study, loaded once, and the names of what it computes: hashes of all it depends on."""
+"""The grid of a comparison: arms x conditions x seeds, with the model and the data loaded once, and the folder of every
+run, named by the hash of all that the run depends on."""
 
 from __future__ import annotations
 
@@ -10,8 +11,6 @@ import numpy as np
 from jaxtyping import Bool
 
 from ntkjax.assets import tiny_lm_path, write_planted_task
-from ntkjax.commands.study.arms import Arm, arms_of, focus_of
-from ntkjax.commands.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
 from ntkjax.data.buckets import bucket_lengths
 from ntkjax.data.mapping import Source, prepare
 from ntkjax.errors import ConfigError, UserError
@@ -19,7 +18,6 @@ from ntkjax.files import read_json
 from ntkjax.fingerprint import digest
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
-from ntkjax.pipeline.arms import BASE
 from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
@@ -27,6 +25,8 @@ from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.pipeline.options import ModelOptions, SelectorOptions
 from ntkjax.pipeline.run_dir import package_version
 from ntkjax.pipeline.select import method_options
+from ntkjax.pipeline.study.arms import BASE, Arm
+from ntkjax.pipeline.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
@@ -40,8 +40,8 @@ PLACEMENT = ("model", "adapter", "mesh", "weights", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """One cell of the study: a domain, how much of its training file, and N."""
+class Condition:
+    """A domain, how many of its training examples (a number, or ``all``), and N."""
 
     domain: str
     size: Size
@@ -50,9 +50,9 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One run that is wanted: an arm at a place with a seed; its learning rate is the tuned one."""
+    """One run that is wanted: an arm under a condition with a seed; its learning rate is the tuned one."""
 
-    place: Place
+    condition: Condition
     arm: Arm
     seed: int
 
@@ -62,7 +62,8 @@ class DomainData:
     """A domain's splits, the pool as this domain may use it, and what is known of both.
 
     ``useful``: bool [N], the pool rows that truly help, where that is known. ``buckets``: padded lengths that all of
-    its runs share, so that they share compiled steps. ``sizes``: of the training set.
+    its runs share, so that they share compiled steps; None: each run has those of its own data. ``sizes``: of the
+    training set.
     """
 
     name: str
@@ -71,7 +72,7 @@ class DomainData:
     dev: Loaded | None
     test: Loaded | None
     useful: Bool[np.ndarray, " N"] | None
-    buckets: tuple[int, ...]
+    buckets: tuple[int, ...] | None
     sizes: tuple[Size, ...]
 
     def subset(self, size: Size, seed: int) -> Loaded:
@@ -87,9 +88,37 @@ class DomainData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """What every run of a study shares. ``fingerprint``: of the model, its tokenizer and the adapter given;
-    ``reports``: what reading found."""
+class Inputs:
+    """What is read before anything is computed.
+
+    Attributes:
+      options: of the model. model: with fresh LoRA factors of the first seed, or those of the adapter given.
+      domains: as the specification has them; those of the embedded task where it names none.
+      pool: as its files hold it, duplicates included.
+      splits: domain -> split (``train``, ``dev``, ``test``) -> its data, for the splits that are given.
+      reports: what reading found, by name of the data.
+    """
+
+    options: ModelOptions
+    model: LanguageModel
+    domains: dict[str, DomainSpec]
+    pool: Loaded
+    splits: dict[str, dict[str, Loaded]]
+    reports: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What every run shares.
+
+    Attributes:
+      spec, arms: what is compared, and how. focus: labels of the arms that are proposed.
+      out: the run directory.
+      options, model: see ``Inputs``. fingerprint: of the model, its tokenizer and the adapter given.
+      domains: by name.
+      reports: what reading and the search for duplicates found.
+      evaluated: the splits on which every run is evaluated.
+    """
 
     spec: StudySpec
     arms: tuple[Arm, ...]
@@ -100,12 +129,13 @@ class Bench:
     fingerprint: str
     domains: dict[str, DomainData]
     reports: dict[str, Any]
+    evaluated: tuple[str, ...] = ("dev", "test")
 
     @property
-    def places(self) -> list[Place]:
-        """Every cell, in the order of the file."""
+    def conditions(self) -> list[Condition]:
+        """Every condition, in the order of the specification."""
         return [
-            Place(name, size, budget)
+            Condition(name, size, budget)
             for name, data in self.domains.items()
             for size in data.sizes
             for budget in self.spec.budgets
@@ -113,19 +143,27 @@ class Bench:
 
     def tasks(self) -> list[Task]:
         """Every run that is wanted, first seeds first (learning rates are tuned with them); the base model is run once
-        for each place."""
-        first, places = self.spec.seeds[0], self.places
-        rest = [(seed, place, arm) for seed in self.spec.seeds for place in places for arm in self.arms]
-        return [Task(place, arm, seed) for seed, place, arm in rest if arm.kind != BASE or seed == first]
+        for each condition."""
+        first, conditions = self.spec.seeds[0], self.conditions
+        rest = [(seed, condition, arm) for seed in self.spec.seeds for condition in conditions for arm in self.arms]
+        return [Task(condition, arm, seed) for seed, condition, arm in rest if arm.kind != BASE or seed == first]
 
     def steps(self, task: Task) -> int:
         """Optimiser steps of a run."""
-        return task.arm.steps(self.domains[task.place.domain].examples(task.place.size), task.place.budget)
+        return task.arm.steps(self.data(task).examples(task.condition.size), task.condition.budget)
+
+    def data(self, task: Task) -> DomainData:
+        """The data of a task's domain."""
+        return self.domains[task.condition.domain]
+
+    def training_set(self, task: Task) -> Loaded:
+        """The domain's training examples that a task has."""
+        return self.data(task).subset(task.condition.size, task.seed)
 
     def train_config(self, task: Task, rate: float) -> TrainConfig:
         """Settings of a run's fine-tuning."""
         config = task.arm.config(rate, self.steps(task))
-        return dataclasses.replace(config, buckets=config.buckets or self.domains[task.place.domain].buckets)
+        return dataclasses.replace(config, buckets=config.buckets or self.data(task).buckets)
 
     def model_of(self, arm: Arm) -> LanguageModel:
         """The model as an arm trains it: with its LoRA, or without."""
@@ -148,30 +186,29 @@ class Bench:
         data = config_to_dict(self.spec.data)
         return {"ntkjax": package_version(), "weights": self.fingerprint, "model": options, "data": data}
 
-    def warmup_key(self, place: Place, seed: int, config: TrainConfig) -> dict[str, Any]:
-        """What a warm-up depends on."""
-        domain = self.domains[place.domain].subset(place.size, seed)
-        return self._common() | {"domain": domain.tokens.fingerprint, "seed": seed, "warmup": _train_dict(config)}
+    def warmup_key(self, task: Task) -> dict[str, Any]:
+        """What the warm-up before a task's selection depends on."""
+        own = {"domain": self.training_set(task).tokens.fingerprint, "seed": task.seed}
+        return self._common() | own | {"warmup": _train_dict(self.warmup_config(task))}
 
     def selection_key(self, task: Task) -> dict[str, Any] | None:
         """What a selection depends on; None where the arm chooses nothing."""
-        arm, data = task.arm, self.domains[task.place.domain]
+        arm = task.arm
         if arm.select is None:
             return None
-        warmup = None if arm.warmup is None else self.warmup_key(task.place, task.seed, self.warmup_config(task))
         return self._common() | {
-            "domain": data.subset(task.place.size, task.seed).tokens.fingerprint,
-            "pool": data.pool.tokens.fingerprint,
-            "n": task.place.budget,
+            "domain": self.training_set(task).tokens.fingerprint,
+            "pool": self.data(task).pool.tokens.fingerprint,
+            "n": task.condition.budget,
             "seed": task.seed,
             "method": arm.select.method,
             "options": choice_options(arm.select),
-            "warmup": warmup,
+            "warmup": None if arm.warmup is None else self.warmup_key(task),
         }
 
     def run_key(self, task: Task, rate: float) -> dict[str, Any]:
         """What a run depends on."""
-        arm, data = task.arm, self.domains[task.place.domain]
+        arm, data = task.arm, self.data(task)
         splits = {"dev": data.dev, "test": data.test}
         key = self._common() | {
             **{name: None if split is None else split.tokens.fingerprint for name, split in splits.items()},
@@ -182,7 +219,7 @@ class Bench:
             return key
         if self.spec.select_only:
             return key | {"selection": self.selection_key(task), "select_only": True}
-        domain = data.subset(task.place.size, task.seed).tokens.fingerprint
+        domain = self.training_set(task).tokens.fingerprint
         train = _train_dict(self.train_config(task, rate))
         own = {"parameters": arm.parameters, "seed": task.seed, "domain": domain, "train": train}
         if arm.select is not None and data.useful is not None:  # precision at N is kept with the run
@@ -194,7 +231,7 @@ class Bench:
         """Settings of a task's warm-up."""
         config = task.arm.warmup
         assert config is not None
-        return dataclasses.replace(config, buckets=config.buckets or self.domains[task.place.domain].buckets)
+        return dataclasses.replace(config, buckets=config.buckets or self.data(task).buckets)
 
     def folder(self, kind: str, key: dict[str, Any]) -> Path:
         """OUT/kind/<hash of the key>."""
@@ -218,39 +255,64 @@ def _without_lora(model: LanguageModel) -> LanguageModel:
     return dataclasses.replace(model, spec=dataclasses.replace(model.spec, lora=None), params=kept)
 
 
-def set_up(spec: StudySpec, out: Path, where: str) -> Bench:
-    """Load model and data, and check that they can serve what is asked.
+def read_inputs(spec: StudySpec, out: Path, splits: tuple[str, ...] = ("train", "dev", "test")) -> Inputs:
+    """Load the model, the pool and the splits of every domain, in the order of ``splits``.
 
     Raises:
-      UserError: an unusable model or data, a budget larger than the pool, a size larger than the domain.
+      UserError: a model or data that cannot be used.
     """
-    arms = arms_of(spec, where)
-    options, domains, pool = _inputs(spec, out)
-    for arm in arms:
-        if arm.parameters == "lora" and options.parameters == "all":
-            raise ConfigError(f"{where}: arm {arm.label} trains LoRA, but model.parameters is all; leave that out")
+    options, domains, sources = _embedded_or_given(spec, out)
     model = load_model(options, seed=spec.seeds[0])
     reports: dict[str, Any] = {}
 
-    def read(sources: tuple[Source, ...], name: str) -> Loaded:
+    def read(name: str, sources: tuple[Source, ...]) -> Loaded:
         files, mapped = prepare(sources, out / "data", on_bad_record=spec.data.on_bad_record)
         loaded = load_data(files, model, spec.data)
         reports[name] = loaded.report() | ({"mapped": mapped} if mapped else {})
         return loaded
 
-    whole = read(pool, "pool")
-    made = {}
-    for name, entry in domains.items():
-        splits = {key: read(getattr(entry, key), f"{name} {key}") if getattr(entry, key) else None
-                  for key in ("train", "dev", "test")}  # fmt: skip
-        sizes = entry.sizes or spec.domain_sizes
-        made[name], reports[f"{name} duplicates"] = _domain_data(name, splits, whole, entry.truth, sizes, spec)
-    given = model_digests(model).values(), adapter_digests(model, model.lora).values() if options.adapter else ()
-    fingerprint = "/".join([*given[0], *given[1]])
-    return Bench(spec, arms, focus_of(spec, arms), out, options, model, fingerprint, made, reports)
+    pool = read("pool", sources)
+    read_splits = {
+        name: {split: read(f"{name} {split}", given) for split in splits if (given := getattr(entry, split))}
+        for name, entry in domains.items()
+    }
+    return Inputs(options, model, domains, pool, read_splits, reports)
 
 
-def _inputs(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[str, Any], tuple[Source, ...]]:
+def set_up(
+    spec: StudySpec,
+    arms: tuple[Arm, ...],
+    inputs: Inputs,
+    out: Path,
+    *,
+    focus: tuple[str, ...] = (),
+    evaluated: tuple[str, ...] = ("dev", "test"),
+    shared_lengths: bool = True,
+    progress: bool = False,
+) -> Grid:
+    """The grid of what was read: duplicates searched, sizes and budgets checked.
+
+    Args:
+      evaluated: the splits on which every run is evaluated.
+      shared_lengths: all runs of a domain pad to the same lengths, and so share compiled steps; False: each run pads to
+        lengths chosen for its own data.
+      progress: of the search for duplicates.
+
+    Raises:
+      ConfigError: a budget larger than the pool, a size larger than the domain. UserError: unusable truth.
+    """
+    domains, reports = {}, dict(inputs.reports)
+    for name in inputs.domains:
+        domains[name], reports[f"{name} duplicates"] = _domain_data(name, inputs, spec, shared_lengths, progress)
+    options, model = inputs.options, inputs.model
+    digests = [
+        *model_digests(model).values(),
+        *(adapter_digests(model, model.lora).values() if options.adapter else ()),
+    ]
+    return Grid(spec, arms, focus, out, options, model, "/".join(digests), domains, reports, evaluated)
+
+
+def _embedded_or_given(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[str, DomainSpec], tuple[Source, ...]]:
     """(model options, domains, pool); the embedded task is written into OUT/data."""
     assert spec.model is not None
     options = spec.model
@@ -269,12 +331,13 @@ def _inputs(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[str, Any], t
 
 
 def _domain_data(
-    name: str, splits: dict[str, Loaded | None], pool: Loaded, truth: str | None, sizes: tuple, spec: StudySpec
+    name: str, inputs: Inputs, spec: StudySpec, shared_lengths: bool, progress: bool
 ) -> tuple[DomainData, dict[str, Any] | None]:
-    train = splits["train"]
-    assert train is not None
-    held_out = {key: split.records for key, split in splits.items() if split is not None and key != "train"}
-    cleaned = deduplicate(pool, train.records, held_out, spec.dedup, progress=False)
+    """The data of one domain, and duplicates.json of the pool as this domain may use it."""
+    splits, entry = inputs.splits[name], inputs.domains[name]
+    train, dev, sizes = splits["train"], splits.get("dev"), entry.sizes or spec.domain_sizes
+    held_out = {key: split.records for key, split in splits.items() if key != "train"}
+    cleaned = deduplicate(inputs.pool, train.records, held_out, spec.dedup, progress=progress)
     pool = cleaned.pool
     for size in sizes:
         if size != WHOLE and int(size) > len(train):
@@ -284,11 +347,12 @@ def _domain_data(
     for budget in spec.budgets:
         cleaned.check_size(budget)
         check_size(budget, len(pool))
-    lengths = [np.asarray(split.tokens.lengths) for split in (train, pool, splits["dev"]) if split is not None]
-    buckets = tuple(int(b) for b in bucket_lengths(np.concatenate(lengths), spec.train.max_buckets))
-    useful = None if truth is None else _useful(truth, pool)
-    data = DomainData(name, train, pool, splits["dev"], splits["test"], useful, buckets, tuple(sizes))
-    return data, cleaned.report
+    buckets = None
+    if shared_lengths:
+        lengths = [np.asarray(data.tokens.lengths) for data in (train, pool, dev) if data is not None]
+        buckets = tuple(int(b) for b in bucket_lengths(np.concatenate(lengths), spec.train.max_buckets))
+    useful = None if entry.truth is None else _useful(entry.truth, pool)
+    return DomainData(name, train, pool, dev, splits.get("test"), useful, buckets, tuple(sizes)), cleaned.report
 
 
 def _useful(path: str, pool: Loaded) -> Bool[np.ndarray, " N"]:
@@ -297,7 +361,7 @@ def _useful(path: str, pool: Loaded) -> Bool[np.ndarray, " N"]:
         useful = set(map(str, read_json(path, remedy=wanted)["useful_ids"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: {wanted} ({error!r})") from None
-    found = np.asarray([str(name) in useful for name in pool.records.ids])
-    if not found.any():
+    of_pool = np.asarray([str(name) in useful for name in pool.records.ids])
+    if not of_pool.any():
         raise UserError(f"{path}: none of its {len(useful)} useful_ids is in the pool; is it the truth of another one?")
-    return found
+    return of_pool
