@@ -144,11 +144,16 @@ def _config(file: GgufFile, family: Family, naming: Gguf) -> ModelConfig:
     keys = KEYS | dict(naming.keys)
     for key, value in reader.config.items():
         inner = key.removeprefix(f"{prefix}.")
-        if inner != key and inner not in keys and inner not in _READ and value not in (0, False, "", []):
+        if inner == key or value in (0, False, "", []):
+            continue
+        if inner not in keys and inner not in _READ:
             raise reader.fail(f"key {key!r} = {value!r} is not known, and may change what the model computes; {_HF}")
-    said = {field: reader.config[f"{prefix}.{key}"] for key, field in keys.items() if f"{prefix}.{key}" in reader.config}
-    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
-        said[KEYS[key]] = reader.number(f"{prefix}.{key}")
+        if isinstance(value, list):
+            raise reader.fail(f"{key} = {value!r}, another for each layer, is not supported; {_HF}")
+    number = lambda key: reader.number(f"{prefix}.{key}", kind=float if keys[key] == "norm_eps" else int)
+    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    said: dict[str, Any] = {keys[key]: number(key) for key in KEYS if key in needed or f"{prefix}.{key}" in reader.config}
+    said |= {f: reader.config[f"{prefix}.{key}"] for key, f in naming.keys.items() if f"{prefix}.{key}" in reader.config}
     said.setdefault("num_kv_heads", said["num_heads"])
     said.setdefault("head_dim", said["hidden_size"] // said["num_heads"])
     embedding = file.tensors.get(f"{TENSORS['embed/weight']}.weight")
@@ -190,16 +195,13 @@ def _uniform(file: GgufFile) -> dict[str, Any]:
 
 def _refuse(reader: Reader, prefix: str, said: dict[str, Any]) -> None:
     """An error for keys with a value that would change the mathematics."""
-    for field, value in said.items():
-        if isinstance(value, list):
-            raise reader.fail(f"{field} is {value!r}, another for each layer, which is not supported; {_HF}")
     value_length = reader.number(f"{prefix}.attention.value_length", said["head_dim"])
     if value_length != said["head_dim"]:
         raise reader.fail(f"{prefix}.attention.value_length = {value_length}: expected {said['head_dim']} as of keys")
     reader.refuse_flag(f"{prefix}.attention.causal", True)
-    window = reader.config.get(f"{prefix}.attention.sliding_window") or 0
-    if "window" not in said and 0 < window < said["max_positions"]:
-        raise reader.fail(f"{prefix}.attention.sliding_window = {window} is not supported with {prefix!r}; {_HF}")
+    window = f"{prefix}.attention.sliding_window"
+    if "window" not in said and reader.config.get(window) and reader.number(window) < said["max_positions"]:
+        raise reader.fail(f"{window} = {reader.config[window]} is not supported with {prefix!r}; {_HF}")
 
 
 def _rope(file: GgufFile, reader: Reader, prefix: str, head_dim: int) -> RopeConfig:
@@ -280,7 +282,8 @@ class _Plan:
         heads = {"layers/attention/q": config.num_heads, "layers/attention/k": config.num_kv_heads}
         pieces: dict[str, list[_Piece]] = collections.defaultdict(list)
         needed: dict[str, tuple[int, ...]] = {}
-        for path, source in table.items():
+        order = {f"layers/{name}": i for i, name in enumerate(spec.linears())}
+        for path, source in sorted(table.items(), key=lambda entry: order.get(entry[0].rsplit("/", 1)[0], -1)):
             stem, leaf = path.rsplit("/", 1)
             known = names.get(path) or names.get(stem)
             if known is None:

@@ -107,7 +107,7 @@ def read_gguf(path: str | Path) -> GgufFile:
                 raise parser.fail(f"key {key!r} is there twice")
             fields[key] = parser.value(key)
         entries = [parser.entry() for _ in range(tensors)]
-        if fields.get("split.count", 0) > 1:
+        if fields.get("split.count", 0) not in (0, 1):
             raise CheckpointError(
                 f"{path}: is one of {fields['split.count']} parts (split.count); expected one file: join them with "
                 "llama.cpp's llama-gguf-split"
