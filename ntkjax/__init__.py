@@ -2,8 +2,8 @@
 
 Everything public is here. The commands are functions: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``,
 ``study``, ``verify``, ``stability``, ``show``, ``import_gguf``, ``replay`` and ``demo``, each with its config class
-(``SelectConfig``, ...); they come from the table ``ntkjax.commands.COMMANDS``. ``load_lm`` gives a model whose functions
-feed ``ntkjax.ntk`` and ``ntkjax.selection``.
+(``SelectConfig``, ...); they come from the table ``ntkjax.commands.COMMANDS``. ``load_lm`` gives a model whose
+functions feed ``ntkjax.ntk`` and ``ntkjax.selection``.
 """
 
 from __future__ import annotations

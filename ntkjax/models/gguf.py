@@ -150,10 +150,11 @@ def _config(file: GgufFile, family: Family, naming: Gguf) -> ModelConfig:
             raise reader.fail(f"key {key!r} = {value!r} is not known, and may change what the model computes; {_HF}")
         if isinstance(value, list):
             raise reader.fail(f"{key} = {value!r}, another for each layer, is not supported; {_HF}")
+    is_there = lambda key: f"{prefix}.{key}" in reader.config
     number = lambda key: reader.number(f"{prefix}.{key}", kind=float if keys[key] == "norm_eps" else int)
     needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    said: dict[str, Any] = {keys[key]: number(key) for key in KEYS if key in needed or f"{prefix}.{key}" in reader.config}
-    said |= {f: reader.config[f"{prefix}.{key}"] for key, f in naming.keys.items() if f"{prefix}.{key}" in reader.config}
+    said: dict[str, Any] = {keys[key]: number(key) for key in KEYS if key in needed or is_there(key)}
+    said |= {field: reader.config[f"{prefix}.{key}"] for key, field in naming.keys.items() if is_there(key)}
     said.setdefault("num_kv_heads", said["num_heads"])
     said.setdefault("head_dim", said["hidden_size"] // said["num_heads"])
     embedding = file.tensors.get(f"{TENSORS['embed/weight']}.weight")
@@ -249,7 +250,11 @@ def _with_tokens(file: GgufFile, config: ModelConfig, tokenizer: TokenizerFiles)
 
 def _generation(tokenizer: TokenizerFiles) -> dict[str, Any]:
     ends = list(tokenizer.ends)
-    found = {"bos_token_id": tokenizer.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": tokenizer.pad}
+    found = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": tokenizer.pad,
+    }
     return {key: value for key, value in found.items() if value not in (None, [])}
 
 

@@ -1,8 +1,9 @@
 """Reading GGUF, the file format of llama.cpp: its metadata, and one tensor at a time, dequantised.
 
-Format (version 2 and 3, little-endian): "GGUF", uint32 version, uint64 number of tensors, uint64 number of keys; each key
-as name, uint32 type, value; each tensor as name, uint32 number of dimensions, uint64 sizes (fastest first), uint32 type,
-uint64 offset; padding; the data. A string is its length (uint64) and UTF-8. Source: docs/gguf.md of the ggml project.
+Format (version 2 and 3, little-endian): "GGUF", uint32 version, uint64 number of tensors, uint64 number of keys; each
+key as name, uint32 type, value; each tensor as name, uint32 number of dimensions, uint64 sizes (fastest first), uint32
+type, uint64 offset; padding; the data. A string is its length (uint64) and UTF-8. Source: docs/gguf.md of the ggml
+project.
 
 The package `gguf` dequantises and knows the sizes of blocks. Its own reader is not used: it takes what a cut file lacks
 for empty, and builds two arrays for every string of a vocabulary.
@@ -45,8 +46,8 @@ _SCALARS = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of a file: the name of its type ("Q4_K"), its shape (slowest first, as NumPy has it), and its bytes from
-    ``start`` to ``stop``.
+    """One tensor of a file: the name of its type ("Q4_K"), its shape (slowest first, as NumPy has it), and its bytes
+    from ``start`` to ``stop``.
     """
 
     file: Path

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file as the files that transformers reads: tokenizer.json and tokenizer_config.json.
 
-A GGUF file holds a vocabulary, the kind of each token, merges or scores, the ids of special tokens, a chat template, and
-the *name* of the way in which text is cut before merging (``tokenizer.ggml.pre``). What such a name stands for is in the
-table `PRE_TOKENISERS`: as the tokenizer.json of the models that it was given for has it, normalisation included.
+A GGUF file holds a vocabulary, the kind of each token, merges or scores, the ids of special tokens, a chat template,
+and the *name* of the way in which text is cut before merging (``tokenizer.ggml.pre``). What such a name stands for is
+in the table `PRE_TOKENISERS`: as the tokenizer.json of the models that it was given for has it, normalisation included.
 """
 
 from __future__ import annotations
@@ -187,12 +187,15 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     if name not in PRE_TOKENISERS:
         raise vocabulary.file.fail(
             f"key '{PREFIX}.pre' is {name!r}, a pre-tokeniser that is not known; expected one of "
-            f"{', '.join(PRE_TOKENISERS)}: take the model in Hugging Face format, whose tokenizer.json says how text is cut"
+            f"{', '.join(PRE_TOKENISERS)}: take the model in Hugging Face format, whose tokenizer.json says how it "
+            "cuts text"
         )
     pre = PRE_TOKENISERS[name]
     merges = [tuple(merge.split(" ")) for merge in vocabulary.list("merges", str)]
     if wrong := [i for i, merge in enumerate(merges) if len(merge) != 2]:
-        raise vocabulary.fail("merges", f"has at {wrong[0]} {merges[wrong[0]]!r}: expected two tokens with a space between")
+        raise vocabulary.fail(
+            "merges", f"has at {wrong[0]} {merges[wrong[0]]!r}: expected two tokens with a space between"
+        )
     tokenizer = vocabulary.bpe(merges, ignore_merges=pre.ignore_merges)  # pyright: ignore[reportArgumentType]
     prefix = vocabulary.flag("add_space_prefix", False)
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []

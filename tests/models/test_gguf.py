@@ -1,4 +1,4 @@
-"""GGUF files written as llama.cpp writes them, imported: the numbers, the order of rows, the configuration, the errors."""
+"""GGUF files written as llama.cpp writes them, imported: numbers, order of rows, configuration, errors."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_an_imported_checkpoint_is_the_source(name: str, writing, tmp_path: Path
 
 
 def test_rows_of_queries_and_keys_give_the_scores_of_rotated_neighbours(writing, tmp_path: Path) -> None:
-    """llama.cpp turns rows 2i and 2i + 1 of a head by position * theta^(-2i/H); a checkpoint rows i and i + H/2. Attention
-    scores of the file's rows, so turned, are those of the imported rows, turned as checkpoints are."""
+    """llama.cpp turns rows 2i and 2i + 1 of a head by position * theta^(-2i/H); a checkpoint rows i and i + H/2.
+    Attention scores of the file's rows, so turned, are those of the imported rows, turned as checkpoints are."""
     keys, tensors = writing.content(GOLDEN / "llama3")
     import_gguf(writing.write(tmp_path / "m.gguf", keys, tensors), tmp_path / "hf")
     heads, kv, theta = keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"], 5e5
@@ -149,7 +149,9 @@ def test_each_type_is_dequantised_exactly_and_close_to_the_source(kind: str, wri
         before, after = (np.asarray(load_lm(f, lora=None).logits(tokens)) for f in (wide, tmp_path / "hf"))
         assert 0 < np.abs(before - after).max() <= 2e-2 * np.abs(before).max()
     elif kind == "Q6_K":
-        row = np.frombuffer(k_blocks("blk.0.ffn_up.weight", tensors["blk.0.ffn_up.weight"], kind)[5].tobytes(), np.uint8)
+        row = np.frombuffer(
+            k_blocks("blk.0.ffn_up.weight", tensors["blk.0.ffn_up.weight"], kind)[5].tobytes(), np.uint8
+        )
         assert np.array_equal(written["model.layers.0.mlp.up_proj.weight"][5], q6_k(row))
 
 
@@ -261,7 +263,9 @@ def test_a_fault_is_named_and_nothing_is_written(name: str, writing, tmp_path: P
 def test_a_type_that_is_not_read_is_named(writing, wide, tmp_path: Path) -> None:
     kind = lambda name: "TQ1_0" if name == "blk.0.ffn_up.weight" else "F32"
     writing.write(tmp_path / "m.gguf", *writing.content(wide), kind)
-    with pytest.raises(CheckpointError, match=r"tensor 'blk\.0\.ffn_up\.weight' is of type TQ1_0, .*Q6_K: take another"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'blk\.0\.ffn_up\.weight' is of type TQ1_0, .*Q6_K: take another"
+    ):
         import_gguf(tmp_path / "m.gguf", tmp_path / "hf")
 
 
@@ -269,7 +273,9 @@ def test_a_value_too_large_for_float16_is_named(writing, tmp_path: Path) -> None
     keys, tensors = writing.content(GOLDEN / "llama3")
     tensors["blk.0.ffn_up.weight"] = tensors["blk.0.ffn_up.weight"] * np.float32(1e6)
     file = writing.write(tmp_path / "m.gguf", keys, tensors)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight: a value of size .* float16; use float32"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight: a value of size .* float16; use float32"
+    ):
         import_gguf(file, tmp_path / "hf", dtype="float16")
     assert not (tmp_path / "hf").exists()
 

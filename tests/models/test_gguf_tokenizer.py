@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -32,10 +33,15 @@ split = lambda regex: {
     ],
 }
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
 # As the tokenizer.json of GPT-2, SmolLM2, Llama 3 and Qwen2.5 have it.
 PUBLISHED = {
     "gpt-2": (LEVEL, None, False),
-    "smollm": ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]}, None, False),
+    "smollm": (
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]},
+        None,
+        False,
+    ),
     "llama-bpe": (split(WORDS + r"\p{N}{1,3}" + REST), None, True),
     "qwen2": (split(WORDS + r"\p{N}" + REST), {"type": "NFC"}, False),
 }
@@ -47,7 +53,10 @@ def published(name: str) -> Tokenizer:
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = ByteLevel(add_prefix_space=False)  # cuts otherwise, so that some merges cross the pieces
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=["<|end|>", "<|user|>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        vocab_size=420,
+        special_tokens=["<|end|>", "<|user|>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
     )
     bare.train_from_iterator([text for text in TEXTS for _ in range(3)], trainer)
     content = json.loads(bare.to_str())
@@ -90,21 +99,25 @@ def test_texts_have_the_tokens_of_the_published_tokenizer(name: str, tmp_path: P
     tokenizer = made(keys_of(source, name) | {"tokenizer.ggml.add_bos_token": False}, tmp_path)
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == source.encode(text).ids, text
-        assert tokenizer.decode(source.encode(text).ids) == source.decode(source.encode(text).ids, skip_special_tokens=False)
+        assert tokenizer.decode(source.encode(text).ids) == source.decode(
+            source.encode(text).ids, skip_special_tokens=False
+        )
     others = [published(other) for other in PUBLISHED if other != name]
     assert all(any(tokenizer(text)["input_ids"] != other.encode(text).ids for text in TEXTS) for other in others)
 
 
 def sentencepiece(text: str, tokens: list[str], scores: list[float]) -> list[str]:
-    """SentencePiece's BPE: of all neighbours that make a token, join those with the highest score, the first of equals."""
+    """SentencePiece's BPE: of all neighbours that make a token join those of the highest score, the first of equals."""
     pieces, best = list("▁" + text.replace(" ", "▁")) if text else [], dict(zip(tokens, scores))
     while True:
-        joined = [(best[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in best]
+        joined = [(best[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in best]
         if not joined:
             break
         at = -max(joined)[1]
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-    return [part for piece in pieces for part in ([piece] if piece in best else [f"<0x{b:02X}>" for b in piece.encode()])]
+    return [
+        part for piece in pieces for part in ([piece] if piece in best else [f"<0x{b:02X}>" for b in piece.encode()])
+    ]
 
 
 def spm_keys() -> dict:
@@ -113,7 +126,9 @@ def spm_keys() -> dict:
     trainer = trainers.BpeTrainer(vocab_size=260, show_progress=False)
     bare.train_from_iterator([text.replace(" ", "▁") for text in TEXTS[:2] for _ in range(3)], trainer)
     vocab = bare.get_vocab()
-    pieces = sorted((piece for piece in vocab if len(piece) > 1), key=vocab.get) + sorted(p for p in vocab if len(p) == 1)
+    pieces = sorted((piece for piece in vocab if len(piece) > 1), key=vocab.get) + sorted(
+        p for p in vocab if len(p) == 1
+    )
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return {
         "tokenizer.ggml.model": "llama",
@@ -138,7 +153,11 @@ def test_sentencepiece_joins_the_best_scores_and_spells_the_rest_in_bytes(tmp_pa
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert any("<0x" in token for token in tokenizer.tokenize(TEXTS[2]))
     bare = made(keys | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}, tmp_path)
-    assert bare.tokenize("d f")[0][0] == "d" and bare("d f")["input_ids"][0] != 1 and bare.decode(bare("d f")["input_ids"]) == "d f"
+    assert (
+        bare.tokenize("d f")[0][0] == "d"
+        and bare("d f")["input_ids"][0] != 1
+        and bare.decode(bare("d f")["input_ids"]) == "d f"
+    )
 
 
 def test_special_tokens_roles_and_templates(tmp_path: Path) -> None:
@@ -146,7 +165,11 @@ def test_special_tokens_roles_and_templates(tmp_path: Path) -> None:
     count = len(keys["tokenizer.ggml.tokens"])
     keys["tokenizer.ggml.tokens"] += ["<tag>", f"[PAD{count + 1}]", f"[PAD{count + 2}]"]
     keys["tokenizer.ggml.token_type"] += [4, 5, 5]
-    keys |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eot_token_id": 1}
+    keys |= {
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.eot_token_id": 1,
+    }
     keys["tokenizer.chat_template"] = "{{ messages[0]['content'] }}<|end|>"
     files = tokenizer_files(GgufFile(Path("m.gguf"), keys, {}), context=77)
     assert (files.bos, files.pad, files.ends) == (1, None, (0, 1))
@@ -169,7 +192,7 @@ def test_special_tokens_roles_and_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "bert"}, r"key 'tokenizer\.ggml\.model' is 'bert', which is not supported; expected one of gpt2, llama"),
+        ({"model": "bert"}, r"key 'tokenizer\.ggml\.model' is 'bert', which is not supported; expected one of gpt2,"),
         ({"model": None}, r"key 'tokenizer\.ggml\.model' is missing: expected a name"),
         ({"pre": "viking"}, r"key 'tokenizer\.ggml\.pre' is 'viking', a pre-tokeniser that is not known; .*smollm"),
         ({"pre": None}, r"key 'tokenizer\.ggml\.pre' is missing"),

@@ -1,4 +1,4 @@
-"""Imported GGUF files against transformers' own GGUF loader; skipped where torch is not installed (`make test-torch`)."""
+"""Imported GGUF files against transformers' own GGUF loader, run by `make test-torch`; skipped without torch."""
 
 from __future__ import annotations
 

@@ -20,12 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_where_it_is_looked_for(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NTKJAX_MODELS", raising=False)
-    with pytest.raises(CheckpointError, match=rf"model 'real': build/models/{DIRECTORY} is not there; .*`make real-model`"):
+    with pytest.raises(
+        CheckpointError, match=rf"model 'real': build/models/{DIRECTORY} is not there; .*`make real-model`"
+    ):
         find_directory("real")
     (tmp_path / "build/models" / DIRECTORY).mkdir(parents=True)
     assert find_directory("real") == Path("build/models") / DIRECTORY
     monkeypatch.setenv("NTKJAX_MODELS", str(tmp_path / "elsewhere"))
-    with pytest.raises(CheckpointError, match=rf"elsewhere/{DIRECTORY} is not there; .*let NTKJAX_MODELS name the folder"):
+    with pytest.raises(
+        CheckpointError, match=rf"elsewhere/{DIRECTORY} is not there; .*let NTKJAX_MODELS name the folder"
+    ):
         find_directory("real")
     (tmp_path / "elsewhere" / DIRECTORY).mkdir(parents=True)
     assert find_directory("real") == tmp_path / "elsewhere" / DIRECTORY

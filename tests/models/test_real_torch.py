@@ -22,7 +22,7 @@ from ntkjax.ntk import KernelFunctions, build, kernel_scores  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("sum_logits", "loss")
-DOMAIN, POOL, LONGEST = 16, 10, 400
+DOMAIN, POOL, LONGEST = 16, 10, 200
 
 pytestmark = pytest.mark.slow
 
