@@ -331,7 +331,7 @@ class _Plan:
             for piece, value in zip(parts, values):
                 assert piece.source.share is not None
                 whole[piece.source.share.columns()] = value
-        linear = ".".join(parts[0].name.split(".")[:1]) == "blk" and whole.ndim == 2
+        linear = parts[0].name.startswith("blk.") and whole.ndim == 2
         return whole.T if linear and not source.transpose else whole
 
     def _rows(self, piece: _Piece) -> Float[np.ndarray, "..."]:

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
 from jaxtyping import Float
 
 from ntkjax.errors import CheckpointError
@@ -29,19 +27,9 @@ TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q
 _ANEW = "download or convert it again"
 _ALIGNMENT = 32
 _MOST_DIMENSIONS = 8
-_SCALARS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+"""Types of values, by their numbers in the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +52,9 @@ class GgufTensor:
             raw = np.fromfile(stream, np.uint8, self.stop - self.start)
         if raw.size < self.stop - self.start:
             raise CheckpointError(f"{self.file}: tensor {self.name!r} ends beyond the file; {_ANEW}")
+        from gguf.constants import GGMLQuantizationType  # here: it takes a third of a second, and few commands need it
+        from gguf.quants import dequantize
+
         rows = raw.reshape(*self.shape[:-1], -1)
         return dequantize(rows, GGMLQuantizationType[self.type]).astype(np.float32, copy=False).reshape(self.shape)
 
@@ -162,28 +153,27 @@ class _Parser:
     def value(self, key: str) -> Any:
         what = f"key {key!r}"
         kind = self.kind(what)
-        if kind is GGUFValueType.STRING:
+        if kind == _STRING:
             return self.text(what)
-        if kind is not GGUFValueType.ARRAY:
+        if kind != _ARRAY:
             return self.scalars(kind, 1, what)[0]
         kind, count = self.kind(what), self.number("<u8", what)
-        if kind is GGUFValueType.STRING:
+        if kind == _STRING:
             return [self.text(what) for _ in range(count)]
-        if kind is GGUFValueType.ARRAY:
+        if kind == _ARRAY:
             raise self.fail(f"{what} is an array of arrays")
         return self.scalars(kind, count, what)
 
-    def kind(self, what: str) -> GGUFValueType:
+    def kind(self, what: str) -> int:
         number = self.number("<u4", what)
-        try:
-            return GGUFValueType(number)
-        except ValueError:
-            raise self.fail(f"{what} has the unknown type {number}") from None
+        if number not in _SCALARS and number not in (_STRING, _ARRAY):
+            raise self.fail(f"{what} has the unknown type {number}")
+        return number
 
-    def scalars(self, kind: GGUFValueType, count: int, what: str) -> list[Any]:
+    def scalars(self, kind: int, count: int, what: str) -> list[Any]:
         dtype = np.dtype(_SCALARS[kind])
         values = np.frombuffer(self.take(dtype.itemsize * count, what), dtype)
-        return [float(str(value)) for value in values] if kind is GGUFValueType.FLOAT32 else values.tolist()
+        return [float(str(value)) for value in values] if kind == _FLOAT32 else values.tolist()
 
     def entry(self) -> _Entry:
         name = self.text("a tensor's name")
@@ -196,6 +186,8 @@ class _Parser:
 
 
 def _placed(parser: _Parser, entries: list[_Entry], alignment: Any) -> dict[str, GgufTensor]:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
     if not isinstance(alignment, int) or alignment < 1:
         raise parser.fail(f"key 'general.alignment' is {alignment!r}, not a number of bytes")
     begin = -(-parser.stream.tell() // alignment) * alignment
