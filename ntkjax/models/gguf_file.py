@@ -200,7 +200,7 @@ def _placed(parser: _Parser, entries: list[_Entry], alignment: Any) -> dict[str,
         if label not in TENSOR_TYPES:
             raise CheckpointError(
                 f"{parser.path}: tensor {name!r} is of type {label}, which is not supported; expected one of "
-                f"{', '.join(TENSOR_TYPES)}: take another quantisation of the model, such as Q8_0 or Q4_K_M"
+                f"{', '.join(TENSOR_TYPES)}: take another quantisation of the model, such as Q8_0 or Q4_K"
             )
         block, size = GGML_QUANT_SIZES[known[number]]
         if not all(shape) or shape[-1] % block:
