@@ -37,7 +37,7 @@ PIP := -m pip --disable-pip-version-check install --quiet --quiet
 fresh_venv = test "$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) \
 	|| $(PYTHON) -m venv --clear $(1)
 
-.PHONY: setup demo test test-slow test-torch test-matrix lint bench bench-gpu peers notebooks docs lock clean
+.PHONY: setup demo real-model test test-slow test-torch test-matrix lint bench bench-gpu peers notebooks docs lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -53,6 +53,10 @@ $(STAMP): $(LOCK) requirements/nt.txt pyproject.toml
 
 demo: $(STAMP)
 	$(VENV)/bin/ntkjax demo
+
+# SmolLM2-135M-Instruct into build/models (or $NTKJAX_MODELS), for --model real; what is there is not fetched again.
+real-model: $(STAMP)
+	$(VENV)/bin/python -m ntkjax.assets.make_real_model
 
 # A file's tests stay in one worker (--dist loadfile), so that what they share is made once.
 test: $(STAMP)

@@ -31,7 +31,7 @@ class Setting:
     data: Path | None = None
     """Folder with pool/ and the domains; without it the embedded task."""
     model: str | None = None
-    """Hugging Face directory or hub id; needed with --data."""
+    """Hugging Face directory, hub id or `real` (`make real-model`); needed with --data."""
     domains: tuple[str, ...] = ("finance", "medical", "legal")
     """Of the real data."""
     n: int | None = None

@@ -1,9 +1,9 @@
 """Tangent-kernel data selection for fine-tuning language models, and exact kernels to check the selection against.
 
 Everything public is here. The commands are functions: ``ntkjax.select``, ``finetune``, ``evaluate``, ``adapt``,
-``study``, ``verify``, ``stability``, ``show``, ``replay`` and ``demo``, each with its config class (``SelectConfig``,
-...); they come from the table ``ntkjax.commands.COMMANDS``. ``load_lm`` gives a model whose functions feed
-``ntkjax.ntk`` and ``ntkjax.selection``.
+``study``, ``verify``, ``stability``, ``show``, ``import_gguf``, ``replay`` and ``demo``, each with its config class
+(``SelectConfig``, ...); they come from the table ``ntkjax.commands.COMMANDS``. ``load_lm`` gives a model whose
+functions feed ``ntkjax.ntk`` and ``ntkjax.selection``.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ _PUBLIC = {
     "ntkjax.training": ("TrainConfig", "fit"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_config = lambda command: f"{command.capitalize()}Config"
+_function = lambda command: command.replace("-", "_")
+_config = lambda command: f"{command.title().replace('-', '')}Config"
 
-__all__ = sorted([*_HOME, *COMMANDS, *map(_config, COMMANDS)])
+__all__ = sorted([*_HOME, *map(_function, COMMANDS), *map(_config, COMMANDS)])
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use, so that `import ntkjax` does not start JAX and the command line answers --help at once.
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in COMMANDS:
-        return load_command(name).function
-    if command := next((command for command in COMMANDS if _config(command) == name), None):
-        return load_command(command).config
+    for command in COMMANDS:
+        if name == _function(command):
+            return load_command(command).function
+        if name == _config(command):
+            return load_command(command).config
     raise AttributeError(f"module 'ntkjax' has no attribute {name!r}")
 
 

@@ -39,7 +39,7 @@ OF_OTHER_PROGRAMS = {
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9])(?![\w])")
-COMMAND = re.compile(r"\bntkjax ([a-z]+)\b")
+COMMAND = re.compile(r"\bntkjax ([a-z]+(?:-[a-z]+)*)\b")
 names = lambda paths: [path.relative_to(ROOT).as_posix() for path in paths]
 
 

@@ -22,8 +22,8 @@ from ntkjax import errors
 from ntkjax.commands import COMMANDS, load_command
 
 PACKAGE = Path(ntkjax.__file__).parent
-OWN_PARSER = {"assets/make_tiny_lm.py"}
-"""Scripts whose flags are their own."""
+OWN_PARSER = {"assets/make_tiny_lm.py", "assets/make_real_model.py"}
+"""Scripts whose flags are their own, or pip's."""
 OTHER_PROGRAMS = {"--no-deps": "pip", "--porcelain": "git"}
 OTHER_PACKAGES = {
     *("JAX_COORDINATOR_ADDRESS", "JAX_ENABLE_X64", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),  # the environment, of jax

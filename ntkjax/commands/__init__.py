@@ -22,6 +22,7 @@ COMMANDS = {
     "stability": "stability.command",
     "study": "study.command",
     "show": "show",
+    "import-gguf": "import_gguf",
     "replay": "replay",
 }
 """Name of the command: its module in this folder."""

@@ -24,7 +24,7 @@ class ShowConfig:
     over."""
 
     model: str
-    """Hugging Face directory or hub id; only its tokenizer and config.json are read."""
+    """Hugging Face directory, hub id or `real`; only its tokenizer and config.json are read."""
     data: tuple[str, ...]
     """JSONL, JSON, Parquet, directory or hub id."""
     row: tuple[int, ...] = (0,)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError, ConfigError
 from ntkjax.files import written_folder
-from ntkjax.models.files import write_json, write_tensors
+from ntkjax.models.files import write_checkpoint, write_json
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
 from ntkjax.types import Params
@@ -35,15 +35,10 @@ def save_merged(
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size = {max_shard_size}: expected a number of bytes")
     leaves, pieces = paths(model.with_params(params).params), _pieces(model)
-    shards = _shards(model, leaves, pieces, max_shard_size)
+    sizes = {name: _size(model, leaves, parts) for name, parts in pieces.items()}
+    tensor = lambda name: _tensor(model, leaves, name, pieces[name])
     with written_folder(directory, keep=True, stale=_STALE, error=CheckpointError) as scratch:
-        for file, names in shards.items():
-            write_tensors(scratch / file, {name: _tensor(model, leaves, name, pieces[name]) for name in names})
-        if len(shards) > 1:
-            total = sum(_size(model, leaves, pieces[name]) for name in pieces)
-            files = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-            write_json(scratch / "model.safetensors.index.json", index)
+        write_checkpoint(scratch, sizes, tensor, max_shard_size)
         write_json(scratch / "config.json", _config(model))
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(scratch))
@@ -70,24 +65,6 @@ def _size(model: LanguageModel, leaves: dict[str, Any], parts: list[Piece]) -> i
     """Bytes of one tensor in the file."""
     counts = (leaves[path].size // (1 if layer is None else leaves[path].shape[0]) for path, _, layer in parts)
     return sum(counts) * np.dtype(_dtype(model)).itemsize
-
-
-def _shards(
-    model: LanguageModel, leaves: dict[str, Any], pieces: dict[str, list[Piece]], limit: int
-) -> dict[str, list[str]]:
-    """File name -> tensors, filled in order up to ``limit`` bytes (a larger tensor has a file to itself)."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, parts in pieces.items():
-        size = _size(model, leaves, parts)
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _dtype(model: LanguageModel) -> Any:

@@ -24,6 +24,7 @@ from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import LanguageModel, LoadReport, check_dtype, init_leaf, paths, unflatten
 from ntkjax.models.lora import LoraConfig
 from ntkjax.models.names import Source, is_buffer, sources
+from ntkjax.models.real import REAL, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
 from ntkjax.parallel import put, weight_sharding
 
@@ -44,7 +45,8 @@ def load_lm(
     attention: str = "xla",
     weights: str = "tensor",
 ) -> LanguageModel:
-    """Load a causal language model from a directory in Hugging Face format, or from the hub by id.
+    """Load a causal language model from a directory in Hugging Face format, from the hub by id, or the one named
+    ``real`` (`ntkjax.models.real`).
 
     Each tensor is read, sent to its device (spread by ``parallel.weight_sharding`` where there is a mesh) and
     cast to ``dtype`` there before the next is read: the host never holds more than one. ``lora`` adds a fresh
@@ -73,8 +75,8 @@ def load_lm(
         lora.matches(spec.linears())
     params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)
     tokenizer = load_tokenizer(directory, config)
-    local = Path(path).expanduser()
-    report = dataclasses.replace(report, name=str(local.resolve()) if local.is_dir() else str(path))
+    here = Path(path).expanduser().is_dir() or str(path) == REAL
+    report = dataclasses.replace(report, name=str(directory.resolve()) if here else str(path))
     return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
 
 
@@ -93,7 +95,8 @@ def read_config(directory: Path, hf_config: dict[str, Any] | None = None) -> Mod
 
 
 def find_directory(path: str | Path) -> Path:
-    """The local directory of a model, downloading it from the hub where ``path`` is an id and not a directory."""
+    """The local directory of a model: ``path`` itself, that of the model named ``real`` (`ntkjax.models.real`), or
+    where it is a hub id the one that it is downloaded to."""
     local, text = Path(path).expanduser(), str(path)
     if not text:  # else the current directory
         raise CheckpointError(
@@ -104,6 +107,8 @@ def find_directory(path: str | Path) -> Path:
             return local
     except OSError as error:  # a name that is too long, a link to itself
         raise CheckpointError(f"{path}: not a usable path ({error.strerror}); expected a model directory") from error
+    if text == REAL and not local.exists():
+        return real_directory()
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "is a file" if local.exists() else "does not exist"
         raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")

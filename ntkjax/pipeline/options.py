@@ -20,7 +20,8 @@ class ModelOptions:
     """The language model and which of its parameters are differentiated and trained."""
 
     model: str
-    """Hugging Face directory (config.json and safetensors) or hub id."""
+    """Hugging Face directory (config.json and safetensors), hub id, or `real`: the one that `make real-model`
+    fetches."""
     adapter: str | None = None
     """PEFT adapter directory to start from; its rank, alpha and targets replace the lora flags."""
     parameters: Literal["lora", "all"] = "lora"

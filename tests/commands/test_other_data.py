@@ -31,7 +31,11 @@ FILES = {
     "stability": ("data", "test", "pool"),
 }
 """The data of every command that refuses other inputs, by flag."""
-ELSEWHERE = {"study": "folders named from the inputs", "demo": "its own data, given to adapt and select"}
+ELSEWHERE = {
+    "study": "folders named from the inputs",
+    "demo": "its own data, given to adapt and select",
+    "import-gguf": "a directory that must not be there",
+}
 TRAIN = ["--train.epochs", "1", "--train.batch-size", "4", "--train.max-buckets", "1"]
 WARM = ["--warmup.epochs", "1", "--warmup.batch-size", "4", "--warmup.max-buckets", "1"]
 FLAGS = {

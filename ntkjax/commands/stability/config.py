@@ -29,7 +29,8 @@ class StabilityConfig:
     """Fine-tune several ways and follow the tangent kernel and the linearised model along the epochs."""
 
     model: str
-    """Hugging Face directory (config.json and safetensors) or hub id."""
+    """Hugging Face directory (config.json and safetensors), hub id, or `real`: the one that `make real-model`
+    fetches."""
     data: tuple[str, ...]
     """Training files; every seed draws its examples from them."""
     out: str

@@ -164,6 +164,27 @@ SPLITS: Mapping[str, Split] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Gguf:
+    """How GGUF files hold a family, as far as `ntkjax.models.gguf` does not say it for all of them.
+
+    Attributes:
+      architecture: what the file's ``general.architecture`` says.
+      tensors: as ``Family.tensors``, with the file's names, where they are not the common ones (`gguf.TENSORS`). Linear
+        layers that share a tensor lie in it one after the other, in the order of the block.
+      paired_rows: the rows of a head's queries and keys are in the order in which rotary positions turn neighbours,
+        rows 2i and 2i + 1, and not rows i and i + head_dim / 2 as in a checkpoint (llama.cpp: ``permute``).
+      keys: keys beyond the common ones (`gguf.KEYS`), without the architecture's name -> a field of ModelShape.
+      fields: fields of ModelShape that no key says.
+    """
+
+    architecture: str
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    paired_rows: bool = False
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """All that a model family is.
 
@@ -186,6 +207,7 @@ class Family:
       optional_prefix: beginning of every name that some checkpoints leave out.
       buffers: regular expressions for tensors that are saved beside the weights and hold nothing that is learned.
       splits: how parameters are split over a device mesh; those not named are on every device.
+      gguf: how GGUF files hold it; None: they are not imported.
     """
 
     name: str
@@ -202,6 +224,7 @@ class Family:
     optional_prefix: str = ""
     buffers: tuple[str, ...] = (r"(^|\.)rotary_emb\.inv_freq$",)
     splits: Mapping[str, Split] = dataclasses.field(default_factory=lambda: SPLITS)
+    gguf: Gguf | None = None
 
     def split(self, path: str) -> Split:
         """How the parameter at ``path`` ("layers/attention/q/kernel") is split over a mesh."""

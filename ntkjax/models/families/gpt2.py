@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ntkjax.models.families.base import Family, ModelShape, Reader, layer_of
+from ntkjax.models.families.base import Family, Gguf, ModelShape, Reader, layer_of
 
 TENSORS = {
     "embed/weight": "transformer.wte",
@@ -75,4 +75,9 @@ GPT2 = Family(
     learned_positions=True,
     optional_prefix="transformer.",
     buffers=(r"(^|\.)attn\.(bias|masked_bias)$",),
+    gguf=Gguf(
+        "gpt2",
+        tensors={f"layers/attention/{name}": "blk.{}.attn_qkv" for name in "qkv"},
+        fields={"activation": "gelu_new"},
+    ),
 )

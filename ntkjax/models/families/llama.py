@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkjax.models.families.base import Family, ModelShape, Reader, rope_keys
+from ntkjax.models.families.base import Family, Gguf, ModelShape, Reader, rope_keys
 
 MISTRAL = "MistralForCausalLM"
 
@@ -91,4 +91,5 @@ LLAMA = Family(
     read=_read,
     write=decoder_keys,
     tensors=TENSORS,
+    gguf=Gguf("llama", paired_rows=True),
 )

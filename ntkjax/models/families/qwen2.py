@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ntkjax.models.families.base import Family, ModelShape, Reader, is_finite
+from ntkjax.models.families.base import Family, Gguf, ModelShape, Reader, is_finite
 from ntkjax.models.families.llama import TENSORS, decoder_fields, decoder_keys
 
 
@@ -31,4 +31,5 @@ QWEN2 = Family(
     read=_read,
     write=decoder_keys,
     tensors=TENSORS,
+    gguf=Gguf("qwen2"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ntkjax.models.families.base import Family, ModelShape, Reader
+from ntkjax.models.families.base import Family, Gguf, ModelShape, Reader
 from ntkjax.models.families.llama import TENSORS, decoder_fields, decoder_keys
 from ntkjax.models.families.qwen2 import slides
 
@@ -20,4 +20,5 @@ QWEN3 = Family(
     write=decoder_keys,
     tensors=TENSORS,
     fixed={"qk_norm": True},
+    gguf=Gguf("qwen3"),
 )
