@@ -274,14 +274,20 @@ def _as_marked(
     """
     if rendered.apart or not getattr(chat.tokenizer, "is_fast", False):
         return rendered, earlier
-    found = chat.tokenizer.apply_chat_template(
-        chat.messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-        **template_options(chat.example),
-    )
+    try:
+        found = chat.tokenizer.apply_chat_template(
+            chat.messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+            **template_options(chat.example),
+        )
+    except OverflowError as error:  # transformers looks for the last character of a mark in front of the first one
+        raise DataError(
+            f"record {chat.example.id!r}: the chat template begins with an assistant's turn of no text, marked by "
+            "{% generation %}; expected text before or inside the mark; give the turn text, or leave it out"
+        ) from error
     marks = [span for span, inside in zip(found["offset_mapping"], found["assistant_masks"]) if inside]
 
     def narrowed(span: tuple[int, int]) -> list[tuple[int, int]]:

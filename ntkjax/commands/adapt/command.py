@@ -133,7 +133,7 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
         for arm in grid.arms:
             of_arm = {made.task.seed: made.outcomes() for made in done if made.task.arm == arm}
             outcomes |= {arm.label: of_arm} if of_arm else {}
-        results = _results(grid, runs, outcomes) | {"wall_seconds": time.monotonic() - began}
+        results: dict[str, Any] = {**_results(grid, runs, outcomes), "wall_seconds": time.monotonic() - began}
         run.write_json("results.json", results)
         write_adaptation(run.path, results)
     selected = {int(seed): np.asarray(content["selected"]) for seed, content in results["selections"].items()}
