@@ -127,11 +127,13 @@ def score_packed(
 
 
 def _check_positions(model: Any, packed: Sequence[Packed]) -> None:
-    limit = getattr(getattr(model, "config", None), "position_limit", None)  # a stub may have no configuration
+    config = getattr(model, "config", None)  # a stub may have none
+    limit = getattr(config, "position_limit", None)
     longest = max((int(p.positions.max()) + 1 for p in packed), default=0)
     if limit is not None and longest > limit:
+        reach = getattr(config, "limited_by", "learned positions")
         raise UserError(
-            f"an example of {longest} tokens does not fit the model's {limit} learned positions; "
+            f"an example of {longest} tokens does not fit the model's {limit} {reach}; "
             f"set max_length to {limit} or less"
         )
 

@@ -1,6 +1,7 @@
 """Makes the golden files of this directory from torch transformers and peft (float32, CPU).
 
     python tests/golden/make_golden.py            # rewrites everything beside this file
+    python tests/golden/make_golden.py CASE ...   # those cases alone
 
 Needs torch, transformers and peft, which ntkjax itself never needs; versions.json records what was used.
 Each case is a tiny random checkpoint in Hugging Face format. Weights are drawn at a scale where mistakes
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qw
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 96
+FULL, SLIDING = "full_attention", "sliding_attention"
 NEW_TOKENS = 12
 MARGIN = 0.01
 TINY = {
@@ -181,6 +184,25 @@ def other_cases() -> dict[str, Case]:
     }
 
 
+# Beyond every window, and with a continuation that begins inside one.
+FAR = {"rows": 2, "length": 24, "stride": 3}
+
+
+def family_cases() -> dict[str, Case]:
+    """At least two settings of each family; a new one goes last: a case's place decides its seed."""
+    gqa = {**GQA, "max_position_embeddings": 64, "num_hidden_layers": 3}
+    plain, used = {**gqa, "rope_parameters": rope(1e4)}, {"use_sliding_window": True, "sliding_window": 6}
+    return {
+        "mistral-window": Case(MistralConfig(**plain, sliding_window=5), "a window in every layer", **FAR),
+        "qwen2-window": Case(Qwen2Config(**plain, **used, max_window_layers=1), "windows from layer 1 on", **FAR),
+        "qwen3-window": Case(
+            Qwen3Config(**plain, **used, head_dim=8, layer_types=[SLIDING, FULL, SLIDING]),
+            "windows by layer_types",
+            **FAR,
+        ),
+    }
+
+
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Draw every parameter: norms 1 + 0.3 n, biases 0.3 n, embeddings 0.3 n, matrices n / sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
@@ -317,10 +339,14 @@ def make_case(name: str, case: Case, seed: int) -> tuple[dict, torch.Tensor]:
     return entry, logits[:, kept].contiguous()
 
 
-def main() -> None:
+def main(only: list[str]) -> None:
     torch.set_num_threads(1)
     entries, logits = {}, {}
-    for seed, (name, case) in enumerate({**llama_cases(), **other_cases()}.items()):
+    if only:
+        entries, logits = json.loads((HERE / "golden.json").read_text()), load_file(HERE / "logits.safetensors")
+    for seed, (name, case) in enumerate({**llama_cases(), **other_cases(), **family_cases()}.items()):
+        if only and name not in only:
+            continue
         entries[name], logits[name] = make_case(name, case, seed)
         margins = [p["margin"] for p in entries[name]["prompts"]]
         print(name, {k: entries[name][k] for k in ("largest_logit", "torch_rounding")}, "margins", margins)
@@ -332,4 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

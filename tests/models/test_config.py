@@ -37,6 +37,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 1024,
 }
 
+KINDS = ["full_attention", "sliding_attention"]
+USED = {"use_sliding_window": True, "sliding_window": 64}
+
 
 def as_architecture(name: str, **keys) -> dict:
     return LLAMA | {"architectures": [name]} | keys
@@ -99,7 +102,25 @@ def test_biases_and_qk_norm_follow_the_architecture():
     ],
 )
 def test_a_window_that_is_never_used_is_fine(keys):
-    assert ModelConfig.from_hf(LLAMA | keys).num_layers == 2
+    config = ModelConfig.from_hf(LLAMA | keys)
+    assert (config.num_layers, config.window, config.layer_types) == (2, None, ())
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 512}, [512, 512]),
+        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 9000}, [4096, 4096]),
+        ({"architectures": ["Qwen2ForCausalLM"], **USED, "max_window_layers": 1}, [None, 64]),
+        ({"architectures": ["Qwen2ForCausalLM"], **USED, "max_window_layers": 0}, [64, 64]),
+        ({"architectures": ["Qwen3ForCausalLM"], **USED, "layer_types": KINDS[::-1]}, [64, None]),
+        ({"sliding_window": 64}, [None, None]),  # transformers reads none for a Llama
+    ],
+)
+def test_windows_belong_to_the_layers_that_transformers_gives_them(keys, windows):
+    config = ModelConfig.from_hf(LLAMA | keys)
+    assert [layer.window for layer in config.layers] == windows
+    assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize(
@@ -110,10 +131,15 @@ def test_a_window_that_is_never_used_is_fine(keys):
             ["GemmaForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel"],
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            ["yarn", "rope_scaling", "default, linear, llama3"],
+            {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},
+            ["ntk", "rope_scaling", "default, linear, llama3, dynamic, yarn, longrope"],
         ),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["dynamic", "rope_parameters"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["factor", "rope_parameters", "missing"]),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, ["long_factor", "rope_scaling", "list"]),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+            ["short_factor has 1 numbers", "expected 8"],
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "flat"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["rope_scaling", "low_freq_factor"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
@@ -125,15 +151,12 @@ def test_a_window_that_is_never_used_is_fine(keys):
         ({"hidden_size": 66}, ["hidden_size", "66", "head_dim"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "yes"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 512}, ["sliding_window", "512", "4096"]),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": KINDS}, ["layer_types", "Mistral", "remove"]),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": KINDS}, ["use_sliding_window", "set it to true"]),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": KINDS[:1]}, ["layer_types has 1 entries", "= 2"]),
         (
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "sliding_window": 64,
-                "use_sliding_window": True,
-                "max_window_layers": 1,
-            },
-            ["sliding_window", "64"],
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": KINDS, **USED, "sliding_window": None},
+            ["no sliding_window", "set it"],
         ),
         ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types", "linear_attention"]),
     ],
@@ -141,7 +164,8 @@ def test_a_window_that_is_never_used_is_fine(keys):
 def test_refusals_name_the_file_the_key_and_what_is_supported(keys, words):
     with pytest.raises(CheckpointError) as error:
         ModelConfig.from_hf(LLAMA | keys, "some/config.json")
-    for word in ["some/config.json" if "num_key_value_heads" not in keys else "", *words]:
+    checked = "num_key_value_heads" in keys or "short_factor has" in words[0]  # by ModelConfig, which knows no file
+    for word in ["" if checked else "some/config.json", *words]:
         assert word in str(error.value)
 
 

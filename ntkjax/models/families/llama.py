@@ -1,14 +1,15 @@
-"""Llama and what has its shape (Mistral without a window, SmolLM2): RMS norms, rotary positions, grouped-query
+"""Llama and what has its shape (Mistral with its window, SmolLM2): RMS norms, rotary positions, grouped-query
 attention, a gated MLP.
 
-Refused: sliding windows shorter than the context, rope scalings other than linear and llama3, partial rotary factors.
+A Llama has no window: like transformers, ``sliding_window`` is not read. Refused: rope scalings other than ROPE_TYPES,
+partial rotary factors, layer types in a Mistral.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ntkjax.models.families.base import Family, ModelShape, Reader, rope_keys
+from ntkjax.models.families.base import LOCAL, Family, ModelShape, Reader, rope_keys
 
 MISTRAL = "MistralForCausalLM"
 
@@ -67,20 +68,32 @@ def decoder_keys(shape: ModelShape) -> dict[str, Any]:
         "hidden_act": shape.activation,
         "attention_bias": shape.o_bias,
         "mlp_bias": shape.mlp_bias,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        "sliding_window": shape.window,
+        "use_sliding_window": shape.window is not None,
     } | rope_keys(shape.rope)
+
+
+def kind_keys(shape: ModelShape) -> dict[str, Any]:
+    """``layer_types`` where a layer has a window; else nothing."""
+    same = ("full_attention" if shape.window is None else LOCAL,) * shape.num_layers
+    return {} if shape.window is None else {"layer_types": list(shape.layer_types or same)}
 
 
 def _read(reader: Reader) -> ModelShape:
     mistral = reader.architecture == MISTRAL  # its config class has neither bias
-    reader.refuse_windows(lambda: mistral)
+    kinds = reader.layer_types(lambda i: mistral and reader.config.get("sliding_window") is not None)
+    if mistral and len(set(kinds)) > 1:
+        raise reader.fail(
+            "layer_types of a Mistral: transformers gives every layer the window; remove the entry, or name the "
+            "architecture whose layers differ"
+        )
     attention, mlp = reader.flag("attention_bias", False), reader.flag("mlp_bias", False)
     return ModelShape(
         family="llama",
         qkv_bias=attention and not mistral,
         o_bias=attention and not mistral,
         mlp_bias=mlp and not mistral,
+        **reader.windows(kinds if mistral else ()),
         **decoder_fields(reader),
     )
 
