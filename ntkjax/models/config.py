@@ -67,6 +67,10 @@ class ModelConfig(ModelShape):
             if dims % 2:
                 head = "head_dim" if dims == self.head_dim else "the rotated part of head_dim"
                 raise CheckpointError(f"{head} = {dims} is odd: rotary positions rotate pairs")
+        if any(not 0 <= index < self.num_layers for index in self.unrotated):
+            raise CheckpointError(
+                f"unrotated = {self.unrotated}: expected numbers of layers, 0 to {self.num_layers - 1}"
+            )
         for rope in (layer.rope for layer in layers if layer.rope is not None and layer.rope.kind == "longrope"):
             count = rope.dims(self.head_dim) // 2
             for name, factors in (("short_factor", rope.short_factors), ("long_factor", rope.long_factors)):
@@ -159,6 +163,9 @@ class ModelConfig(ModelShape):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{where}: architectures = {names!r}: expected a list of class names")
         reader = Reader(config, where, names[0])
+        for family in FAMILIES.values():
+            if names[0] in family.refused:
+                raise reader.fail(f"architecture {names[0]!r} is not supported: {family.refused[names[0]]}")
         if names[0] not in by_name:
             raise reader.fail(f"architecture {names[0]!r} is not supported; supported: {', '.join(by_name)}")
         if config.get("quantization_config"):

@@ -65,4 +65,5 @@ class Decoder(nnx.Module):
         if c.learned_positions:
             x = x + self.wpe(positions)
         x, cache = scan_layers(self.layers, x, context, cache, self.spec.remat, layer_inputs(c))
-        return self.norm(x), cache
+        states = self.norm(x)
+        return (states if c.state_divisor == 1 else states / c.state_divisor), cache

@@ -237,6 +237,7 @@ def activation(name: str) -> Callable[[Array], Array]:
         "relu": jax.nn.relu,
         "gelu": exact,
         "gelu_new": tanh,
+        "gelu_fast": tanh,
         "gelu_pytorch_tanh": tanh,
     }
     return named[name]
@@ -443,7 +444,8 @@ class Block(nnx.Module):
 
         x = x + post_norm_1(attention(norm_1(x)));  x = x + post_norm_2(mlp(norm_2(x))).
 
-    A parallel block takes both from the same x: x + attention(norm_1(x)) + mlp(norm_2(x)).
+    A parallel block takes both from the same x: x + attention(norm_1(x)) + mlp(norm_2(x)). What is added to x is
+    multiplied by ``residual_scale``.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -452,7 +454,7 @@ class Block(nnx.Module):
         self.mlp = {"gated": GatedMLP, "plain": MLP}[layer.mlp](spec)
         shape = (spec.config.num_layers, spec.config.hidden_size)
         self.before, self.after = layer.norms != "after", layer.norms != "before"
-        self.parallel = layer.parallel
+        self.parallel, self.residual_scale = layer.parallel, layer.residual_scale
         if self.before:
             self.norm_1, self.norm_2 = make_norm(spec, shape), make_norm(spec, shape)
         if self.after:
@@ -461,10 +463,14 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None):
         y, cached = self.attention(self.norm_1(x).astype(x.dtype) if self.before else x, context, cached)
         y = self.post_norm_1(y).astype(x.dtype) if self.after else y
-        after_attention = x + y
+        after_attention = x + self.scaled(y)
         inner = x if self.parallel else after_attention
         z = self.mlp(self.norm_2(inner).astype(x.dtype) if self.before else inner)
-        return after_attention + (self.post_norm_2(z).astype(x.dtype) if self.after else z), cached
+        return after_attention + self.scaled(self.post_norm_2(z).astype(x.dtype) if self.after else z), cached
+
+    def scaled(self, added: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """``residual_scale`` times what a part adds to the residual stream."""
+        return added if self.residual_scale == 1 else added * jnp.asarray(self.residual_scale, added.dtype)
 
 
 def make_context(

@@ -71,7 +71,7 @@ def adapted(folder: Path, seed: int = 5) -> LanguageModel:
     """The checkpoint with an adapter on every linear layer, all its factors random."""
     model, random = load_lm(folder, lora=LoraConfig(rank=2, alpha=3.0)), np.random.default_rng(seed)
     return model.with_params(
-        jax.tree.map(lambda x: jnp.asarray(0.2 * random.normal(size=x.shape), x.dtype), model.lora)
+        jax.tree.map(lambda x: jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype), model.lora)
     )
 
 
@@ -106,10 +106,6 @@ def batch(seed: int, rows: int, length: int = 12) -> Batch:
     return Batch(tokens(seed, rows, length), mask, lengths, np.arange(rows, dtype=np.int32))
 
 
-def kernels_of(model: LanguageModel) -> tuple[str, ...]:
-    return ("sum_logits", "loss")
-
-
 def pooled(model: LanguageModel, params, of: Batch, kernel: str):
     """The kernel's output by its definition from the logits of every position, [B]."""
     weights = model.with_params(params).params
@@ -126,8 +122,9 @@ def pooled(model: LanguageModel, params, of: Batch, kernel: str):
 def score_difference(name: str) -> float:
     """Largest difference between forward-mode scores and products of explicit gradients, relative to the largest."""
     model, domain, pool = adapted(GOLDEN / name), batch(1, 2), batch(2, 3)
-    functions, worst = KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn), 0.0
-    for kernel in kernels_of(model):
+    functions = KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn, model.sum_logits_fn)
+    worst = 0.0
+    for kernel in ("sum_logits", "loss"):
         jacobian = jax.jit(lambda p, of, kernel=kernel: jax.jacrev(lambda q: pooled(model, q, of, kernel))(p))
         rows = lambda of, jacobian=jacobian: np.concatenate(
             [np.asarray(x, np.float64).reshape(len(of.tokens), -1) for x in jax.tree.leaves(jacobian(model.lora, of))],
@@ -146,3 +143,52 @@ def cached_and_whole(name: str) -> tuple[list[int], list[int]]:
     got = generate(model, {}, [prompt], max_new_tokens=8)[0]
     logits = np.asarray(model.logits(np.asarray([prompt + got], np.int32)))[0]
     return got, logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def packed_difference(name: str) -> float:
+    """Largest difference between the logits of choices packed behind one prompt and those of rows of their own."""
+    model, prompt = load_case(name), [3, 4, 5, 6, 7, 8]
+    choices = [[6, 7, 1, 2], [8, 9, 3]]
+    packed = jnp.asarray([prompt + choices[0] + choices[1]], jnp.int32)
+    places = jnp.asarray([[*range(10), 6, 7, 8]], jnp.int32)
+    segments = jnp.asarray([[0] * 6 + [1] * 4 + [2] * 3], jnp.int32)
+    states, _ = jax.jit(functools.partial(forward, model.spec))(model.params, packed, places, segments=segments)
+    logits, worst = project(model.spec, model.params, states), 0.0
+    for choice, at in zip(choices, (6, 10)):
+        row = np.zeros((1, 10), np.int32)  # padded on the right to one length
+        row[0, : 6 + len(choice)] = prompt + choice
+        alone = np.asarray(model.logits(row))[0, 6 : 6 + len(choice)]
+        worst = max(worst, float(np.abs(np.asarray(logits)[0, at : at + len(choice)] - alone).max()))
+    return worst
+
+
+def torch_differences(name: str, folder: Path) -> dict[str, float]:
+    """Largest differences from torch's logits: under PEFT with the adapter that we wrote, of the merged model that we
+    wrote, and in a batch that is padded on the right (at the real places).
+    """
+    import peft
+    import torch
+    import transformers
+
+    def load(path: Path, adapter: Path | None = None):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
+        return (peft.PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+    def logits(model, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        given = {} if mask is None else {"attention_mask": torch.tensor(mask).long()}
+        with torch.no_grad():
+            return model(torch.tensor(ids).long(), **given).logits.numpy()
+
+    model, ids = adapted(GOLDEN / name), tokens(rows=2, length=20)
+    ours, real = np.asarray(model.logits(ids)), np.arange(20)[None] < np.asarray([[20], [9]])
+    save_adapter(folder / "adapter", model, model.lora)
+    save_merged(folder / "merged", model, {})
+    merged = load(folder / "merged")
+    apart = lambda theirs: np.abs(ours - theirs)
+    return {
+        "peft": float(apart(logits(load(GOLDEN / name, folder / "adapter"), ids)).max()),
+        "export": float(apart(logits(merged, ids)).max()),
+        "padded": float(apart(logits(merged, ids, real))[real].max()),
+    }

@@ -48,9 +48,10 @@ def test_scores_are_products_of_explicit_gradients(name: str) -> None:
 
 
 @every_setting
-def test_a_cache_continues_as_the_whole_sequence_would(name: str) -> None:
+def test_caches_and_packed_choices_give_what_whole_rows_give(name: str) -> None:
     cached, whole = checks.cached_and_whole(name)
     assert cached == whole and len(cached) == 8
+    assert checks.packed_difference(name) < 2e-5
 
 
 def test_a_check_that_meets_another_model_fails(monkeypatch) -> None:

@@ -17,7 +17,7 @@ from ntkjax.parallel import Split
 RopeType = Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope"]
 ROPE_TYPES = ("default", "linear", "llama3", "dynamic", "yarn", "longrope")
 _OLD_ROPE_TYPES = {"su": "longrope"}
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 LOCAL = "sliding_attention"
 """The layer type (config.json: ``layer_types``) that a window and ``local_rope`` belong to."""
 
@@ -71,8 +71,7 @@ class LayerSpec:
     ``rope`` and ``window`` may differ between the layers of a model. All else must be equal in all of them: they run
     as one compiled body over stacked parameters (`ntkjax.models.layers.scan_layers`).
 
-    Not here yet, and refused by the families whose config.json asks for it: routed experts (a third ``mlp``), and a
-    soft cap on the model's logits (outputs would no longer be linear in the head, which every kernel relies on).
+    Not here yet, and refused by the families whose config.json asks for it: routed experts (a third ``mlp``).
 
     Attributes:
       norm: "rms", or "layer" with mean and bias. norm_offset: a norm multiplies by norm_offset + weight (Gemma: 1).
@@ -84,6 +83,7 @@ class LayerSpec:
       rope: rotary positions; None for none. window: a query sees this many tokens, itself included; None for all.
       soft_cap: attention scores s become cap * tanh(s / cap). query_scale: they are query_scale * q k^T; None means
         1 / sqrt(head_dim).
+      residual_scale: what attention and MLP add to the residual stream is multiplied by it (Granite).
     """
 
     norm: Literal["rms", "layer"] = "rms"
@@ -99,6 +99,7 @@ class LayerSpec:
     window: int | None = None
     soft_cap: float | None = None
     query_scale: float | None = None
+    residual_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,11 @@ class ModelShape:
       initializer_range: standard deviation of random weights.
       layer_types: "full_attention" or "sliding_attention" for each layer; () means one type for all.
       window: tokens that a query sees in sliding layers, or in all layers where layer_types is (). local_rope: rotary
-        positions of sliding layers where they have their own. soft_cap, query_scale: see LayerSpec.
+        positions of sliding layers where they have their own. soft_cap, query_scale, parallel, residual_scale: see
+        LayerSpec. unrotated: numbers of the layers without rotary positions.
+      logit_cap: logits z become cap * tanh(z / cap): they are then not linear in the head.
+      embed_factor: the embedding is multiplied by it (``Family.embed_scale`` says so). state_divisor: hidden states are
+        divided by it after the last norm, and with them the logits.
     """
 
     family: str
@@ -148,6 +153,12 @@ class ModelShape:
     local_rope: RopeConfig | None = dataclasses.field(default=None, metadata=_LATER)
     soft_cap: float | None = dataclasses.field(default=None, metadata=_LATER)
     query_scale: float | None = dataclasses.field(default=None, metadata=_LATER)
+    parallel: bool = dataclasses.field(default=False, metadata=_LATER)
+    unrotated: tuple[int, ...] = dataclasses.field(default=(), metadata=_LATER)
+    logit_cap: float | None = dataclasses.field(default=None, metadata=_LATER)
+    embed_factor: float = dataclasses.field(default=1.0, metadata=_LATER)
+    residual_scale: float = dataclasses.field(default=1.0, metadata=_LATER)
+    state_divisor: float = dataclasses.field(default=1.0, metadata=_LATER)
 
 
 def layer_of(shape: ModelShape, index: int, **changes: Any) -> LayerSpec:
@@ -158,10 +169,12 @@ def layer_of(shape: ModelShape, index: int, **changes: Any) -> LayerSpec:
         "qkv_bias": shape.qkv_bias,
         "o_bias": shape.o_bias,
         "mlp_bias": shape.mlp_bias,
-        "rope": shape.local_rope if local and shape.local_rope is not None else shape.rope,
+        "parallel": shape.parallel,
+        "rope": None if index in shape.unrotated else (local and shape.local_rope) or shape.rope,
         "window": shape.window if local else None,
         "soft_cap": shape.soft_cap,
         "query_scale": shape.query_scale,
+        "residual_scale": shape.residual_scale,
     }
     return LayerSpec(**said | changes)
 
@@ -201,6 +214,8 @@ class Family:
       embed_scale: the embedding is multiplied by this number of a shape, rounded to the model's dtype (Gemma).
       fixed: fields that have one value in every model of the family.
       optional_prefix: beginning of every name that some checkpoints leave out.
+      other_names: a tensor of ``tensors`` -> what other checkpoints call it.
+      refused: class names in config.json that belong to the family and are not read -> why, and what to use.
       buffers: regular expressions for tensors that are saved beside the weights and hold nothing that is learned.
       splits: how parameters are split over a device mesh; those not named are on every device.
     """
@@ -217,6 +232,8 @@ class Family:
     embed_scale: Callable[[ModelShape], float] | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"qk_norm": False})
     optional_prefix: str = ""
+    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     buffers: tuple[str, ...] = (r"(^|\.)rotary_emb\.inv_freq$",)
     splits: Mapping[str, Split] = dataclasses.field(default_factory=lambda: SPLITS)
 
@@ -262,6 +279,10 @@ class Reader:
     def fail(self, message: str) -> CheckpointError:
         """An error to raise, with the file's name in front."""
         return CheckpointError(f"{self.where}: {message}")
+
+    def optional(self, key: str, default: float | None) -> float | None:
+        """A positive number or None, which null means; ``default`` where the key is absent."""
+        return None if self.config.get(key, default) is None else self.number(key, default, float)
 
     def number(self, key: str, default: int | float | None = None, kind: type = int) -> Any:
         """A positive number; ``default`` where the key is absent or null, an error where that is None."""
@@ -326,18 +347,19 @@ class Reader:
             raise self.fail(f"layer_types has {len(kinds)} entries for num_hidden_layers = {layers}: expected one each")
         return tuple(kinds)
 
-    def windows(self, kinds: tuple[str, ...], default: int | None = None) -> dict[str, Any]:
+    def windows(self, kinds: tuple[str, ...], default: int | None = None, *, keep: bool = False) -> dict[str, Any]:
         """The fields ``window`` and ``layer_types`` of ModelShape for layers of these kinds, the window as
         ``sliding_window`` says, or ``default`` where that key is absent.
 
-        A window as long as the context (``max_position_embeddings``) hides nothing in it and is left out.
+        A window as long as the context (``max_position_embeddings``) hides nothing in it and is left out, unless told
+        to ``keep`` it: where sliding layers differ in more than the window.
         """
         if LOCAL not in kinds:
             return {}
         if self.config.get("sliding_window", default) is None:
             raise self.fail(f"layer_types names {LOCAL!r} and there is no sliding_window: set it, or name other layers")
         window = self.number("sliding_window", default)
-        if window >= self.number("max_position_embeddings", LARGEST):
+        if not keep and window >= self.number("max_position_embeddings", LARGEST):
             return {}
         return {"window": window} | ({} if set(kinds) == {LOCAL} else {"layer_types": kinds})
 
@@ -484,7 +506,7 @@ def rope_keys(rope: RopeConfig) -> dict[str, Any]:
         "rope_theta": rope.theta,
         "rope_scaling": None if rope.kind == "default" else scaling,
         "rope_parameters": scaling | {"rope_theta": rope.theta},
-    }
+    } | ({} if rope.partial == 1 else {"partial_rotary_factor": rope.partial})
 
 
 def kinds_of_rope_keys(shape: ModelShape) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkjax.models.families.base import LOCAL, Family, ModelShape, Reader, rope_keys
+from ntkjax.models.families.base import LOCAL, Family, ModelShape, Reader, RopeConfig, rope_keys
 
 MISTRAL = "MistralForCausalLM"
 
@@ -31,10 +31,19 @@ TENSORS = {
 }
 
 
-def decoder_fields(reader: Reader, *, head_dim: int | None = None) -> dict[str, Any]:
+def decoder_fields(
+    reader: Reader,
+    *,
+    head_dim: int | None = None,
+    tied: bool = False,
+    eps: float = 1e-6,
+    positions: int = 2048,
+    rope: RopeConfig | None = None,
+) -> dict[str, Any]:
     """Fields of ModelShape that Llama and the families of its shape read alike.
 
-    ``head_dim`` is transformers' default where the key is absent; None means hidden_size / num_attention_heads.
+    ``tied``, ``eps``, ``positions`` and ``head_dim`` are transformers' defaults where the key is absent; a ``head_dim``
+    of None means hidden_size / num_attention_heads. ``rope``: what the family read, None for one kind in all layers.
     """
     heads, hidden = reader.number("num_attention_heads"), reader.number("hidden_size")
     if reader.config.get("head_dim") is None and head_dim is None and hidden % heads:
@@ -46,11 +55,11 @@ def decoder_fields(reader: Reader, *, head_dim: int | None = None) -> dict[str, 
         "num_heads": heads,
         "num_kv_heads": reader.number("num_key_value_heads", heads),
         "head_dim": reader.number("head_dim", head_dim or hidden // heads),
-        "max_positions": reader.number("max_position_embeddings", 2048),
-        "norm_eps": reader.number("rms_norm_eps", 1e-6, float),
+        "max_positions": reader.number("max_position_embeddings", positions),
+        "norm_eps": reader.number("rms_norm_eps", eps, float),
         "activation": reader.activation("hidden_act", "silu"),
-        "rope": reader.rope(),
-        "tied": reader.flag("tie_word_embeddings", False),
+        "rope": rope or reader.rope(),
+        "tied": reader.flag("tie_word_embeddings", tied),
     }
 
 
