@@ -106,31 +106,28 @@ def batch(seed: int, rows: int, length: int = 12) -> Batch:
     return Batch(tokens(seed, rows, length), mask, lengths, np.arange(rows, dtype=np.int32))
 
 
-def pooled(model: LanguageModel, params, of: Batch, kernel: str):
-    """The kernel's output by its definition from the logits of every position, [B]."""
+def pooled(model: LanguageModel, params, of: Batch) -> jax.Array:
+    """The outputs of the kernels ``sum_logits`` and ``loss`` by their definition from all logits, [2, B]."""
     weights = model.with_params(params).params
     states, _ = forward(model.spec, weights, jnp.asarray(of.tokens))
     logits, mask = project(model.spec, weights, states), position_mask(of, "response")
-    if kernel == "loss":
-        targets = jnp.pad(jnp.asarray(of.tokens)[:, 1:], ((0, 0), (0, 1)))
-        values = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-    else:
-        values = logits.sum(-1)
-    return jnp.where(mask, values, jnp.float32(0)).sum(1) / mask.sum(1).astype(jnp.float32)
+    targets = jnp.pad(jnp.asarray(of.tokens)[:, 1:], ((0, 0), (0, 1)))
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    values = jnp.where(mask[None], jnp.stack([logits.sum(-1), loss]), jnp.float32(0))
+    return values.sum(2) / mask.sum(1).astype(jnp.float32)[None]
 
 
 def score_difference(name: str) -> float:
     """Largest difference between forward-mode scores and products of explicit gradients, relative to the largest."""
-    model, domain, pool = adapted(GOLDEN / name), batch(1, 2), batch(2, 3)
+    model, domain, pool = adapted(GOLDEN / name), batch(1, 3), batch(2, 3)
     functions = KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn, model.sum_logits_fn)
-    worst = 0.0
-    for kernel in ("sum_logits", "loss"):
-        jacobian = jax.jit(lambda p, of, kernel=kernel: jax.jacrev(lambda q: pooled(model, q, of, kernel))(p))
-        rows = lambda of, jacobian=jacobian: np.concatenate(
-            [np.asarray(x, np.float64).reshape(len(of.tokens), -1) for x in jax.tree.leaves(jacobian(model.lora, of))],
-            1,
-        )
-        expected = rows(pool) @ rows(domain).mean(0)
+    jacobian = jax.jit(lambda p, of: jax.jacrev(lambda q: pooled(model, q, of))(p))
+    rows = lambda of: np.concatenate(
+        [np.asarray(x, np.float64).reshape(2, len(of.tokens), -1) for x in jax.tree.leaves(jacobian(model.lora, of))], 2
+    )
+    of_pool, of_domain, worst = rows(pool), rows(domain), 0.0
+    for i, kernel in enumerate(("sum_logits", "loss")):
+        expected = of_pool[i] @ of_domain[i].mean(0)
         built = build(kernel, functions, model.lora, seed=0)
         got = np.asarray(kernel_scores(built, model.lora, [domain], [pool], rows=3).scores[:, 0])
         worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))

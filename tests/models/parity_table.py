@@ -1,6 +1,9 @@
-"""Writes the table of docs/families.md: every checkpoint of tests/golden against torch, transformers and peft.
+"""Writes the table of docs/families.md: checkpoints of tests/golden against torch, transformers and peft.
 
-    python tests/models/parity_table.py            # in an environment with torch, transformers and peft
+    python tests/models/parity_table.py            # the two newest settings of each family (--all: every one)
+    python tests/models/parity_table.py CASE ...   # these lines alone; the others stay as they are
+
+In an environment with torch, transformers and peft, as `make test-torch` makes it.
 
 The table stands between two marks in the page; the rest of the page stays as it is. `family_checks.py` says what each
 column is.
@@ -8,9 +11,13 @@ column is.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
+
+# Many small programs, each run once: the compiler's expensive passes do not pay.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import family_checks as checks
 
@@ -42,18 +49,21 @@ def row(family: str, name: str) -> str:
     return "| " + " | ".join([*columns, *(f"{x:.1e}" for x in numbers)]) + " |\n"
 
 
-def main() -> None:
-    """Make the table anew, line after line on the screen as well."""
-    lines = []
-    for family, names in checks.cases_by_family().items():
-        for name in names:
-            lines.append(row(family, name))
-            sys.stdout.write(lines[-1])
-            sys.stdout.flush()
-    page = PAGE.read_text()
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(before + BEGIN + HEAD + "".join(lines) + END + after)
+def main(asked: list[str]) -> None:
+    """Make the lines that are asked for, each written as soon as it is there."""
+    families = {name: family for family, names in checks.cases_by_family().items() for name in names}
+    newest = [name for names in checks.cases_by_family().values() for name in names[-2:]]
+    for name in [*families] if asked == ["--all"] else asked or newest:
+        line = row(families[name], name)
+        sys.stdout.write(line)
+        sys.stdout.flush()
+        before, rest = PAGE.read_text().split(BEGIN)
+        table, after = rest.split(END)
+        lines = {key: old for old in table.splitlines(keepends=True) for key in families if f"| `{key}`:" in old}
+        lines[name] = line
+        body = "".join(lines[key] for key in families if key in lines)
+        PAGE.write_text(before + BEGIN + HEAD + body + END + after)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

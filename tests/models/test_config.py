@@ -1,6 +1,7 @@
 """Reading config.json of transformers v4 and v5, and refusing what would change the mathematics."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -169,6 +170,70 @@ def test_refusals_name_the_file_the_key_and_what_is_supported(keys, words):
         assert word in str(error.value)
 
 
+NEXT = {  # what each family refuses, or reads in another way than transformers 4 and 5 agree on
+    "SmolLM3ForCausalLM": [
+        ({"no_rope_layers": [1]}, ["no_rope_layers", "expected 2 numbers"]),
+        ({"no_rope_layers": [1, 2]}, ["no_rope_layers", "rotary positions"]),
+        ({"layer_types": KINDS}, ["use_sliding_window", "set it to true"]),
+        ({"layer_types": KINDS, "use_sliding_window": True}, ["no sliding_window", "set it"]),
+    ],
+    "Olmo3ForCausalLM": [
+        ({"rope_theta": 1e4}, ["rope_theta = 10000.0", "rope_parameters"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, ["rope_parameters", "sliding_attention"]),
+        ({"rope_parameters": {"full_attention": 3}}, ["rope_parameters.full_attention = 3", "object"]),
+    ],
+    "Gemma2ForCausalLM": [({"use_bidirectional_attention": True}, ["use_bidirectional_attention", "only False"])],
+    "Gemma3ForCausalLM": [
+        ({"use_bidirectional_attention": True}, ["use_bidirectional_attention", "only False"]),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, ["rope_type = 'proportional'", "supported"]),
+    ],
+    "Gemma3ForConditionalGeneration": [({}, ["vision tower", "Gemma3ForCausalLM"])],
+    "Phi3ForCausalLM": [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "say 'longrope'"]),
+        ({"layer_types": KINDS, "sliding_window": 64}, ["layer_types", "remove"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor = 1.5", "up to 1.0"]),
+    ],
+    "GPTNeoXForCausalLM": [({"hidden_size": 66}, ["hidden_size = 66", "num_attention_heads = 4"])],
+    "GraniteForCausalLM": [({"logits_scaling": 0}, ["logits_scaling", "positive"])],
+}
+
+
+@pytest.mark.parametrize(("name", "keys", "words"), [(n, *case) for n, cases in NEXT.items() for case in cases])
+def test_what_a_family_refuses_names_the_key_and_the_remedy(name, keys, words):
+    with pytest.raises(CheckpointError) as error:
+        ModelConfig.from_hf(as_architecture(name, **keys), "some/config.json")
+    for word in ("some/config.json", *words):
+        assert word in str(error.value)
+
+
+def test_absent_keys_mean_what_each_family_of_transformers_means():
+    gemma2, gemma3 = (ModelConfig.from_hf(as_architecture(f"Gemma{n}ForCausalLM", num_hidden_layers=6)) for n in "23")
+    assert (gemma2.soft_cap, gemma2.logit_cap, gemma2.tied, gemma2.activation) == (50, 30, True, "gelu_pytorch_tanh")
+    assert (gemma2.head_dim, gemma2.query_scale, gemma2.embed_scale) == (256, None, 8.0)
+    assert (gemma3.soft_cap, gemma3.logit_cap, gemma3.rope.theta) == (None, None, 1e6)
+    assert gemma3.local_rope is not None and gemma3.local_rope.theta == 1e4  # kept where the window hides nothing
+    assert [layer.window for layer in gemma3.layers] == [4096] * 5 + [None]
+    smollm3 = ModelConfig.from_hf(as_architecture("SmolLM3ForCausalLM", num_hidden_layers=8))
+    assert (smollm3.unrotated, smollm3.rope.theta, smollm3.tied, smollm3.window) == ((3, 7), 2e6, True, None)
+    neox = ModelConfig.from_hf(as_architecture("GPTNeoXForCausalLM"))
+    assert (neox.rope.partial, neox.parallel, neox.qkv_bias, neox.norm_eps) == (0.25, True, True, 1e-5)
+    olmo3 = ModelConfig.from_hf(as_architecture("Olmo3ForCausalLM", num_hidden_layers=4, sliding_window=64))
+    assert [layer.window for layer in olmo3.layers] == [64, 64, 64, None] and olmo3.rope.theta == 5e5
+
+
+def test_yarn_s_factor_on_cos_and_sin_follows_from_the_stretch_where_none_is_given():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    read = lambda **keys: ModelConfig.from_hf(LLAMA | {"rope_scaling": yarn | keys}).rope
+    assert read().attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert read(attention_factor=1.5).attention_factor == 1.5
+    both = read(mscale=2.0, mscale_all_dim=0.5).attention_factor
+    assert both == pytest.approx((0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi = ModelConfig.from_hf(as_architecture("Phi3ForCausalLM", rope_scaling=longrope, max_position_embeddings=2**17))
+    assert phi.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert (phi.position_limit, phi.limited_by) == (4096, "positions of rope_type longrope")
+
+
 @pytest.mark.parametrize("keys", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
 def test_gpt2_variants_with_other_attention_are_refused(keys):
     with pytest.raises(CheckpointError, match=next(iter(keys))):
@@ -185,6 +250,18 @@ def test_gpt2_variants_with_other_attention_are_refused(keys):
         as_architecture("Qwen2ForCausalLM"),
         as_architecture("Qwen3ForCausalLM", head_dim=32, attention_bias=True),
         GPT2,
+        as_architecture("Olmo3ForCausalLM", sliding_window=64, num_hidden_layers=4),
+        as_architecture("Gemma3ForCausalLM", sliding_window=64, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        as_architecture("Gemma2ForCausalLM", final_logit_softcapping=None, query_pre_attn_scalar=144),
+        as_architecture("SmolLM3ForCausalLM", no_rope_layers=[0, 1], **USED),
+        as_architecture("GPTNeoXForCausalLM", rotary_pct=0.5, use_parallel_residual=False),
+        as_architecture(
+            "Phi3ForCausalLM",
+            partial_rotary_factor=0.75,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+            original_max_position_embeddings=1024,
+        ),
+        as_architecture("GraniteForCausalLM", embedding_multiplier=12.0, logits_scaling=8.0, attention_multiplier=0.1),
     ],
 )
 def test_writing_and_reading_back_gives_the_same_config(raw):

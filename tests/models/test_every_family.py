@@ -58,7 +58,7 @@ def test_a_check_that_meets_another_model_fails(monkeypatch) -> None:
     """The scores of a model whose attention has another scale are not those of the formula."""
     model = checks.adapted(checks.GOLDEN / "llama3")
     other = dataclasses.replace(model.spec, config=dataclasses.replace(model.config, query_scale=0.9))
-    monkeypatch.setattr(checks, "pooled", lambda m, p, of, kernel, f=checks.pooled: f(
-        dataclasses.replace(m, spec=other), p, of, kernel
+    monkeypatch.setattr(checks, "pooled", lambda m, p, of, f=checks.pooled: f(
+        dataclasses.replace(m, spec=other), p, of
     ))  # fmt: skip
     assert checks.score_difference("llama3") > 1e-3
