@@ -90,7 +90,7 @@ def kind_keys(shape: ModelShape) -> dict[str, Any]:
 
 def _read(reader: Reader) -> ModelShape:
     mistral = reader.architecture == MISTRAL  # its config class has neither bias
-    kinds = reader.layer_types(lambda i: mistral and reader.config.get("sliding_window") is not None)
+    kinds = reader.layer_types(lambda i: mistral and reader.config.get("sliding_window", 4096) is not None)
     if mistral and len(set(kinds)) > 1:
         raise reader.fail(
             "layer_types of a Mistral: transformers gives every layer the window; remove the entry, or name the "
@@ -102,7 +102,7 @@ def _read(reader: Reader) -> ModelShape:
         qkv_bias=attention and not mistral,
         o_bias=attention and not mistral,
         mlp_bias=mlp and not mistral,
-        **reader.windows(kinds if mistral else ()),
+        **reader.windows(kinds if mistral else (), 4096),
         **decoder_fields(reader),
     )
 
