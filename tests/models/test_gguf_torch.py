@@ -26,13 +26,19 @@ def with_whole_vocabulary(keys: dict, tensors: dict) -> tuple[dict, dict]:
     """The content of a file with a token for each row of the embedding: transformers counts the tokens for the rows."""
     tokens = keys["tokenizer.ggml.tokens"]
     rows = len(tensors["token_embd.weight"])
-    more = [f"<{i}>" for i in range(len(tokens), rows)]
+    more = ["<|endoftext|>", *(f"<{i}>" for i in range(len(tokens) + 1, rows))]  # the padding of some tokenizer classes
     types = keys["tokenizer.ggml.token_type"] + [1] * len(more)
     return {**keys, "tokenizer.ggml.tokens": tokens + more, "tokenizer.ggml.token_type": types}, tensors
 
 
 def torch_logits(file: Path, ids: np.ndarray) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    """With our config.json: transformers does not read every size (key_length, context_length)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        config=transformers.AutoConfig.from_pretrained(file.parent / "hf"),
+    )
     with torch.no_grad():
         return model.eval()(torch.tensor(ids).long()).logits.numpy()
 
