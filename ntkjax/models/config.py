@@ -10,14 +10,21 @@ from typing import Any
 
 from ntkjax.errors import CheckpointError
 from ntkjax.models.families import FAMILIES, family_of
-from ntkjax.models.families.base import ACTIVATIONS, LOCAL, LayerSpec, ModelShape, Reader, RopeConfig, common_keys
+from ntkjax.models.families.base import (
+    ACTIVATIONS,
+    LOCAL,
+    MAX_LAYERS,
+    LayerSpec,
+    ModelShape,
+    Reader,
+    RopeConfig,
+    common_keys,
+)
 from ntkjax.parallel import Split
 
 __all__ = ["DTYPES", "LayerSpec", "ModelConfig", "RopeConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MAX_LAYERS = 4096
-"""More layers than any decoder has: a larger number is a mistake in config.json, and is refused before one is made."""
 
 # What may differ between the layers of one model.
 _BY_LAYER = ("rope", "window")

@@ -267,6 +267,8 @@ class Family:
 
 LARGEST = 2**31 - 1
 """No size, frequency or other number of a config.json is larger."""
+MAX_LAYERS = 4096
+"""More layers than any decoder has: a larger number is a mistake, and is refused before any layer is described."""
 
 
 def is_finite(value: Any) -> bool:
@@ -353,12 +355,19 @@ class Reader:
             **{key: ids[0] if ids else None for key, ids in found.items()},
         }
 
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """The number of layers, at most MAX_LAYERS."""
+        count = self.number(key)
+        if count > MAX_LAYERS:
+            raise self.fail(f"{key} = {count}: expected 1 to {MAX_LAYERS}; mend the number of layers")
+        return count
+
     def layer_types(self, default: Callable[[int], bool] | None = None) -> tuple[str, ...]:
         """The kind of every layer, "full_attention" or "sliding_attention".
 
         Where ``layer_types`` is absent, ``default`` says whether layer i slides (None: no layer does).
         """
-        layers, kinds = self.number("num_hidden_layers"), self.config.get("layer_types")
+        layers, kinds = self.layers(), self.config.get("layer_types")
         if not kinds:
             slides = default or (lambda i: False)
             return tuple(LOCAL if slides(i) else "full_attention" for i in range(layers))

@@ -33,7 +33,7 @@ def _read(reader: Reader) -> ModelShape:
         family="gpt_neox",
         hidden_size=hidden,
         intermediate_size=reader.number("intermediate_size", 24576),
-        num_layers=reader.number("num_hidden_layers"),
+        num_layers=reader.layers(),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

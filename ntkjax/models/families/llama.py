@@ -51,7 +51,7 @@ def decoder_fields(
     return reader.common() | {
         "hidden_size": hidden,
         "intermediate_size": reader.number("intermediate_size"),
-        "num_layers": reader.number("num_hidden_layers"),
+        "num_layers": reader.layers(),
         "num_heads": heads,
         "num_kv_heads": reader.number("num_key_value_heads", heads),
         "head_dim": reader.number("head_dim", head_dim or hidden // heads),

@@ -12,7 +12,7 @@ from ntkjax.models.families.llama import TENSORS, decoder_fields, decoder_keys, 
 
 def _unrotated(reader: Reader) -> tuple[int, ...]:
     """The layers whose entry of no_rope_layers is 0; where there is none, every no_rope_layer_interval-th."""
-    layers, given = reader.number("num_hidden_layers"), reader.config.get("no_rope_layers")
+    layers, given = reader.layers(), reader.config.get("no_rope_layers")
     if given is None:
         every = reader.number("no_rope_layer_interval", 4)
         given = [int((i + 1) % every != 0) for i in range(layers)]
