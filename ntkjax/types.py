@@ -96,6 +96,16 @@ def at_least_float32(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     return x.astype(float32_or_better(x.dtype))
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """What a matrix product of operands of this dtype asks of the device: HIGHEST for 32 bits or more, else None.
+
+    Without it accelerators round float32 operands to fewer bits (GPUs to TensorFloat-32, 11 bits of significand for 24;
+    TPUs to bfloat16, 8 bits): whoever asks for float32 weights asks for float32 products. Operands of 16 bits are
+    multiplied exactly and summed in float32 whatever is asked; None leaves them to ``jax_default_matmul_precision``.
+    """
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
+
+
 def as_pytree_fn(fn: Callable) -> Callable:
     """A function that can be an argument of a jitted function.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ntkjax.types import float32_or_better
+from ntkjax.types import float32_or_better, precision_of
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # queries of a causal block: below 32 the products are too small to be fast
 
@@ -138,4 +138,5 @@ def _scores(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], scale: float
 
 def _product(x: Float[Array, "B K Q n"], y: Float[Array, "B K n m"]) -> Float[Array, "B K Q m"]:
     """x y in the dtype of y, accumulated and returned in float32 or better."""
-    return jnp.matmul(x.astype(y.dtype), y, preferred_element_type=float32_or_better(y.dtype))
+    accumulate, precision = float32_or_better(y.dtype), precision_of(y.dtype)
+    return jnp.matmul(x.astype(y.dtype), y, precision=precision, preferred_element_type=accumulate)

@@ -22,7 +22,7 @@ from ntkjax.models.attention import attend
 from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
 from ntkjax.tangents import unbatched_tangents
-from ntkjax.types import at_least_float32, float32_or_better
+from ntkjax.types import at_least_float32, float32_or_better, precision_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,8 @@ def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "..
     """x W accumulated, and returned, in float32 or better. W is cast to the dtype of x."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     accumulate = float32_or_better(x.dtype)
-    return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=accumulate)
+    precision = precision_of(x.dtype)
+    return jax.lax.dot_general(x, w.astype(x.dtype), dims, precision, preferred_element_type=accumulate)
 
 
 class Linear(nnx.Module):

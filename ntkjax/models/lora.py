@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError
 from ntkjax.models.families import linear_aliases
-from ntkjax.types import at_least_float32, float32_or_better
+from ntkjax.types import at_least_float32, float32_or_better, precision_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,17 @@ def _matching(target: str, linears: tuple[str, ...]) -> list[str]:
         raise ConfigError(f"LoRA target {target!r} is neither a layer name nor a regular expression: {error}") from None
 
 
+def _product(x: Float[Array, "*A n"], y: Float[Array, "*B n m"]) -> Float[Array, "*A m"]:
+    """x y in their dtype, float32 or wider, and in full precision."""
+    return jnp.matmul(x, y, precision=precision_of(x.dtype))
+
+
 def lora_delta(
     x: Float[Array, "... I"], a: Float[Array, "I R"], b: Float[Array, "R O"], scale: float
 ) -> Float[Array, "... O"]:
     """scale (x A) B in float32 or better: [..., out]."""
     x = at_least_float32(x)
-    return scale * jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
+    return scale * _product(_product(x, a.astype(x.dtype)), b.astype(x.dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -110,20 +115,20 @@ def adapted(
 
     which is of no use where tensor parallelism splits W along the axis that is joined.
     """
-    return jnp.matmul(x, w) + lora_delta(x, a, b, scale)
+    return _product(x, w) + lora_delta(x, a, b, scale)
 
 
 @functools.partial(adapted.defjvp, symbolic_zeros=True)
 def _adapted_jvp(scale: float, joined: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, w, a, b = primals
-    merge = lambda w, a, b: w + scale * jnp.matmul(a, b)
+    merge = lambda w, a, b: w + scale * _product(a, b)
     # Made anew in the backward pass: kept, W' of every layer would be a second copy of the weights.
-    through = jax.checkpoint(lambda x, w, a, b: jnp.matmul(x, merge(w, a, b)), prevent_cse=False)
+    through = jax.checkpoint(lambda x, w, a, b: _product(x, merge(w, a, b)), prevent_cse=False)
     factors = {
         0: lambda dx: (dx, merge(w, a, b)),
         1: lambda dw: (x, dw),
-        2: lambda da: (jnp.matmul(x, da), scale * b),
-        3: lambda db: (jnp.matmul(x, a), scale * db),
+        2: lambda da: (_product(x, da), scale * b),
+        3: lambda db: (_product(x, a), scale * db),
     }
     # A symbolic zero (weights held fixed, the first layer's input) costs nothing.
     zero = jax.custom_derivatives.SymbolicZero
@@ -133,8 +138,8 @@ def _adapted_jvp(scale: float, joined: bool, primals: tuple, tangents: tuple) ->
         return value, jnp.zeros_like(value)
     if joined:
         rows, columns = zip(*(factors[i](tangent) for i, tangent in moved.items()), strict=True)
-        return value, jnp.matmul(jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=0))
-    terms = [through(tangent, w, a, b) if i == 0 else jnp.matmul(*factors[i](tangent)) for i, tangent in moved.items()]
+        return value, _product(jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=0))
+    terms = [through(tangent, w, a, b) if i == 0 else _product(*factors[i](tangent)) for i, tangent in moved.items()]
     return value, functools.reduce(jnp.add, terms)
 
 
@@ -165,7 +170,7 @@ def merge_lora(params: dict, scale: float) -> dict:
     if "lora_a" in params:
         a, b = at_least_float32(params["lora_a"]), at_least_float32(params["lora_b"])
         kernel = params["kernel"]
-        delta = (scale * jnp.matmul(a, b)).astype(float32_or_better(kernel.dtype))
+        delta = (scale * _product(a, b)).astype(float32_or_better(kernel.dtype))
         merged = (at_least_float32(kernel) + delta).astype(kernel.dtype)
         return {k: v for k, v in params.items() if k not in ("lora_a", "lora_b")} | {"kernel": merged}
     return {k: merge_lora(v, scale) if isinstance(v, dict) else v for k, v in params.items()}

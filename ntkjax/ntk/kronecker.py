@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.sketch import as_signs, block_keys
-from ntkjax.types import Params, at_least_float32
+from ntkjax.types import Params, at_least_float32, precision_of
 
 
 class _Side(NamedTuple):
@@ -228,7 +228,8 @@ class ProbedOutput:
                 )
             shape = (*a.shape[:-1], b.shape[-1])
             left, right = self.sketch.factors(jax.tree_util.keystr(path[:-1]), shape, z.dtype)
-            right = jnp.matmul(z.reshape((1,) * (right.ndim - 2) + z.shape), right) / self.scale
+            rows = z.reshape((1,) * (right.ndim - 2) + z.shape)
+            right = jnp.matmul(rows, right, precision=precision_of(z.dtype)) / self.scale
             found += [jnp.swapaxes(left, -1, -2), right]
         return jax.tree.unflatten(jax.tree.structure(self.adapters), found)
 

@@ -1,0 +1,96 @@
+"""Float32 products of kernels and scores are in full precision, whatever the device's default: the lowered programs."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntkjax.assets import tiny_lm_path
+from ntkjax.models import LoraConfig, load_lm
+from ntkjax.ntk import KernelFunctions, build
+from ntkjax.ntk.gram import contract
+from ntkjax.ntk.kernel import Kernel, gradients
+from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
+from ntkjax.types import Batch, precision_of
+
+PRODUCT = re.compile(r"stablehlo\.dot_general .*: \((tensor<\S+>), (tensor<\S+>)\)")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_lm(tiny_lm_path(), lora=LoraConfig(rank=4))
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    tokens = np.arange(48, dtype=np.int32).reshape(3, 16) + 5
+    lengths = np.asarray([16, 11, 9], np.int32)
+    mask = (np.arange(16)[None] < lengths[:, None]) & (np.arange(16)[None] >= 4)
+    return Batch(tokens, mask, lengths, np.arange(3, dtype=np.int32))
+
+
+def kernel_of(model, name: str) -> Kernel:
+    return build(name, KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn), model.lora, seed=0)
+
+
+def products(text: str) -> list[tuple[str, bool]]:
+    """(operands, whether full precision is asked for) of every float32 product in a StableHLO program."""
+    lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    found = [(PRODUCT.search(line), line) for line in lines]
+    assert all(match for match, _ in found), "a product that the pattern does not read"
+    return [(f"{m[1]} {m[2]}", "precision = [HIGHEST, HIGHEST]" in line) for m, line in found if m is not None]
+
+
+def check(text: str, least: int) -> None:
+    """Every product of the program asks for full precision; there are at least so many."""
+    found = products(text)
+    assert len(found) >= least
+    assert [operands for operands, full in found if not full] == []
+
+
+# A layer (one body for all of them) has seven linear layers and two products of attention: 9 products without
+# adapters, 16 and more with their gradient.
+
+
+@pytest.mark.parametrize("name", ["sum_logits", "loss"])
+def test_mean_gradients_ask_for_full_precision(model, batch, name):
+    kernel = kernel_of(model, name)
+    check(add_direction.lower(kernel, model.lora, batch, zero_direction(kernel, model.lora, batch)).as_text(), 16)
+
+
+@pytest.mark.parametrize(("name", "directions"), [("sum_logits", 1), ("loss", 2)])
+def test_scores_ask_for_full_precision(model, batch, name, directions):
+    kernel = kernel_of(model, name)
+    zero = zero_direction(kernel, model.lora, batch)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * directions), zero)
+    check(score_batch.lower(kernel, model.lora, stacked, batch).as_text(), 16)
+
+
+def test_kernel_matrices_ask_for_full_precision(model, batch):
+    kernel, selector = kernel_of(model, "loss"), np.eye(1, dtype=np.float32)
+    check(gradients.lower(kernel, model.lora, batch, selector).as_text(), 16)
+    found = jax.eval_shape(gradients, kernel, model.lora, batch, selector)
+    check(contract.lower(found, found).as_text(), len(jax.tree.leaves(model.lora)))
+
+
+def test_logits_and_gradients_of_all_parameters_ask_for_full_precision(model, batch):
+    check(jax.jit(lambda params, batch: model.apply_fn(params, batch)).lower(model.params, batch).as_text(), 10)
+    fn = lambda params, batch: model.nll_fn(params, batch).sum()
+    check(jax.jit(jax.grad(fn)).lower(model.params, batch).as_text(), 16)
+
+
+def test_a_product_in_the_default_precision_is_found():
+    x = jnp.ones((2, 3), jnp.float32)
+    text = jax.jit(lambda x: x @ x.T).lower(x).as_text()
+    assert [full for _, full in products(text)] == [False]
+    with pytest.raises(AssertionError):
+        check(text, 1)
+
+
+def test_sixteen_bits_ask_for_nothing():
+    assert precision_of(jnp.bfloat16) is None and precision_of("float16") is None
+    assert precision_of("float32") == precision_of(np.float64) == jax.lax.Precision.HIGHEST
