@@ -303,9 +303,9 @@ def _as_marked(
 
 def _plain(example: Example, messages: list[Message]) -> tuple[RenderedText, dict[int, tuple[int, int]]]:
     """``prompt``, line break, response; a chat as ``role: text`` lines. And where its earlier assistant turns stand."""
-    prompt, spans = example.prompt, {}
+    prompt, spans = example.before + example.prompt, {}
     if example.messages is not None:
-        prompt = ""
+        prompt = example.before
         for k, message in enumerate(messages[:-1]):
             prompt += ("\n" if k else "") + f"{message['role']}: "
             if message["role"] == "assistant":
