@@ -11,9 +11,9 @@ from tyro.conf import arg
 from ntkjax.commands.base import Command
 from ntkjax.evaluation import METRICS, Evaluation, compare, read_outcomes, values
 from ntkjax.evaluation.options import EvaluationOptions
-from ntkjax.evaluation.shots import describe_shots
+from ntkjax.evaluation.shots import describe_shots, draw_shots
 from ntkjax.evaluation.summary import describe_choices
-from ntkjax.pipeline.evaluate import evaluate_on, shot_records
+from ntkjax.pipeline.evaluate import evaluate_on, settings_of, shot_records
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model
 from ntkjax.pipeline.options import DataOptions, ModelOptions
@@ -49,6 +49,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     model = load_model(config.model, seed=config.seed)
     test = load_data(config.test, model, config.data)
     shots = shot_records(config.evaluation, config.data)
+    draw_shots(settings_of(config.evaluation, config.data), test.records)  # refused, if so, before a directory is made
     inputs = inputs_of(model, config.model, test=test, shots=shots)
     run = RunDir.create(config.out, "evaluate", config, inputs=inputs)
     run.tell("evaluation.json", progress)

@@ -19,6 +19,13 @@ def shot_records(options: EvaluationOptions, data: DataOptions) -> Records | Non
     return read_records(options.shots_from, on_bad_record=data.on_bad_record) if options.shots_from else None
 
 
+def settings_of(options: EvaluationOptions, data: DataOptions) -> EvaluationSettings:
+    """What ``evaluate_model`` is told, of a command's options."""
+    return EvaluationSettings(
+        **dataclasses.asdict(options), loss_turns=data.loss_turns, on_bad_record=data.on_bad_record
+    )
+
+
 def evaluate_on(
     model: LanguageModel,
     params: Params,
@@ -36,7 +43,7 @@ def evaluate_on(
         model,
         params,
         test.records,
-        EvaluationSettings(**dataclasses.asdict(options), loss_turns=data.loss_turns, on_bad_record=data.on_bad_record),
+        settings_of(options, data),
         max_length=longest(model, data),
         token_budget=data.token_budget,
         path=path,
