@@ -164,6 +164,7 @@ def check_same(alone: dict[str, np.ndarray], data: int, model: int, weights: str
         np.testing.assert_allclose(spread[name] / scale, value / scale, rtol=0, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_no_pass_depends_on_the_mesh(alone):
     check_same(alone, 2, 2, "fully-sharded")  # rows over data, weights over both axes; all the other shapes are slow
 

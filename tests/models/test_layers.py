@@ -216,7 +216,7 @@ def test_generation_continues_as_the_whole_sequence_would(config):
         assert np.argmax(table @ reference(model, np.asarray(prompt + got[:n]))[-1]) == token
 
 
-@pytest.mark.parametrize("length", [7, 70])
+@pytest.mark.parametrize("length", [7, pytest.param(70, marks=pytest.mark.slow)])
 def test_a_window_and_a_soft_cap_in_blocks_equal_one_block_and_the_formula(length, x64):
     rng = np.random.default_rng(0)
     values = tuple(jnp.asarray(rng.normal(size=(1, length, n, 4))) for n in (4, 2, 2))
