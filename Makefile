@@ -58,9 +58,11 @@ demo: $(STAMP)
 real-model: $(STAMP)
 	$(VENV)/bin/python -m ntkjax.assets.make_real_model
 
-# A file's tests stay in one worker (--dist loadfile), so that what they share is made once.
+# A file's tests stay in one worker (--dist loadfile), so that what they share is made once. A test that hangs is stopped
+# after 15 minutes with its traceback; those of `make test-slow` may take longer.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -o faulthandler_timeout=900 \
+		-o faulthandler_exit_on_timeout=true $(ARGS)
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(ARGS)

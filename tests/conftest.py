@@ -30,7 +30,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # Shapes, dtypes and types are checked in every module that annotates arrays. In the others, which move text and tables,
-# the checks of each call took a quarter of the suite's time and found nothing that pyright does not.
+# the types are for pyright: checking every call took 15% of the time of tests/commands/test_adapting.py.
 install_import_hook(
     [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)

@@ -48,9 +48,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     RunDir.check(config.out, "evaluate", config)
     model = load_model(config.model, seed=config.seed)
     test = load_data(config.test, model, config.data)
-    shots = shot_records(config.evaluation, config.data)
-    draw_shots(settings_of(config.evaluation, config.data), test.records)  # refused, if so, before a directory is made
-    inputs = inputs_of(model, config.model, test=test, shots=shots)
+    shots = draw_shots(settings_of(config.evaluation, config.data), test.records)
+    inputs = inputs_of(model, config.model, test=test, shots=shot_records(config.evaluation, config.data))
     run = RunDir.create(config.out, "evaluate", config, inputs=inputs)
     run.tell("evaluation.json", progress)
     result = evaluate_on(
@@ -60,6 +59,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         config.data,
         config.evaluation,
         path=run.path / "outcomes.jsonl",
+        shots=shots,
         seed=config.seed,
         progress=progress,
     )

@@ -28,6 +28,7 @@ from ntkjax.evaluation.answers import (
 )
 from ntkjax.evaluation.choices import DEFAULT_TEMPLATE, check_template, pack_choices, pick, score_packed
 from ntkjax.evaluation.packing import cut_prompt
+from ntkjax.evaluation.shots import BLANK_LINE
 from ntkjax.models.generate import SHORTEST_BUCKET, generate
 from ntkjax.types import Params
 
@@ -115,7 +116,7 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 def _own_answer(example: Any, text: str) -> str:
     """The text up to the blank line that ends an answer among plain shots: what follows is a question made up."""
-    return text.partition("\n\n")[0].rstrip() if getattr(example, "before", "") else text
+    return text.partition(BLANK_LINE)[0].rstrip() if example.before else text
 
 
 def _content_length(model: Any, tokens: Sequence[int]) -> int:

@@ -49,6 +49,7 @@ def evaluate_model(
     max_length: int,
     token_budget: int,
     path: str | Path | None = None,
+    shots: Shots | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -61,6 +62,7 @@ def evaluate_model(
       token_budget: tokens in a batch, padding included.
       path: outcomes as JSON lines; written as the run goes, and a run that was cut off goes on where it
         stopped. A path that holds finished outcomes of the same settings and weights is read back instead.
+      shots: what `draw_shots` drew for these settings and records; None: it is drawn here.
       seed: of the bootstrap intervals; nothing else is random.
 
     Raises:
@@ -71,7 +73,7 @@ def evaluate_model(
         raise UserError("there are no examples to evaluate; check the test file and the limit")
     check_template(settings.answer_template)
     pattern = (settings.answer_pattern or default_pattern(settings.answer_template)) if settings.generation else None
-    shots, asked = draw_shots(settings, records), records
+    shots, asked = shots or draw_shots(settings, records), records
     if shots is not None:
         if settings.generation:
             check_separable(shots, model.tokenizer)

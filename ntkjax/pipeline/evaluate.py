@@ -8,6 +8,7 @@ from pathlib import Path
 from ntkjax.data import Records, read_records
 from ntkjax.evaluation import Evaluation, evaluate_model
 from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
+from ntkjax.evaluation.shots import Shots
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.load import Loaded, longest
 from ntkjax.pipeline.options import DataOptions
@@ -34,11 +35,12 @@ def evaluate_on(
     options: EvaluationOptions,
     *,
     path: Path | None,
+    shots: Shots | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
     """``evaluate_model`` with a command's options: accuracy of the examples that have choices and an answer, and the
-    likelihood of all."""
+    likelihood of all; with ``shots`` that are drawn already, or drawn here."""
     return evaluate_model(
         model,
         params,
@@ -47,6 +49,7 @@ def evaluate_on(
         max_length=longest(model, data),
         token_budget=data.token_budget,
         path=path,
+        shots=shots,
         seed=seed,
         progress=progress,
     )

@@ -379,6 +379,16 @@ class Reader:
             raise self.fail(f"layer_types has {len(kinds)} entries for num_hidden_layers = {layers}: expected one each")
         return tuple(kinds)
 
+    def switched_layer_types(self, default: Callable[[int], bool]) -> tuple[str, ...]:
+        """``layer_types`` of a family in which no layer slides unless ``use_sliding_window`` says so."""
+        used = self.flag("use_sliding_window", False)
+        kinds = self.layer_types(lambda i: used and default(i))
+        if LOCAL in kinds and not used:
+            raise self.fail(
+                f"layer_types names {LOCAL!r} and use_sliding_window is false: set it to true, or name others"
+            )
+        return kinds
+
     def windows(self, kinds: tuple[str, ...], default: int | None = None, *, keep: bool = False) -> dict[str, Any]:
         """The fields ``window`` and ``layer_types`` of ModelShape for layers of these kinds, the window as
         ``sliding_window`` says, or ``default`` where that key is absent.

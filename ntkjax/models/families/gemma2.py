@@ -43,8 +43,7 @@ def gemma_fields(reader: Reader, *, positions: int, attention_cap: float | None,
 
 def gemma_keys(shape: ModelShape) -> dict[str, Any]:
     """The keys of config.json that ``gemma_fields`` reads, and the layers' kinds."""
-    kinds = kind_keys(shape) or {"layer_types": ["full_attention"] * shape.num_layers}
-    return decoder_keys(shape) | kinds | {
+    return decoder_keys(shape) | kind_keys(shape, always=True) | {
         "hidden_activation": shape.activation,
         "query_pre_attn_scalar": shape.head_dim if shape.query_scale is None else round(shape.query_scale**-2),
         "attn_logit_softcapping": shape.soft_cap,

@@ -82,10 +82,10 @@ def decoder_keys(shape: ModelShape) -> dict[str, Any]:
     } | rope_keys(shape.rope)
 
 
-def kind_keys(shape: ModelShape) -> dict[str, Any]:
-    """``layer_types`` where a layer has a window; else nothing."""
+def kind_keys(shape: ModelShape, *, always: bool = False) -> dict[str, Any]:
+    """``layer_types`` where a layer has a window, or ``always``: for families in which layers slide by default."""
     same = ("full_attention" if shape.window is None else LOCAL,) * shape.num_layers
-    return {} if shape.window is None else {"layer_types": list(shape.layer_types or same)}
+    return {"layer_types": list(shape.layer_types or same)} if always or shape.window is not None else {}
 
 
 def _read(reader: Reader) -> ModelShape:

@@ -32,8 +32,7 @@ def _read(reader: Reader) -> ModelShape:
 
 
 def _write(shape: ModelShape) -> dict[str, Any]:
-    kinds = kind_keys(shape) or {"layer_types": ["full_attention"] * shape.num_layers}
-    return decoder_keys(shape) | kinds | kinds_of_rope_keys(shape)
+    return decoder_keys(shape) | kind_keys(shape, always=True) | kinds_of_rope_keys(shape)
 
 
 OLMO3 = Family(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkjax.models.families.base import LOCAL, Family, Gguf, ModelShape, Reader, is_finite
+from ntkjax.models.families.base import Family, Gguf, ModelShape, Reader, is_finite
 from ntkjax.models.families.llama import TENSORS, decoder_fields, decoder_keys, kind_keys
 
 
@@ -15,13 +15,8 @@ def qwen_windows(reader: Reader) -> dict[str, Any]:
     first = reader.config.get("max_window_layers", 28)
     if not is_finite(first):
         raise reader.fail(f"max_window_layers = {first!r}: expected an integer")
-    used = reader.flag("use_sliding_window", False)
-    kinds = reader.layer_types(lambda i: used and reader.config.get("sliding_window", 4096) is not None and i >= first)
-    if LOCAL in kinds and not used:
-        raise reader.fail(
-            f"layer_types names {LOCAL!r} and use_sliding_window is false: set it to true, or name others"
-        )
-    return reader.windows(kinds, 4096)
+    has_window = reader.config.get("sliding_window", 4096) is not None
+    return reader.windows(reader.switched_layer_types(lambda i: has_window and i >= first), 4096)
 
 
 def qwen_keys(shape: ModelShape) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ntkjax.models.families.base import LOCAL, Family, ModelShape, Reader
+from ntkjax.models.families.base import Family, ModelShape, Reader
 from ntkjax.models.families.llama import TENSORS, decoder_fields, decoder_keys, kind_keys
 
 
@@ -23,13 +23,8 @@ def _unrotated(reader: Reader) -> tuple[int, ...]:
 
 def _read(reader: Reader) -> ModelShape:
     attention, still = reader.flag("attention_bias", False), _unrotated(reader)
-    used = reader.flag("use_sliding_window", False)
-    window = used and reader.config.get("sliding_window") is not None
-    kinds = reader.layer_types(lambda i: window and i in still)
-    if LOCAL in kinds and not used:
-        raise reader.fail(
-            f"layer_types names {LOCAL!r} and use_sliding_window is false: set it to true, or name others"
-        )
+    has_window = reader.config.get("sliding_window") is not None
+    kinds = reader.switched_layer_types(lambda i: has_window and i in still)
     return ModelShape(
         family="smollm3",
         qkv_bias=attention,
