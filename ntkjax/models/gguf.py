@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,6 @@ TENSORS = {
     "head/kernel": "output",
     "layers/norm_1": "blk.{}.attn_norm",
     "layers/norm_2": "blk.{}.ffn_norm",
-    "layers/post_norm_1": "blk.{}.post_attention_norm",
-    "layers/post_norm_2": "blk.{}.post_ffw_norm",
     "layers/attention/q": "blk.{}.attn_q",
     "layers/attention/k": "blk.{}.attn_k",
     "layers/attention/v": "blk.{}.attn_v",
@@ -141,20 +138,18 @@ def _family(file: GgufFile) -> tuple[Family, Gguf]:
 def _config(file: GgufFile, family: Family, naming: Gguf) -> ModelConfig:
     """The shape that the keys and the tensors of the file describe."""
     prefix, reader = naming.architecture, Reader(_uniform(file), str(file.path))
-    keys = KEYS | dict(naming.keys)
     for key, value in reader.config.items():
         inner = key.removeprefix(f"{prefix}.")
         if inner == key or value in (0, False, "", []):
             continue
-        if inner not in keys and inner not in _READ:
+        if inner not in KEYS and inner not in _READ:
             raise reader.fail(f"key {key!r} = {value!r} is not known, and may change what the model computes; {_HF}")
         if isinstance(value, list):
             raise reader.fail(f"{key} = {value!r}, another for each layer, is not supported; {_HF}")
     is_there = lambda key: f"{prefix}.{key}" in reader.config
-    number = lambda key: reader.number(f"{prefix}.{key}", kind=float if keys[key] == "norm_eps" else int)
+    number = lambda key: reader.number(f"{prefix}.{key}", kind=float if KEYS[key] == "norm_eps" else int)
     needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    said: dict[str, Any] = {keys[key]: number(key) for key in KEYS if key in needed or is_there(key)}
-    said |= {field: reader.config[f"{prefix}.{key}"] for key, field in naming.keys.items() if is_there(key)}
+    said: dict[str, Any] = {KEYS[key]: number(key) for key in KEYS if key in needed or is_there(key)}
     said.setdefault("num_kv_heads", said["num_heads"])
     said.setdefault("head_dim", said["hidden_size"] // said["num_heads"])
     embedding = file.tensors.get(f"{TENSORS['embed/weight']}.weight")
@@ -261,7 +256,7 @@ def _generation(tokenizer: TokenizerFiles) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class _Piece:
     """One parameter (of one layer) of a tensor of the checkpoint: ``width`` rows from ``start`` on of the file's tensor
-    ``name``; ``heads``: their rows are paired in that many heads (0: they are not); ``offset`` is taken off."""
+    ``name``; ``heads``: their rows are paired in that many heads (0: they are not)."""
 
     source: Source
     name: str
@@ -269,7 +264,6 @@ class _Piece:
     width: int
     inputs: tuple[int, ...]
     heads: int = 0
-    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +292,6 @@ class _Plan:
             shape = shapes[path].shape[1:] if stacked else shapes[path].shape
             shape = shape[::-1] if stacked and leaf == "kernel" else shape
             start = needed[name.format(0)][0] if name.format(0) in needed else 0
-            norm = re.search(r"(^|_)norm(_\d)?$", stem.rsplit("/", 1)[-1]) is not None and leaf != "bias"
             piece = _Piece(
                 source,
                 name,
@@ -306,7 +299,6 @@ class _Plan:
                 shape[0],
                 tuple(shape[1:]),
                 heads.get(stem, 0) if naming.paired_rows else 0,
-                config.block.norm_offset if norm else 0.0,
             )
             for layer in range(config.num_layers) if stacked else (0,):
                 needed[name.format(layer)] = (start + shape[0], *shape[1:])
@@ -338,7 +330,7 @@ class _Plan:
         value = self.file.tensors[piece.name].read()[piece.start : piece.start + piece.width]
         if piece.heads:
             value = value.reshape(piece.heads, -1, 2, *piece.inputs).swapaxes(1, 2).reshape(value.shape)
-        return value - np.float32(piece.offset) if piece.offset else value
+        return value
 
 
 def _check(file: GgufFile, needed: dict[str, tuple[int, ...]]) -> None:

@@ -203,14 +203,12 @@ class Gguf:
         layers that share a tensor lie in it one after the other, in the order of the block.
       paired_rows: the rows of a head's queries and keys are in the order in which rotary positions turn neighbours,
         rows 2i and 2i + 1, and not rows i and i + head_dim / 2 as in a checkpoint (llama.cpp: ``permute``).
-      keys: keys beyond the common ones (`gguf.KEYS`), without the architecture's name -> a field of ModelShape.
       fields: fields of ModelShape that no key says.
     """
 
     architecture: str
     tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     paired_rows: bool = False
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
