@@ -24,16 +24,21 @@ ArrayLike = Array | np.ndarray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Right-padded token sequences with their response positions.
+    """Right-padded token sequences with their response positions, one example a row or, packed, several.
 
     Attributes:
       tokens: int32 [B, T]; padding on the right, so causal attention needs no padding mask.
       response_mask: bool [B, T], True where the token *at* t belongs to the response.
-      lengths: int32 [B], number of real tokens in each row.
-      index: int32 [B], row of the dataset; -1 marks a filler row that only keeps the shape fixed.
+      lengths: int32 [B], number of real tokens of each example.
+      index: int32 [B], the example's row of the dataset; -1 marks a filler that only keeps the shape fixed.
       segments: int32 [B, T] or None. Packed choices: 0 for the shared prompt, c >= 1 for choice c. Position q
         attends to k <= q iff ``segments[k] == 0 or segments[k] == segments[q]``. None means one segment.
       positions: int32 [B, T] or None. Rotary / learned positions; None means 0, 1, ..., T - 1.
+      examples: int32 [R, T] or None. Packed rows: which of the row's S slots the token belongs to, 0 to S - 1 in
+        ascending order, whole examples one after another; -1 at padding, behind them all. Then ``tokens``,
+        ``response_mask`` and ``positions`` (given, from 0 in every example and in the padding) are [R, T], and
+        ``lengths`` and ``index`` are [R S]: slot s of row r is example r S + s, an empty slot a filler of length 0. A
+        token attends to its own example alone. None means one example a row.
     """
 
     # Any: inside JAX's transformations the leaves are also tracers of other ranks, shapes and plain markers.
@@ -43,6 +48,7 @@ class Batch:
     index: Any
     segments: Any = None
     positions: Any = None
+    examples: Any = None
 
 
 def capped(logits: Float[Array, "*A"], cap: float | None) -> Float[Array, "*A"]:
@@ -71,13 +77,18 @@ def forward_mode(fn: _Fn) -> _Fn:
 
 
 def predict_mask(batch: Batch) -> Bool[Array, "B T"]:
-    """S(x): positions t whose *next* token belongs to the response, bool [B, T]."""
+    """S(x): positions t whose *next* token belongs to the response, of the same example, bool [B, T]."""
     shifted = jnp.asarray(batch.response_mask)[:, 1:]
+    if batch.examples is not None:
+        owner = jnp.asarray(batch.examples)
+        shifted = shifted & (owner[:, 1:] == owner[:, :-1])
     return jnp.pad(shifted, ((0, 0), (0, 1)))
 
 
 def valid_mask(batch: Batch) -> Bool[Array, "B T"]:
     """True at real tokens, False at padding, bool [B, T]."""
+    if batch.examples is not None:
+        return jnp.asarray(batch.examples) >= 0
     steps = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
     return steps[None, :] < jnp.asarray(batch.lengths)[:, None]
 

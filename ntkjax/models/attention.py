@@ -24,21 +24,23 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
     window: Int[Array, ""] | None = None,
+    starts: Int[Array, "B T"] | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T) v with N / K query heads per key/value head; ``mask`` None means causal.
 
     ``scale`` None is 1 / sqrt(H). With a ``soft_cap`` c the scores s become c tanh(s / c) before the mask. ``window``
-    w, for causal attention alone: query t sees the keys t - w < s <= t. ``forward_mode``: differentiated by ``jax.jvp``
-    alone, so nothing is made again for a backward pass.
+    w, for causal attention alone: query t sees the keys t - w < s <= t. ``starts``, likewise: query t sees the keys
+    starts[t] <= s <= t. ``forward_mode``: differentiated by ``jax.jvp`` alone, so nothing is made again for a backward
+    pass.
 
     cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is
     written out: jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
     """
-    plain = mask is None and window is None and soft_cap is None
+    plain = mask is None and window is None and soft_cap is None and starts is None
     if implementation == "cudnn" and plain and q.dtype.itemsize == 2:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", scale=scale)
-    assert mask is None or window is None, "a window beside a mask: the mask must hold it"
+    assert mask is None or (window is None and starts is None), "a window or starts beside a mask: it must hold them"
     b, t, n, h = q.shape
     settings = (1.0 / math.sqrt(h) if scale is None else scale, soft_cap)
     groups = k.shape[2]
@@ -52,16 +54,16 @@ def attend(
         # smaller weights a third of the tangents' time on a CPU.
         size = min(max(MIN_BLOCK, -(-t // 4)), MAX_BLOCK)
         ends = [*range(size, t, size), t]
-        starts = [0, *ends[:-1]]
         row = jnp.arange(t, dtype=jnp.int32)
-        seen = [row[None, :end] <= row[start:end, None] for start, end in zip(starts, ends)]
-        if window is not None:
-            near = [row[start:end, None] - row[None, :end] < window for start, end in zip(starts, ends)]
-            seen = [causal & close for causal, close in zip(seen, near)]
-        pieces = [
-            block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], visible[None, None, None], *settings)
-            for start, end, visible in zip(starts, ends, seen)
-        ]
+        pieces = []
+        for begin, end in zip([0, *ends[:-1]], ends):
+            queries, keys = row[None, begin:end, None], row[None, None, :end]
+            seen = keys <= queries
+            if window is not None:
+                seen = seen & (queries - keys < window)
+            if starts is not None:
+                seen = seen & (keys >= starts[:, begin:end, None])
+            pieces.append(block(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], seen[:, None, None], *settings))
         out = jnp.concatenate(pieces, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(v.dtype)
 

@@ -42,12 +42,13 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         segments: Int[Array, "B T"] | None = None,
+        examples: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the last norm, float32 or better [B, T, D], and the extended cache (None without one).
 
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
-        ``segments`` as in Batch; not together with a cache. UserError when the sequence or the cache is longer than
-        positions reach (ModelConfig.position_limit).
+        ``segments`` and ``examples`` as in Batch; not together with a cache. UserError when the sequence or the cache is
+        longer than positions reach (ModelConfig.position_limit).
         """
         c, limit = self.spec.config, self.spec.config.position_limit
         needed = tokens.shape[1] if cache is None else cache.keys.shape[2]
@@ -60,7 +61,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
-        positions, context = make_context(c, tokens, positions, cache, segments, x.dtype)
+        positions, context = make_context(c, tokens, positions, cache, segments, examples, x.dtype)
         if c.learned_positions:
             x = x + self.wpe(positions)
         x, cache = scan_layers(self.layers, x, context, cache, self.spec)

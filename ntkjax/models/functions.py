@@ -65,9 +65,10 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
     segments: Int[Array, "B T"] | None = None,
+    examples: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See Decoder.forward."""
-    return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments)
+    return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments, examples)
 
 
 def head_weight(weights: dict) -> Float[Array, "V D"]:
@@ -214,7 +215,8 @@ class ModelFn:
             raise TypeError(f"the {self.kind!r} function takes (params, batch)")
         tokens = jnp.asarray(batch.tokens)
         optional = lambda x: None if x is None else jnp.asarray(x)
-        states, _ = forward(self.spec, weights, tokens, optional(batch.positions), segments=optional(batch.segments))
+        layout = {"segments": optional(batch.segments), "examples": optional(batch.examples)}
+        states, _ = forward(self.spec, weights, tokens, optional(batch.positions), **layout)
         if self.kind == "states":
             return states
         if self.kind in ("embed", "weighted_embed"):

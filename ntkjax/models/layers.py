@@ -89,6 +89,7 @@ class Context:
       lengths: the cache's lengths [B]; None without a cache.
       distance: how far key s lies behind query t [B, T, S]; None where there is no mask, or no layer has a window.
       window: how many tokens the layer's queries see, int32 []; None where no layer has a window.
+      starts: the first key that query t sees [B, T], where rows hold several examples and no mask is needed.
     """
 
     # Any: inside JAX's transformations the leaves are also tracers, tangents and markers of zero tangents.
@@ -97,6 +98,7 @@ class Context:
     lengths: Any
     distance: Any = None
     window: Any = None
+    starts: Any = None
 
     def of_layer(self, own: dict[str, Array]) -> Context:
         """The context of one layer, ``own`` its slice of ``layer_inputs``."""
@@ -336,12 +338,16 @@ def rotate(
 
 
 def attention_mask(
-    rows: int, length: int, segments: Int[Array, "B T"] | None, cache: KVCache | None
+    rows: int,
+    length: int,
+    segments: Int[Array, "B T"] | None,
+    cache: KVCache | None,
+    examples: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "b T S"] | None:
-    """None for plain causal attention; otherwise True where query t may see key s.
+    """None for plain causal attention, packed or not; otherwise True where query t may see key s.
 
-    Packed choices: causal and (segments[s] == 0 or segments[s] == segments[t]). With a cache: slot s <= slot
-    of t.
+    Packed choices: causal, of the same example, and (segments[s] == 0 or segments[s] == segments[t]). With a cache:
+    slot s <= slot of t.
     """
     if cache is not None:
         slots = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -351,7 +357,8 @@ def attention_mask(
         return None
     causal = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
     keys, queries = segments[:, None, :], segments[:, :, None]
-    return causal[None] & ((keys == 0) | (keys == queries))
+    seen = causal[None] & ((keys == 0) | (keys == queries))
+    return seen if examples is None else seen & (examples[:, None, :] == examples[:, :, None])
 
 
 def key_distance(
@@ -414,7 +421,7 @@ class Attention(nnx.Module):
             mask, window = mask & (context.distance < window), None
         y = attend(
             q, k, v, mask, self.implementation, scale=self.query_scale, soft_cap=self.soft_cap, window=window,
-            forward_mode=self.forward_mode,
+            starts=context.starts, forward_mode=self.forward_mode,
         )  # fmt: skip
         return self.o(y.reshape(*y.shape[:2], -1)), cached
 
@@ -486,25 +493,33 @@ def make_context(
     positions: Int[Array, "B T"] | None,
     cache: KVCache | None,
     segments: Int[Array, "B T"] | None,
+    examples: Int[Array, "B T"] | None,
     dtype: Any,
 ) -> tuple[Int[Array, "B T"], Context]:
     """Where each token stands, and what the layers need beside their input.
 
-    ``positions`` None means 0, 1, ..., T - 1 in every row, after what the cache already holds. ``segments`` as in
-    Batch; ValueError together with a cache.
+    ``positions`` None means 0, 1, ..., T - 1 in every row, after what the cache already holds. ``segments`` and
+    ``examples`` as in Batch; ValueError together with a cache, or for examples without positions.
     """
-    if cache is not None and segments is not None:
-        raise ValueError("segments and cache together are not supported")
+    if cache is not None and not (segments is None and examples is None):
+        raise ValueError("segments or examples and cache together are not supported")
+    if examples is not None and positions is None:
+        raise ValueError("packed examples need their positions")
     rows, length = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
         positions = positions if cache is None else positions + cache.lengths[:, None]
     windows = any(layer.window is not None for layer in config.layers)
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
     return positions, Context(
         all_angles(config, positions, dtype),
-        attention_mask(rows, length, segments, cache),
+        attention_mask(rows, length, segments, cache, examples),
         None if cache is None else cache.lengths,
         key_distance(positions, segments, cache) if windows else None,
+        # Positions count from the start of the example.
+        starts=jnp.arange(length, dtype=jnp.int32)[None] - positions
+        if examples is not None and segments is None
+        else None,
     )
 
 

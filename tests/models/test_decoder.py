@@ -156,7 +156,7 @@ def test_scan_equals_a_loop_over_layers():
     model = init_lm(SMALL, seed=0)
     whole = nnx.merge(structure(model.spec)[0], model.params)
     x = whole.embed(jnp.asarray(TOKENS))
-    _, context = make_context(SMALL, jnp.asarray(TOKENS), None, None, None, x.dtype)
+    _, context = make_context(SMALL, jnp.asarray(TOKENS), None, None, None, None, x.dtype)
     scanned, _ = scan_layers(whole.layers, x, context, None, model.spec)
     graph, stacked = nnx.split(whole.layers)
     looped, slice_of = x, lambda layer: jax.tree.map(lambda w: w[layer], stacked)
