@@ -47,8 +47,8 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm, float32 or better [B, T, D], and the extended cache (None without one).
 
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
-        ``segments`` and ``examples`` as in Batch; not together with a cache. UserError when the sequence or the cache is
-        longer than positions reach (ModelConfig.position_limit).
+        ``segments`` and ``examples`` as in Batch; not together with a cache. UserError when the sequence or the cache
+        is longer than positions reach (ModelConfig.position_limit).
         """
         c, limit = self.spec.config, self.spec.config.position_limit
         needed = tokens.shape[1] if cache is None else cache.keys.shape[2]

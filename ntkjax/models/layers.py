@@ -517,9 +517,7 @@ def make_context(
         None if cache is None else cache.lengths,
         key_distance(positions, segments, cache) if windows else None,
         # Positions count from the start of the example.
-        starts=jnp.arange(length, dtype=jnp.int32)[None] - positions
-        if examples is not None and segments is None
-        else None,
+        starts=steps - positions if examples is not None and segments is None else None,
     )
 
 
