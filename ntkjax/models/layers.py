@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ntkjax.models.attention import attend
+from ntkjax.models.attention import attend, shares_tangents
 from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
 from ntkjax.tangents import unbatched_tangents
@@ -32,9 +32,7 @@ class ModelSpec:
     Attributes:
       dtype: dtype of the weights and of the residual stream. Norm scales and adapters are float32 or better.
       remat: recompute each layer in the backward pass instead of keeping its activations.
-      attention: "xla", or "cudnn" for flash attention on GPUs where dtype is 16 bits wide and the mask is
-        purely causal. cuDNN has no forward mode (jax.jvp), so it serves embedding and reverse-mode training
-        only.
+      attention: one of `ntkjax.models.attention.IMPLEMENTATIONS` but "auto".
       forward_mode: the code is differentiated by ``jax.jvp`` alone (`ntkjax.types.forward_mode`).
     """
 
@@ -535,7 +533,7 @@ def scan_layers(
         layer: Any = nnx.merge(graph, state)
         return layer(carry, context.of_layer(own), cached)
 
-    if spec.forward_mode:
+    if spec.forward_mode and not shares_tangents(spec.attention):
         one = unbatched_tangents(one)
     elif spec.remat:
         one = jax.checkpoint(one, prevent_cse=False)

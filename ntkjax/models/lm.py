@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import functions
+from ntkjax.models.attention import resolve
 from ntkjax.models.config import DTYPES, ModelConfig
 from ntkjax.models.functions import ModelFn, model_fn, overlay, param_shapes
 from ntkjax.models.layers import ModelSpec
@@ -246,14 +247,15 @@ def init_lm(
     tokenizer: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     remat: bool = False,
-    attention: str = "xla",
+    attention: str = "auto",
     weights: str = "tensor",
 ) -> LanguageModel:
     """A model of any shape with random weights; the same seed gives the same weights whatever the adapter.
 
-    ``weights``: how they lie on a mesh, see ``parallel.weight_sharding``.
+    ``weights``: how they lie on a mesh, see ``parallel.weight_sharding``. ``attention``: one of
+    `ntkjax.models.attention.IMPLEMENTATIONS`; ConfigError for another.
     """
-    spec = ModelSpec(config, lora, check_dtype(dtype), remat, attention)
+    spec = ModelSpec(config, lora, check_dtype(dtype), remat, resolve(attention, mesh))
     flat = paths(param_shapes(spec))
     fresh = lambda path, shape: put(init_leaf(spec, path, shape, seed), path, mesh, config.split(path), weights)
     leaves = {path: fresh(path, shape) for path, shape in flat.items()}

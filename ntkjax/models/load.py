@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ntkjax.errors import CheckpointError, UserError
+from ntkjax.models.attention import resolve
 from ntkjax.models.config import ModelConfig
 from ntkjax.models.families import family_of
 from ntkjax.models.families.base import read_token_ids
@@ -42,7 +43,7 @@ def load_lm(
     mesh: Mesh | None = None,
     remat: bool = False,
     seed: int = 0,
-    attention: str = "xla",
+    attention: str = "auto",
     weights: str = "tensor",
 ) -> LanguageModel:
     """Load a causal language model from a directory in Hugging Face format, from the hub by id, or the one named
@@ -55,7 +56,7 @@ def load_lm(
     Args:
       dtype: "float32", "bfloat16", "float16", "float64" (with x64 on), or "auto": the one config.json names,
         else the file's most common. Norm scales and adapters are kept in float32 or better.
-      attention: "xla" or "cudnn", see ModelSpec.
+      attention: one of `ntkjax.models.attention.IMPLEMENTATIONS`.
       weights: "tensor" or "fully-sharded", how they are spread over ``mesh``: see ``parallel.weight_sharding``.
 
     Raises CheckpointError naming the file, key or tensor that is missing, unused, misshapen or unsupported,
@@ -70,7 +71,7 @@ def load_lm(
         raise CheckpointError(
             f"{directory}: config.json asks for {config.num_layers} layers: there are only {len(tensors)} tensors"
         )
-    spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, attention)
+    spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, resolve(attention, mesh))
     if lora is not None:
         lora.matches(spec.linears())
     params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)

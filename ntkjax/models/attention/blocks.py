@@ -1,9 +1,8 @@
-"""softmax(scale q k^T) v, in blocks of queries where the mask is causal; every derivative is plain products."""
+"""Attention as matrix products, in blocks of queries where the mask is causal: any device, dtype and derivative."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,36 +13,23 @@ from ntkjax.types import float32_or_better, precision_of
 MIN_BLOCK, MAX_BLOCK = 32, 256  # queries of a causal block: below 32 the products are too small to be fast
 
 
-def attend(
+def attend_blocks(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "b T S"] | None,
-    implementation: str,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    window: Int[Array, ""] | None = None,
-    starts: Int[Array, "B T"] | None = None,
-    forward_mode: bool = False,
+    starts: Int[Array, "B T"] | None,
+    scale: float,
+    soft_cap: float | None,
+    forward_mode: bool,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T) v with N / K query heads per key/value head; ``mask`` None means causal.
+    """softmax(scale q k^T) v over the keys that ``mask`` names; without one, over starts[t] <= s <= t (None: s <= t).
 
-    ``scale`` None is 1 / sqrt(H). With a ``soft_cap`` c the scores s become c tanh(s / c) before the mask. ``window``
-    w, for causal attention alone: query t sees the keys t - w < s <= t. ``starts``, likewise: query t sees the keys
-    starts[t] <= s <= t. ``forward_mode``: differentiated by ``jax.jvp`` alone, so nothing is made again for a backward
-    pass.
-
-    cuDNN flash attention through jax.nn.dot_product_attention where it can serve. Elsewhere the sum is
+    ``forward_mode``: differentiated by ``jax.jvp`` alone, so nothing is made again for a backward pass. The sum is
     written out: jax.nn.dot_product_attention takes its softmax in float32 even for float64 inputs.
     """
-    plain = mask is None and window is None and soft_cap is None and starts is None
-    if implementation == "cudnn" and plain and q.dtype.itemsize == 2:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", scale=scale)
-    assert mask is None or (window is None and starts is None), "a window or starts beside a mask: it must hold them"
     b, t, n, h = q.shape
-    settings = (1.0 / math.sqrt(h) if scale is None else scale, soft_cap)
-    groups = k.shape[2]
+    groups, settings = k.shape[2], (scale, soft_cap)
     q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     block = _attend_block if forward_mode else _attend_block_again
@@ -59,8 +45,6 @@ def attend(
         for begin, end in zip([0, *ends[:-1]], ends):
             queries, keys = row[None, begin:end, None], row[None, None, :end]
             seen = keys <= queries
-            if window is not None:
-                seen = seen & (queries - keys < window)
             if starts is not None:
                 seen = seen & (keys >= starts[:, begin:end, None])
             pieces.append(block(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], seen[:, None, None], *settings))
