@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ntkjax.errors import ConfigError, UserError
     from ntkjax.parallel import barrier, is_primary, start
     from ntkjax.pipeline.help import asks_for_help, help_config
+    from ntkjax.pipeline.programs import keep_programs
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {name: load_command(name) for name in COMMANDS}
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Tangent-kernel data selection for language models.",
         )
         name, command = next((n, c) for n, c in commands.items() if type(config) is c.config)
+        keep_programs()
         _, count = start()
         if count > 1 and not command.divides:
             raise ConfigError(f"{name} runs in one process, and this job has {count}; start one")

@@ -23,6 +23,7 @@ _flags = (
 if version("jaxlib").startswith("0.10."):  # compiles in a third of the time; newer versions abort at the flag
     _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _flags)
+os.environ.setdefault("NTKJAX_PROGRAMS", "off")  # a test is not to be fast because another one ran before
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -28,7 +28,6 @@ from ntkjax.models.attention.blocks import attend_blocks
 from ntkjax.types import precision_of
 
 MAX_HEAD_DIM = 256  # a block of queries and its sums no longer fit the registers beyond
-MAX_TANGENTS = 4  # in one launch, for the same reason; more are taken in turns
 HIDDEN = -1e30  # the score of a key that is not seen: finite, so that a row that sees nothing yet stays free of NaN
 
 
@@ -43,13 +42,21 @@ class Blocks:
 
     @classmethod
     def of(cls, head_dim: int, itemsize: int, tangents: int) -> Blocks:
-        """Measured best on an H100 for 16 bits (experiments/README.md); halved where numbers or sums are wider."""
-        wide = pl.next_power_of_2(head_dim) * itemsize * max(1, tangents)  # 256: 128 dimensions of 16 bits, one tangent
-        if wide <= 128:
-            return cls(128, 64, 4)
-        if wide <= 256:
-            return cls(128, 64, 8)
-        return cls(64, 32, 4) if wide <= 512 else cls(32, 32, 4)
+        """The fastest of those tried on an H100 with heads of 64 and 128 in 16 bits (experiments/README.md); smaller
+        where a query is wider than that, so that they fit."""
+        row = pl.next_power_of_2(head_dim) * itemsize
+        if row > 256:
+            return cls(64, 32, 4) if row <= 512 else cls(32, 16, 4)
+        if not tangents:
+            return cls(128, 64, 8, 3)
+        return cls(64, 64, 4, 3) if row <= 128 and tangents == 1 else cls(128, 64, 8)
+
+
+def tangents_a_launch(head_dim: int, itemsize: int) -> int:
+    """How many tangents share a launch: as many as the registers hold the sums of. On an H100 two tangents of 64
+    dimensions in 16 bits take 1.6 times as long as one, and two of 128 dimensions more than three times as long.
+    """
+    return max(1, 256 // (pl.next_power_of_2(head_dim) * itemsize))
 
 
 def supports(head_dim: int, dtype: Any) -> bool:
@@ -57,7 +64,6 @@ def supports(head_dim: int, dtype: Any) -> bool:
     return head_dim <= MAX_HEAD_DIM and jnp.dtype(dtype).itemsize in (2, 4)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def dual_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -69,15 +75,14 @@ def dual_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T) v over the keys starts[t] <= s <= t (None: s <= t), N / K query heads per key/value head.
 
-    Differentiated by ``jax.jvp`` alone, by the recurrence above; ``jax.vmap`` of the tangents computes up to
-    `MAX_TANGENTS` of them in one launch. JAX cannot transpose it. Sums are in float32; the weights are rounded to the
-    dtype of ``v`` before they meet it, as `ntkjax.models.attention.blocks` does. ``interpret``: as JAX operations, on
-    any device, slowly.
+    Differentiated by ``jax.jvp`` alone, by the recurrence above; ``jax.vmap`` of the tangents computes
+    `tangents_a_launch` of them in one launch. JAX cannot transpose it. Sums are in float32; the weights are rounded to
+    the dtype of ``v`` before they meet it, as `ntkjax.models.attention.blocks` does. ``interpret``: as JAX operations,
+    on any device, slowly.
     """
-    return fused(q, k, v, starts, (), scale=scale, soft_cap=soft_cap, interpret=interpret)[0]
+    return _dual(q, k, v, starts, scale, soft_cap, interpret)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def any_mode_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -90,17 +95,25 @@ def any_mode_attention(
     """The value of `dual_attention`, with the derivatives of `attend_blocks`, which JAX can transpose: a forward pass
     is one launch, and a backward pass makes the weights again, block by block.
     """
+    return _any_mode(q, k, v, starts, scale, soft_cap, interpret)
+
+
+def _value(q: Array, k: Array, v: Array, starts: Any, scale: float, soft_cap: float | None, interpret: bool) -> Array:
     return fused(q, k, v, starts, (), scale=scale, soft_cap=soft_cap, interpret=interpret)[0]
 
 
-@any_mode_attention.defjvp
+_dual = jax.custom_jvp(_value, nondiff_argnums=(4, 5, 6))
+_any_mode = jax.custom_jvp(_value, nondiff_argnums=(4, 5, 6))
+
+
+@_any_mode.defjvp
 def _any_mode_jvp(scale: float, soft_cap: float | None, interpret: bool, primals: tuple, tangents: tuple) -> tuple:
     *of, starts = primals
     plain = lambda q, k, v: attend_blocks(q, k, v, None, starts, scale, soft_cap, False)
-    return any_mode_attention(*primals, scale, soft_cap, interpret), jax.jvp(plain, tuple(of), tuple(tangents[:3]))[1]
+    return _any_mode(*primals, scale, soft_cap, interpret), jax.jvp(plain, tuple(of), tuple(tangents[:3]))[1]
 
 
-@dual_attention.defjvp
+@_dual.defjvp
 def _dual_jvp(scale: float, soft_cap: float | None, interpret: bool, primals: tuple, tangents: tuple) -> tuple:
     return _with_tangent(scale, soft_cap, interpret)(*primals, *tangents[:3])
 
@@ -122,9 +135,9 @@ def _with_tangent(scale: float, soft_cap: float | None, interpret: bool) -> Any:
             return jax.vmap(one.fun, in_axes=axes, axis_size=size)(q, k, v, starts, dq, dk, dv), (True, True)
         every = lambda x, yes: x if yes else jnp.broadcast_to(x[None], (size, *x.shape))
         tangents = tuple(every(x, yes) for x, yes in zip((dq, dk, dv), batched[4:], strict=True))
-        value, parts = None, []
-        for begin in range(0, size, MAX_TANGENTS):
-            value, moved = run(q, k, v, starts, tuple(x[begin : begin + MAX_TANGENTS] for x in tangents))
+        value, parts, most = None, [], tangents_a_launch(q.shape[-1], q.dtype.itemsize)
+        for begin in range(0, size, most):
+            value, moved = run(q, k, v, starts, tuple(x[begin : begin + most] for x in tangents))
             parts.append(moved)
         return (value, jnp.concatenate(parts)), (False, True)
 
