@@ -28,7 +28,8 @@ def keep_programs() -> Path | None:
     A program for a CPU may use any instruction of the machine that compiled it, so machines that share a home directory
     share programs only where their processors are alike.
     """
-    if os.environ.get(SWITCH, "").lower() == "off" or jax.config.read("jax_compilation_cache_dir"):
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if os.environ.get(SWITCH, "").lower() == "off" or given:
         return None
     folder = default_cache_dir() / "programs" / _processor()
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -204,7 +204,7 @@ def _kernel(
 ) -> None:
     """``tile`` queries of one head, over their keys in blocks of ``chunk``; refs: dq, dk, dv, value, tangent."""
     dq_ref, dk_ref, dv_ref = refs[:3] if m else (None, None, None)
-    value_ref, moved_ref = (refs[-2], refs[-1]) if m else (refs[0], None)
+    value_ref, moved_ref = (refs[-2], refs[-1]) if m else (refs[0], refs[0])  # not written without tangents
     precision, width = precision_of(q_ref.dtype), q_ref.shape[-1]
     dot = lambda x, y: jnp.matmul(x, y, precision=precision, preferred_element_type=jnp.float32)
     first = pl.program_id(0) * tile
