@@ -1,12 +1,14 @@
 """How fast is scoring on one accelerator? `make bench-gpu`, or `python3 experiments/bench_gpu.py` on a bare machine.
 
-Question   tokens per second of a forward pass, of the score (forward mode, one tangent) and of per-example LoRA
-           gradients with their sketch, for models of 0.6 and 8 billion parameters in bfloat16; how much of the matrix
-           unit that is; whether bfloat16 keeps the order of the scores; what 1.8 million examples would take.
+Question   what attention costs by each implementation; tokens per second of a forward pass, of the score (forward mode,
+           one tangent), of the mean gradient, of a training step and of per-example LoRA gradients with their sketch,
+           for models of 0.6 and 8 billion parameters in bfloat16; how much of the matrix unit that is; whether bfloat16
+           keeps the order of the scores; what 1.8 million examples would take; with --adapt, how busy the device is in
+           a whole comparison.
 Command    make bench-gpu; without installing anything: python3 experiments/bench_gpu.py (needs jax, flax, optax, numpy,
-           scipy, jaxtyping, safetensors, tqdm; nothing else). --tiny: a shape for a CPU, in seconds.
-Result     a Markdown table, and build/bench_gpu.json.
-NOT RUN    on a GPU or TPU so far: no figure of this script exists. It was run with --tiny on a CPU, as its test does.
+           scipy, jaxtyping, safetensors, tqdm; nothing else; --adapt needs the package). --tiny: a shape for a CPU.
+           --minutes 6: what does not fit is left out and named. The most telling lines come first.
+Result     a Markdown table, and build/bench_gpu.json, written anew after every line.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +31,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkjax.models.attention import attend
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import LanguageModel, paths, unflatten
 from ntkjax.models.lora import LoraConfig
 from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.kernel import as_kernel
 from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
-from ntkjax.ntk.scores import directional_derivatives, mean_gradient, stack_tangents
+from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
 from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.training.optimiser import AdamW
+from ntkjax.training.step import init_state, leaf_dtypes, train_step
 from ntkjax.types import Batch
 
 MODELS = {
@@ -65,9 +72,28 @@ PEAKS = {
 
 PAPER_GPU_HOURS = 31  # A100-hours that arXiv 2511.07380 reports for its selection
 CANDIDATES = 36_000  # 4 N, N = 9,000: what stage 1 leaves
-PASSES = {"forward": 1, "score": 2, "features": 2}
+PASSES = {"forward": 1, "score": 2, "direction": 2, "train": 2, "features": 2}
 """Forward passes that a pass counts as: the score has a primal and a tangent pass; LoRA gradients a forward pass and a
-backward pass for the activations (frozen weights have no gradient). The sketch is work, but none that is counted."""
+backward pass for the activations (frozen weights have no gradient). The sketch and what is computed again in a backward
+pass are work, but none that is counted."""
+
+LAYOUTS = ("full", "packed")
+"""A row is one example of T tokens, or examples of 100 to 600 tokens that fill it."""
+
+# Most telling first, since time may run out: (model, T, layout, attention, passes).
+LINES = (
+    ("Qwen3-0.6B", 2048, "packed", "dual", ("score", "forward", "direction", "train")),
+    ("Qwen3-0.6B", 2048, "full", "dual", ("score",)),
+    ("Llama-8B", 2048, "packed", "dual", ("score", "forward")),
+    ("Qwen3-0.6B", 2048, "packed", "xla", ("score",)),
+    ("Qwen3-0.6B", 512, "full", "dual", ("score", "features")),
+    ("Llama-8B", 2048, "full", "dual", ("score",)),
+    ("Qwen3-0.6B", 2048, "full", "xla", ("score",)),
+    ("Qwen3-0.6B", 512, "full", "xla", ("score",)),
+    ("Llama-8B", 512, "full", "dual", ("score",)),
+)
+SHAPES = ((8, 2048, 16, 8, 128), (32, 512, 16, 8, 128), (8, 2048, 9, 3, 64))
+"""Of the attention lines: rows, tokens, heads, key/value heads, head size."""
 
 
 def peak_tflops(kind: str) -> float | None:
@@ -75,7 +101,7 @@ def peak_tflops(kind: str) -> float | None:
     return next((float(value) for name, value in PEAKS.items() if name in kind), None)
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(config: ModelConfig, length: float) -> float:
     """Multiplications and additions of one token's forward pass: linear layers, and causal attention over length / 2
     tokens; without the head, which is folded away."""
     c = config
@@ -105,72 +131,136 @@ def draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.lax.map(one, jax.random.split(key, shape[0]))
 
 
-def make_batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
-    """Full rows of random tokens; the second half of each is its response."""
+def make_batch(config: ModelConfig, rows: int, length: int, seed: int = 0, layout: str = "full") -> Batch:
+    """Rows of random tokens without padding; the second half of each example is its response."""
     rng = np.random.default_rng(seed)
-    return Batch(
-        tokens=rng.integers(0, config.vocab_size, (rows, length), dtype=np.int32),
-        response_mask=np.broadcast_to(np.arange(length) >= length // 2, (rows, length)),
-        lengths=np.full(rows, length, np.int32),
-        index=np.arange(rows, dtype=np.int32),
-    )
+    tokens = rng.integers(0, config.vocab_size, (rows, length), dtype=np.int32)
+    if layout == "full":
+        mask, lengths = (
+            np.broadcast_to(np.arange(length) >= length // 2, (rows, length)),
+            np.full(rows, length, np.int32),
+        )
+        return Batch(tokens, mask, lengths, np.arange(rows, dtype=np.int32))
+    slots = max(16, length // 32)
+    sizes, index = np.zeros((rows, slots), np.int32), np.full((rows, slots), -1, np.int32)
+    owner, positions, mask = (np.zeros((rows, length), kind) for kind in (np.int32, np.int32, bool))
+    for row in range(rows):
+        at = slot = 0
+        while at < length:
+            size = min(int(rng.integers(min(100, length // 4), min(600, length) + 1)), length - at)
+            step = np.arange(size)
+            owner[row, at : at + size], positions[row, at : at + size] = slot, step
+            mask[row, at : at + size] = step >= max(1, size // 2)
+            sizes[row, slot], index[row, slot] = size, row * slots + slot
+            at, slot = at + size, slot + 1
+    return Batch(tokens, mask, sizes.reshape(-1), index.reshape(-1), None, positions, owner)
 
 
 forward = jax.jit(lambda fn, params, batch: fn(params, batch))
 
 
-def steps(model: LanguageModel, batch: Batch, sketch_size: int) -> dict[str, Callable[[], Any]]:
-    """Name of a pass -> a function that runs it on ``batch``."""
+def step_of(what: str, model: LanguageModel, batch: Batch, sketch_size: int) -> Callable[[], Any]:
+    """A function that runs the pass ``what`` on ``batch``: the functions that `select` and training call."""
     params, output = model.lora, sum_logits(model.hidden_fn, model.head_fn({}))
-    tangents, rows = stack_tangents(params, [params]), len(batch.index)
-    sketch = RademacherSketch(sketch_size, 0)
-    return {
-        "forward": lambda: forward(model.embed_fn, params, batch),
-        "score": lambda: directional_derivatives(output, params, tangents, batch),
-        "features": lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4)),
-    }
+    kernel, rows, batch = as_kernel(output), len(batch.index), jax.device_put(batch)
+    if what == "forward":
+        return lambda: forward(model.embed_fn, params, batch)
+    if what == "score":
+        stacked = Direction(jax.tree.map(lambda p: p[None, None], params))
+        return lambda: score_batch(kernel, params, stacked, batch)
+    if what == "direction":
+        zero = zero_direction(kernel, params, batch)
+        return lambda: add_direction(kernel, params, batch, zero)
+    if what == "features":
+        sketch = RademacherSketch(sketch_size, 0)
+        return lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4))
+    optimiser = AdamW()
+    state = [init_state(params, optimiser)]
+
+    def train() -> Any:
+        options = {"optimiser": optimiser, "accumulation": 1, "dtypes": leaf_dtypes(params)}
+        state[0], metrics = train_step(model.nll_fn, state[0], batch, 1e-5, **options)
+        return metrics.loss
+
+    return train
 
 
-def time_step(run: Callable[[], Any], rounds: int) -> float:
-    """Median seconds of ``rounds`` runs after one that compiles."""
+def time_step(run: Callable[[], Any], rounds: int) -> dict:
+    """Seconds of the first run, which compiles, and of ``rounds`` more: median, least and most."""
     times = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    rest = times[1:]
+    return {"first_call": times[0], "seconds": statistics.median(rest), "least": min(rest), "most": max(rest)}
 
 
-def measure(name: str, model: LanguageModel, length: int, options: argparse.Namespace) -> list[dict]:
-    """A row of the result for each pass; where memory runs out, with half the rows."""
-    config, attention, found = model.config, model.spec.attention, []
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    for what in options.passes:
-        rows = max(1, options.tokens // length)
-        while True:
-            try:
-                run = steps(model, make_batch(config, rows, length), options.sketch)[what]
-                seconds = time_step(run, options.rounds)
-                row = speed(config, what, rows, length, seconds)
-                break
-            except Exception as error:  # the runtime's own classes: out of memory, or no derivative of a kernel
-                if "RESOURCE_EXHAUSTED" in str(error) and rows > 1:
-                    rows //= 2
-                    continue
-                row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-                break
-        row |= {"model": name, "attention": attention, "length": length, "pass": what, "rows": rows}
-        found.append(row | {"weight_bytes": weights, "peak_bytes": peak_memory()})
-        print(f"  {name} {attention} T={length} {what}: {row.get('tokens_per_second', row.get('error'))}", flush=True)
-    return found
+def measure(model: LanguageModel, name: str, length: int, layout: str, what: str, options: argparse.Namespace) -> dict:
+    """One line of the result; where memory runs out, with half the rows."""
+    config, rows = model.config, max(1, options.tokens // length)
+    while True:
+        try:
+            batch = make_batch(config, rows, length, layout=layout)
+            times = time_step(step_of(what, model, batch, options.sketch), options.rounds)
+            row = times | speed(config, what, batch, times["seconds"])
+            break
+        except Exception as error:  # the runtime's own classes: out of memory, or no derivative of a kernel
+            if "RESOURCE_EXHAUSTED" in str(error) and rows > 1:
+                rows //= 2
+                continue
+            row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            break
+    row |= {"model": name, "attention": model.spec.attention, "length": length, "layout": layout, "pass": what}
+    row |= {"rows": rows, "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))}
+    return row | {"peak_bytes": peak_memory()}
 
 
-def speed(config: ModelConfig, what: str, rows: int, length: int, seconds: float) -> dict:
+def speed(config: ModelConfig, what: str, batch: Batch, seconds: float) -> dict:
     """Tokens per second and the share of the matrix unit's peak."""
-    rate = rows * length / seconds
+    rate = batch.tokens.size / seconds
+    # A token of a packed row sees as many keys as stand before it in its example: half its length on average.
+    length = batch.tokens.shape[1] if batch.positions is None else 2 * float(np.mean(batch.positions))
     flops = rate * flops_per_token(config, length) * PASSES[what]
     peak = peak_tflops(jax.devices()[0].device_kind)
     return {"tokens_per_second": rate, "tflops": flops / 1e12, "of_peak": peak and flops / 1e12 / peak}
+
+
+def attention_lines(options: argparse.Namespace) -> Iterator[dict]:
+    """Milliseconds of attention alone by each implementation: its value, and its value with one tangent."""
+    shapes = ((2, 32, 4, 2, 16),) if options.tiny else SHAPES
+    for rows, length, heads, kv_heads, size in shapes:
+        keys = jax.random.split(jax.random.key(0), 6)
+        draw = lambda key, n, b=rows, t=length, h=size: jax.random.normal(key, (b, t, n, h)).astype(options.dtype)
+        three = [draw(key, n) for key, n in zip(keys, (heads, kv_heads, kv_heads) * 2)]
+        primals, tangents = (
+            tuple(three[:3]),
+            tuple(draw(key, n) for key, n in zip(keys[3:], (heads, kv_heads, kv_heads))),
+        )
+        packed = jnp.asarray(make_batch(TINY["tiny"], rows, length, layout="packed").positions)
+        starts = jnp.arange(length, dtype=jnp.int32)[None] - packed
+        for layout in LAYOUTS:
+            first = None if layout == "full" else starts
+            for kind in options.attention:
+                run = lambda q, k, v, kind=kind, first=first: attend(
+                    q, k, v, None, kind, starts=first, forward_mode=True
+                )
+                value = jax.jit(run)
+                moved = jax.jit(lambda p, t, run=run: jax.jvp(run, p, t))
+                for what, call in (
+                    ("value", lambda f=value: f(*primals)),
+                    ("tangent", lambda f=moved: f(primals, tangents)),
+                ):
+                    row = {
+                        "shape": [rows, length, heads, kv_heads, size],
+                        "layout": layout,
+                        "attention": kind,
+                        "what": what,
+                    }
+                    try:
+                        yield row | time_step(call, 4 * options.rounds)
+                    except Exception as error:  # cuDNN has no tangent, and serves no packed rows
+                        yield row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
 
 
 def peak_memory() -> int | None:
@@ -179,20 +269,20 @@ def peak_memory() -> int | None:
     return None if stats is None else stats.get("peak_bytes_in_use")
 
 
-def order_kept(config: ModelConfig, examples: int, length: int) -> dict:
+def order_kept(config: ModelConfig, examples: int, length: int, attention: str) -> dict:
     """Spearman of the scores in bfloat16 and in float32, of one model whose weights bfloat16 holds exactly."""
     small = dataclasses.replace(config, num_layers=min(4, config.num_layers))
-    half = random_model(small, "bfloat16", "xla")
+    half = random_model(small, "bfloat16", attention)
     whole = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half.params)
-    full = LanguageModel(dataclasses.replace(half.spec, dtype="float32"), whole)
+    full = LanguageModel(dataclasses.replace(half.spec, dtype="float32", attention="xla"), whole)
     pool = [make_batch(small, 8, length, seed) for seed in range(1, 1 + examples // 8)]
     scores = []
     for model in (half, full):
-        with jax.default_matmul_precision("highest" if model is full else "default"):
-            output = sum_logits(model.hidden_fn, model.head_fn({}))
-            tangents = stack_tangents(model.lora, [mean_gradient(output, model.lora, [make_batch(small, 8, length)])])
-            found = [np.asarray(directional_derivatives(output, model.lora, tangents, batch)[:, 0]) for batch in pool]
-            scores.append(np.concatenate(found))
+        kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn({})))
+        direction = mean_direction(kernel, model.lora, [make_batch(small, 8, length)])
+        stacked = jax.tree.map(lambda leaf: leaf[None], direction)
+        found = [np.asarray(score_batch(kernel, model.lora, stacked, batch)[:, 0]) for batch in pool]
+        scores.append(np.concatenate(found))
     value = spearman(*scores)
     return {"spearman": value, "layers": small.num_layers, "examples": len(scores[0]), "length": length}
 
@@ -226,21 +316,30 @@ def markdown(result: dict, devices: int) -> str:
     lines = [f"{result['device']} ({result['backend']}), jax {result['jax']}, weights {result['dtype']}", ""]
     if result["peak_tflops"] is None:
         lines += [f"The peak of {result['device']!r} is not in the table, so no share of it is given.", ""]
-    lines += ["| model | T | pass | attention | rows | tokens/s | TFLOP/s | of peak | peak memory (GiB) |"]
-    lines += ["|---|---:|---|---|---:|---:|---:|---:|---:|"]
+    if result["attention"]:
+        lines += [
+            "| rows, tokens, heads, key/value heads, size | layout | attention | value (ms) | with a tangent (ms) |"
+        ]
+        lines += ["|---|---|---|---:|---:|", *attention_table(result["attention"]), ""]
+    lines += [
+        "| model | T | layout | pass | attention | rows | tokens/s | TFLOP/s | of peak | first call (s) | spread | GiB |"
+    ]
+    lines += ["|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in result["rows"]:
-        head = f"| {r['model']} | {r['length']} | {r['pass']} | {r['attention']} | {r['rows']} |"
+        head = f"| {r['model']} | {r['length']} | {r['layout']} | {r['pass']} | {r['attention']} | {r['rows']} |"
         if "error" in r:
-            lines.append(f"{head} {r['error'].replace('|', '/')} | | | |")
+            lines.append(f"{head} {r['error'].replace('|', '/')} | | | | | |")
             continue
         share = None if r["of_peak"] is None else 100 * r["of_peak"]
         numbers = f"{r['tokens_per_second']:,.0f} | {r['tflops']:.3g} | {cell(share, '.1f')}{'%' if share else ''}"
-        lines.append(f"{head} {numbers} | {cell(gib(r['peak_bytes']), '.2f')} |")
+        spread = f"{100 * (r['most'] - r['least']) / r['seconds']:.0f}%"
+        lines.append(f"{head} {numbers} | {r['first_call']:.1f} | {spread} | {cell(gib(r['peak_bytes']), '.2f')} |")
     order = result["float32_against_bfloat16"]
-    lines += ["", f"Attention on the path that is differentiated: {result['differentiated_attention']}."]
     if order is not None:
-        lines += [f"Scores in bfloat16 against float32: Spearman {order['spearman']:.4f} ({order['layers']} layers, "
+        lines += ["", f"Scores in bfloat16 against float32: Spearman {order['spearman']:.5f} ({order['layers']} layers, "
                   f"{order['examples']} examples of {order['length']} tokens)."]  # fmt: skip
+    if result["left_out"]:
+        lines += ["", f"Left out, the time being up: {'; '.join(result['left_out'])}."]
     what = f"{result['examples']:,} examples of {result['tokens_per_example']} tokens"
     lines += ["", f"Plan for {what}, from these rates (the paper reports {PAPER_GPU_HOURS} A100-hours):", ""]
     lines += [f"| model | rates at T | way | hours on one | hours on {devices} |", "|---|---:|---|---:|---:|"]
@@ -250,13 +349,25 @@ def markdown(result: dict, devices: int) -> str:
     return "\n".join(lines)
 
 
+def attention_table(rows: list[dict]) -> Iterator[str]:
+    """A line for each shape, layout and implementation."""
+    cases = dict.fromkeys((tuple(r["shape"]), r["layout"], r["attention"]) for r in rows)
+    for shape, layout, kind in cases:
+        same = [r for r in rows if (tuple(r["shape"]), r["layout"], r["attention"]) == (shape, layout, kind)]
+        times = {r["what"]: f"{1e3 * r['seconds']:.3g}" for r in same if "seconds" in r}
+        yield f"| {', '.join(map(str, shape))} | {layout} | {kind} | {times.get('value', '-')} | {times.get('tangent', '-')} |"
+
+
 def parse() -> argparse.Namespace:
     """The command line; argparse, since a bare machine has no tyro."""
     parser = argparse.ArgumentParser(description="Scoring and gradients on one accelerator.")
     parser.add_argument("--tiny", action="store_true", help="a shape for a CPU, to try the script")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no line begins later than this")
     parser.add_argument("--models", nargs="*", default=None, help=f"of {', '.join(MODELS)} (default: all)")
     parser.add_argument("--lengths", nargs="*", type=int, default=None, help="T (default: 512 2048)")
-    parser.add_argument("--attention", nargs="*", default=None, help="xla, cudnn (default: both on a GPU, else xla)")
+    parser.add_argument(
+        "--attention", nargs="*", default=None, help="xla, cudnn, dual (default: all on a GPU, else xla)"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=None, help="tokens in a batch (default: 16384)")
     parser.add_argument("--sketch", type=int, default=8192, help="K")
@@ -264,46 +375,83 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--order", type=int, default=None, help="examples scored in both dtypes (default: 256)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=1_800_000, help="of the pool that is planned for")
-    parser.add_argument("--tokens-per-example", type=int, default=512, help="of that pool, padding included")
+    parser.add_argument("--tokens-per-example", type=int, default=300, help="of that pool")
     parser.add_argument("--devices", type=int, default=64, help="of the pod that is planned for")
     parser.add_argument("--out", type=Path, default=Path("build/bench_gpu.json"))
     return parser.parse_args()
 
 
+def chosen_lines(options: argparse.Namespace) -> list[tuple[str, int, str, str, str]]:
+    """(model, T, layout, attention, pass), most telling first, of what the options ask for."""
+    if options.tiny:
+        lengths = options.lengths or [16, 32]
+        every = [("tiny", length, layout, kind, what) for what in PASSES for length in lengths for layout in LAYOUTS
+                 for kind in options.attention]  # fmt: skip
+        return [line for line in every if line[4] in options.passes]
+    every = [(*line, what) for *line, passes in LINES for what in passes]
+    kept = lambda name, length, layout, kind, what: (
+        name in (options.models or MODELS) and length in (options.lengths or (512, 2048))
+        and kind in options.attention and what in options.passes
+    )  # fmt: skip
+    return [line for line in every if kept(*line)]
+
+
 def main(options: argparse.Namespace) -> dict:
     """Measure, print, write."""
-    device, models = jax.devices()[0], TINY if options.tiny else MODELS
+    began, device, models = time.monotonic(), jax.devices()[0], TINY if options.tiny else MODELS
     options.tokens = options.tokens or (128 if options.tiny else 16384)
-    lengths = options.lengths or ([16, 32] if options.tiny else [512, 2048])
-    attention = options.attention or (["xla", "cudnn"] if device.platform == "gpu" else ["xla"])
-    chosen = {name: models[name] for name in options.models or models}
+    options.attention = options.attention or (["dual", "xla", "cudnn"] if device.platform == "gpu" else ["xla"])
+    late = lambda: time.monotonic() - began > 60 * options.minutes
     print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}", flush=True)
-    rows = []
-    for name, config in chosen.items():
-        for kind in attention:
-            model = random_model(config, options.dtype, kind)
-            for length in lengths:
-                rows += measure(name, model, length, options)
-            del model  # the next one needs its place
-    differentiated = sorted({r["attention"] for r in rows if r["pass"] == "score" and "error" not in r})
-    examples = options.order if options.order is not None else 16 if options.tiny else 256
-    order = order_kept(next(iter(chosen.values())), examples, lengths[0]) if examples else None
     result = {
         "device": device.device_kind,
         "backend": device.platform,
         "jax": jax.__version__,
         "dtype": options.dtype,
         "peak_tflops": peak_tflops(device.device_kind),
-        "differentiated_attention": ", ".join(differentiated) or "none",
-        "rows": rows,
-        "float32_against_bfloat16": order,
+        "attention": [],
+        "rows": [],
+        "float32_against_bfloat16": None,
+        "left_out": [],
         "examples": options.examples,
         "tokens_per_example": options.tokens_per_example,
-        "plan": plan(rows, options.examples, options.tokens_per_example, options.devices),
+        "plan": [],
     }
+
+    def keep() -> None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+    for row in attention_lines(options):
+        result["attention"].append(row)
+        keep()
+        shown = f"{1e3 * row['seconds']:.3g} ms" if "seconds" in row else row["error"]
+        print(f"  attention {row['shape']} {row['layout']} {row['attention']} {row['what']}: {shown}", flush=True)
+        if late():
+            break
+    model, held = None, None
+    for name, length, layout, kind, what in chosen_lines(options):
+        if late():
+            result["left_out"].append(f"{name} T={length} {layout} {kind} {what}")
+            continue
+        if held != (name, kind):
+            model = None  # the next one needs its place
+            model, held = random_model(models[name], options.dtype, kind), (name, kind)
+        row = measure(model, name, length, layout, what, options)
+        result["rows"].append(row)
+        result["plan"] = plan(result["rows"], options.examples, options.tokens_per_example, options.devices)
+        keep()
+        shown = f"{row['tokens_per_second']:,.0f}/s" if "tokens_per_second" in row else row["error"]
+        print(f"  {name} {kind} T={length} {layout} {what}: {shown}", flush=True)
+    examples = options.order if options.order is not None else 16 if options.tiny else 256
+    if examples and not late():
+        model = None
+        config = next(iter(models.values()))
+        result["float32_against_bfloat16"] = order_kept(
+            config, examples, 16 if options.tiny else 512, options.attention[0]
+        )
+    keep()
     print("\n" + markdown(result, options.devices))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwritten: {options.out}")
     return result
 

@@ -48,15 +48,17 @@ def run(bench, tmp_path: Path, monkeypatch, *flags: str) -> dict:
 def check_rows(result: dict, printed: str) -> None:
     for row in result["rows"]:
         assert row["tokens_per_second"] > 0 and row["weight_bytes"] > 0 and row["of_peak"] is None
-        assert f"| tiny | 16 | {row['pass']} | xla | 8 | {row['tokens_per_second']:,.0f} |" in printed
-    assert result["differentiated_attention"] == "xla" and "path that is differentiated: xla" in printed
+        assert row["first_call"] > 0 and row["least"] <= row["seconds"] <= row["most"]
+        head = f"| tiny | 16 | {row['layout']} | {row['pass']} | xla | 8 |"
+        assert f"{head} {row['tokens_per_second']:,.0f} |" in printed
+    assert all(row["seconds"] > 0 for row in result["attention"]) and len(result["attention"]) == 4
     assert "not in the table" in printed and "31 A100-hours" in printed
 
 
 def test_it_prints_and_writes_what_it_measured(bench, tmp_path, capsys, monkeypatch):
     result = run(bench, tmp_path, monkeypatch, "--passes", "score", "--order", "0")
     check_rows(result, capsys.readouterr().out)
-    assert [row["pass"] for row in result["rows"]] == ["score"]
+    assert [(row["pass"], row["layout"]) for row in result["rows"]] == [("score", "full"), ("score", "packed")]
     assert [row["way"] for row in result["plan"]] == ["score every example, exact"]
 
 
@@ -64,7 +66,18 @@ def test_it_prints_and_writes_what_it_measured(bench, tmp_path, capsys, monkeypa
 def test_every_pass_and_the_order_of_the_scores(bench, tmp_path, capsys, monkeypatch):
     result = run(bench, tmp_path, monkeypatch, "--sketch", "32")
     check_rows(result, capsys.readouterr().out)
-    assert [row["pass"] for row in result["rows"]] == ["forward", "score", "features"] and len(result["plan"]) == 3
+    assert {row["pass"] for row in result["rows"]} == set(bench.PASSES) and len(result["plan"]) == 3
+
+
+def test_what_no_time_is_left_for_is_named(bench, tmp_path, capsys, monkeypatch):
+    result = run(bench, tmp_path, monkeypatch, "--passes", "score", "--order", "0", "--minutes", "0")
+    assert result["rows"] == [] and len(result["left_out"]) == 2
+    assert "Left out, the time being up: tiny T=16 full xla score" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_order_of_the_scores(bench, tmp_path, monkeypatch):
+    result = run(bench, tmp_path, monkeypatch, "--passes", "forward")
     assert result["float32_against_bfloat16"]["spearman"] > 0.9
 
 
