@@ -10,18 +10,28 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
+from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from ntkjax.errors import ConfigError
 
+Packing = Literal["auto", "on", "off"]
 ROW_LENGTH = 2048
 """Tokens of a row where the longest example fits."""
 TOKENS_A_SLOT = 32
 """A row has a slot for every so many tokens; data of shorter examples get more where they would need more batches."""
+MIN_SLOTS = 16
 MAX_LENGTHS = 3
 """Fixed lengths at most, whatever the longest example."""
+
+
+def packs(packing: Packing) -> bool:
+    """Whether passes are packed: ``auto`` is on for an accelerator, where every padded length is another program to
+    compile, and off for a CPU."""
+    return jax.default_backend() != "cpu" if packing == "auto" else packing == "on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,7 @@ def lay_out(
 
     Rows of ``row_length`` tokens, or of the power of two of which ``token_budget`` holds ``row_multiple``; as many as
     the budget holds, a multiple of ``row_multiple``; longer rows only where an example needs them. S is the row's
-    length over `TOKENS_A_SLOT`, doubled as long as that may save a batch.
+    length over `TOKENS_A_SLOT` (at least `MIN_SLOTS`), doubled as long as that may save a batch.
 
     Raises:
       ConfigError: a budget or a multiple below 1.
@@ -75,7 +85,7 @@ def lay_out(
     base = min(row_length, 1 << (max(token_budget // row_multiple, 2).bit_length() - 1))
     fixed = fixed_lengths(int(np.max(lengths, initial=1)), base)
     rows = tuple(max(1, token_budget // length // row_multiple) * row_multiple for length in fixed)
-    slots = max(1, base // TOKENS_A_SLOT)
+    slots = max(MIN_SLOTS, base // TOKENS_A_SLOT)
     while True:
         layout = RowLayout(fixed, rows, slots)
         found = first_fit(lengths, fixed, slots)

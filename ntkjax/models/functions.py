@@ -277,8 +277,8 @@ class ModelFn:
             raise TypeError(f"the {self.kind!r} function takes (params, batch)")
         tokens = jnp.asarray(batch.tokens)
         optional = lambda x: None if x is None else jnp.asarray(x)
-        layout = {"segments": optional(batch.segments), "examples": optional(batch.examples)}
-        states, _ = forward(self.spec, weights, tokens, optional(batch.positions), **layout)
+        positions, segments, examples = map(optional, (batch.positions, batch.segments, batch.examples))
+        states, _ = forward(self.spec, weights, tokens, positions, segments=segments, examples=examples)
         if self.kind == "states":
             return states
         if self.kind in ("embed", "weighted_embed"):
