@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Params = PyTree
 """Trained parameters: a nested dict with string keys, any subset of a model's full tree."""
@@ -91,6 +91,22 @@ def valid_mask(batch: Batch) -> Bool[Array, "B T"]:
         return jnp.asarray(batch.examples) >= 0
     steps = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
     return steps[None, :] < jnp.asarray(batch.lengths)[:, None]
+
+
+def owned(batch: Batch) -> Bool[Array, "R S T"] | None:
+    """Whether position t of row r belongs to slot s of the row, bool [R, S, T]; None where a row is one example."""
+    if batch.examples is None:
+        return None
+    owner, slots = jnp.asarray(batch.examples), batch.index.shape[0] // batch.tokens.shape[0]
+    return owner[:, None, :] == jnp.arange(slots, dtype=owner.dtype)[None, :, None]
+
+
+def count_positions(batch: Batch, mask: Bool[Array, "R T"]) -> Int[Array, " B"]:
+    """How many positions of each example are True in ``mask``, int32 [B]; 0 for an empty slot."""
+    owners = owned(batch)
+    if owners is None:
+        return jnp.sum(mask, axis=1, dtype=jnp.int32)
+    return jnp.sum(owners & mask[:, None, :], axis=2, dtype=jnp.int32).reshape(-1)
 
 
 def float32_or_better(dtype: Any) -> np.dtype:

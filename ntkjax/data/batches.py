@@ -1,4 +1,4 @@
-"""Tokenised examples, memory-mapped, and the padded batches made of them."""
+"""Tokenised examples, memory-mapped, and the batches made of them, padded or packed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ntkjax.data.buckets import bucket_lengths, round_up
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.records import Records, concat_records
+from ntkjax.data.rows import FilledBatch, RowLayout, fill, lay_out
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import digest
 from ntkjax.parallel import data_parallel, shard_batch
 from ntkjax.types import Batch
 
 MAX_BUCKETS = 12  # padded lengths: below 10% of padding on a pool of mixed sources, where six leave 16%
+MAX_BUCKETS_COMPILED = 4  # on an accelerator, where another program costs more than padding
+
+
+def most_buckets(wanted: int = MAX_BUCKETS) -> int:
+    """Padded lengths of a pass: ``wanted`` on a CPU, at most `MAX_BUCKETS_COMPILED` on an accelerator."""
+    return wanted if jax.default_backend() == "cpu" else min(wanted, MAX_BUCKETS_COMPILED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +51,7 @@ class TokenisedDataset:
       labels: (ids, sources) where there are no records.
       recipe: digest of the tokenizer and the maximal length, None for ``from_sequences``.
       mesh: the devices that ``batches`` are spread over; None: they stay on the host.
+      packing: whether ``batches`` are packed where nothing else is said.
     """
 
     stores: tuple[np.ndarray, ...]
@@ -58,6 +67,7 @@ class TokenisedDataset:
     labels: tuple[Sequence[str], Sequence[str]] | None = None
     recipe: str | None = None
     mesh: Mesh | None = None
+    packing: bool = False
 
     @classmethod
     def from_sequences(
@@ -181,35 +191,101 @@ class TokenisedDataset:
         index[: len(chosen)] = chosen
         return Batch(tokens=tokens, response_mask=mask, lengths=lengths, index=index)
 
+    def collate_rows(
+        self, indices: Positions, places: Sequence[int] | np.ndarray, *, rows: int, length: int, slots: int
+    ) -> Batch:
+        """One packed batch (NumPy leaves, see ``Batch.examples``): example ``indices[k]`` in row ``places[k]``, in the
+        given order.
+
+        Args:
+          places: ascending.
+          rows, length, slots: the batch's shape: tokens [rows, length], index [rows * slots].
+
+        Raises:
+          ConfigError: a row that has not the tokens or the slots for its examples.
+        """
+        chosen, places = as_indices(indices, len(self)), np.asarray(places, np.int64)
+        sizes = self.lengths[chosen].astype(np.int64)
+        held, used = (np.bincount(places, weights=w, minlength=rows).astype(np.int64) for w in (None, sizes))
+        if len(held) > rows or used.max(initial=0) > length or held.max(initial=0) > slots:
+            raise ConfigError(
+                f"packed rows of {rows} x {length} tokens and {slots} slots cannot hold {held.max()} examples of "
+                f"{used.max()} tokens in a row of {len(held)}; expected enough rows, tokens and slots; raise them or "
+                "pack fewer examples"
+            )
+        slot = np.arange(len(chosen)) - (np.cumsum(held) - held)[places]
+        begin = np.cumsum(sizes) - sizes - (np.cumsum(used) - used)[places]
+        tokens = np.full((rows, length), self.pad_id, np.int32)
+        examples = np.full((rows, length), -1, np.int32)
+        positions, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+        lengths, index = np.zeros(rows * slots, np.int32), np.full(rows * slots, -1, np.int32)
+        steps = np.arange(length, dtype=np.int32)
+        for i, row, s, at, size in zip(chosen, places.tolist(), slot.tolist(), begin.tolist(), sizes.tolist()):
+            here = slice(at, at + size)
+            tokens[row, here], mask[row, here] = self.tokens(i)[0], self.trained(i)
+            examples[row, here], positions[row, here] = s, steps[:size]
+        for row, end in enumerate(used.tolist()):  # positions count from 0 in the padding, too
+            positions[row, end:] = steps[: length - end]
+        lengths[places * slots + slot], index[places * slots + slot] = sizes, chosen
+        return Batch(tokens, mask, lengths, index, positions=positions, examples=examples)
+
     def batches(
         self,
         *,
         token_budget: int,
         indices: Positions | None = None,
-        max_buckets: int = MAX_BUCKETS,
+        max_buckets: int | None = None,
         row_multiple: int = 1,
+        packing: bool | None = None,
     ) -> BatchPlan:
-        """Every example (of ``indices``) once, in padded batches of at most ``token_budget`` tokens: see
-        ``BatchPlan``. On a mesh (see ``on``) that is the budget of each of the devices that rows are split over, and
-        the rows of every batch divide by their number.
+        """Every example (of ``indices``) once, in batches of at most ``token_budget`` tokens: see ``BatchPlan``. On a
+        mesh (see ``on``) that is the budget of each of the devices that rows are split over, and the rows of every
+        batch divide by their number.
+
+        Args:
+          max_buckets: padded lengths at most; None: `most_buckets` of the device.
+          packing: several examples a row, in rows of a fixed length (``ntkjax.data.rows``); the plan's ``padded`` then
+            holds the same examples one a row. None: as the data set says.
         """
         chosen = np.arange(len(self)) if indices is None else as_indices(indices, len(self))
         parts = data_parallel(self.mesh)
-        multiple = math.lcm(row_multiple, parts)
-        return BatchPlan(self, tuple(plan_batches(self.lengths, chosen, token_budget * parts, max_buckets, multiple)))
+        multiple, budget = math.lcm(row_multiple, parts), token_budget * parts
+        buckets = most_buckets() if max_buckets is None else max_buckets
+        padded = BatchPlan(self, tuple(plan_batches(self.lengths, chosen, budget, buckets, multiple)))
+        if not (self.packing if packing is None else packing):
+            return padded
+        layout, filled = lay_out(self.lengths[chosen], budget, row_multiple=multiple)
+        return BatchPlan(self, _planned(filled, chosen), layout, padded)
 
     def on(self, mesh: Mesh | None) -> TokenisedDataset:
         """The same examples, whose ``batches`` lie on ``mesh``, rows split over "data"; None: left on the host."""
         return dataclasses.replace(self, mesh=mesh)
 
+    def packed(self, packing: bool) -> TokenisedDataset:
+        """The same examples, whose ``batches`` are packed or not where nothing else is said."""
+        return dataclasses.replace(self, packing=packing)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """One batch before it is filled: its padded length, its rows, and the examples in it (int64, at most rows)."""
+    """One batch before it is filled.
+
+    Attributes:
+      length, rows: its shape.
+      indices: int64, the examples in it: at most ``rows``, or where it is packed row after row.
+      places: int64, the row of each, ascending; None where every row is one example.
+      slots: examples in a row at most.
+    """
 
     length: int
     rows: int
     indices: np.ndarray
+    places: np.ndarray | None = None
+    slots: int = 1
+
+
+def _planned(filled: Sequence[FilledBatch], indices: np.ndarray) -> tuple[PlannedBatch, ...]:
+    return tuple(PlannedBatch(b.length, b.rows, indices[b.members], b.places, b.slots) for b in filled)
 
 
 def plan_batches(
@@ -243,19 +319,30 @@ def plan_batches(
 class BatchPlan:
     """A sized sequence of batches that can be iterated any number of times, always the same.
 
-    One shape per bucket, so that a jitted function compiles once per bucket. ``plan[k]`` makes one batch;
-    iteration makes the next one in the background. Filler rows have index -1.
+    One shape per bucket, or per fixed length of packed rows, so that a jitted function compiles once for each.
+    ``plan[k]`` makes one batch; iteration makes the next one in the background. Fillers have index -1.
+
+    Attributes:
+      layout: the shapes of packed batches; None where every row is one example.
+      padded: of a packed plan, the same examples one a row, for passes that look at one example at a time.
     """
 
     dataset: TokenisedDataset
     planned: tuple[PlannedBatch, ...]
+    layout: RowLayout | None = None
+    padded: BatchPlan | None = None
 
     def __len__(self) -> int:
         return len(self.planned)
 
     def __getitem__(self, k: int) -> Batch:
-        batch = self.planned[k]
-        return shard_batch(self.dataset.collate(batch.indices, rows=batch.rows, length=batch.length), self.dataset.mesh)
+        planned, data = self.planned[k], self.dataset
+        shape = {"rows": planned.rows, "length": planned.length}
+        if planned.places is None:
+            batch = data.collate(planned.indices, **shape)
+        else:
+            batch = data.collate_rows(planned.indices, planned.places, **shape, slots=planned.slots)
+        return shard_batch(batch, data.mesh)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.planned:
@@ -269,6 +356,12 @@ class BatchPlan:
 
     def only(self, rows: np.ndarray) -> BatchPlan:
         """The examples among ``rows`` (bool [N]) alone, in batches of the same shapes: for one process of several."""
+        if self.layout is not None:
+            members = np.concatenate([np.empty(0, np.int64), *(batch.indices for batch in self.planned)])
+            members = members[rows[members]]
+            planned = _planned(fill(self.dataset.lengths[members], self.layout), members)
+            padded = None if self.padded is None else self.padded.only(rows)
+            return dataclasses.replace(self, planned=planned, padded=padded)
         kept = []
         for length, size in dict.fromkeys((batch.length, batch.rows) for batch in self.planned):
             members = [b.indices for b in self.planned if (b.length, b.rows) == (length, size)]
@@ -279,7 +372,9 @@ class BatchPlan:
 
     def without(self, done: np.ndarray) -> BatchPlan:
         """The batches that hold an example that is not ``done`` (bool [N]), as they are."""
-        return dataclasses.replace(self, planned=tuple(b for b in self.planned if not done[b.indices].all()))
+        kept = tuple(b for b in self.planned if not done[b.indices].all())
+        padded = None if self.padded is None else self.padded.without(done)
+        return dataclasses.replace(self, planned=kept, padded=padded)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -333,6 +428,7 @@ def concat(first: TokenisedDataset, second: TokenisedDataset) -> TokenisedDatase
         labels=labels,
         recipe=first.recipe if first.recipe == second.recipe else None,
         mesh=first.mesh,
+        packing=first.packing,
     )
 
 

@@ -25,17 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ntkjax.data.batches import plan_batches
+from ntkjax.data.batches import most_buckets, plan_batches
 from ntkjax.data.buckets import round_up
 from ntkjax.data.prompts import encode, render_text
+from ntkjax.data.rows import lay_out
 from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.evaluation.answers import find_choices
-from ntkjax.evaluation.packing import Packed, PackedBatch, collate, pack
+from ntkjax.evaluation.packing import Packed, PackedBatch, collate, collate_rows, pack
 from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped
 
 DEFAULT_TEMPLATE = "So the answer is {}."
 LOGIT_ELEMENTS = 1 << 24
 """Logits held at once while scoring: 64 MiB in float32, whatever the vocabulary."""
+ROW_LENGTH = 512
+"""Tokens of a row that holds several examples: attention here makes a number for every pair of them."""
 RENDER_BLOCK = 256
 """Examples rendered and tokenised at once."""
 TIE_TOLERANCE = 1e-5
@@ -102,12 +105,19 @@ def token_log_probs(
 
 
 def score_packed(
-    model: Any, params: Params, packed: Sequence[Packed], *, token_budget: int, max_buckets: int = 6
+    model: Any,
+    params: Params,
+    packed: Sequence[Packed],
+    *,
+    token_budget: int,
+    max_buckets: int | None = None,
+    packing: bool = False,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Score packed examples, one list for each batch: ``(place in packed, log-probabilities float64 [C])``.
 
     Batches are grouped by packed length, longest first; each length has one number of rows and of scored
-    tokens, so the scorer compiles once for each.
+    tokens, so the scorer compiles once for each. With ``packing`` a row of `ROW_LENGTH` tokens (more where an example
+    needs it) holds several examples.
 
     Args:
       model: anything with the callable pytrees ``states_fn(params, batch) -> [B, T, D]`` and
@@ -116,15 +126,36 @@ def score_packed(
     states_fn, head_fn = as_pytree_fn(model.states_fn), as_pytree_fn(model.head_fn)
     lengths = np.asarray([p.tokens.size for p in packed], dtype=np.int32)
     _check_positions(model, packed)
+    buckets = most_buckets(6) if max_buckets is None else max_buckets
+    for b in _laid_out(packed, lengths, token_budget) if packing else _padded(packed, lengths, token_budget, buckets):
+        log_probs = np.asarray(token_log_probs(states_fn, head_fn, params, b.batch, b.predictor, b.target))
+        yield [
+            (int(i), packed[i].sums(log_probs[row, start : start + packed[i].target.size]))
+            for i, row, start in zip(b.rows, b.places, b.starts)
+        ]
+
+
+def _padded(
+    packed: Sequence[Packed], lengths: np.ndarray, token_budget: int, max_buckets: int
+) -> Iterator[PackedBatch]:
     plan = plan_batches(lengths, np.arange(len(packed)), token_budget, max_buckets) if packed else []
     scored: dict[int, int] = {}
     for planned in plan:
         most = max(packed[i].target.size for i in planned.indices)
         scored[planned.length] = max(scored.get(planned.length, 0), round_up(most, 8))
     for planned in plan:
-        b: PackedBatch = collate(packed, planned.indices, planned.rows, planned.length, scored[planned.length])
-        log_probs = np.asarray(token_log_probs(states_fn, head_fn, params, b.batch, b.predictor, b.target))
-        yield [(int(i), packed[i].sums(log_probs[r, : packed[i].target.size])) for r, i in enumerate(b.rows)]
+        yield collate(packed, planned.indices, planned.rows, planned.length, scored[planned.length])
+
+
+def _laid_out(packed: Sequence[Packed], lengths: np.ndarray, token_budget: int) -> Iterator[PackedBatch]:
+    filled = lay_out(lengths, token_budget, row_length=ROW_LENGTH)[1]
+    targets = np.asarray([p.target.size for p in packed])
+    scored: dict[int, int] = {}
+    for batch in filled:
+        most = int(np.bincount(batch.places, weights=targets[batch.members]).max())
+        scored[batch.length] = max(scored.get(batch.length, 0), round_up(most, 64))
+    for batch in filled:
+        yield collate_rows(packed, batch, scored[batch.length])
 
 
 def _check_positions(model: Any, packed: Sequence[Packed]) -> None:
@@ -223,7 +254,8 @@ def score_choices(
     token_budget: int,
     answer_template: str = DEFAULT_TEMPLATE,
     rows: Sequence[int] | None = None,
-    max_buckets: int = 6,
+    max_buckets: int | None = None,
+    packing: bool = False,
 ) -> Iterator[list[ChoiceScores]]:
     """Likelihoods of the choices of every example that has choices and an answer, one list for each batch.
 
@@ -233,6 +265,8 @@ def score_choices(
       rows: which rows of the records; None for all.
       token_budget: tokens in a batch, padding included; a packed example longer than that forms a batch
         alone.
+      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation is dear.
+      packing: several examples a row.
 
     Raises:
       UserError: no example has choices and an answer, or one does not fit into ``max_length``.
@@ -250,5 +284,6 @@ def score_choices(
     kept, examples = zip(*chosen)
     responses = [[answer_template.format(choice) for choice in example.choices] for example in examples]
     packed = pack_choices(model.tokenizer, examples, responses, max_length=max_length)
-    for done in score_packed(model, params, packed, token_budget=token_budget, max_buckets=max_buckets):
+    options = {"token_budget": token_budget, "max_buckets": max_buckets, "packing": packing}
+    for done in score_packed(model, params, packed, **options):
         yield [ChoiceScores(kept[i], sums, packed[i].counts(), packed[i].dropped) for i, sums in done]

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ntkjax.data.batches import most_buckets
 from ntkjax.errors import UserError
-from ntkjax.types import Batch, Params, as_pytree_fn
+from ntkjax.types import Batch, Params, as_pytree_fn, count_positions, predict_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +35,25 @@ def _batch_nll(nll_fn: Callable, params: Params, batch: Batch) -> jax.Array:
 
 
 def response_nll(
-    model: Any, params: Params, dataset: Any, *, token_budget: int, indices: Any = None, max_buckets: int = 6
+    model: Any, params: Params, dataset: Any, *, token_budget: int, indices: Any = None, max_buckets: int | None = None
 ) -> Iterator[list[ResponseNLL]]:
     """Response NLL of every example of a `TokenisedDataset`, one list for each batch.
 
-    nll(x) = -1/|S(x)| sum_{t in S(x)} log p(token_{t+1} | tokens up to t). Compiled once for each bucket.
+    nll(x) = -1/|S(x)| sum_{t in S(x)} log p(token_{t+1} | tokens up to t). Compiled once for each bucket, or
+    once for packed rows where the data set is ``packed``.
 
     Args:
       model: anything with the callable pytree ``nll_fn(params, batch) -> [B]``.
       dataset: offers ``batches(token_budget=, indices=, max_buckets=)`` and ``response_lengths``.
+      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation is dear.
     """
     nll_fn = as_pytree_fn(model.nll_fn)
-    for batch in dataset.batches(token_budget=token_budget, indices=indices, max_buckets=max_buckets):
+    buckets = most_buckets(6) if max_buckets is None else max_buckets
+    for batch in dataset.batches(token_budget=token_budget, indices=indices, max_buckets=buckets):
         values = np.asarray(_batch_nll(nll_fn, params, batch), dtype=np.float64)
         index = np.asarray(batch.index)
         # The number of predicted tokens is read off the batch, so it is right whatever truncation did.
-        tokens = np.asarray(batch.response_mask)[:, 1:].sum(axis=1)
+        tokens = np.asarray(count_positions(batch, predict_mask(batch)))
         yield [ResponseNLL(int(i), float(values[r]), int(tokens[r])) for r, i in enumerate(index) if i >= 0]
 
 

@@ -1,4 +1,4 @@
-"""Many continuations of one prompt in one sequence, so that the prompt is computed once.
+"""Many continuations of one prompt in one sequence, so that the prompt is computed once; several such in a row.
 
 ``[shared | rest of choice 1 | rest of choice 2 | ...]``: segment 0 is the longest common token prefix of all
 choices (the prompt and whatever of the response they share, such as "So the answer is"); segment c >= 1 holds
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ntkjax.data.rows import FilledBatch
 from ntkjax.errors import UserError
 from ntkjax.types import Batch
 
@@ -143,13 +144,16 @@ class PackedBatch:
       batch: ``Batch`` with segments and positions, [B, T]; its response mask is empty (what is scored is
         given here).
       predictor, target: int32 [B, M]; padded with zeros.
-      rows: which examples they are, int64 [number of real rows].
+      rows: which examples they are, int64 [number of examples].
+      places: int64, the row of the batch that each lies in; starts: int64, where in [M] its predictions begin.
     """
 
     batch: Batch
     predictor: np.ndarray
     target: np.ndarray
     rows: np.ndarray
+    places: np.ndarray
+    starts: np.ndarray
 
 
 def collate(packed: Sequence[Packed], rows: np.ndarray, n_rows: int, length: int, scored: int) -> PackedBatch:
@@ -164,4 +168,26 @@ def collate(packed: Sequence[Packed], rows: np.ndarray, n_rows: int, length: int
         predictor[r, :m], target[r, :m] = p.predictor, p.target
         lengths[r], index[r] = t, i
     batch = Batch(tokens, np.zeros((n_rows, length), bool), lengths, index, segments, positions)
-    return PackedBatch(batch, predictor, target, np.asarray(rows, dtype=np.int64))
+    members = np.asarray(rows, dtype=np.int64)
+    return PackedBatch(batch, predictor, target, members, np.arange(len(members)), np.zeros(len(members), np.int64))
+
+
+def collate_rows(packed: Sequence[Packed], filled: FilledBatch, scored: int) -> PackedBatch:
+    """Several of ``packed`` in each row, as ``filled`` has them, kept apart by ``Batch.examples``."""
+    shape, slots = (filled.rows, filled.length), filled.slots
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    examples = np.full(shape, -1, np.int32)
+    predictor, target = (np.zeros((filled.rows, scored), np.int32) for _ in range(2))
+    lengths, index = np.zeros(filled.rows * slots, np.int32), np.full(filled.rows * slots, -1, np.int32)
+    used, said, held = (np.zeros(filled.rows, np.int64) for _ in range(3))
+    starts = np.zeros(len(filled.members), np.int64)
+    for k, (i, row) in enumerate(zip(filled.members, filled.places)):
+        p, at, first, slot = packed[i], used[row], said[row], held[row]
+        here, there = slice(at, at + p.tokens.size), slice(first, first + p.target.size)
+        tokens[row, here], segments[row, here], positions[row, here] = p.tokens, p.segments, p.positions
+        examples[row, here] = slot
+        predictor[row, there], target[row, there] = p.predictor + at, p.target
+        lengths[row * slots + slot], index[row * slots + slot], starts[k] = p.tokens.size, i, first
+        used[row], said[row], held[row] = at + p.tokens.size, first + p.target.size, slot + 1
+    batch = Batch(tokens, np.zeros(shape, bool), lengths, index, segments, positions, examples)
+    return PackedBatch(batch, predictor, target, np.asarray(filled.members, np.int64), filled.places, starts)

@@ -48,6 +48,7 @@ def evaluate_model(
     *,
     max_length: int,
     token_budget: int,
+    packing: bool = False,
     path: str | Path | None = None,
     shots: Shots | None = None,
     seed: int = 0,
@@ -60,6 +61,7 @@ def evaluate_model(
       records: `Records`. settings: what is measured.
       max_length: longest sequence, tokens; prompts are cut from the left to fit and the cuts counted.
       token_budget: tokens in a batch, padding included.
+      packing: several examples a row, in likelihood and choices.
       path: outcomes as JSON lines; written as the run goes, and a run that was cut off goes on where it
         stopped. A path that holds finished outcomes of the same settings and weights is read back instead.
       shots: what `draw_shots` drew for these settings and records; None: it is drawn here.
@@ -93,7 +95,7 @@ def evaluate_model(
     outcomes = log.finished
     if outcomes is None:
         bases, choice_rows, response_rows = _bases(records, pattern)
-        job = _Job(model, params, records, bases, log, settings, max_length, token_budget, progress)
+        job = _Job(model, params, records, bases, log, settings, max_length, token_budget, packing, progress)
         _check_any(settings, choice_rows, response_rows, len(records))
         if settings.choices is not False:
             job.choices(choice_rows)
@@ -117,6 +119,7 @@ class _Job:
     settings: EvaluationSettings
     max_length: int
     token_budget: int
+    packing: bool
     progress: bool
 
     def choices(self, rows: list[int]) -> None:
@@ -129,6 +132,7 @@ class _Job:
                 token_budget=self.token_budget,
                 answer_template=self.settings.answer_template,
                 rows=todo,
+                packing=self.packing,
             )
 
         self._run("choices", rows, run, lambda scores, base: _choice_piece(scores, base, self.records[scores.row]))
@@ -143,7 +147,7 @@ class _Job:
             return response_nll(
                 self.model,
                 self.params,
-                dataset,
+                dataset.packed(self.packing),
                 token_budget=self.token_budget,
                 indices=np.asarray(todo, dtype=np.int64),
             )

@@ -18,7 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models.decoder import Decoder
 from ntkjax.models.layers import KVCache, ModelSpec, matmul
-from ntkjax.types import Batch, Params, at_least_float32, capped, predict_mask, valid_mask
+from ntkjax.types import (
+    Batch,
+    Params,
+    at_least_float32,
+    capped,
+    count_positions,
+    owned,
+    predict_mask,
+    valid_mask,
+)
 
 OUTPUTS = ("apply", "hidden", "sum_logits", "nll", "entropy", "embed", "weighted_embed", "states", "head")
 POSITIONS = ("response", "all", "last")
@@ -83,35 +92,75 @@ def project(spec: ModelSpec, weights: dict, states: Float[Array, "*A D"]) -> Flo
     return capped(matmul(states.astype(spec.dtype), head_weight(weights).T), spec.config.logit_cap)
 
 
-def position_mask(batch: Batch, positions: str) -> Bool[Array, "B T"]:
-    """The positions an output is pooled over, bool [B, T].
+def position_mask(batch: Batch, positions: str) -> Bool[Array, "R T"]:
+    """The positions an output is pooled over, bool [R, T].
 
     "response": S(x), those whose next token belongs to the response. "all": those whose next token is real.
     "last": the last element of S(x), the position that predicts the response's last token.
     """
     if positions == "all":
-        return jnp.pad(valid_mask(batch)[:, 1:], ((0, 0), (0, 1)))
+        valid = valid_mask(batch)
+        if batch.examples is not None:
+            owner = jnp.asarray(batch.examples)
+            valid = valid & jnp.pad(owner[:, 1:] == owner[:, :-1], ((0, 0), (1, 0)))
+        return jnp.pad(valid[:, 1:], ((0, 0), (0, 1)))
     mask = predict_mask(batch)
     if positions == "response":
         return mask
-    later = jnp.cumsum(mask[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]
-    return mask & (later == 1)
+    places, total = _places(mask, batch)
+    return mask & (places == total)
 
 
-def pool(values: Float[Array, "B T *rest"], mask: Bool[Array, "B T"]) -> Float[Array, "B *rest"]:
-    """Mean over the masked positions; exactly 0 where there are none."""
-    extra = (1,) * (values.ndim - 2)
-    counts = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(values.dtype)
-    kept = jnp.where(mask.reshape(mask.shape + extra), values, jnp.zeros((), values.dtype))
-    return jnp.sum(kept, axis=1) / counts.reshape(counts.shape + extra)
+def _places(mask: Bool[Array, "R T"], batch: Batch) -> tuple[Int[Array, "R T"], Int[Array, "R T"]]:
+    """For every position the number of masked ones of its example up to it, and in all, int32 [R, T]."""
+    seen = jnp.cumsum(mask.astype(jnp.int32), axis=1)
+    counts = count_positions(batch, mask).reshape(mask.shape[0], -1)
+    if batch.examples is None:
+        return seen, jnp.broadcast_to(counts, seen.shape)
+    # Padding, slot -1, counts as slot 0: nothing there is masked.
+    slot = jnp.maximum(jnp.asarray(batch.examples), 0)
+    of_slot = lambda x: jnp.take_along_axis(x, slot, axis=1)
+    return seen - of_slot(jnp.cumsum(counts, axis=1) - counts), of_slot(counts)
 
 
-def position_weighted(values: Float[Array, "B T *rest"], mask: Bool[Array, "B T"]) -> Float[Array, "B *rest"]:
-    """sum_i i x_i / sum_i i over the masked positions, i = 1, 2, ... their number; exactly 0 where there are none."""
-    places = jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1), 0)
-    weights = (places / jnp.maximum(jnp.sum(places, axis=1, keepdims=True), 1)).astype(values.dtype)
-    kept = jnp.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, jnp.zeros((), values.dtype))
-    return jnp.einsum("bt,bt...->b...", weights, kept, precision=jax.lax.Precision.HIGHEST)
+def sums_by_example(
+    values: Float[Array, "R T *rest"], weights: Float[Array, "R T"], batch: Batch
+) -> Float[Array, "B *rest"]:
+    """sum_t w_t x_t over the positions of each example, products and sums of 32 bits or more.
+
+    A position of weight 0 counts nothing, whatever stands there, in rows of one example; in packed ones every value
+    must be finite. Rows are summed apart, so rows that are spread over devices stay where they are.
+    """
+    nonzero = (weights != 0).reshape(weights.shape + (1,) * (values.ndim - 2))
+    kept, owners = jnp.where(nonzero, values, jnp.zeros((), values.dtype)), owned(batch)
+    if owners is None:
+        return jnp.einsum("rt,rt...->r...", weights, kept, precision=jax.lax.Precision.HIGHEST)
+    shares = jnp.where(owners, weights[:, None, :], jnp.zeros((), weights.dtype))
+    sums = jnp.einsum("rst,rt...->rs...", shares, kept, precision=jax.lax.Precision.HIGHEST)
+    return sums.reshape(-1, *sums.shape[2:])
+
+
+def pool(values: Float[Array, "R T *rest"], mask: Bool[Array, "R T"], batch: Batch) -> Float[Array, "B *rest"]:
+    """Mean over the masked positions of each example; exactly 0 where there are none."""
+    counts = jnp.maximum(count_positions(batch, mask), 1).astype(values.dtype)
+    if batch.examples is None:
+        extra = (1,) * (values.ndim - 2)
+        kept = jnp.where(mask.reshape(mask.shape + extra), values, jnp.zeros((), values.dtype))
+        sums = jnp.sum(kept, axis=1)
+    else:
+        sums = sums_by_example(values, mask.astype(values.dtype), batch)
+    return sums / counts.reshape(counts.shape + (1,) * (sums.ndim - 1))
+
+
+def position_weighted(
+    values: Float[Array, "R T *rest"], mask: Bool[Array, "R T"], batch: Batch
+) -> Float[Array, "B *rest"]:
+    """sum_i i x_i / sum_i i over the masked positions of each example, i = 1, 2, ... their number; exactly 0 where
+    there are none."""
+    places, total = _places(mask, batch)
+    count = jnp.maximum(total, 1).astype(values.dtype)  # 1 + ... + n is n (n + 1) / 2
+    weights = jnp.where(mask, places, 0).astype(values.dtype) / (count * (count + 1) / 2)
+    return sums_by_example(values, weights, batch)
 
 
 def token_nll(
@@ -138,19 +187,29 @@ def token_sum(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> 
 
 
 def pooled_logits(
-    spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    spec: ModelSpec, weights: dict, states: Float[Array, "R T D"], mask: Bool[Array, "R T"], batch: Batch
 ) -> Float[Array, "B V"]:
-    """The mean over the masked positions of the logits, which pools hidden states where they are linear in the head."""
+    """The mean over the masked positions of each example of the logits, which pools hidden states where they are linear
+    in the head."""
     if spec.config.logit_cap is None:
-        return project(spec, weights, pool(states, mask))
-    counts = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(states.dtype)
-    shares = jnp.where(mask, 1.0 / counts[:, None], jnp.zeros((), states.dtype))
+        return project(spec, weights, pool(states, mask, batch))
+    counts = _places(mask, batch)[1].astype(states.dtype)
+    shares = jnp.where(mask, 1.0 / jnp.maximum(counts, 1), jnp.zeros((), states.dtype))
+    slot = None if batch.examples is None else jnp.maximum(jnp.asarray(batch.examples), 0)
+    rows = jnp.arange(states.shape[0], dtype=jnp.int32)
 
-    def add(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + at[1][:, None] * project(spec, weights, at[0]), None
+    def add(total: Array, at: tuple) -> tuple[Array, None]:
+        hidden, share, slot = at
+        found = share[:, None] * project(spec, weights, hidden)
+        if slot is None:
+            return total + found[:, None], None
+        return total.at[rows, slot].add(found, unique_indices=True), None
 
-    zero = jnp.zeros((states.shape[0], spec.config.vocab_size), states.dtype)
-    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, (jnp.moveaxis(states, 1, 0), shares.T))[0]
+    slots = 1 if slot is None else batch.index.shape[0] // states.shape[0]
+    zero = jnp.zeros((states.shape[0], slots, spec.config.vocab_size), states.dtype)
+    along = (jnp.moveaxis(states, 1, 0), shares.T, None if slot is None else slot.T)
+    sums = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, along)[0]
+    return sums.reshape(-1, spec.config.vocab_size)
 
 
 def token_entropy(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
@@ -190,6 +249,9 @@ def _sliced(piece: Callable[..., Array], vocab: int, *arrays: Array) -> Float[Ar
 class ModelFn:
     """One output of a language model: ``fn(params, batch)``; ``fn(params)`` for the head.
 
+    Every output but ``states`` has one row for each element of ``batch.index``, whether rows of tokens hold one example
+    or, packed, several.
+
     Attributes:
       weights: the full parameter tree (pytree leaves). ``params``, any subset of it, is laid over it at each
       call.
@@ -220,15 +282,15 @@ class ModelFn:
         if self.kind == "states":
             return states
         if self.kind in ("embed", "weighted_embed"):
-            return (pool if self.kind == "embed" else position_weighted)(states, valid_mask(batch))
+            return (pool if self.kind == "embed" else position_weighted)(states, valid_mask(batch), batch)
         mask = position_mask(batch, self.positions)
-        if self.kind == "nll":
-            return pool(token_nll(self.spec, weights, states, tokens), mask)
-        if self.kind == "entropy":
-            return pool(token_entropy(self.spec, weights, states), mask)
-        if self.kind == "sum_logits":
-            return pool(token_sum(self.spec, weights, states), mask)
-        return pool(states, mask) if self.kind == "hidden" else pooled_logits(self.spec, weights, states, mask)
+        if self.kind == "hidden":
+            return pool(states, mask, batch)
+        if self.kind == "apply":
+            return pooled_logits(self.spec, weights, states, mask, batch)
+        by_token = {"nll": token_nll, "entropy": token_entropy, "sum_logits": token_sum}[self.kind]
+        inputs = (states, tokens) if self.kind == "nll" else (states,)
+        return pool(by_token(self.spec, weights, *inputs), mask, batch)
 
     def for_forward_mode(self) -> ModelFn:
         """See `ntkjax.types.forward_mode`."""

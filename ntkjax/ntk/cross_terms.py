@@ -24,7 +24,7 @@ from ntkjax.ntk.kernel import Kernel, gradients
 from ntkjax.ntk.kernels import KernelFunctions, head_is_trained
 from ntkjax.ntk.metrics import bootstrap_interval, resample, square
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
-from ntkjax.ntk.rows import title
+from ntkjax.ntk.rows import one_a_row, title
 from ntkjax.rng import numpy_rng
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
@@ -214,7 +214,7 @@ def _products_of(
     kernel: Kernel, params: Params, batches: Iterable, count: int, progress: bool | str
 ) -> Iterator[Products]:
     """<grad F_k(x), grad F_l(x)> [count, count] of each example, and between the one before and it."""
-    plan = list(batches)
+    plan = list(one_a_row(batches))
     examples = sum(int((np.asarray(b.index) >= 0).sum()) for b in plan)
     previous: list[Params] | None = None
     every = _jacobians(kernel, params, plan, count)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import UserError
 from ntkjax.ntk.kernel import Kernel, as_kernel, feature_vector
-from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows
+from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, one_a_row, real_rows
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.types import ArrayLike, Params
 
@@ -152,7 +152,7 @@ def gradient_features(
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "gradient features", store),
+        iterate(one_a_row(batches), progress, "gradient features", store),
         sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,
@@ -175,7 +175,7 @@ def mean_features(
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "mean features"),
+        iterate(one_a_row(batches), progress, "mean features"),
         sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,
@@ -211,7 +211,7 @@ def feature_products(
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "sketched scores", store),
+        iterate(one_a_row(batches), progress, "sketched scores", store),
         sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,
@@ -239,7 +239,7 @@ def squared_norms(
     groups = _feature_groups(
         as_kernel(kernel),
         params,
-        iterate(batches, progress, "gradient norms", store),
+        iterate(one_a_row(batches), progress, "gradient norms", store),
         _Squares() if sketch is None else sketch,
         memory_budget=memory_budget,
         microbatch=microbatch,

@@ -83,6 +83,8 @@ def gradients(
     share its forward pass. A row of the identity as selector gives one output's gradient. ``microbatch`` rows at a
     time are in work (None: all), which bounds the memory of the backward pass.
     """
+    if getattr(x, "examples", None) is not None:
+        raise ValueError("a gradient for each example needs one example a row: got packed rows (see `one_a_row`)")
     leaves, structure = jax.tree.flatten(x)  # rows travel as bare leaves: a Batch with one axis less is no Batch
 
     def of_row(row: list[Array]) -> Params:

@@ -29,7 +29,7 @@ from ntkjax.ntk.gram import contract, gradient_bytes, rows_of
 from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, gradients
 from ntkjax.ntk.kernels import KernelFunctions
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
-from ntkjax.ntk.rows import NonFiniteError, title
+from ntkjax.ntk.rows import NonFiniteError, one_a_row, title
 from ntkjax.types import Params, as_pytree_fn
 
 BLOCK = 8  # outputs at a time, also where fewer are left: one program for all kernels, and more gain little speed
@@ -117,7 +117,7 @@ def output_grams(
     Raises:
       NonFiniteError: naming the examples whose gradient is NaN or infinite.
     """
-    kernel, plan = as_kernel(kernel), list(batches)
+    kernel, plan = as_kernel(kernel), list(one_a_row(batches))
     if selectors is None:
         selectors = np.eye(count_outputs(kernel, params, plan[0]), dtype=np.float32)
     count = len(selectors)

@@ -40,7 +40,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import group_rows, per_example_gradients, pieces
-from ntkjax.ntk.rows import NonFiniteError, iterate, real_rows
+from ntkjax.ntk.rows import NonFiniteError, iterate, one_a_row, real_rows
 from ntkjax.types import Params, as_pytree_fn
 
 PreconditionerName = Literal["none", "adam", "kfac"]
@@ -159,7 +159,7 @@ def _mean_over(
 ) -> Any:
     """1/M of the sums over all real rows, the gradients of ``memory_budget`` bytes at a time."""
     loss_fn, total, count, checks = as_pytree_fn(loss_fn), None, 0, []
-    for piece in _cut(loss_fn, params, iterate(batches, progress, "curvature"), memory_budget):
+    for piece in _cut(loss_fn, params, iterate(one_a_row(batches), progress, "curvature"), memory_budget):
         found, finite = _sum_batch(sums, loss_fn, params, piece)
         total = found if total is None else _add(total, found)
         rows = real_rows(piece)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,30 @@ class NonFiniteError(UserError):
 
 
 def real_rows(batch: Any) -> np.ndarray:
-    """The dataset row of each batch row, -1 for a filler: int32 [B]."""
+    """The dataset row of each example of the batch, -1 for a filler: int32 [B]."""
     return np.asarray(batch.index)
+
+
+def one_a_row(batches: Iterable) -> Iterable:
+    """The same examples in batches of one example a row, for passes that differentiate each by itself: ``padded`` of a
+    plan that has it, any other batches as they are."""
+    padded = getattr(batches, "padded", None)
+    return batches if padded is None else padded
+
+
+def alone(batches: Any, of: Callable[[Iterable], Iterable], rows: int) -> Callable[[np.ndarray], Iterable] | None:
+    """``again`` for `collect_rows`: ``of`` the batches of the rows asked for, one example a row; None where all batches
+    are so. ``rows``: size of the dataset."""
+    padded = getattr(batches, "padded", None)
+    if padded is None:
+        return None
+
+    def again(bad: np.ndarray) -> Iterable:
+        wanted = np.zeros(rows, bool)
+        wanted[bad] = True
+        return of(padded.only(wanted))
+
+    return again
 
 
 def title(progress: bool | str, default: str) -> str:
@@ -70,8 +92,8 @@ def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = 
 class _RowSink:
     """Writes rows by dataset index into an array or a store; keeps what is not finite out of both."""
 
-    def __init__(self, rows: int, store: Any, what: str):
-        self.rows, self.store, self.what = rows, store, what
+    def __init__(self, rows: int, store: Any, what: str, again: Callable | None = None):
+        self.rows, self.store, self.what, self.again = rows, store, what, again
         self.values: np.ndarray | None = None
         self.bad: list[int] = []
 
@@ -90,9 +112,22 @@ class _RowSink:
                 self.values = np.full((self.rows, values.shape[1]), np.nan, values.dtype)
             self.values[index] = values
         if len(self.bad) >= MAX_BAD_ROWS:
+            self.try_again()
+        if len(self.bad) >= MAX_BAD_ROWS:
             raise NonFiniteError(self.what, self.bad, stopped=True)
 
+    def try_again(self) -> None:
+        """Compute what was not finite once more, each example in a row of its own."""
+        if self.again is None or not self.bad:
+            return
+        bad, again = np.unique(self.bad), self.again
+        self.bad, self.again = [], None
+        for index, values in again(bad):
+            self.write(index, np.asarray(values))
+        self.again = again
+
     def check(self) -> None:
+        self.try_again()
         if self.bad:
             raise NonFiniteError(self.what, self.bad)
 
@@ -115,18 +150,20 @@ def collect_rows(
     store: Any = None,
     what: str = "score",
     read: bool = True,
+    again: Callable[[np.ndarray], Iterable[tuple[np.ndarray, Array]]] | None = None,
 ) -> np.ndarray:
     """Gather (index [B], values [B, m]) pairs into [rows, m]; rows never visited are NaN.
 
     One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False
     the values stay in the store, for what does not fit into memory, and the
-    array returned is empty.
+    array returned is empty. ``again``: the results of the rows given, each example in a row of its own; asked for what
+    was not finite, since in a packed row one example that is not makes its neighbours so (see `alone`).
 
     Raises:
       NonFiniteError: some real row is NaN or infinite. The finite rows reach the store first, so that a
         resumed run repeats only the bad ones. It stops early once `MAX_BAD_ROWS` rows are bad.
     """
-    sink = _RowSink(rows, store, what)
+    sink = _RowSink(rows, store, what, again)
     in_flight: collections.deque = collections.deque()
     try:
         for index, values in results:
@@ -137,6 +174,7 @@ def collect_rows(
         while in_flight:
             index, values = in_flight.popleft()
             sink.write(index, np.asarray(values))
+        sink.try_again()
     except BaseException:
         if store is not None:  # keep finished work, but let the first error be the one that is seen
             with contextlib.suppress(UserError):

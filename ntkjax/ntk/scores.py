@@ -28,7 +28,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, real_rows, title
+from ntkjax.ntk.rows import NonFiniteError, alone, collect_rows, iterate, real_rows, title
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
@@ -221,11 +221,12 @@ def directional_scores(
       NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
     output_fn, stacked = as_pytree_fn(output_fn), stack_tangents(params, tangents)
-    found = (
-        (real_rows(batch), directional_derivatives(output_fn, params, stacked, batch))
-        for batch in iterate(batches, progress, "scores", store)
-    )
-    return collect_rows(found, rows=rows, store=store, what="score")
+
+    def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
+        return ((real_rows(batch), directional_derivatives(output_fn, params, stacked, batch)) for batch in batches)
+
+    found = of(iterate(batches, progress, "scores", store))
+    return collect_rows(found, rows=rows, store=store, what="score", again=alone(batches, of, rows))
 
 
 def scores_along(
@@ -253,11 +254,11 @@ def scores_along(
             progress=progress and title(progress, "scores"),
         )  # fmt: skip
 
-    def results() -> Iterator[tuple[np.ndarray, Array]]:
-        for batch in iterate(batches, progress, "scores", store):
-            yield real_rows(batch), score_batch(kernel, params, stacked, batch)
+    def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
+        return ((real_rows(batch), score_batch(kernel, params, stacked, batch)) for batch in batches)
 
-    return collect_rows(results(), rows=rows, store=store, what="score")
+    found = of(iterate(batches, progress, "scores", store))
+    return collect_rows(found, rows=rows, store=store, what="score", again=alone(batches, of, rows))
 
 
 @jax.tree_util.register_dataclass

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from ntkjax.data import Records, read_records
+from ntkjax.data.rows import packs
 from ntkjax.evaluation import Evaluation, evaluate_model
 from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
 from ntkjax.evaluation.shots import Shots
 from ntkjax.models import LanguageModel
-from ntkjax.pipeline.load import Loaded, longest
+from ntkjax.pipeline.load import Loaded, longest, within_positions
 from ntkjax.pipeline.options import DataOptions
 from ntkjax.types import Params
 
@@ -41,13 +44,15 @@ def evaluate_on(
 ) -> Evaluation:
     """``evaluate_model`` with a command's options: accuracy of the examples that have choices and an answer, and the
     likelihood of all; with ``shots`` that are drawn already, or drawn here."""
+    length = longest(model, data)
     return evaluate_model(
         model,
         params,
         test.records,
         settings_of(options, data),
-        max_length=longest(model, data),
+        max_length=length,
         token_budget=data.token_budget,
+        packing=packs(data.packing) and within_positions(np.asarray([length]), model),
         path=path,
         shots=shots,
         seed=seed,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ntkjax.data import Records, TokenisedDataset, read_records, tokenise
+from ntkjax.data.rows import packs
 from ntkjax.errors import ConfigError
 from ntkjax.models import LanguageModel, LoraConfig, adapter_lora_config, load_adapter, load_lm
 from ntkjax.models.load import check_ids, ids_beyond
@@ -116,7 +117,15 @@ def load_data(
     )
     assert tokens.records is not None
     check_tokens(tokens, model)
-    return Loaded(tokens.records, tokens.on(model.mesh))  # without the records that were skipped
+    packing = packs(options.packing) and within_positions(tokens.lengths, model)
+    return Loaded(tokens.records, tokens.on(model.mesh).packed(packing))  # without the records that were skipped
+
+
+def within_positions(lengths: np.ndarray, model: LanguageModel) -> bool:
+    """Whether every example is within the model's positions: of packed rows, which may be longer, the model cannot say,
+    and one example a row that is too long is refused by it."""
+    limit = model.config.position_limit
+    return limit is None or int(np.max(lengths, initial=0)) <= limit
 
 
 def check_tokens(tokens: TokenisedDataset, model: LanguageModel) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from ntkjax.data.dedup import DedupSettings
 from ntkjax.data.prompts import LossTurns
+from ntkjax.data.rows import Packing
 from ntkjax.errors import ConfigError
 from ntkjax.parallel import WeightRule, parse_mesh
 from ntkjax.selection.diversity import DiversityOptions
@@ -62,6 +63,9 @@ class DataOptions:
     turn alone. A message with weight 0 or train false is never trained."""
     token_budget: int = 8192
     """Tokens (rows x length) in a batch of one device, in passes that do not train."""
+    packing: Packing = "auto"
+    """on: rows of 2048 tokens hold several whole examples, one compiled program a pass and hardly any padding; off: one
+    example a row, padded; auto: on for an accelerator, off for a CPU. Results are the same up to rounding."""
 
     def __post_init__(self):
         if self.max_length < 2:

@@ -38,6 +38,8 @@ _LIBRARIES = (
 Inputs = Mapping[str, Mapping[str, str | None]]
 """What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version). See
 `ntkjax.pipeline.inputs`."""
+LAYOUT = ("packing",)
+"""Options of any group that change results by rounding alone, so that a run goes on under others."""
 
 INPUTS = "inputs.json"
 
@@ -248,9 +250,10 @@ def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -
         raise ConfigError(f"{path}: already holds a run. Use a new --out directory.")
     command, config = load_run(path)
     old, new = flatten({"command": command, "config": config}), flatten(wanted)
-    for key in ignore:
-        old.pop(f"config.{key}", None)
-        new.pop(f"config.{key}", None)
+    for key in {*old, *new}:
+        if key.removeprefix("config.") in ignore or key.rsplit(".", 1)[-1] in LAYOUT:
+            old.pop(key, None)
+            new.pop(key, None)
     changed = [line.removeprefix("config.") for line in differences(old, new)]
     if changed:
         raise ConfigError(

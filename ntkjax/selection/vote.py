@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.errors import UserError
-from ntkjax.ntk.rows import collect_rows, iterate
+from ntkjax.ntk.rows import alone, collect_rows, iterate
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 CHUNK = 4096
@@ -69,15 +69,12 @@ def embed(
     """
     embed_fn = as_pytree_fn(embed_fn)
 
-    def results() -> Iterator[tuple[np.ndarray, Array]]:
-        for batch in iterate(batches, progress, "embeddings", store):
-            yield np.asarray(batch.index), embed_batch(embed_fn, params, batch)
+    def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
+        return ((np.asarray(batch.index), embed_batch(embed_fn, params, batch)) for batch in batches)
 
-    if store is None:
-        found = collect_rows(results(), rows=rows, what="embedding")
-        return lambda index: found[index]
-    collect_rows(results(), rows=rows, store=store, what="embedding", read=False)
-    return store.read
+    found, again = of(iterate(batches, progress, "embeddings", store)), alone(batches, of, rows)
+    kept = collect_rows(found, rows=rows, store=store, what="embedding", read=store is None, again=again)
+    return store.read if store is not None else lambda index: kept[index]
 
 
 @jax.jit

@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ntkjax.types import Batch, predict_mask
+from ntkjax.types import Batch, count_positions, predict_mask
 
 
 def response_counts(batch: Batch) -> Int[Array, " B"]:
-    """|S_i|: predicted response tokens of each row, int32 [B]; 0 for a filler row."""
-    return jnp.sum(predict_mask(batch), axis=1, dtype=jnp.int32)
+    """|S_i|: predicted response tokens of each example, int32 [B]; 0 for a filler."""
+    return count_positions(batch, predict_mask(batch))
 
 
 def token_mean_weights(counts: Int[Array, " B"], dtype: Any) -> Float[Array, " B"]:

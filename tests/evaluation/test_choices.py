@@ -67,6 +67,22 @@ def test_packed_equals_one_sequence_per_choice_x64(x64, toys, write_records):
         np.testing.assert_allclose(s.raw, raw, atol=1e-10, rtol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_several_examples_in_a_row_score_as_alone(family, x64, toys, write_records, monkeypatch):
+    """One program whatever the examples; gpt2: a row longer than the table of learned positions."""
+    model = toys.make_model(toys.make_tokenizer(chat=True), family, dtype="float64", max_positions=200)
+    records = write_records(toys.choice_rows(9))
+    alone = scores_of(model, records)
+    before = token_log_probs._cache_size()
+    packed = scores_of(model, records, packing=True, token_budget=512)
+    assert sorted(packed) == list(range(9)) and token_log_probs._cache_size() == before + 1
+    for row, scores in packed.items():
+        np.testing.assert_allclose(scores.raw, alone[row].raw, atol=1e-10, rtol=1e-12)
+        assert (scores.tokens.tolist(), scores.dropped) == (alone[row].tokens.tolist(), alone[row].dropped)
+    scores_of(model, records, packing=True, token_budget=512, rows=[1, 5, 7])
+    assert token_log_probs._cache_size() <= before + 2  # fewer scored tokens a row may be another shape
+
+
 def test_truncated_prompts_are_counted_and_exact(model, nine):
     records = nine
     longest = {

@@ -29,6 +29,18 @@ def test_every_example_once_and_right(model, nine):
         np.testing.assert_allclose(s.nll, nll, rtol=1e-5)
 
 
+def test_packed_rows_give_the_same(model, nine):
+    dataset = tokenise(nine, model.tokenizer, max_length=200)
+    run = lambda data: {
+        s.row: s for batch in response_nll(model, {}, data, token_budget=512, max_buckets=1) for s in batch
+    }
+    padded, packed = run(dataset), run(dataset.packed(True))
+    assert sorted(packed) == list(range(9))
+    for row, s in packed.items():
+        assert s.tokens == padded[row].tokens
+        np.testing.assert_allclose(s.nll, padded[row].nll, rtol=2e-6)
+
+
 def test_some_rows_only(model, nine):
     dataset = tokenise(nine, model.tokenizer, max_length=200)
     rows = [

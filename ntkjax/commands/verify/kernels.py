@@ -220,7 +220,7 @@ class KernelSuite:
         """The examples in batches of few lengths: each length saves padding in every pass, and costs a compilation."""
         longest, budget = int(tokens.lengths.max()), self.config.reading.token_budget
         budget = min(budget, max(longest, len(tokens) * longest // lengths))
-        return tokens.batches(token_budget=budget, max_buckets=lengths)
+        return tokens.batches(token_budget=budget, max_buckets=lengths, packing=False)
 
     def _manifest(
         self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, **more: Any

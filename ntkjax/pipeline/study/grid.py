@@ -36,8 +36,9 @@ from ntkjax.types import Params
 Size = int | str
 HOUSEKEEPING = ("save_every", "keep_checkpoints")
 """Training options that change no result, so that runs which differ in them alone are one."""
-PLACEMENT = ("model", "adapter", "mesh", "weights", "remat")
-"""Model options that are no part of a run's name: the weights themselves are, and how they lie changes no result."""
+PLACEMENT = ("model", "adapter", "mesh", "weights", "remat", "packing")
+"""Options of model and data that are no part of a run's name: the weights themselves are, and how they and the examples
+lie changes no result but by rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Grid:
 
     def _common(self) -> dict[str, Any]:
         options = {k: v for k, v in config_to_dict(self.options).items() if k not in PLACEMENT}
-        data = config_to_dict(self.spec.data)
+        data = {k: v for k, v in config_to_dict(self.spec.data).items() if k not in PLACEMENT}
         return {"ntkjax": package_version(), "weights": self.fingerprint, "model": options, "data": data}
 
     def _evaluation(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
-from ntkjax.ntk.rows import collect_rows, iterate
+from ntkjax.ntk.rows import alone, collect_rows, iterate
 from ntkjax.selection.base import Selection, SelectionProblem, Selector, select_top
 from ntkjax.selection.cost import FORWARD, Sizes
 from ntkjax.selection.options import Options, check_choice, check_least
 from ntkjax.selection.shared import open_shared
-from ntkjax.types import Params, as_pytree_fn, at_least_float32, valid_mask
+from ntkjax.types import Params, as_pytree_fn, at_least_float32, owned, valid_mask
 
 Keep = Literal["intersection", "information", "generative", "semantic"]
 SAMPLED_ROWS = 32
@@ -150,32 +150,42 @@ def token_entropies(problem: SelectionProblem) -> Float[np.ndarray, "N 2"]:
     """(information, generative) entropy of every pool row, float64; kept for other methods and runs."""
     store = open_shared(problem, "entropies", {"theta": tree_digest(problem.params)}, rows=len(problem.pool), width=2)
     fn = as_pytree_fn(problem.entropy_fn) if problem.entropy_fn is not None else None
-    batches = problem.pool.batches(token_budget=problem.token_budget)
-    results = (
-        (np.asarray(batch.index), entropy_batch(fn, problem.params, batch))
-        for batch in iterate(batches, problem.progress and "entropies", "entropies", store)
-    )
-    return np.asarray(collect_rows(results, rows=len(problem.pool), store=store, what="entropy"), np.float64)
+    batches, rows = problem.pool.batches(token_budget=problem.token_budget), len(problem.pool)
+
+    def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
+        return ((np.asarray(batch.index), entropy_batch(fn, problem.params, batch)) for batch in batches)
+
+    found = of(iterate(batches, problem.progress and "entropies", "entropies", store))
+    again = alone(batches, of, rows)
+    return np.asarray(collect_rows(found, rows=rows, store=store, what="entropy", again=again), np.float64)
 
 
 @jax.jit
 def entropy_batch(entropy_fn: Any, params: Params, batch: Any) -> Float[Array, "B 2"]:
     """(information, generative) entropy of each row, nats."""
     generative = at_least_float32(entropy_fn(params, batch))
-    information = information_entropy(jnp.asarray(batch.tokens), valid_mask(batch)).astype(generative.dtype)
+    information = information_entropy(jnp.asarray(batch.tokens), valid_mask(batch), owned(batch))
+    information = information.astype(generative.dtype)
     return jnp.stack([information, generative], axis=1)
 
 
-def information_entropy(tokens: Any, real: Bool[Array, "B T"]) -> Float[Array, " B"]:
-    """-sum_v f_v log f_v over the real tokens of each row: log n - 1/n sum_t log c_t, c_t how often token t occurs.
+def information_entropy(
+    tokens: Any, real: Bool[Array, "R T"], owners: Bool[Array, "R S T"] | None = None
+) -> Float[Array, " B"]:
+    """-sum_v f_v log f_v over the real tokens of each example: log n - 1/n sum_t log c_t, c_t how often token t occurs.
 
-    One number for every pair of tokens is made, as in attention; 0 for a row without tokens.
+    One number for every pair of tokens of a row is made, as in attention; 0 for an example without tokens. ``owners``:
+    the positions of each slot of packed rows (`ntkjax.types.owned`).
     """
+    members = real[:, None, :] if owners is None else owners
     same = (tokens[:, :, None] == tokens[:, None, :]) & real[:, None, :]
-    counts = jnp.maximum(jnp.sum(same, axis=2), 1).astype(jnp.float32)
-    size = jnp.maximum(jnp.sum(real, axis=1), 1).astype(jnp.float32)
-    logs = jnp.where(real, jnp.log(counts), jnp.zeros((), jnp.float32))
-    return jnp.maximum(jnp.log(size) - jnp.sum(logs, axis=1) / size, jnp.zeros((), jnp.float32))
+    if owners is not None:
+        slot = jnp.argmax(owners, axis=1)
+        same = same & (slot[:, :, None] == slot[:, None, :])
+    logs = jnp.log(jnp.maximum(jnp.sum(same, axis=2), 1).astype(jnp.float32))
+    size = jnp.maximum(jnp.sum(members, axis=2), 1).astype(jnp.float32)
+    sums = jnp.sum(jnp.where(members, logs[:, None, :], jnp.zeros((), jnp.float32)), axis=2)
+    return jnp.maximum(jnp.log(size) - sums / size, jnp.zeros((), jnp.float32)).reshape(-1)
 
 
 def cluster_entropy(texts: Sequence[str], similarity: float) -> float:
