@@ -43,6 +43,7 @@ from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
 from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.training.config import TrainConfig
 from ntkjax.training.optimiser import AdamW
 from ntkjax.training.step import init_state, leaf_dtypes, train_step
 from ntkjax.types import Batch
@@ -136,11 +137,8 @@ def make_batch(config: ModelConfig, rows: int, length: int, seed: int = 0, layou
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.vocab_size, (rows, length), dtype=np.int32)
     if layout == "full":
-        mask, lengths = (
-            np.broadcast_to(np.arange(length) >= length // 2, (rows, length)),
-            np.full(rows, length, np.int32),
-        )
-        return Batch(tokens, mask, lengths, np.arange(rows, dtype=np.int32))
+        mask = np.broadcast_to(np.arange(length) >= length // 2, (rows, length))
+        return Batch(tokens, mask, np.full(rows, length, np.int32), np.arange(rows, dtype=np.int32))
     slots = max(16, length // 32)
     sizes, index = np.zeros((rows, slots), np.int32), np.full((rows, slots), -1, np.int32)
     owner, positions, mask = (np.zeros((rows, length), kind) for kind in (np.int32, np.int32, bool))
@@ -174,7 +172,7 @@ def step_of(what: str, model: LanguageModel, batch: Batch, sketch_size: int) -> 
     if what == "features":
         sketch = RademacherSketch(sketch_size, 0)
         return lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4))
-    optimiser = AdamW()
+    optimiser = AdamW.of(TrainConfig())
     state = [init_state(params, optimiser)]
 
     def train() -> Any:
@@ -228,39 +226,33 @@ def speed(config: ModelConfig, what: str, batch: Batch, seconds: float) -> dict:
 
 def attention_lines(options: argparse.Namespace) -> Iterator[dict]:
     """Milliseconds of attention alone by each implementation: its value, and its value with one tangent."""
-    shapes = ((2, 32, 4, 2, 16),) if options.tiny else SHAPES
-    for rows, length, heads, kv_heads, size in shapes:
-        keys = jax.random.split(jax.random.key(0), 6)
-        draw = lambda key, n, b=rows, t=length, h=size: jax.random.normal(key, (b, t, n, h)).astype(options.dtype)
-        three = [draw(key, n) for key, n in zip(keys, (heads, kv_heads, kv_heads) * 2)]
-        primals, tangents = (
-            tuple(three[:3]),
-            tuple(draw(key, n) for key, n in zip(keys[3:], (heads, kv_heads, kv_heads))),
-        )
-        packed = jnp.asarray(make_batch(TINY["tiny"], rows, length, layout="packed").positions)
-        starts = jnp.arange(length, dtype=jnp.int32)[None] - packed
+    for shape in ((2, 32, 4, 2, 16),) if options.tiny else SHAPES:
+        rows, length, heads, kv_heads, size = shape
+        draw = lambda key, n, of=(rows, length), h=size: jax.random.normal(key, (*of, n, h)).astype(options.dtype)
+        drawn = [draw(*one) for one in zip(jax.random.split(jax.random.key(0), 6), 2 * (heads, kv_heads, kv_heads))]
+        positions = make_batch(TINY["tiny"], rows, length, layout="packed").positions
+        starts = {"full": None, "packed": jnp.asarray(np.arange(length, dtype=np.int32)[None] - positions)}
         for layout in LAYOUTS:
-            first = None if layout == "full" else starts
             for kind in options.attention:
-                run = lambda q, k, v, kind=kind, first=first: attend(
-                    q, k, v, None, kind, starts=first, forward_mode=True
-                )
-                value = jax.jit(run)
-                moved = jax.jit(lambda p, t, run=run: jax.jvp(run, p, t))
-                for what, call in (
-                    ("value", lambda f=value: f(*primals)),
-                    ("tangent", lambda f=moved: f(primals, tangents)),
-                ):
-                    row = {
-                        "shape": [rows, length, heads, kv_heads, size],
-                        "layout": layout,
-                        "attention": kind,
-                        "what": what,
-                    }
+                value = functools.partial(_attention, kind, starts[layout])
+                tangent = functools.partial(_attention_jvp, kind, starts[layout])
+                for what, run in (("value", value), ("tangent", tangent)):
+                    row = {"shape": shape, "layout": layout, "attention": kind, "what": what}
                     try:
-                        yield row | time_step(call, 4 * options.rounds)
-                    except Exception as error:  # cuDNN has no tangent, and serves no packed rows
+                        yield row | time_step(functools.partial(run, *drawn), 4 * options.rounds)
+                    except Exception as error:  # cuDNN has no tangent
                         yield row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention(kind: str, starts: jax.Array | None, q, k, v, *_: Any) -> jax.Array:
+    return attend(q, k, v, None, kind, starts=starts, forward_mode=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_jvp(kind: str, starts: jax.Array | None, q, k, v, *tangents: Any) -> tuple[jax.Array, jax.Array]:
+    run = lambda q, k, v: attend(q, k, v, None, kind, starts=starts, forward_mode=True)
+    return jax.jvp(run, (q, k, v), tangents)
 
 
 def peak_memory() -> int | None:
@@ -321,9 +313,8 @@ def markdown(result: dict, devices: int) -> str:
             "| rows, tokens, heads, key/value heads, size | layout | attention | value (ms) | with a tangent (ms) |"
         ]
         lines += ["|---|---|---|---:|---:|", *attention_table(result["attention"]), ""]
-    lines += [
-        "| model | T | layout | pass | attention | rows | tokens/s | TFLOP/s | of peak | first call (s) | spread | GiB |"
-    ]
+    head = ["model", "T", "layout", "pass", "attention", "rows", "tokens/s", "TFLOP/s", "of peak"]
+    lines += [f"| {' | '.join([*head, 'first call (s)', 'spread', 'GiB'])} |"]
     lines += ["|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in result["rows"]:
         head = f"| {r['model']} | {r['length']} | {r['layout']} | {r['pass']} | {r['attention']} | {r['rows']} |"
@@ -336,8 +327,8 @@ def markdown(result: dict, devices: int) -> str:
         lines.append(f"{head} {numbers} | {r['first_call']:.1f} | {spread} | {cell(gib(r['peak_bytes']), '.2f')} |")
     order = result["float32_against_bfloat16"]
     if order is not None:
-        lines += ["", f"Scores in bfloat16 against float32: Spearman {order['spearman']:.5f} ({order['layers']} layers, "
-                  f"{order['examples']} examples of {order['length']} tokens)."]  # fmt: skip
+        sample = f"{order['layers']} layers, {order['examples']} examples of {order['length']} tokens"
+        lines += ["", f"Scores in bfloat16 against float32: Spearman {order['spearman']:.5f} ({sample})."]
     if result["left_out"]:
         lines += ["", f"Left out, the time being up: {'; '.join(result['left_out'])}."]
     what = f"{result['examples']:,} examples of {result['tokens_per_example']} tokens"
@@ -355,7 +346,8 @@ def attention_table(rows: list[dict]) -> Iterator[str]:
     for shape, layout, kind in cases:
         same = [r for r in rows if (tuple(r["shape"]), r["layout"], r["attention"]) == (shape, layout, kind)]
         times = {r["what"]: f"{1e3 * r['seconds']:.3g}" for r in same if "seconds" in r}
-        yield f"| {', '.join(map(str, shape))} | {layout} | {kind} | {times.get('value', '-')} | {times.get('tangent', '-')} |"
+        cells = [", ".join(map(str, shape)), layout, kind, times.get("value", "-"), times.get("tangent", "-")]
+        yield f"| {' | '.join(cells)} |"
 
 
 def parse() -> argparse.Namespace:
@@ -365,9 +357,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no line begins later than this")
     parser.add_argument("--models", nargs="*", default=None, help=f"of {', '.join(MODELS)} (default: all)")
     parser.add_argument("--lengths", nargs="*", type=int, default=None, help="T (default: 512 2048)")
-    parser.add_argument(
-        "--attention", nargs="*", default=None, help="xla, cudnn, dual (default: all on a GPU, else xla)"
-    )
+    parser.add_argument("--attention", nargs="*", default=None, help="xla, cudnn, dual (default: all on a GPU)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=None, help="tokens in a batch (default: 16384)")
     parser.add_argument("--sketch", type=int, default=8192, help="K")
@@ -387,7 +377,7 @@ def chosen_lines(options: argparse.Namespace) -> list[tuple[str, int, str, str, 
         lengths = options.lengths or [16, 32]
         every = [("tiny", length, layout, kind, what) for what in PASSES for length in lengths for layout in LAYOUTS
                  for kind in options.attention]  # fmt: skip
-        return [line for line in every if line[4] in options.passes]
+        return [line for line in every if line[4] in options.passes and line[2:5:2] != ("packed", "features")]
     every = [(*line, what) for *line, passes in LINES for what in passes]
     kept = lambda name, length, layout, kind, what: (
         name in (options.models or MODELS) and length in (options.lengths or (512, 2048))
