@@ -43,9 +43,6 @@ from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
 from ntkjax.ntk.sketch import RademacherSketch
-from ntkjax.training.config import TrainConfig
-from ntkjax.training.optimiser import AdamW
-from ntkjax.training.step import init_state, leaf_dtypes, train_step
 from ntkjax.types import Batch
 
 MODELS = {
@@ -172,6 +169,11 @@ def step_of(what: str, model: LanguageModel, batch: Batch, sketch_size: int) -> 
     if what == "features":
         sketch = RademacherSketch(sketch_size, 0)
         return lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4))
+    # A bare machine may lack what training needs beside (orbax): then this pass alone fails.
+    from ntkjax.training.config import TrainConfig
+    from ntkjax.training.optimiser import AdamW
+    from ntkjax.training.step import init_state, leaf_dtypes, train_step
+
     optimiser = AdamW.of(TrainConfig())
     state = [init_state(params, optimiser)]
 
