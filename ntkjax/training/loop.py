@@ -38,6 +38,7 @@ def fit(
     progress: bool = True,
     extra_metrics: Callable[[Params], dict[str, float]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    packing: bool | None = None,
 ) -> FitResult:
     """Minimise the mean NLL per response token by AdamW: theta <- AdamW(theta, grad sum_i w_i nll_i(theta)).
 
@@ -56,6 +57,8 @@ def fit(
       extra_metrics: ``params -> {name: number}``, logged with every evaluation.
       mesh: devices to spread every batch's rows over (its "data" axis); the model must live on the same mesh.
         Default: the mesh of ``train``, if it has one.
+      packing: several examples in a row of a fixed length, one compiled step whatever the data. Default: as ``train``
+        says, if it does.
 
     Raises:
       ConfigError: options that do not fit each other or the data.
@@ -72,7 +75,8 @@ def fit(
         _prepare_folder(folder, manifest, resume)
     plan = EpochPlan(np.asarray(train.lengths), config.batch_size, seed, rows, config.domain_share)
     mesh = getattr(train, "mesh", None) if mesh is None else mesh
-    run = Run(nll_fn, params, train, dev, config, plan, folder, extra_metrics, mesh)
+    packing = bool(getattr(train, "packing", False)) if packing is None else packing
+    run = Run(nll_fn, params, train, dev, config, plan, folder, extra_metrics, mesh, packing)
     try:
         run.restore_or_start()
         run.train(progress)

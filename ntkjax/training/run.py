@@ -26,6 +26,7 @@ from ntkjax.training.mixture import EpochPlan
 from ntkjax.training.optimiser import AdamW, learning_rates
 from ntkjax.training.padding import Padding
 from ntkjax.training.result import FitResult, Progress
+from ntkjax.training.rows import RowPadding
 from ntkjax.training.step import (
     StepMetrics,
     TrainState,
@@ -35,6 +36,7 @@ from ntkjax.training.step import (
     leaf_dtypes,
     on_mesh,
     train_step,
+    used_micro_batches,
 )
 from ntkjax.types import Batch, Params
 
@@ -55,6 +57,7 @@ class Run:
         folder: Path | None,
         extra_metrics: Callable | None,
         mesh: jax.sharding.Mesh | None,
+        packing: bool = False,
     ):
         self.nll_fn, self.train_data, self.dev, self.config, self.plan = nll_fn, train, dev, config, plan
         self.folder, self.extra_metrics = folder, extra_metrics
@@ -70,8 +73,9 @@ class Run:
         self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
-        self.padding = Padding.of(plan.lengths, config, row_multiple)
-        self.dev_padding = None if dev is None else Padding.of(np.asarray(dev.lengths), config, row_multiple)
+        layout: Any = RowPadding if packing else Padding
+        self.padding = layout.of(plan.lengths, config, row_multiple)
+        self.dev_padding = None if dev is None else layout.of(np.asarray(dev.lengths), config, row_multiple)
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
         self.rates = learning_rates(config, self.steps)
@@ -131,6 +135,7 @@ class Run:
         rate = float(self.rates[step])
         options = {"optimiser": self.optimiser, "accumulation": accumulation, "dtypes": self.dtypes}
         options |= {"shardings": self.shardings, "reweighting": self.reweighting}
+        options |= {"used": used_micro_batches(batch, accumulation)}
         self.state, metrics = train_step(self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options)
         # The next batch is built while the device works; reading the loss then waits for the device.
         upcoming = next(stream, None)
@@ -205,7 +210,7 @@ class Run:
         total, tokens = 0.0, 0
         for rows, batch in self.dev_padding.evaluation_batches(dev):
             nll, counts = eval_step(self.nll_fn, self.state.params, shard_batch(batch, self.mesh), dtypes=self.dtypes)
-            real = slice(0, len(rows))
+            real = np.asarray(batch.index) >= 0
             nll, counts = np.asarray(nll, np.float64)[real], np.asarray(counts)[real]
             if not np.all(np.isfinite(nll)):
                 bad = ", ".join(str(dev.ids[int(row)]) for row in rows[~np.isfinite(nll)][:16])

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -94,12 +95,15 @@ def train_step(
     dtypes: tuple[str, ...],
     shardings: tuple | None = None,
     reweighting: LossReweighting | None = None,
+    used: Array | np.integer | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """theta <- AdamW(theta, grad sum_i w_i nll_i(theta)), w_i = |S_i| / sum_j |S_j| over the whole batch, or the
     weights of ``reweighting``.
 
     ``batch`` holds ``accumulation * b`` rows; micro-batch i is rows i, i + accumulation, ..., so that a batch
-    sharded over devices needs no exchange of rows. Gradients are summed in the dtype of the master copy.
+    sharded over devices needs no exchange of rows; of packed rows each brings its slots. Gradients are summed in the
+    dtype of the master copy. ``used``: so many micro-batches, the first ones, hold examples, and are computed (None:
+    all); a number that changes from step to step without another program.
     ``shardings``: of the state's leaves, in tree order; the new state keeps them (see `on_mesh`).
     """
     counts, dtype = response_counts(batch), master_dtype(state.params)
@@ -119,48 +123,76 @@ def train_step(
 
     weights = token_mean
     if reweighting is not None and accumulation > 1:
-        weights = reweighting.weights(_in_pieces(nll_of, state.params, batch, accumulation), counts)
-    (_, (nll, weights)), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation)
+        weights = reweighting.weights(_in_pieces(nll_of, state.params, batch, accumulation, used), counts)
+    (_, (nll, weights)), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation, used)
     metrics = StepMetrics(jnp.sum(token_mean * nll), optax.global_norm(grads), nll, counts, weights)
     new = TrainState(*optimiser.step(state.params, grads, state.opt_state, learning_rate))
     return keep_shardings(new, shardings), metrics
 
 
-def _accumulate(loss_fn: Callable, params: Params, rows: Any, accumulation: int) -> tuple:
-    """((sum of losses, what ``loss_fn`` gives for each row), sum of gradients) over the micro-batches, the rows back in
-    their order."""
+def _accumulate(
+    loss_fn: Callable, params: Params, rows: tuple[Batch, Array], accumulation: int, used: Any = None
+) -> tuple:
+    """((sum of losses, what ``loss_fn`` gives for each example), sum of gradients) over the micro-batches, the examples
+    back in their order."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulation == 1:
         return value_and_grad(params, rows)
+
+    def one(micro: tuple[Batch, Array]) -> tuple:
+        (loss, by_row), grads = value_and_grad(params, micro)
+        return (loss, grads), by_row
+
+    (loss, grads), by_row = _over_micro_batches(one, rows, rows[0], accumulation, used)
+    return (loss, by_row), grads
+
+
+def _in_pieces(row_fn: Callable, params: Params, batch: Batch, accumulation: int, used: Any = None) -> Array:
+    """``row_fn(params, batch) -> [B]`` computed micro-batch after micro-batch."""
+    return _over_micro_batches(lambda micro: ((), row_fn(params, micro)), batch, batch, accumulation, used)[1]
+
+
+def _over_micro_batches(fn: Callable, tree: Any, batch: Batch, accumulation: int, used: Any) -> tuple[Any, Any]:
+    """``fn(micro-batch of the tree) -> (terms, by example)``: the sum of the terms, and the others [B] in the order of
+    the batch; of micro-batches beyond ``used`` they are 0."""
     # As a list of leaves: cut into micro-batches they are no batch, which is [B, ...].
-    leaves, treedef = jax.tree.flatten(rows)
+    leaves, treedef = jax.tree.flatten(tree)
+    rows = batch.tokens.shape[0]
+    split = [_split(leaf, accumulation, rows) for leaf in leaves]
+    of = lambda i: treedef.unflatten([jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False) for leaf in split])
+    zero, shapes = jax.eval_shape(lambda: fn(of(0)))
+    zeros = lambda leaf, *more: jnp.zeros((*more, *leaf.shape), leaf.dtype)
+    start = (jax.tree.map(zeros, zero), jax.tree.map(lambda leaf: zeros(leaf, accumulation), shapes))
 
-    def add(carry: tuple, micro: list[Array]) -> tuple:
-        loss, grads = carry
-        (loss_i, by_row), grads_i = value_and_grad(params, treedef.unflatten(micro))
-        return (loss + loss_i, jax.tree.map(jnp.add, grads, grads_i)), by_row
+    def add(i: Array, carry: tuple) -> tuple:
+        total, kept = carry
+        terms, by_row = fn(of(i))
+        put = lambda all_of, own: jax.lax.dynamic_update_index_in_dim(all_of, own, i, 0)
+        return jax.tree.map(jnp.add, total, terms), jax.tree.map(put, kept, by_row)
 
-    start = (jnp.zeros((), master_dtype(params)), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), by_row = jax.lax.scan(add, start, [_split(leaf, accumulation) for leaf in leaves])
-    return (loss, jax.tree.map(_join, by_row)), grads
-
-
-def _in_pieces(row_fn: Callable, params: Params, batch: Batch, count: int) -> Array:
-    """``row_fn(params, batch) -> [B]`` computed ``count`` micro-batches after one another."""
-    leaves, treedef = jax.tree.flatten(batch)
-    return _join(
-        jax.lax.map(lambda micro: row_fn(params, treedef.unflatten(micro)), [_split(x, count) for x in leaves])
-    )
+    total, kept = jax.lax.fori_loop(0, accumulation if used is None else used, add, start)
+    return total, jax.tree.map(lambda leaf: _join(leaf, rows), kept)
 
 
-def _split(x: Array, accumulation: int) -> Array:
-    """[A b, ...] -> [A, b, ...], micro-batch i being rows i, i + A, ..."""
-    return jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1)
+def _split(x: Array, accumulation: int, rows: int) -> Array:
+    """[rows s, ...] -> [A, rows s / A, ...], micro-batch i being rows i, i + A, ... with the s examples of each."""
+    x = x.reshape(rows // accumulation, accumulation, x.shape[0] // rows, *x.shape[1:])
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(accumulation, -1, *x.shape[3:])
 
 
-def _join(x: Array) -> Array:
-    """[A, b] -> [A b]: the inverse of :func:`_split`."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1)
+def _join(x: Array, rows: int) -> Array:
+    """[A, rows s / A] -> [rows s]: the inverse of :func:`_split`."""
+    accumulation = x.shape[0]
+    return jnp.swapaxes(x.reshape(accumulation, rows // accumulation, -1), 0, 1).reshape(-1)
+
+
+def used_micro_batches(batch: Batch, accumulation: int) -> np.int32 | None:
+    """How many micro-batches, the first ones, hold the examples of a packed batch; None where rows are padded."""
+    if batch.examples is None:
+        return None
+    held = np.asarray(batch.index).reshape(-1, accumulation, len(batch.index) // len(batch.tokens)) >= 0
+    return np.int32(1 + np.flatnonzero(held.any(axis=(0, 2))).max(initial=0))
 
 
 @functools.partial(jax.jit, static_argnames=("dtypes",))
