@@ -43,6 +43,19 @@ from ntkjax.types import Batch, Params
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 
+@dataclasses.dataclass(frozen=True)
+class RunningStep:
+    """A step that the device works on: its number from 1, learning rate, examples, and ``metrics`` to come."""
+
+    step: int
+    rate: float
+    rows: np.ndarray
+    batch: Batch
+    accumulation: int
+    metrics: StepMetrics
+    began: float
+
+
 class Run:
     """One call of :func:`fit`: the state that changes from step to step, and where it is written."""
 
@@ -85,6 +98,7 @@ class Run:
         self.log = MetricsLog(None)
         self.checkpoints: Checkpoints | None = None
         self.seen_shapes: set[tuple[int, ...]] = set()
+        self.ended = 0.0  # when the last step was done
 
     # -- where a run begins --
 
@@ -113,46 +127,58 @@ class Run:
         if self.progress.stopped_early or first >= self.steps:
             return
         stream = ((rows, *self.padding.collate(self.train_data, rows)) for rows in self.plan.batches(first, self.steps))
-        upcoming = next(stream)
+        upcoming, running = next(stream), None
         with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
             while upcoming is not None:
-                upcoming, loss = self.one_step(*upcoming, stream)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update()
-                step = self.progress.step
-                if step % self.eval_every == 0 or step == self.steps:
+                behind, step = running, self.progress.step + (running is not None)
+                running = self.begin_step(step, *upcoming)
+                # The device has a step to do while the next batch is built and the step before is read: it never waits.
+                upcoming = next(stream, None)
+                step, last = step + 1, step + 1 == self.steps
+                due = step % self.eval_every == 0, step % self.save_every == 0
+                for done in (behind, running if last or any(due) else None):
+                    if done is not None:
+                        bar.set_postfix(loss=f"{self.end_step(done):.4f}", refresh=False)
+                        bar.update()
+                if not (last or any(due)):
+                    continue
+                running = None
+                if due[0] or last:
                     self.evaluate()
-                last = step == self.steps or self.progress.stopped_early
-                if step % self.save_every == 0 or last:
+                if due[1] or last or self.progress.stopped_early:
                     self.save()
-                if last:
+                if self.progress.stopped_early:
                     return
 
-    def one_step(self, rows: np.ndarray, batch: Batch, accumulation: int, stream: Iterator) -> tuple[Any, float]:
-        """Take one optimiser step and log it; (next of the stream, loss)."""
-        started = time.perf_counter()
-        step = self.progress.step
+    def begin_step(self, step: int, rows: np.ndarray, batch: Batch, accumulation: int) -> RunningStep:
+        """Send optimiser step ``step`` + 1 to the device, without waiting for it."""
         rate = float(self.rates[step])
         options = {"optimiser": self.optimiser, "accumulation": accumulation, "dtypes": self.dtypes}
         options |= {"shardings": self.shardings, "reweighting": self.reweighting}
         options |= {"used": used_micro_batches(batch, accumulation)}
+        began = time.perf_counter()
         self.state, metrics = train_step(self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options)
-        # The next batch is built while the device works; reading the loss then waits for the device.
-        upcoming = next(stream, None)
+        return RunningStep(step + 1, rate, rows, batch, accumulation, metrics, began)
+
+    def end_step(self, running: RunningStep) -> float:
+        """Wait for a step and log it; its loss. UserError where it is not finite."""
+        rows, batch, metrics, step = running.rows, running.batch, running.metrics, running.step
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        # It began when it was sent, or when the step before it was done.
+        seconds, self.ended = now - max(running.began, self.ended), now
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(step + 1, loss, norm, rows, batch, metrics)
+            raise self._not_finite(step, loss, norm, rows, batch, metrics)
         clipped = self.config.clip_norm is not None and norm > self.config.clip_norm
         tokens = int(np.sum(self.plan.lengths[rows]))
-        self._count(step + 1, tokens, seconds, clipped, (*batch.tokens.shape, accumulation))
-        entry = {"kind": "train", "step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, "loss": loss}
-        entry |= {"lr": rate, "grad_norm": norm, "clipped": clipped, "tokens": tokens}
+        self._count(step, tokens, seconds, clipped, (*batch.tokens.shape, running.accumulation))
+        entry = {"kind": "train", "step": step, "epoch": step / self.steps_per_epoch, "loss": loss}
+        entry |= {"lr": running.rate, "grad_norm": norm, "clipped": clipped, "tokens": tokens}
         entry |= {"response_tokens": int(np.sum(metrics.counts)), "tokens_per_second": tokens / seconds}
         if self.reweighting is not None:  # 1 / sum v^2: as many examples of equal weight would weigh as much
             entry["effective_examples"] = 1 / float(np.sum(np.square(np.asarray(metrics.weights, np.float64))))
         self._append(entry)
-        return upcoming, loss
+        return loss
 
     def _count(self, step: int, tokens: int, seconds: float, clipped: bool, shape: tuple[int, ...]) -> None:
         self.progress.step = step
