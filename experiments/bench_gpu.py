@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,22 +230,29 @@ def speed(config: ModelConfig, what: str, batch: Batch, seconds: float) -> dict:
 
 def attention_lines(options: argparse.Namespace) -> Iterator[dict]:
     """Milliseconds of attention alone by each implementation: its value, and its value with one tangent."""
+    jobs = []
     for shape in ((2, 32, 4, 2, 16),) if options.tiny else SHAPES:
         rows, length, heads, kv_heads, size = shape
         draw = lambda key, n, of=(rows, length), h=size: jax.random.normal(key, (*of, n, h)).astype(options.dtype)
         drawn = [draw(*one) for one in zip(jax.random.split(jax.random.key(0), 6), 2 * (heads, kv_heads, kv_heads))]
         positions = make_batch(TINY["tiny"], rows, length, layout="packed").positions
         starts = {"full": None, "packed": jnp.asarray(np.arange(length, dtype=np.int32)[None] - positions)}
-        for layout in LAYOUTS:
-            for kind in options.attention:
-                value = functools.partial(_attention, kind, starts[layout])
-                tangent = functools.partial(_attention_jvp, kind, starts[layout])
-                for what, run in (("value", value), ("tangent", tangent)):
-                    row = {"shape": shape, "layout": layout, "attention": kind, "what": what}
-                    try:
-                        yield row | time_step(functools.partial(run, *drawn), 4 * options.rounds)
-                    except Exception as error:  # cuDNN has no tangent
-                        yield row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+        for layout, kind, what in itertools.product(LAYOUTS, options.attention, ("value", "tangent")):
+            row = {"shape": shape, "layout": layout, "attention": kind, "what": what}
+            jobs.append((row, (_attention, _attention_jvp)[what == "tangent"], (starts[layout], *drawn)))
+
+    def compiled(job: tuple) -> Any:
+        try:
+            return job[1].lower(job[0]["attention"], *job[2]).compile()
+        except Exception as error:  # cuDNN has no tangent
+            return error
+
+    with ThreadPoolExecutor(8) as pool:  # compiling takes a hundred times as long as what is measured
+        for (row, _, arrays), program in zip(jobs, list(pool.map(compiled, jobs)), strict=True):
+            if isinstance(program, Exception):
+                yield row | {"error": f"{type(program).__name__}: {str(program).splitlines()[0][:100]}"}
+            else:
+                yield row | time_step(functools.partial(program, *arrays), 4 * options.rounds)
 
 
 @functools.partial(jax.jit, static_argnums=0)
