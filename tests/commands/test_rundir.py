@@ -86,7 +86,7 @@ def test_how_examples_lie_in_batches_may_change_and_earlier_runs_did_not_say(tmp
     RunDir.create(tmp_path / "run", "adapt", before).log(step=1)
     for config in (Packed(), Packed(data={"max_length": 64, "packing": "on"})):
         assert RunDir.create(tmp_path / "run", "adapt", config).metrics() == [{"step": 1}]
-    with pytest.raises(ConfigError, match="data.max_length: was 64, is now 65"):
+    with pytest.raises(ConfigError, match=r"data\.max_length: was 64, is now 65"):
         RunDir.create(tmp_path / "run", "adapt", Packed(data={"max_length": 65, "packing": "on"}))
 
 
