@@ -30,7 +30,14 @@ MAX_LENGTHS = 3
 
 def packs(packing: Packing) -> bool:
     """Whether passes are packed: ``auto`` is on for an accelerator, where every padded length is another program to
-    compile, and off for a CPU."""
+    compile, and off for a CPU.
+
+    A CPU makes a number for every pair of tokens of a row before it, whichever example they belong to. Measured there
+    (two shared cores, a 7 M model, 240 chains of thought of 100 tokens, 4,096 tokens a batch, scores with two
+    directions, one round in turns): padded 70 s, rows of 512 tokens 85 s, of 2,048 219 s; with compilation 125, 109 and
+    253 s. Packing wins there only where a pass is so short that compiling several lengths is most of it, and rows are
+    short.
+    """
     return jax.default_backend() != "cpu" if packing == "auto" else packing == "on"
 
 

@@ -76,6 +76,20 @@ def test_the_same_run_goes_on_and_another_is_refused(tmp_path):
 GIVEN = {"ntkjax": {"version": "1.0.0"}, "pool": {"a.jsonl": "0" * 16, "b.jsonl": "1" * 16}}
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed(Config):
+    data: dict = dataclasses.field(default_factory=lambda: {"max_length": 64, "packing": "auto"})
+
+
+def test_how_examples_lie_in_batches_may_change_and_earlier_runs_did_not_say(tmp_path):
+    before = Packed(data={"max_length": 64})
+    RunDir.create(tmp_path / "run", "adapt", before).log(step=1)
+    for config in (Packed(), Packed(data={"max_length": 64, "packing": "on"})):
+        assert RunDir.create(tmp_path / "run", "adapt", config).metrics() == [{"step": 1}]
+    with pytest.raises(ConfigError, match=r"data\.max_length: was 64, is now 65"):
+        RunDir.create(tmp_path / "run", "adapt", Packed(data={"max_length": 65, "packing": "on"}))
+
+
 def test_a_run_of_other_inputs_is_refused_and_each_is_named(tmp_path):
     out = tmp_path / "run"
     assert not RunDir.create(out, "select", Config(), inputs=GIVEN).held

@@ -97,6 +97,15 @@ def test_whole_pool_and_sketch_agree_in_order(files, tmp_path):
     assert np.corrcoef(exact.scores, sketch.scores)[0, 1] > 0.95
 
 
+@pytest.mark.slow
+def test_packed_rows_give_the_same_selection(selected, files, tmp_path):
+    """Warm-up, votes and scores."""
+    assert select(files, tmp_path / "run", "--packing", "on") == 0
+    tables = [pq.read_table(out / "scores.parquet").to_pandas() for out in (selected, tmp_path / "run")]
+    assert tables[0]["selected"].tolist() == tables[1]["selected"].tolist()
+    np.testing.assert_allclose(tables[1]["score"], tables[0]["score"], rtol=1e-3)
+
+
 def test_dry_run_forecasts_and_does_nothing_else(files, tmp_path, capsys):
     out = tmp_path / "run"
     assert select(files, out, "--dry-run") == 0
