@@ -147,6 +147,14 @@ def test_no_token_is_dropped_and_a_block_is_of_one_expert(name: str) -> None:
     np.testing.assert_allclose(got, np.einsum("nd,nkdo,nk->no", x, w[chosen], weights), atol=1e-5)
 
 
+def test_the_backward_pass_keeps_no_copy_of_the_weights() -> None:
+    x, w = jnp.ones((12, 4)), jnp.ones((6, 4, 5))
+    to = dispatch(jnp.asarray(ROUTINGS["at random"][:12], jnp.int32), 6)
+    _, back = jax.vjp(lambda x, w: block_product(to.gather(x), w, to.expert), x, w)
+    kept = {leaf.shape for leaf in jax.tree.leaves(back)}
+    assert w.shape in kept and (len(to.expert), 4, 5) not in kept
+
+
 def test_a_router_s_weights_are_the_largest_of_a_softmax_over_all_experts() -> None:
     logits = jnp.asarray([[1.0, 3.0, 2.0, -1.0], [0.0, 0.0, 5.0, 4.0]])
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
