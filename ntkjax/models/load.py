@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,12 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
         hint = ""
         if missing == [head]:
             hint = " (a model whose head is its embedding says tie_word_embeddings: true in config.json)"
+        elif fused := _fused_experts(table, tensors.keys() - needed):
+            hint = (
+                f" ({fused!r} seems to hold a layer's experts together; to save them apart with transformers: old = "
+                "AutoModelForCausalLM.from_pretrained(DIR); new = AutoModelForCausalLM.from_config(old.config); "
+                "new.load_state_dict(old.state_dict()); new.save_pretrained(NEW_DIR))"
+            )
         raise CheckpointError(f"{where}: {_listed('tensor', missing)} missing{hint}")
     unused = sorted(name for name in tensors.keys() - needed if not is_buffer(spec, name))
     if unused == [head] and spec.config.tied:
@@ -250,6 +257,13 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
         raise CheckpointError(
             f"{where}: {_listed('tensor', unused)} not used by {spec.config.architecture} with this config.json"
         )
+
+
+def _fused_experts(table: dict[str, Source], unused: set[str]) -> str | None:
+    """A tensor that lies where the experts of layer 0 should and has no number of one, if there is any."""
+    stems = {source.name.rsplit(".{}.", 1)[0].format(0) for source in table.values() if len(source.stack) == 2}
+    found = (name for name in unused for stem in stems if re.match(rf"{re.escape(stem)}\.\D", name))
+    return min(found, default=None)
 
 
 def _listed(noun: str, names: list[str]) -> str:

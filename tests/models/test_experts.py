@@ -310,6 +310,19 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         load_lm(changed(tmp_path / "b", "mixtral", lambda tensors: tensors.pop(gone)))
 
 
+def test_experts_in_one_tensor_are_refused_with_the_way_to_separate_them(tmp_path: Path) -> None:
+    def fuse(tensors):
+        for i in range(2):
+            for x in ("gate_proj", "up_proj", "down_proj"):
+                parts = [tensors.pop(f"model.layers.{i}.mlp.experts.{e}.{x}.weight") for e in range(6)]
+                tensors[f"model.layers.{i}.mlp.experts.{x}"] = np.stack(parts)
+
+    with pytest.raises(
+        CheckpointError, match=r"missing \('model.layers.0.mlp.experts.down_proj' seems.*save_pretrained"
+    ):
+        load_lm(changed(tmp_path, "qwen3-moe", fuse))
+
+
 def test_an_expert_too_many_or_of_another_shape_is_named(tmp_path: Path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
     more = lambda tensors: tensors.update({name.format(4): tensors[name.format(3)]})

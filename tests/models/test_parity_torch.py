@@ -192,6 +192,19 @@ def test_what_peft_writes_of_a_model_with_experts_is_read_or_refused_by_name(nam
         assert largest_difference(name, model.logits(tokens()), torch_logits(right, tokens())) < 1e-5
 
 
+def test_experts_that_transformers_saved_together_are_read_after_what_the_error_says(tmp_path: Path) -> None:
+    folder = checkpoint("mixtral", tmp_path)
+    torch_model(folder).save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(CheckpointError, match=r"from_config\(old.config\); new.load_state_dict\(old.state_dict"):
+        load_lm(tmp_path / "fused")
+    old = torch_model(tmp_path / "fused")
+    new = transformers.AutoModelForCausalLM.from_config(old.config)
+    new.load_state_dict(old.state_dict())
+    new.save_pretrained(tmp_path / "apart")
+    again, first = load_lm(tmp_path / "apart", lora=None), load_lm(folder, lora=None)
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+
+
 _spec = importlib.util.spec_from_file_location("family_checks", Path(__file__).with_name("family_checks.py"))
 assert _spec is not None and _spec.loader is not None
 checks = importlib.util.module_from_spec(_spec)
