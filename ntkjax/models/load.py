@@ -260,9 +260,10 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
 
 
 def _fused_experts(table: dict[str, Source], unused: set[str]) -> str | None:
-    """A tensor that lies where the experts of layer 0 should and has no number of one, if there is any."""
-    stems = {source.name.rsplit(".{}.", 1)[0].format(0) for source in table.values() if len(source.stack) == 2}
-    found = (name for name in unused for stem in stems if re.match(rf"{re.escape(stem)}\.\D", name))
+    """A tensor that lies under the name of experts ("experts.gate_up_proj") without the number of one, if any does."""
+    stacked = (source.name for source in table.values() if len(source.stack) == 2)
+    groups = {name.rsplit(".{}.", 1)[0].rsplit(".", 1)[-1] for name in stacked}
+    found = (name for name in unused for group in groups if re.search(rf"\.{re.escape(group)}\.\D", name))
     return min(found, default=None)
 
 
