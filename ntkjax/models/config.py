@@ -60,6 +60,19 @@ class ModelConfig(ModelShape):
         if not self.architecture:
             object.__setattr__(self, "architecture", next(iter(family.architectures)))
         self._check_layers()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        routed = self.block.mlp == "experts"
+        if not routed and self.num_experts:
+            raise CheckpointError(
+                f"num_experts = {self.num_experts} with family {self.family!r}, which has no experts: leave it out"
+            )
+        if routed and not 1 <= self.experts_per_token <= self.num_experts:
+            raise CheckpointError(
+                f"experts_per_token = {self.experts_per_token} with num_experts = {self.num_experts}: a token goes to "
+                "one expert at least, and to no more than there are"
+            )
 
     def _check_layers(self) -> None:
         if self.layer_types and len(self.layer_types) != self.num_layers:
@@ -104,7 +117,10 @@ class ModelConfig(ModelShape):
 
     @property
     def linears(self) -> dict[str, tuple[int, int, bool]]:
-        """The linear layers of a block, "attention/q", ..., "mlp/down": inputs, outputs, whether it has a bias."""
+        """The linear layers of a block, "attention/q", ..., "mlp/down": inputs, outputs, whether it has a bias.
+
+        With routed experts those of the MLP but the router are stacked: there is one of each for every expert.
+        """
         query, kv, width, inner = self.num_heads, self.num_kv_heads, self.hidden_size, self.intermediate_size
         block = self.block
         found = {
@@ -113,7 +129,9 @@ class ModelConfig(ModelShape):
             "attention/v": (width, kv * self.head_dim, block.qkv_bias),
             "attention/o": (query * self.head_dim, width, block.o_bias),
         }
-        if block.mlp == "gated":
+        if block.mlp == "experts":
+            found["mlp/router"] = (width, self.num_experts, False)
+        if block.mlp != "plain":
             found["mlp/gate"] = (width, inner, block.mlp_bias)
         return found | {"mlp/up": (width, inner, block.mlp_bias), "mlp/down": (inner, width, block.mlp_bias)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,23 +48,22 @@ def save_merged(
             shutil.copyfile(generation, scratch / generation.name)
 
 
-Piece = tuple[str, Source, int | None]
-"""A parameter's path, where it lies in the checkpoint, and its layer (None: not stacked)."""
+Piece = tuple[str, Source, tuple[int, ...]]
+"""A parameter's path, where it lies in the checkpoint, and its place in the stack of layers and experts."""
 
 
 def _pieces(model: LanguageModel) -> dict[str, list[Piece]]:
     """Tensor name -> the parameters that it is made of (more than one where layers are fused)."""
     found: dict[str, list[Piece]] = collections.defaultdict(list)
     for path, source in sources(model.spec).items():
-        stacked = path.startswith("layers/")
-        for layer in range(model.config.num_layers) if stacked else (None,):
-            found[source.name.format(layer)].append((path, source, layer))
+        for place, name in source.names().items():
+            found[name].append((path, source, place))
     return dict(found)
 
 
 def _size(model: LanguageModel, leaves: dict[str, Any], parts: list[Piece]) -> int:
     """Bytes of one tensor in the file."""
-    counts = (leaves[path].size // (1 if layer is None else leaves[path].shape[0]) for path, _, layer in parts)
+    counts = (leaves[path].size // math.prod(source.stack) for path, source, _ in parts)
     return sum(counts) * np.dtype(_dtype(model)).itemsize
 
 
@@ -73,7 +73,7 @@ def _dtype(model: LanguageModel) -> Any:
 
 def _tensor(model: LanguageModel, leaves: dict[str, Any], name: str, parts: list[Piece]) -> np.ndarray:
     """One tensor of the checkpoint, on the host, in the model's dtype."""
-    values = [_merged(model, leaves, path, layer).astype(_dtype(model)) for path, _, layer in parts]
+    values = [_merged(model, leaves, path, place).astype(_dtype(model)) for path, _, place in parts]
     whole, transpose = values[0], parts[0][1].transpose
     if (share := parts[0][1].share) is not None:
         whole = np.zeros((*whole.shape[:-1], share.total), whole.dtype)
@@ -83,12 +83,12 @@ def _tensor(model: LanguageModel, leaves: dict[str, Any], name: str, parts: list
     return whole.T if transpose else whole
 
 
-def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, layer: int | None) -> np.ndarray:
-    """A parameter (one layer of it), its adapter added in float32 or better.
+def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, place: tuple[int, ...]) -> np.ndarray:
+    """A parameter (at one place of its stack), its adapter added in float32 or better.
 
     On the host: accelerators may take float32 products at less than float32 precision.
     """
-    take = lambda path: np.asarray(leaves[path] if layer is None else leaves[path][layer])
+    take = lambda path: np.asarray(leaves[path][place])
     value, branch = take(path), path.rsplit("/", 1)[0]
     if not path.endswith("/kernel") or f"{branch}/lora_a" not in leaves or model.lora_config is None:
         return value

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.models.attention import attend, shares_tangents
 from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
+from ntkjax.models.experts import Dispatch, block_product, dispatch, route
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
 from ntkjax.tangents import unbatched_tangents
 from ntkjax.types import at_least_float32, float32_or_better, precision_of
@@ -449,6 +450,52 @@ class MLP(nnx.Module):
         return self.down(activation(self.activation)(self.up(x)))
 
 
+class ExpertLinear(nnx.Module):
+    """x_c W_e + scale (x_c A_e) B_e for blocks c of tokens and their experts e; kernel [L, E, in, out], lora_a
+    [L, E, in, r], lora_b [L, E, r, out]: an adapter for each expert.
+    """
+
+    def __init__(self, spec: ModelSpec, name: str):
+        lora = spec.lora_for(name)
+        inputs, outputs, _ = spec.config.linears[name]
+        stack = (spec.config.num_layers, spec.config.num_experts)
+        self.kernel, self.scale = nnx.Param(jnp.zeros((*stack, inputs, outputs), spec.dtype)), lora and lora.scale
+        if lora:
+            dtype = float32_or_better(spec.dtype)
+            self.lora_a = nnx.Param(jnp.zeros((*stack, inputs, lora.rank), dtype))
+            self.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, outputs), dtype))
+
+    def __call__(self, x: Float[Array, "C M I"], to: Dispatch) -> Float[Array, "C M O"]:
+        y = block_product(x, self.kernel[...], to.expert)
+        if self.scale is not None:
+            low = block_product(at_least_float32(x), self.lora_a[...], to.expert)
+            y = y + self.scale * block_product(low, self.lora_b[...], to.expert)
+        return y.astype(x.dtype)
+
+
+class Experts(nnx.Module):
+    """sum_e p_e down_e(act(gate_e(x)) * up_e(x)) over the experts e that the token is routed to, p_e the router's
+    weights (`ntkjax.models.experts`).
+    """
+
+    def __init__(self, spec: ModelSpec):
+        c = spec.config
+        self.router = Linear(spec, "mlp/router")
+        self.gate = ExpertLinear(spec, "mlp/gate")
+        self.up = ExpertLinear(spec, "mlp/up")
+        self.down = ExpertLinear(spec, "mlp/down")
+        self.activation = c.activation
+        self.experts, self.per_token, self.normed = c.num_experts, c.experts_per_token, c.norm_topk
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen, weights = route(self.router(x).reshape(len(tokens), -1), self.per_token, self.normed)
+        to = dispatch(chosen, self.experts)
+        inner = to.gather(tokens)
+        inner = activation(self.activation)(self.gate(inner, to)) * self.up(inner, to)
+        return to.combine(self.down(inner, to), weights).astype(x.dtype).reshape(x.shape)
+
+
 class Block(nnx.Module):
     """Attention and MLP on a residual stream x, with norms where the layer says.
 
@@ -463,7 +510,7 @@ class Block(nnx.Module):
     def __init__(self, spec: ModelSpec):
         layer: LayerSpec = spec.config.block
         self.attention = Attention(spec)
-        self.mlp = {"gated": GatedMLP, "plain": MLP}[layer.mlp](spec)
+        self.mlp = {"gated": GatedMLP, "plain": MLP, "experts": Experts}[layer.mlp](spec)
         shape = (spec.config.num_layers, spec.config.hidden_size)
         self.before, self.after = layer.norms != "after", layer.norms != "before"
         self.parallel, self.residual_scale = layer.parallel, layer.residual_scale

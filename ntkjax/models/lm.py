@@ -50,7 +50,8 @@ class LanguageModel:
         {"embed": {"weight" [V, D]}, "layers": {"attention": {"q": {"kernel" [L, in, out], "bias" [L, out],
         "lora_a" [L, in, r], "lora_b" [L, r, out]}, "k", "v", "o", "q_norm", "k_norm"}, "mlp": {"gate", "up",
         "down"}, "norm_1": {"scale" [L, D]}, "norm_2"}, "norm": {"scale" [D]}, "head": {"kernel" [V, D]}}.
-        No head where it is tied; learned positions are "wpe"; biases, gate and norms as the layers have them.
+        No head where it is tied; learned positions are "wpe"; biases, gate and norms as the layers have them. Of
+        routed experts "mlp" has a "router" too, and the others are [L, experts, ...].
       tokenizer: a transformers tokenizer, or None.
       mesh: the device mesh the weights are spread over, or None.
       hf_config: the config.json it was loaded from, or None.

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def load_lm(
     hf_config = read_json(directory / "config.json", "every model directory in Hugging Face format has one")
     config = read_config(directory, hf_config)
     tensors = find_tensors(directory)
-    if config.num_layers > len(tensors):  # before anything is made for each layer
+    if config.num_layers * max(1, config.num_experts) > len(tensors):  # before anything is made for each of them
+        experts = f" of {config.num_experts} experts" if config.num_experts else ""
         raise CheckpointError(
-            f"{directory}: config.json asks for {config.num_layers} layers: there are only {len(tensors)} tensors"
+            f"{directory}: config.json asks for {config.num_layers} layers{experts}: there are only {len(tensors)} "
+            "tensors"
         )
     spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, resolve(attention, mesh))
     if lora is not None:
@@ -198,7 +201,7 @@ def _load_params(
     flat, table = paths(param_shapes(spec)), sources(spec)
     table = _as_named_there(spec, table, tensors)
     _check_names(spec, table, tensors, where)
-    _check_shapes(spec, flat, table, tensors)
+    _check_shapes(flat, table, tensors)
     leaves = {}
     for path, shape in flat.items():
         if path in table:
@@ -226,20 +229,21 @@ def _as_named_there(spec: ModelSpec, table: dict[str, Source], tensors: dict[str
     return {path: bare(source) for path, source in table.items()}
 
 
-def _names_of(spec: ModelSpec, path: str, source: Source) -> list[str]:
-    layers = spec.config.num_layers if path.startswith("layers/") else 1
-    return [source.name.format(i) for i in range(layers)]
-
-
 def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
     """No tensor may be missing, and none may be left over."""
-    needed = {name for path, source in table.items() for name in _names_of(spec, path, source)}
+    needed = {name for source in table.values() for name in source.names().values()}
     missing = sorted(needed - tensors.keys())
     head = family_of(spec.config.family).tensors["head/kernel"] + ".weight"
     if missing:
         hint = ""
         if missing == [head]:
             hint = " (a model whose head is its embedding says tie_word_embeddings: true in config.json)"
+        elif fused := _fused_experts(table, tensors.keys() - needed):
+            hint = (
+                f" ({fused!r} seems to hold a layer's experts together; to save them apart with transformers: old = "
+                "AutoModelForCausalLM.from_pretrained(DIR); new = AutoModelForCausalLM.from_config(old.config); "
+                "new.load_state_dict(old.state_dict()); new.save_pretrained(NEW_DIR))"
+            )
         raise CheckpointError(f"{where}: {_listed('tensor', missing)} missing{hint}")
     unused = sorted(name for name in tensors.keys() - needed if not is_buffer(spec, name))
     if unused == [head] and spec.config.tied:
@@ -256,6 +260,14 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
         )
 
 
+def _fused_experts(table: dict[str, Source], unused: set[str]) -> str | None:
+    """A tensor that lies under the name of experts ("experts.gate_up_proj") without the number of one, if any does."""
+    stacked = (source.name for source in table.values() if len(source.stack) == 2)
+    groups = {name.rsplit(".{}.", 1)[0].rsplit(".", 1)[-1] for name in stacked}
+    found = (name for name in unused for group in groups if re.search(rf"\.{re.escape(group)}\.\D", name))
+    return min(found, default=None)
+
+
 def _listed(noun: str, names: list[str]) -> str:
     more = f" and {len(names) - 4} more are" if len(names) > 4 else " is" if len(names) == 1 else " are"
     return f"{noun}{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:4]))}{more}"
@@ -270,18 +282,18 @@ def _load_leaf(
     mesh: Mesh | None,
     rule: str,
 ) -> Array:
-    """One parameter, its layers written one by one into a stack that already lies on the device."""
+    """One parameter, its layers (and experts) written one by one into a stack that already lies on the device."""
     split = spec.config.split(path)
     sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, split, rule)
-    if not path.startswith("layers/"):
+    if not source.stack:
         info = tensors[source.name]
         array = put(_host_tensor(info, source), path, mesh, split, rule)
         return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
     stack = _zeros(shape.shape, str(shape.dtype), sharding)
-    for layer in range(shape.shape[0]):
-        info = tensors[source.name.format(layer)]
-        tensor = jax.device_put(_host_tensor(info, source), _slice_sharding(sharding, source, len(shape.shape)))
-        stack = _write_layer(stack, np.int32(layer), tensor, source.transpose, sharding)
+    rest = _slice_sharding(sharding, source, len(shape.shape))
+    for place, name in source.names().items():
+        tensor = jax.device_put(_host_tensor(tensors[name], source), rest)
+        stack = _write_at(stack, np.asarray(place, np.int32), tensor, source.transpose, sharding)
     return stack
 
 
@@ -297,14 +309,14 @@ def _host_tensor(info: TensorInfo, source: Source) -> np.ndarray:
     return np.take(tensor, source.share.columns(), axis=0 if source.transpose else -1)
 
 
-def _check_shapes(spec: ModelSpec, flat: dict, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> None:
+def _check_shapes(flat: dict, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> None:
     """Every tensor has the shape that config.json asks for: checked before anything of these sizes is made."""
     for path, source in table.items():
-        shape = flat[path].shape[1:] if path.startswith("layers/") else flat[path].shape
+        shape = flat[path].shape[len(source.stack) :]
         outputs = shape[-1:] if source.share is None else (source.share.total,)
         expected = (*shape[:-1], *outputs)
         expected = expected[::-1] if source.transpose else expected
-        for info in (tensors[name] for name in _names_of(spec, path, source)):
+        for info in (tensors[name] for name in source.names().values()):
             if info.shape != expected:
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}: config.json asks for "
@@ -313,10 +325,10 @@ def _check_shapes(spec: ModelSpec, flat: dict, table: dict[str, Source], tensors
 
 
 def _slice_sharding(sharding: NamedSharding | None, source: Source, rank: int) -> NamedSharding | None:
-    """The sharding of one layer's tensor as it lies in the file."""
+    """The sharding of one layer's (and expert's) tensor as it lies in the file."""
     if sharding is None:
         return None
-    axes = (tuple(sharding.spec) + (None,) * rank)[1:rank]
+    axes = (tuple(sharding.spec) + (None,) * rank)[len(source.stack) : rank]
     return NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if source.transpose else axes)))
 
 
@@ -331,9 +343,10 @@ def _as_leaf(array: Array, transpose: bool, dtype: str, sharding: NamedSharding 
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _write_layer(stack: Array, layer: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
+def _write_at(stack: Array, place: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
     tensor = (tensor.T if transpose else tensor).astype(stack.dtype)
-    out = jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, 0)
+    starts = [*place, *[np.int32(0)] * tensor.ndim]
+    out = jax.lax.dynamic_update_slice(stack, tensor[(None,) * len(place)], starts)
     return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)
 
 

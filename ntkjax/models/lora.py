@@ -71,6 +71,12 @@ def _matching(target: str, linears: tuple[str, ...]) -> list[str]:
     # Names of the linear layers in Hugging Face checkpoints: a PEFT user's target_modules work here.
     aliases = linear_aliases(target)
     exact = [name for name in linears if target in (name, name.split("/")[-1]) or name in aliases]
+    ours, theirs = [name for name in exact if name not in aliases], [name for name in exact if name in aliases]
+    if ours and theirs:  # checkpoints call the router of experts "gate", and we one of the layers of each
+        raise ConfigError(
+            f"LoRA target {target!r} has two meanings in this model: {', '.join(theirs)} in its checkpoint, "
+            f"{', '.join(ours)} here; expected one of these longer names"
+        )
     if exact:
         return exact
     try:

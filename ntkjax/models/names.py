@@ -43,27 +43,33 @@ class Source:
     """Where a parameter comes from.
 
     Attributes:
-      name: tensor name, with "{}" for the layer where the parameter is stacked.
+      name: tensor name, with "{}" for each axis that the parameter is stacked over: the layer, and the expert.
       transpose: the checkpoint holds [out, in] where the parameter is [in, out].
       share: its part of the tensor's outputs where several parameters share it (fused q, k, v); None: all of it.
+      stack: the lengths of the axes that it is stacked over: (), (layers,) or (layers, experts).
     """
 
     name: str
     transpose: bool = False
     share: Share | None = None
+    stack: tuple[int, ...] = ()
+
+    def names(self) -> dict[tuple[int, ...], str]:
+        """The tensor at each place of the stack: (3,) -> "model.layers.3.input_layernorm.weight"."""
+        return {place: self.name.format(*place) for place in np.ndindex(*self.stack)}
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
     """For each parameter path but the adapter's, where it lies in a checkpoint of this architecture."""
     family, flat = family_of(spec.config.family), {}
     shares = _shares(family, spec.config, spec.linears())
-    for path in _leaf_paths(param_shapes(spec)):
+    for path, shape in _leaves(param_shapes(spec)).items():
         stem, leaf = path.rsplit("/", 1)
         if leaf in ("lora_a", "lora_b"):
             continue
         linear = path.startswith("layers/") and leaf == "kernel"
         name = f"{family.tensors.get(path) or family.tensors[stem]}.{'bias' if leaf == 'bias' else 'weight'}"
-        flat[path] = Source(name, linear and not family.conv1d, shares.get(stem))
+        flat[path] = Source(name, linear and not family.conv1d, shares.get(stem), shape[: name.count("{}")])
     return flat
 
 
@@ -90,7 +96,9 @@ def _by_module(family: Family, linears: tuple[str, ...]) -> dict[str, tuple[str,
 
 
 def modules(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """PEFT's modules of a layer, "self_attn.q_proj", and the linear layers that each holds side by side."""
+    """PEFT's modules of a layer, "self_attn.q_proj" or with "{}" for the expert "mlp.experts.{}.up_proj", and the
+    linear layers that each holds side by side.
+    """
     found = _by_module(family_of(spec.config.family), spec.linears())
     return {_module(tensor): names for tensor, names in found.items()}
 
@@ -123,7 +131,7 @@ def layer_prefix(spec: ModelSpec) -> str:
 
 
 def _module(tensor: str) -> str:
-    return tensor.split(".{}.")[1]
+    return tensor.split(".{}.", 1)[1]
 
 
 def is_buffer(spec: ModelSpec, name: str) -> bool:
@@ -131,8 +139,8 @@ def is_buffer(spec: ModelSpec, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in family_of(spec.config.family).buffers)
 
 
-def _leaf_paths(tree: dict, where: str = "") -> list[str]:
-    found: list[str] = []
+def _leaves(tree: dict, where: str = "") -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
     for name, value in tree.items():
-        found += _leaf_paths(value, f"{where}{name}/") if isinstance(value, dict) else [where + name]
+        found |= _leaves(value, f"{where}{name}/") if isinstance(value, dict) else {where + name: value.shape}
     return found

@@ -80,7 +80,8 @@ _REASONS = {
     "use_dora": "DoRA scales every column of W + A B by a vector of its own",
     "modules_to_save": "whole layers were trained beside the adapter",
     "trainable_token_indices": "rows of the embedding were trained beside the adapter",
-    "target_parameters": "parameters of no linear layer are adapted",
+    "target_parameters": "parameters of no linear layer are adapted, such as the fused experts of transformers 5, "
+    "whose gate and up projections share one A",
     "lora_bias": "B has a bias",
     "layer_replication": "the model has other layers than its checkpoint",
 }
@@ -90,7 +91,7 @@ _MERGE = (
 )
 
 Factors = tuple[np.ndarray, np.ndarray]
-"""A [L, in, r] and B [L, r, out] of one of our linear layers, or of one of PEFT's."""
+"""A [L, in, r] and B [L, r, out] of one of our linear layers, or of one of PEFT's; [L, E, ...] of routed experts."""
 
 
 def save_adapter(directory: str | Path, model: LanguageModel, params: Params) -> None:
@@ -114,9 +115,9 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
         b = np.empty_like(side_by_side)
         b[..., module_columns(model.spec, module)] = side_by_side
         ranks[module] = a.shape[-1]
-        for i in range(a.shape[0]):
-            key = f"{_PREFIX}{layers}.{i}.{module}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[i].T, b[i].T
+        for layer, *expert in np.ndindex(a.shape[:-2]):
+            key, place = f"{_PREFIX}{layers}.{layer}.{module.format(*expert)}", (layer, *expert)
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[place].T, b[place].T
     with written_folder(directory, keep=True, error=CheckpointError) as scratch:
         write_tensors(scratch / WEIGHTS, tensors)
         write_json(scratch / CONFIG, _peft_config(model, lora, ranks))
@@ -162,8 +163,8 @@ def adapter_lora_config(directory: str | Path) -> LoraConfig:
     targets: set[str] = set()
     rank, known = 1, every_module()
     for key, tensor in (tensors := _read_tensors(folder)).items():
-        found = re.fullmatch(r".*\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", key)
-        names = known.get(found[1]) if found else None
+        found = re.fullmatch(r".*?\.\d+\.(\w+\.\w+(?:\.\d+\.\w+)?)\.lora_[AB]\.weight", key)
+        names = known.get(re.sub(r"\.\d+\.", ".{}.", found[1])) if found else None
         if names is None:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts, so the adapter is not "
@@ -215,7 +216,8 @@ class _PeftConfig:
 
     def layer_numbers(self) -> list[str]:
         """Regular expressions whose group ``layer`` is the number of a module's layer."""
-        return [rf".*\.{name}\.(?P<layer>\d+)\." for name in self.layers_pattern or (r"[^.]*",)]
+        # The first number of a name: a later one is that of an expert.
+        return [rf".*?\.{name}\.(?P<layer>\d+)\." for name in self.layers_pattern or (r"[^.]*",)]
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
@@ -311,7 +313,7 @@ def _split(
         a, b = _padded(a, b, rank)
         return {name: (a, b[..., columns[name]]) for name in targets}
     rows = {name: slice(i * rank, (i + 1) * rank) for i, name in enumerate(targets)}
-    blocks = {name: (a[..., rows[name]], b[:, rows[name], columns[name]]) for name in targets}
+    blocks = {name: (a[..., rows[name]], b[..., rows[name], columns[name]]) for name in targets}
     in_blocks = sum(np.count_nonzero(block) for _, block in blocks.values()) == np.count_nonzero(b)
     if a.shape[-1] != rank * len(targets) or not in_blocks:
         raise CheckpointError(
@@ -336,14 +338,15 @@ def _stack(
     lora: LoraConfig,
     where: Path,
 ) -> Factors:
-    """Take one module's tensors of all layers out of ``tensors``: A [L, in, r], B [L, r, out] at the model's
-    scale, r the largest of its layers; zeros where the directory adapts other layers only.
+    """Take one module's tensors of all layers (and experts) out of ``tensors``: A [L, in, r], B [L, r, out] at the
+    model's scale, r the largest of its layers; zeros where the directory adapts other layers only.
     """
     names = modules(model.spec)[module]
     inputs, outputs = model.config.linears[names[0]][0], sum(_widths(model, names))
     stacked: list[Factors | None] = []
-    for i in range(model.config.num_layers):
-        full = f"{layer_prefix(model.spec)}.{i}.{module}"
+    stack = (model.config.num_layers, *[model.config.num_experts] * module.count("{}"))
+    for layer, *expert in np.ndindex(*stack):
+        full = f"{layer_prefix(model.spec)}.{layer}.{module.format(*expert)}"
         keys = [f"{_PREFIX}{full}.lora_{part}.weight" for part in "AB"]
         if not config.adapts(full) and not any(key in tensors for key in keys):
             stacked.append(None)
@@ -358,7 +361,8 @@ def _stack(
     dtype = np.result_type(np.float32, *(x for part in present for x in part))
     none = np.zeros((inputs, rank), dtype), np.zeros((rank, outputs), dtype)
     whole = [none if part is None else _padded(*part, rank) for part in stacked]
-    return np.stack([a for a, _ in whole]), np.stack([b for _, b in whole])
+    joined = lambda parts: np.stack(parts).reshape(*stack, *parts[0].shape)
+    return joined([a for a, _ in whole]), joined([b for _, b in whole])
 
 
 def _take(tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int], where: Path) -> np.ndarray:

@@ -66,11 +66,15 @@ def selection_cost(
 
 
 def multiplied_weights(params: Mapping[str, Any], config: ModelConfig) -> int:
-    """P: weights that a token is multiplied with, the head included, embeddings that are only looked up not."""
+    """P: weights that a token is multiplied with, the head included, embeddings that are only looked up not; of routed
+    experts those of as many as a token goes to.
+    """
     count = 0
     for name, value in params.items():
         if isinstance(value, Mapping):
             count += multiplied_weights(value, config)
         elif name == "kernel":
-            count += int(np.prod(value.shape))
+            size = int(np.prod(value.shape))
+            # [L, experts, in, out], where other kernels have no axis of experts
+            count += size * config.experts_per_token // config.num_experts if len(value.shape) == 4 else size
     return count + (config.vocab_size * config.hidden_size if "embed" in params and "head" not in params else 0)

@@ -341,6 +341,47 @@ def family_cases() -> dict[str, Case]:
             "dynamic scaling, which is none up to max_position_embeddings",
             **FAR,
         ),
+        "mixtral": Case(
+            t.MixtralConfig(**{**plain, "num_hidden_layers": 2, "intermediate_size": 20}, num_local_experts=4),
+            "two of four experts",
+        ),
+        "mixtral-window": Case(
+            t.MixtralConfig(
+                **{**plain, "intermediate_size": 16},
+                head_dim=8,
+                num_local_experts=5,
+                num_experts_per_tok=3,
+                sliding_window=5,
+                tie_word_embeddings=True,
+            ),
+            "three of five experts, a window in every layer, tied",
+            **FAR,
+        ),
+        "qwen3-moe": Case(
+            t.Qwen3MoeConfig(
+                **{**plain, "num_hidden_layers": 2},
+                head_dim=8,
+                num_experts=6,
+                num_experts_per_tok=2,
+                moe_intermediate_size=12,
+                norm_topk_prob=True,
+            ),
+            "two of six experts, their weights divided by their sum",
+        ),
+        "qwen3-moe-v4": Case(
+            t.Qwen3MoeConfig(
+                **plain,
+                **used,
+                **biased,
+                num_experts=4,
+                num_experts_per_tok=3,
+                moe_intermediate_size=16,
+                norm_topk_prob=False,
+            ),
+            "configuration as v4 wrote it (num_experts), three of four experts, weights as they are, biases, windows",
+            edit="v4",
+            **FAR,
+        ),
     }
 
 
@@ -356,7 +397,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         elif "embed" in name or "wte" in name or "wpe" in name:
             n = 0.3 * n
         else:
-            inputs = p.shape[0] if "c_" in name else p.shape[1]  # GPT-2's Conv1D stores [in, out]
+            inputs = p.shape[0] if "c_" in name else p.shape[-1]  # GPT-2's Conv1D stores [in, out]
             n = n / math.sqrt(inputs)
         p.data.copy_(n)
 
@@ -403,11 +444,15 @@ def v4_config(config: dict, how: str) -> dict:
     if config["model_type"] == "qwen2" and kind == "default":
         config.pop("layer_types", None)
         config |= {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 1}
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     return config
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
     if (folder / "adapter").exists():
         model = peft.PeftModel.from_pretrained(model, folder / "adapter").to(dtype)
     return model.eval()

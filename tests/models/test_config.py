@@ -40,6 +40,7 @@ LLAMA3 = {
 
 KINDS = ["full_attention", "sliding_attention"]
 USED = {"use_sliding_window": True, "sliding_window": 64}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
 def as_architecture(name: str, **keys) -> dict:
@@ -195,6 +196,22 @@ NEXT = {  # what each family refuses, or reads in another way than transformers 
     ],
     "GPTNeoXForCausalLM": [({"hidden_size": 66}, ["hidden_size = 66", "num_attention_heads = 4"])],
     "GraniteForCausalLM": [({"logits_scaling": 0}, ["logits_scaling", "positive"])],
+    "MixtralForCausalLM": [
+        ({"num_experts_per_tok": 2}, ["'num_experts'", "'num_local_experts'", "missing"]),
+        ({"num_local_experts": 4}, ["num_experts_per_tok", "missing"]),
+        ({"num_local_experts": 4, "num_experts_per_tok": 5}, ["num_experts_per_tok = 5", "num_local_experts = 4"]),
+        ({"num_local_experts": 4, "num_experts_per_tok": 0}, ["num_experts_per_tok = 0", "positive"]),
+        ({"num_local_experts": 4, "num_experts": 8}, ["num_experts = 8, num_local_experts = 4", "make them equal"]),
+        ({**ROUTED, "layer_types": KINDS, "sliding_window": 64}, ["layer_types", "MixtralForCausalLM", "remove"]),
+    ],
+    "Qwen3MoeForCausalLM": [
+        (ROUTED, ["moe_intermediate_size", "missing"]),
+        ({**ROUTED, "mlp_only_layers": [1]}, ["mlp_only_layers = [1]", "layers without experts", "only []"]),
+        ({**ROUTED, "decoder_sparse_step": 2}, ["decoder_sparse_step = 2", "layers without experts", "only 1"]),
+        ({**ROUTED, "layer_types": KINDS, **USED}, ["layer_types", "Qwen3MoeForCausalLM", "remove"]),
+        ({**ROUTED, "layer_types": KINDS}, ["use_sliding_window", "set it to true"]),
+        ({**ROUTED, "moe_intermediate_size": 8, "norm_topk_prob": 1}, ["norm_topk_prob = 1", "true or false"]),
+    ],
 }
 
 
@@ -219,6 +236,13 @@ def test_absent_keys_mean_what_each_family_of_transformers_means():
     assert (neox.rope.partial, neox.parallel, neox.qkv_bias, neox.norm_eps) == (0.25, True, True, 1e-5)
     olmo3 = ModelConfig.from_hf(as_architecture("Olmo3ForCausalLM", num_hidden_layers=4, sliding_window=64))
     assert [layer.window for layer in olmo3.layers] == [64, 64, 64, None] and olmo3.rope.theta == 5e5
+    mixtral = ModelConfig.from_hf(as_architecture("MixtralForCausalLM", **ROUTED))
+    assert (mixtral.rope.theta, mixtral.norm_topk, mixtral.window, mixtral.head_dim) == (1e6, True, None, 16)
+    moe = as_architecture("Qwen3MoeForCausalLM", **ROUTED, moe_intermediate_size=8)
+    qwen3_moe = ModelConfig.from_hf(moe)
+    assert (qwen3_moe.rope.theta, qwen3_moe.norm_topk, qwen3_moe.intermediate_size) == (1e4, False, 8)
+    assert (qwen3_moe.head_dim, qwen3_moe.window) == (16, None)  # not 128, as in a Qwen3
+    assert ModelConfig.from_hf(moe | USED | {"max_window_layers": 2}).block.window == 64  # every layer has it
 
 
 def test_yarn_s_factor_on_cos_and_sin_follows_from_the_stretch_where_none_is_given():
@@ -262,6 +286,8 @@ def test_gpt2_variants_with_other_attention_are_refused(keys):
             original_max_position_embeddings=1024,
         ),
         as_architecture("GraniteForCausalLM", embedding_multiplier=12.0, logits_scaling=8.0, attention_multiplier=0.1),
+        as_architecture("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
+        as_architecture("Qwen3MoeForCausalLM", **ROUTED, moe_intermediate_size=8, norm_topk_prob=True),
     ],
 )
 def test_writing_and_reading_back_gives_the_same_config(raw):

@@ -75,7 +75,8 @@ def test_a_family_declares_all_that_is_asked_of_it() -> None:
     shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 2, "num_heads": 2}
     for name, family in FAMILIES.items():
         assert family.name == name
-        config = ModelConfig(family=name, num_kv_heads=2, head_dim=4, **shape, **family.fixed)
+        routed = {"num_experts": 4, "experts_per_token": 2} if "layers/mlp/router" in family.tensors else {}
+        config = ModelConfig(family=name, num_kv_heads=2, head_dim=4, **shape, **family.fixed, **routed)
         assert config.architecture == next(iter(family.architectures))
         places = sources(init_lm(config, seed=0, lora=None).spec)
         assert len({(source.name, source.share) for source in places.values()}) == len(places)

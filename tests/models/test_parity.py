@@ -15,7 +15,17 @@ _spec.loader.exec_module(checks)
 CASES = checks.CASES
 TOLERANCE = 1e-5
 # Decoding adds a cache and per-row positions; these differ in what meets them. The rest are slow.
-DECODED = ("llama31", "smollm2", "llama-head-dim", "llama-lora", "qwen2", "qwen3", "gpt2-lora")
+DECODED = (
+    "llama31",
+    "smollm2",
+    "llama-head-dim",
+    "llama-lora",
+    "qwen2",
+    "qwen3",
+    "gpt2-lora",
+    "mixtral-window",
+    "qwen3-moe",
+)
 
 
 @pytest.mark.parametrize("name", CASES)

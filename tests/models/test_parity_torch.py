@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from ntkjax.errors import CheckpointError  # noqa: E402
 from ntkjax.models import LanguageModel, LoraConfig, load_lm  # noqa: E402
 from ntkjax.models.export import save_merged  # noqa: E402
 from ntkjax.models.generate import generate  # noqa: E402
@@ -41,11 +42,20 @@ def configs() -> dict:
         "mistral": t.MistralConfig(**common, head_dim=14, sliding_window=None, tie_word_embeddings=True),
         "qwen2": t.Qwen2Config(**common, rms_norm_eps=1e-3),
         "qwen3": t.Qwen3Config(**common, head_dim=16, attention_bias=True, tie_word_embeddings=True),
+        "mixtral": t.MixtralConfig(**common, num_local_experts=8, hidden_act="gelu"),
+        "qwen3-moe": t.Qwen3MoeConfig(
+            **common,
+            head_dim=16,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=20,
+            tie_word_embeddings=True,
+        ),
         "gpt2": t.GPT2Config(**gpt2, tie_word_embeddings=False, activation_function="gelu_pytorch_tanh"),
     }
 
 
-NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3-moe", "gpt2")
 
 
 def checkpoint(name: str, folder: Path, seed: int = 7) -> Path:
@@ -126,7 +136,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "qwen3-moe", "gpt2"])
 def test_peft_reads_our_adapter_and_transformers_our_merge(name: str, lora: LoraConfig, tmp_path: Path) -> None:
     """GPT-2's three different A for q, k and v go through PEFT's one fused layer."""
     folder = checkpoint(name, tmp_path)
@@ -157,6 +167,42 @@ def test_we_read_adapters_that_peft_wrote(name: str, tmp_path: Path) -> None:
     model = model.with_params(load_adapter(tmp_path / "adapter", model))
     difference = largest_difference(name, model.logits(tokens()), torch_logits(theirs.eval(), tokens()))
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_what_peft_writes_of_a_model_with_experts_is_read_or_refused_by_name(name: str, tmp_path: Path) -> None:
+    """Adapters on attention are read. Under transformers 5 PEFT adapts fused experts: gate and up share one A."""
+    folder = checkpoint(name, tmp_path)
+    for targets in (["q_proj", "o_proj"], "all-linear"):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=targets)
+        theirs = peft.get_peft_model(torch_model(folder), config)
+        torch.manual_seed(3)
+        for key, p in theirs.named_parameters():
+            if "lora_" in key:
+                p.data.copy_(0.08 * torch.randn(p.shape))
+        theirs.save_pretrained(tmp_path / "adapter")
+        if targets == "all-linear":
+            with pytest.raises(CheckpointError, match=r"target_parameters = .*gate_up_proj.*fused experts"):
+                adapter_lora_config(tmp_path / "adapter")
+            theirs.merge_and_unload().save_pretrained(tmp_path / "merged")  # what the error says to do
+            model, right = load_lm(tmp_path / "merged", lora=None), torch_model(tmp_path / "merged")
+        else:
+            model, right = load_lm(folder, lora=adapter_lora_config(tmp_path / "adapter")), theirs.eval()
+            model = model.with_params(load_adapter(tmp_path / "adapter", model))
+        assert largest_difference(name, model.logits(tokens()), torch_logits(right, tokens())) < 1e-5
+
+
+def test_experts_that_transformers_saved_together_are_read_after_what_the_error_says(tmp_path: Path) -> None:
+    folder = checkpoint("mixtral", tmp_path)
+    torch_model(folder).save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(CheckpointError, match=r"from_config\(old.config\); new.load_state_dict\(old.state_dict"):
+        load_lm(tmp_path / "fused")
+    old = torch_model(tmp_path / "fused")
+    new = transformers.AutoModelForCausalLM.from_config(old.config)
+    new.load_state_dict(old.state_dict())
+    new.save_pretrained(tmp_path / "apart")
+    again, first = load_lm(tmp_path / "apart", lora=None), load_lm(folder, lora=None)
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
 
 
 _spec = importlib.util.spec_from_file_location("family_checks", Path(__file__).with_name("family_checks.py"))

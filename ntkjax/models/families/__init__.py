@@ -10,11 +10,13 @@ from ntkjax.models.families.gpt2 import GPT2
 from ntkjax.models.families.gpt_neox import GPT_NEOX
 from ntkjax.models.families.granite import GRANITE
 from ntkjax.models.families.llama import LLAMA
+from ntkjax.models.families.mixtral import MIXTRAL
 from ntkjax.models.families.olmo2 import OLMO2
 from ntkjax.models.families.olmo3 import OLMO3
 from ntkjax.models.families.phi3 import PHI3
 from ntkjax.models.families.qwen2 import QWEN2
 from ntkjax.models.families.qwen3 import QWEN3
+from ntkjax.models.families.qwen3_moe import QWEN3_MOE
 from ntkjax.models.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
@@ -32,6 +34,8 @@ FAMILIES: dict[str, Family] = {
         PHI3,
         GPT_NEOX,
         GRANITE,
+        MIXTRAL,
+        QWEN3_MOE,
     )
 }
 

@@ -71,13 +71,12 @@ class LayerSpec:
     ``rope`` and ``window`` may differ between the layers of a model. All else must be equal in all of them: they run
     as one compiled body over stacked parameters (`ntkjax.models.layers.scan_layers`).
 
-    Not here yet, and refused by the families whose config.json asks for it: routed experts (a third ``mlp``).
-
     Attributes:
       norm: "rms", or "layer" with mean and bias. norm_offset: a norm multiplies by norm_offset + weight (Gemma: 1).
       norms: a norm stands "before" attention and MLP, "after" them (on what is added to the residual), or "both".
       qk_norm: RMS norm on queries and keys of each "head", or over the "full" width of all heads; None for none.
-      mlp: "gated", down(act(gate(x)) * up(x)), or "plain", down(act(up(x))).
+      mlp: "gated", down(act(gate(x)) * up(x)), "plain", down(act(up(x))), or "experts", gated ones of which a router
+        chooses some for each token.
       qkv_bias, o_bias, mlp_bias: which linear layers have a bias.
       parallel: x + attention(norm_1(x)) + mlp(norm_2(x)) instead of one after the other.
       rope: rotary positions; None for none. window: a query sees this many tokens, itself included; None for all.
@@ -90,7 +89,7 @@ class LayerSpec:
     norm_offset: float = 0.0
     norms: Literal["before", "after", "both"] = "before"
     qk_norm: Literal["head", "full"] | None = None
-    mlp: Literal["gated", "plain"] = "gated"
+    mlp: Literal["gated", "plain", "experts"] = "gated"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -124,6 +123,8 @@ class ModelShape:
       logit_cap: logits z become cap * tanh(z / cap): they are then not linear in the head.
       embed_factor: the embedding is multiplied by it (``Family.embed_scale`` says so). state_divisor: hidden states are
         divided by it after the last norm, and with them the logits.
+      num_experts, experts_per_token: routed experts of a layer, each of width intermediate_size, and how many a token
+        gets. norm_topk: their weights, the largest of a softmax over all experts, are divided by their sum.
     """
 
     family: str
@@ -159,6 +160,9 @@ class ModelShape:
     embed_factor: float = dataclasses.field(default=1.0, metadata=_LATER)
     residual_scale: float = dataclasses.field(default=1.0, metadata=_LATER)
     state_divisor: float = dataclasses.field(default=1.0, metadata=_LATER)
+    num_experts: int = dataclasses.field(default=0, metadata=_LATER)
+    experts_per_token: int = dataclasses.field(default=0, metadata=_LATER)
+    norm_topk: bool = dataclasses.field(default=False, metadata=_LATER)
 
 
 def layer_of(shape: ModelShape, index: int, **changes: Any) -> LayerSpec:
@@ -180,7 +184,8 @@ def layer_of(shape: ModelShape, index: int, **changes: Any) -> LayerSpec:
 
 
 # How weights are split over a mesh (Megatron-LM, 1909.08053). Column-parallel layers split their outputs, row-parallel
-# ones their inputs, so that one all-reduce per attention and per MLP suffices.
+# ones their inputs, so that one all-reduce per attention and per MLP suffices. Axes count from the last, so each routed
+# expert [..., in, out] is split as an MLP is, the axis of experts is whole on every device, and so is the router.
 _COLUMN, _ROW, _VOCABULARY = Split(-1, -2), Split(-2, -1), Split(-2, -1)
 SPLITS: Mapping[str, Split] = {
     "embed/weight": _VOCABULARY,
@@ -223,8 +228,9 @@ class Family:
         the mathematics and is not implemented. Its ``architecture`` is one of ``architectures``.
       write: the keys of config.json beyond the common ones (`common_keys`).
       tensors: parameter, or linear layer or norm ("layers/attention/q"), -> its tensor in the checkpoint without
-        ".weight" or ".bias", "{}" for the layer's number. Linear layers that share a tensor lie side by side in it, in
-        the order of the block. PEFT's module names, and the names that LoRA targets may have, follow from these.
+        ".weight" or ".bias", "{}" for the layer's number, and another for the expert's. Linear layers that share a
+        tensor lie side by side in it, in the order of the block. PEFT's module names, and the names that LoRA targets
+        may have, follow from these.
       layer: the LayerSpec of layer i of a shape.
       conv1d: the checkpoint holds linear weights as [in, out] (transformers' Conv1D), not as [out, in].
       fused_by_head: what shares a tensor alternates in it head by head (GPT-NeoX), instead of one after the other.
