@@ -190,6 +190,17 @@ def test_everything_with_a_real_model(model, nine, tmp_path):
     assert len(read_outcomes(tmp_path / "o.jsonl")) == 9
 
 
+def test_packed_rows_give_the_same_outcomes(model, nine):
+    """Choices, and the likelihood of responses that are none of them."""
+    settings = {**SETTINGS, "token_budget": 1024}
+    wanted = EvaluationSettings(answer_template="It is {}")
+    padded, packed = (evaluate_model(model, {}, nine, wanted, packing=p, **settings).outcomes for p in (False, True))
+    for one, other in zip(padded, packed, strict=True):
+        assert one.logprobs is not None and one.nll is not None
+        np.testing.assert_allclose(other.logprobs, one.logprobs, rtol=5e-6)
+        np.testing.assert_allclose(other.nll, one.nll, rtol=5e-6)
+
+
 def test_generation_summary_by_hand():
     outcomes = [
         Outcome(
