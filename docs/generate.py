@@ -153,7 +153,7 @@ def public_definitions() -> dict[str, Definition]:
     names = [alias.name for node in lazy if isinstance(node, ast.ImportFrom) for alias in node.names]
     found = {name: definition("ntkjax", name) for name in names}
     for name, (run, config) in command_parts().items():
-        found |= {name: run, f"{name.capitalize()}Config": config}
+        found |= {name.replace("-", "_"): run, config.name: config}
     return dict(sorted(found.items()))
 
 

@@ -45,6 +45,11 @@ class Batch:
     positions: Any = None
 
 
+def capped(logits: Float[Array, "*A"], cap: float | None) -> Float[Array, "*A"]:
+    """cap tanh(logits / cap), or the logits themselves where ``cap`` is None (Gemma 2's final_logit_softcapping)."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 ApplyFn = Callable[[Params, Any], Array]
 """``apply_fn(params, batch) -> outputs [B, O]``."""
 

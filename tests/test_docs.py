@@ -221,6 +221,7 @@ def test_the_generated_flags_are_those_of_the_classes(generate, pages):
         flags = generate.flags(config)
         assert flags == dataclass_flags(load_command(name).config)
         assert {flag for flag in flags if "." not in flag and f"--{flag}`" not in pages["commands.md"]} <= {
+            "file",
             "study",
             "run",
         }

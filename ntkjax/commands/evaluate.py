@@ -11,8 +11,9 @@ from tyro.conf import arg
 from ntkjax.commands.base import Command
 from ntkjax.evaluation import METRICS, Evaluation, compare, read_outcomes, values
 from ntkjax.evaluation.options import EvaluationOptions
+from ntkjax.evaluation.shots import describe_shots, draw_shots
 from ntkjax.evaluation.summary import describe_choices
-from ntkjax.pipeline.evaluate import evaluate_on
+from ntkjax.pipeline.evaluate import evaluate_on, settings_of, shot_records
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model
 from ntkjax.pipeline.options import DataOptions, ModelOptions
@@ -47,7 +48,10 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     RunDir.check(config.out, "evaluate", config)
     model = load_model(config.model, seed=config.seed)
     test = load_data(config.test, model, config.data)
-    run = RunDir.create(config.out, "evaluate", config, inputs=inputs_of(model, config.model, test=test))
+    shots = shot_records(config.evaluation, config.data)
+    draw_shots(settings_of(config.evaluation, config.data), test.records)  # refused, if so, before a directory is made
+    inputs = inputs_of(model, config.model, test=test, shots=shots)
+    run = RunDir.create(config.out, "evaluate", config, inputs=inputs)
     run.tell("evaluation.json", progress)
     result = evaluate_on(
         model,
@@ -60,6 +64,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         progress=progress,
     )
     content: dict[str, Any] = {"summary": result.summary, "data": test.report()}
+    if result.shots is not None:
+        content["shots"] = result.shots.report()
     if earlier is not None:
         content["against"] = {"run": config.against, "differences": differences(earlier, result.outcomes, config.seed)}
     run.write_json("evaluation.json", content)
@@ -95,7 +101,8 @@ def describe(config: Any, result: Any) -> str:
     asked = describe_choices((summary["choices"] or {"n": 0})["n"], summary["n"])
     found = f"{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
     read = reading_of_run(config, "evaluation.json", "test")
-    return "\n".join([to_markdown(rows), *filter(None, [asked, judged]), read, found])
+    shown = None if result.shots is None else describe_shots(result.shots)
+    return "\n".join([to_markdown(rows), *filter(None, [asked, judged, shown]), read, found])
 
 
 COMMAND = Command(EvaluateConfig, evaluate, describe)

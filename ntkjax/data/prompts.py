@@ -274,14 +274,20 @@ def _as_marked(
     """
     if rendered.apart or not getattr(chat.tokenizer, "is_fast", False):
         return rendered, earlier
-    found = chat.tokenizer.apply_chat_template(
-        chat.messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-        **template_options(chat.example),
-    )
+    try:
+        found = chat.tokenizer.apply_chat_template(
+            chat.messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+            **template_options(chat.example),
+        )
+    except OverflowError as error:  # transformers looks for the last character of a mark in front of the first one
+        raise DataError(
+            f"record {chat.example.id!r}: the chat template begins with an assistant's turn of no text, marked by "
+            "{% generation %}; expected text before or inside the mark; give the turn text, or leave it out"
+        ) from error
     marks = [span for span, inside in zip(found["offset_mapping"], found["assistant_masks"]) if inside]
 
     def narrowed(span: tuple[int, int]) -> list[tuple[int, int]]:
@@ -297,9 +303,9 @@ def _as_marked(
 
 def _plain(example: Example, messages: list[Message]) -> tuple[RenderedText, dict[int, tuple[int, int]]]:
     """``prompt``, line break, response; a chat as ``role: text`` lines. And where its earlier assistant turns stand."""
-    prompt, spans = example.prompt, {}
+    prompt, spans = example.before + example.prompt, {}
     if example.messages is not None:
-        prompt = ""
+        prompt = example.before
         for k, message in enumerate(messages[:-1]):
             prompt += ("\n" if k else "") + f"{message['role']}: "
             if message["role"] == "assistant":

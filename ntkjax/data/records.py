@@ -40,6 +40,7 @@ class Example:
         ``allow_missing_response`` and has none.
       response_fields: fields of the last assistant message besides role and content; None where it has none.
       tools: the tools that a chat template is told of; None where the record names none.
+      before: text in front of the prompt where there is no chat template (shots of an evaluation); no file has it.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Example:
     choices: tuple[str, ...] | None = None
     response_fields: Mapping[str, Any] | None = None
     tools: tuple[Any, ...] | None = None
+    before: str = ""
 
     def conversation(self, response: str | None = None) -> list[Message]:
         """Every message, the assistant's last (``response``, the example's own by default) included."""

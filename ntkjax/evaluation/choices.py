@@ -31,7 +31,7 @@ from ntkjax.data.prompts import encode, render_text
 from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.evaluation.answers import find_choices
 from ntkjax.evaluation.packing import Packed, PackedBatch, collate, pack
-from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32
+from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped
 
 DEFAULT_TEMPLATE = "So the answer is {}."
 LOGIT_ELEMENTS = 1 << 24
@@ -83,8 +83,9 @@ def token_log_probs(
 
     The hidden states are gathered before the head is applied, and the head runs over blocks of positions, so
     [B, T, V] is never formed. Model functions and weights are arguments: one compilation for each batch
-    shape.
+    shape. Logits are capped where ``head_fn`` has a ``logit_cap`` (`ModelFn.logit_cap`).
     """
+    cap = getattr(head_fn, "logit_cap", None)
     predictor, target = jnp.asarray(predictor), jnp.asarray(target)
     states, head = states_fn(params, batch), at_least_float32(head_fn(params))
     hidden = at_least_float32(jnp.take_along_axis(states, predictor[:, :, None], axis=1))
@@ -92,7 +93,7 @@ def token_log_probs(
     hidden, head = hidden.astype(dtype), head.astype(dtype)
 
     def one(pair: tuple[Array, Array]) -> Array:
-        logits = jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST)
+        logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), cap)
         return logits[pair[1]] - jax.nn.logsumexp(logits)
 
     flat = (hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1))
@@ -127,11 +128,13 @@ def score_packed(
 
 
 def _check_positions(model: Any, packed: Sequence[Packed]) -> None:
-    limit = getattr(getattr(model, "config", None), "position_limit", None)  # a stub may have no configuration
+    config = getattr(model, "config", None)  # a stub may have none
+    limit = getattr(config, "position_limit", None)
     longest = max((int(p.positions.max()) + 1 for p in packed), default=0)
     if limit is not None and longest > limit:
+        reach = getattr(config, "limited_by", "learned positions")
         raise UserError(
-            f"an example of {longest} tokens does not fit the model's {limit} learned positions; "
+            f"an example of {longest} tokens does not fit the model's {limit} {reach}; "
             f"set max_length to {limit} or less"
         )
 

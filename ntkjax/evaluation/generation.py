@@ -113,6 +113,11 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
 
+def _own_answer(example: Any, text: str) -> str:
+    """The text up to the blank line that ends an answer among plain shots: what follows is a question made up."""
+    return text.partition("\n\n")[0].rstrip() if getattr(example, "before", "") else text
+
+
 def _content_length(model: Any, tokens: Sequence[int]) -> int:
     return len(tokens) - (len(tokens) > 0 and tokens[-1] in model.stop_tokens)
 
@@ -218,7 +223,7 @@ def generate_answers(
     for places, n_rows in _plan([len(p) for p in prompts], max_new_tokens, token_budget):
         examples = [everything[i] for i in places]
         new = _generate_batch(model, params, [prompts[i] for i in places], n_rows, max_new_tokens)
-        texts = [_decode(model.tokenizer, tokens) for tokens in new]
+        texts = [_own_answer(e, _decode(model.tokenizer, tokens)) for e, tokens in zip(examples, new)]
         read = [_read(example, text, pattern) for example, text in zip(examples, texts)]
         forced = _force(
             model, params, examples, texts, read, answer_template, pattern, max_length, token_budget, n_rows

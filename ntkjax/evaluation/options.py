@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from ntkjax.data.prompts import LossTurns
+from ntkjax.errors import ConfigError
 from ntkjax.evaluation.choices import DEFAULT_TEMPLATE
 
 
@@ -18,6 +20,21 @@ class EvaluationOptions:
     """Also generate answers greedily and read "So the answer is X" from them."""
     max_new_tokens: int = 128
     """Longest generated answer."""
+    shots: int = 0
+    """Solved examples in front of every question, drawn once from the file of --shots-from with a fixed seed."""
+    shots_from: str | None = None
+    """File that the shots are drawn from; examples whose question is asked in the test data are not drawn."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for shots without a file, a file without shots, or a negative number."""
+        if self.shots < 0:
+            raise ConfigError(f"--shots is {self.shots}; expected 0 or more; leave it out for none")
+        if self.shots and self.shots_from is None:
+            raise ConfigError(
+                f"--shots is {self.shots}, without a file; expected --shots-from; give it a file of examples"
+            )
+        if self.shots_from is not None and not self.shots:
+            raise ConfigError(f"--shots-from is {self.shots_from}, and --shots is 0; expected at least 1; give --shots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +50,5 @@ class EvaluationSettings(EvaluationOptions):
     """NLL of the records' own responses."""
     loss_turns: LossTurns = "all"
     """Which assistant turns of a conversation the NLL is taken over, see `ntkjax.data.tokenise`."""
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    """What is done with a bad record in the file of the shots."""

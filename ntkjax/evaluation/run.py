@@ -25,6 +25,7 @@ from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers, gold
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll
 from ntkjax.evaluation.options import EvaluationSettings
 from ntkjax.evaluation.outcomes import Outcome, OutcomeLog
+from ntkjax.evaluation.shots import ShotRecords, Shots, check_separable, draw_shots
 from ntkjax.evaluation.summary import summarise
 from ntkjax.fingerprint import weights_fingerprint
 from ntkjax.types import Params
@@ -32,10 +33,11 @@ from ntkjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Outcomes in the order of the records, and their summary (see `summarise`)."""
+    """Outcomes in the order of the records, their summary (see `summarise`), and the shots before every question."""
 
     outcomes: list[Outcome]
     summary: dict[str, Any]
+    shots: Shots | None = None
 
 
 def evaluate_model(
@@ -69,11 +71,19 @@ def evaluate_model(
         raise UserError("there are no examples to evaluate; check the test file and the limit")
     check_template(settings.answer_template)
     pattern = (settings.answer_pattern or default_pattern(settings.answer_template)) if settings.generation else None
+    shots, asked = draw_shots(settings, records), records
+    if shots is not None:
+        if settings.generation:
+            check_separable(shots, model.tokenizer)
+        records = ShotRecords(records, shots.examples, model.tokenizer)
     decides = dataclasses.asdict(settings) | {"max_length": max_length, "answer_pattern": pattern}
+    # What was drawn decides, not how; an evaluation without shots is the same as before there were any.
+    decides |= {"shots": None if shots is None else {"ids": shots.report()["ids"], "content": shots.fingerprint}}
+    del decides["shots_from"], decides["on_bad_record"]
     if not settings.generation:
         decides["max_new_tokens"] = None
     if path is not None:
-        decides["examples"] = _records_fingerprint(records)
+        decides["examples"] = _records_fingerprint(asked)
         decides["weights"] = weights_fingerprint(getattr(model, "params", {}), params)
         tokenizer = getattr(model, "tokenizer", None)  # its template decides what is read and where answers end
         decides["tokenizer"] = None if tokenizer is None else tokenizer_digest(tokenizer)[:16]
@@ -90,7 +100,7 @@ def evaluate_model(
         if settings.generation:
             job.generation(list(range(len(records))), pattern)
         outcomes = log.finish(bases)
-    return Evaluation(outcomes, summarise(outcomes, seed=seed))
+    return Evaluation(outcomes, summarise(outcomes, seed=seed), shots)
 
 
 @dataclasses.dataclass(frozen=True)

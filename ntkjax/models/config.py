@@ -10,14 +10,21 @@ from typing import Any
 
 from ntkjax.errors import CheckpointError
 from ntkjax.models.families import FAMILIES, family_of
-from ntkjax.models.families.base import ACTIVATIONS, LOCAL, LayerSpec, ModelShape, Reader, RopeConfig, common_keys
+from ntkjax.models.families.base import (
+    ACTIVATIONS,
+    LOCAL,
+    MAX_LAYERS,
+    LayerSpec,
+    ModelShape,
+    Reader,
+    RopeConfig,
+    common_keys,
+)
 from ntkjax.parallel import Split
 
 __all__ = ["DTYPES", "LayerSpec", "ModelConfig", "RopeConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MAX_LAYERS = 4096
-"""More layers than any decoder has: a larger number is a mistake in config.json, and is refused before one is made."""
 
 # What may differ between the layers of one model.
 _BY_LAYER = ("rope", "window")
@@ -71,6 +78,17 @@ class ModelConfig(ModelShape):
             if dims % 2:
                 head = "head_dim" if dims == self.head_dim else "the rotated part of head_dim"
                 raise CheckpointError(f"{head} = {dims} is odd: rotary positions rotate pairs")
+        if any(not 0 <= index < self.num_layers for index in self.unrotated):
+            raise CheckpointError(
+                f"unrotated = {self.unrotated}: expected numbers of layers, 0 to {self.num_layers - 1}"
+            )
+        for rope in (layer.rope for layer in layers if layer.rope is not None and layer.rope.kind == "longrope"):
+            count = rope.dims(self.head_dim) // 2
+            for name, factors in (("short_factor", rope.short_factors), ("long_factor", rope.long_factors)):
+                if len(factors) != count:
+                    raise CheckpointError(
+                        f"{name} has {len(factors)} numbers: expected {count}, one for each frequency"
+                    )
         if len(self.rotary_dims) > 1:
             raise CheckpointError(f"layers rotate {self.rotary_dims} dimensions of a head: expected one number for all")
 
@@ -112,8 +130,19 @@ class ModelConfig(ModelShape):
 
     @property
     def position_limit(self) -> int | None:
-        """The longest sequence that the model can take at all: ``max_positions`` where positions are learned."""
-        return self.max_positions if self.learned_positions else None
+        """The longest sequence that the model can take at all: ``max_positions`` where positions are learned, and what
+        longrope and dynamic rotary positions allow (RopeConfig); None for any.
+        """
+        limits = [self.max_positions] if self.learned_positions else []
+        for rope in (layer.rope for layer in self.layers if layer.rope is not None):
+            limits += {"longrope": [rope.original_max_positions], "dynamic": [self.max_positions]}.get(rope.kind, [])
+        return min(limits, default=None)
+
+    @property
+    def limited_by(self) -> str:
+        """What ``position_limit`` counts, for errors: "learned positions", or the rotary positions of that kind."""
+        kinds = sorted({layer.rope.kind for layer in self.layers if layer.rope is not None} & {"dynamic", "longrope"})
+        return "learned positions" if self.learned_positions else f"positions of rope_type {' and '.join(kinds)}"
 
     @property
     def embed_scale(self) -> float | None:
@@ -145,6 +174,9 @@ class ModelConfig(ModelShape):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{where}: architectures = {names!r}: expected a list of class names")
         reader = Reader(config, where, names[0])
+        for family in FAMILIES.values():
+            if names[0] in family.refused:
+                raise reader.fail(f"architecture {names[0]!r} is not supported: {family.refused[names[0]]}")
         if names[0] not in by_name:
             raise reader.fail(f"architecture {names[0]!r} is not supported; supported: {', '.join(by_name)}")
         if config.get("quantization_config"):

@@ -47,15 +47,15 @@ class Decoder(nnx.Module):
 
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
         ``segments`` as in Batch; not together with a cache. UserError when the sequence or the cache is longer than
-        learned positions.
+        positions reach (ModelConfig.position_limit).
         """
         c, limit = self.spec.config, self.spec.config.position_limit
         needed = tokens.shape[1] if cache is None else cache.keys.shape[2]
         # Given positions (packed choices restart them) are below T; only the default ones reach T - 1.
         if limit is not None and needed > limit and positions is None:
             raise UserError(
-                f"a sequence of {needed} tokens is longer than the model's {limit} learned positions "
-                "(n_positions): shorten the prompts, the answers or the batch's length"
+                f"a sequence of {needed} tokens is longer than the model's {limit} {c.limited_by}: "
+                "shorten the prompts, the answers or the batch's length"
             )
         x = self.embed(tokens)
         if c.embed_scale is not None:
@@ -64,4 +64,5 @@ class Decoder(nnx.Module):
         if c.learned_positions:
             x = x + self.wpe(positions)
         x, cache = scan_layers(self.layers, x, context, cache, self.spec)
-        return self.norm(x), cache
+        states = self.norm(x)
+        return (states if c.state_divisor == 1 else states / c.state_divisor), cache

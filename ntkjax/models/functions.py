@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models.decoder import Decoder
 from ntkjax.models.layers import KVCache, ModelSpec, matmul
-from ntkjax.types import Batch, Params, at_least_float32, predict_mask, valid_mask
+from ntkjax.types import Batch, Params, at_least_float32, capped, predict_mask, valid_mask
 
-OUTPUTS = ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed", "states", "head")
+OUTPUTS = ("apply", "hidden", "sum_logits", "nll", "entropy", "embed", "weighted_embed", "states", "head")
 POSITIONS = ("response", "all", "last")
 
 # Logits of more than this many numbers are made and dropped a slice of T at a time (float32: 256 MiB).
@@ -76,8 +76,10 @@ def head_weight(weights: dict) -> Float[Array, "V D"]:
 
 
 def project(spec: ModelSpec, weights: dict, states: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
-    """Logits W h [..., V], float32 or better; in the model's dtype, accumulated in float32."""
-    return matmul(states.astype(spec.dtype), head_weight(weights).T)
+    """Logits W h [..., V], or c tanh(W h / c) with a ``logit_cap`` c, float32 or better; W h in the model's dtype,
+    accumulated in float32.
+    """
+    return capped(matmul(states.astype(spec.dtype), head_weight(weights).T), spec.config.logit_cap)
 
 
 def position_mask(batch: Batch, positions: str) -> Bool[Array, "B T"]:
@@ -129,6 +131,27 @@ def token_nll(
     return _sliced(piece, spec.config.vocab_size, states, targets)
 
 
+def token_sum(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """The sum of the V logits at every position, [B, T]. Logits as in token_nll."""
+    return _sliced(lambda h: jnp.sum(project(spec, weights, h), axis=-1), spec.config.vocab_size, states)
+
+
+def pooled_logits(
+    spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B V"]:
+    """The mean over the masked positions of the logits, which pools hidden states where they are linear in the head."""
+    if spec.config.logit_cap is None:
+        return project(spec, weights, pool(states, mask))
+    counts = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(states.dtype)
+    shares = jnp.where(mask, 1.0 / counts[:, None], jnp.zeros((), states.dtype))
+
+    def add(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + at[1][:, None] * project(spec, weights, at[0]), None
+
+    zero = jnp.zeros((states.shape[0], spec.config.vocab_size), states.dtype)
+    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, (jnp.moveaxis(states, 1, 0), shares.T))[0]
+
+
 def token_entropy(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """H = -sum_v p_v log p_v in nats of the model's prediction p at every position, [B, T]. Logits as in token_nll."""
 
@@ -178,6 +201,11 @@ class ModelFn:
     kind: str = dataclasses.field(metadata={"static": True})
     positions: str = dataclasses.field(default="response", metadata={"static": True})
 
+    @property
+    def logit_cap(self) -> float | None:
+        """c where logits are c tanh(W h / c), and so not linear in the head; None where they are W h."""
+        return self.spec.config.logit_cap
+
     def __call__(self, params: Params, batch: Batch | None = None) -> Float[Array, "..."]:
         weights = overlay(self.weights, params)
         if self.kind == "head":
@@ -196,8 +224,9 @@ class ModelFn:
             return pool(token_nll(self.spec, weights, states, tokens), mask)
         if self.kind == "entropy":
             return pool(token_entropy(self.spec, weights, states), mask)
-        hidden = pool(states, mask)
-        return hidden if self.kind == "hidden" else project(self.spec, weights, hidden)
+        if self.kind == "sum_logits":
+            return pool(token_sum(self.spec, weights, states), mask)
+        return pool(states, mask) if self.kind == "hidden" else pooled_logits(self.spec, weights, states, mask)
 
     def for_forward_mode(self) -> ModelFn:
         """See `ntkjax.types.forward_mode`."""

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.models.config import ModelConfig
 from ntkjax.models.functions import forward, overlay, project
 from ntkjax.models.layers import KVCache, ModelSpec
 from ntkjax.models.lm import LanguageModel
@@ -46,13 +47,13 @@ def generate(
         that run together; memory grows with it, compiled shapes are powers of two up to it.
 
     Raises UserError naming the prompt that is empty, has a token outside the vocabulary or is too long for
-    learned positions; ConfigError for an option out of range.
+    the model's positions; ConfigError for an option out of range.
     """
     _check_options(max_new_tokens, key, temperature, top_p, batch_size)
     prompts = [[int(token) for token in prompt] for prompt in prompts]
     limit = model.config.position_limit
     for i, prompt in enumerate(prompts):
-        _check_prompt(i, prompt, model.config.vocab_size, max_new_tokens, limit)
+        _check_prompt(i, prompt, model.config, max_new_tokens)
     weights, stop = overlay(model.params, params), jnp.asarray(_stop_tokens(model, stop_tokens), jnp.int32)
     key = _typed(key)
     results: list[list[int]] = [[] for _ in prompts]
@@ -101,7 +102,8 @@ def _typed(key: Array | None) -> Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-def _check_prompt(i: int, prompt: list[int], vocab_size: int, new: int, limit: int | None) -> None:
+def _check_prompt(i: int, prompt: list[int], config: ModelConfig, new: int) -> None:
+    vocab_size, limit = config.vocab_size, config.position_limit
     if not prompt:
         raise UserError(f"prompt {i} is empty: expected at least one token to continue from")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -110,7 +112,7 @@ def _check_prompt(i: int, prompt: list[int], vocab_size: int, new: int, limit: i
     if limit is not None and len(prompt) + new > limit:
         raise UserError(
             f"prompt {i}: {len(prompt)} tokens and max_new_tokens = {new} do not fit the model's {limit} "
-            "learned positions: shorten the prompt or ask for fewer tokens"
+            f"{config.limited_by}: shorten the prompt or ask for fewer tokens"
         )
 
 

@@ -240,6 +240,7 @@ def activation(name: str) -> Callable[[Array], Array]:
         "relu": jax.nn.relu,
         "gelu": exact,
         "gelu_new": tanh,
+        "gelu_fast": tanh,
         "gelu_pytorch_tanh": tanh,
     }
     return named[name]
@@ -251,9 +252,14 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """
     dims = rope.dims(head_dim)
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
-    inverse = np.float32(1.0) / np.power(np.float32(rope.theta), exponents, dtype=np.float32)
+    powers = np.power(np.float32(rope.theta), exponents, dtype=np.float32)
+    inverse = np.float32(1.0) / powers
     if rope.kind == "linear":
         inverse = inverse / np.float32(rope.factor)
+    if rope.kind == "longrope":
+        inverse = np.float32(1.0) / (np.asarray(rope.short_factors, np.float32) * powers)
+    if rope.kind == "yarn":
+        return _yarn_frequencies(rope, powers)
     if rope.kind != "llama3":
         return inverse
     low = rope.original_max_positions / rope.low_freq_factor
@@ -268,12 +274,32 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return bent.astype(np.float32)
 
 
+def _yarn_frequencies(rope: RopeConfig, powers: Float[np.ndarray, " h"]) -> Float[np.ndarray, " h"]:
+    """1 / powers: those of few turns divided by the factor, those of many kept, a linear ramp over those between."""
+    half = len(powers)
+
+    def dimension(turns: float) -> float:
+        """The place of the frequency that turns so often in the original context."""
+        return half * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = high - low or 0.001
+    ramp = np.clip((np.arange(half, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    kept = np.float32(1) - ramp
+    divided = np.float32(1) / (np.float32(rope.factor) * powers)
+    return (divided * (np.float32(1) - kept) + np.float32(1) / powers * kept).astype(np.float32)
+
+
 def rope_angles(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array]:
-    """cos and sin of position * frequency, each [B, T, R / 2] in float32 or better."""
+    """cos and sin of position * frequency, times ``attention_factor``, each [B, T, R / 2] in float32 or better."""
     dtype = float32_or_better(dtype)
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim)).astype(dtype)
     angles = positions.astype(dtype)[:, :, None] * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.attention_factor == 1 else (rope.attention_factor * cos, rope.attention_factor * sin)
 
 
 def all_angles(config: ModelConfig, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array] | None:
@@ -425,7 +451,8 @@ class Block(nnx.Module):
 
         x = x + post_norm_1(attention(norm_1(x)));  x = x + post_norm_2(mlp(norm_2(x))).
 
-    A parallel block takes both from the same x: x + attention(norm_1(x)) + mlp(norm_2(x)).
+    A parallel block takes both from the same x: x + attention(norm_1(x)) + mlp(norm_2(x)). What is added to x is
+    multiplied by ``residual_scale``.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -434,7 +461,7 @@ class Block(nnx.Module):
         self.mlp = {"gated": GatedMLP, "plain": MLP}[layer.mlp](spec)
         shape = (spec.config.num_layers, spec.config.hidden_size)
         self.before, self.after = layer.norms != "after", layer.norms != "before"
-        self.parallel = layer.parallel
+        self.parallel, self.residual_scale = layer.parallel, layer.residual_scale
         if self.before:
             self.norm_1, self.norm_2 = make_norm(spec, shape), make_norm(spec, shape)
         if self.after:
@@ -443,10 +470,14 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None):
         y, cached = self.attention(self.norm_1(x).astype(x.dtype) if self.before else x, context, cached)
         y = self.post_norm_1(y).astype(x.dtype) if self.after else y
-        after_attention = x + y
+        after_attention = x + self.scaled(y)
         inner = x if self.parallel else after_attention
         z = self.mlp(self.norm_2(inner).astype(x.dtype) if self.before else inner)
-        return after_attention + (self.post_norm_2(z).astype(x.dtype) if self.after else z), cached
+        return after_attention + self.scaled(self.post_norm_2(z).astype(x.dtype) if self.after else z), cached
+
+    def scaled(self, added: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """``residual_scale`` times what a part adds to the residual stream."""
+        return added if self.residual_scale == 1 else added * jnp.asarray(self.residual_scale, added.dtype)
 
 
 def make_context(

@@ -115,20 +115,27 @@ class LanguageModel:
         return chosen
 
     def output(self, kind: str, positions: str = "response") -> ModelFn:
-        """The function ``kind`` ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed", "states", "head")
-        over ``positions``.
+        """The function ``kind`` ("apply", "hidden", "sum_logits", "nll", "entropy", "embed", "weighted_embed",
+        "states", "head") over ``positions``.
         """
         return model_fn(self.params, self.spec, kind, positions)
 
     @property
     def apply_fn(self) -> ModelFn:
-        """(params, batch) -> pooled logits 1/|S| sum_t W h_t, float32 or better [B, V]."""
+        """(params, batch) -> pooled logits 1/|S| sum_t W h_t, each capped where they are; float32 or better [B, V]."""
         return self.output("apply")
 
     @property
     def hidden_fn(self) -> ModelFn:
         """(params, batch) -> pooled final hidden state 1/|S| sum_t h_t, float32 or better [B, D]."""
         return self.output("hidden")
+
+    @property
+    def sum_logits_fn(self) -> ModelFn | None:
+        """(params, batch) -> mean over S(x) of the sum of the logits [B], where a soft cap makes them other than linear
+        in the head; None where they are linear, and hidden_fn and head_fn give the same and more.
+        """
+        return None if self.config.logit_cap is None else self.output("sum_logits")
 
     @property
     def embed_fn(self) -> ModelFn:

@@ -195,7 +195,7 @@ def _load_params(
     spec: ModelSpec, tensors: dict[str, TensorInfo], where: str, seed: int, mesh: Mesh | None, rule: str
 ) -> tuple[dict, LoadReport]:
     flat, table = paths(param_shapes(spec)), sources(spec)
-    table = _without_prefix(spec, table, tensors)
+    table = _as_named_there(spec, table, tensors)
     _check_names(spec, table, tensors, where)
     _check_shapes(spec, flat, table, tensors)
     leaves = {}
@@ -209,9 +209,16 @@ def _load_params(
     return unflatten(leaves), LoadReport(where, "", counts.total(), parameters, dict(counts))
 
 
-def _without_prefix(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
-    """Some checkpoints were saved without the family's prefix in front of every name."""
-    prefix = family_of(spec.config.family).optional_prefix
+def _as_named_there(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
+    """Some checkpoints were saved without the family's prefix in front of every name, or with other names."""
+    family = family_of(spec.config.family)
+    for name, other in family.other_names.items():
+        if f"{name}.weight" not in tensors and f"{other}.weight" in tensors:
+            rename = lambda source, name=name, other=other: (
+                dataclasses.replace(source, name=f"{other}.weight") if source.name == f"{name}.weight" else source
+            )
+            table = {path: rename(source) for path, source in table.items()}
+    prefix = family.optional_prefix
     if not prefix or table["embed/weight"].name.removeprefix(prefix) not in tensors:
         return table
     bare = lambda source: dataclasses.replace(source, name=source.name.removeprefix(prefix))

@@ -116,6 +116,11 @@ def cross_output_cosines(
     Raises:
       ConfigError: the budget does not hold the gradients of two outputs of two examples, or ``outputs`` below 2.
     """
+    if functions.sum_logits_fn is not None:
+        raise ConfigError(
+            "cross terms take the outputs to be W h, linear in the head, and this model's are c tanh(W h / c) "
+            "(final_logit_softcapping); use a model without it"
+        )
     head: Any = functions.head
     weight = np.asarray(head(params) if callable(head) else head)
     weight = np.asarray(at_least_float32(weight))

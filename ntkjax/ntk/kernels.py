@@ -37,11 +37,14 @@ class KernelFunctions:
       hidden_fn: ``(params, batch) -> h [B, D]``, the pooled final hidden state.
       head: W [V, D], held fixed; or ``(params) -> W`` where the head may be among the trained parameters.
       nll_fn: ``(params, batch) -> [B]``, mean NLL of the response; only ``loss`` needs it.
+      sum_logits_fn: ``(params, batch) -> [B]``, the sum of the outputs where these are not W h (a soft cap on logits).
+        Kernels that rely on W h then raise ConfigError. None: the outputs are W h.
     """
 
     hidden_fn: Callable
     head: Any
     nll_fn: Callable | None = None
+    sum_logits_fn: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ class KernelKind:
         do not, so each size is computed by itself.
       complete: the kernel without a size whose first m outputs are the outputs of this one; None: there is none.
       random: whether ``seed`` changes it.
+      linear: whether it relies on outputs that are W h.
     """
 
     build: Callable[[KernelFunctions, Params, int, int], Kernel]
@@ -69,6 +73,7 @@ class KernelKind:
     nested: Literal["none", "sum", "mean"] = "none"
     complete: str | None = None
     random: bool = False
+    linear: bool = True
 
     @property
     def single(self) -> bool:
@@ -125,15 +130,26 @@ def parse(text: str) -> KernelSpec:
 
 
 def build(spec: KernelSpec | str, functions: KernelFunctions, params: Params, *, seed: int) -> Kernel:
-    """The kernel of that name at ``params``; ``seed`` draws what is random in it (the probes of ``hutchinson``)."""
+    """The kernel of that name at ``params``; ``seed`` draws what is random in it (the probes of ``hutchinson``).
+
+    Raises:
+      ConfigError: the kernel relies on outputs that are W h and these are not (a soft cap on logits).
+    """
     spec = parse(spec) if isinstance(spec, str) else spec
+    if spec.kind.linear and functions.sum_logits_fn is not None:
+        others = ", ".join(name for name, kind in KERNELS.items() if not kind.linear)
+        raise ConfigError(
+            f"kernel {str(spec)!r} takes the outputs to be W h, linear in the head, and this model's are "
+            f"c tanh(W h / c) (final_logit_softcapping); use one of {others}"
+        )
     return spec.kind.build(functions, params, spec.m, seed)
 
 
-def summed(hidden_fn: Callable, head: Any) -> Kernel:
+def summed(hidden_fn: Callable, head: Any, sum_logits_fn: Callable | None = None) -> Kernel:
     """<grad sum_k f_k(x), grad sum_k f_k(x')>: the paper's "Jacobian-free" kernel [arXiv 2511.07380]. It is the trace
-    kernel plus all its cross-output terms."""
-    return Kernel(sum_logits(hidden_fn, head), name="sum_logits")
+    kernel plus all its cross-output terms. Of ``sum_logits_fn(params, batch) -> [B]`` where the outputs are not W h."""
+    output = sum_logits(hidden_fn, head) if sum_logits_fn is None else as_pytree_fn(sum_logits_fn)
+    return Kernel(output, name="sum_logits")
 
 
 def loss(nll_fn: Callable | None) -> Kernel:
@@ -296,16 +312,18 @@ KERNELS: dict[str, KernelKind] = {
         random=True,
     ),
     "sum_logits": KernelKind(
-        build=lambda f, params, m, seed: summed(f.hidden_fn, f.head),
+        build=lambda f, params, m, seed: summed(f.hidden_fn, f.head, f.sum_logits_fn),
         outputs=lambda m, width: 1,
         approximates="trace",
         summary="the paper's Jacobian-free kernel, of the sum of the logits",
+        linear=False,
     ),
     "loss": KernelKind(
         build=lambda f, params, m, seed: loss(f.nll_fn),
         outputs=lambda m, width: 1,
         approximates="centred_trace",
         summary="label-aware, of the response's loss",
+        linear=False,
     ),
 }
 """Every kernel that can be asked for by name: an entry here is all that a new one needs. Tables and reports of

@@ -5,12 +5,25 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ntkjax.data import Records, read_records
 from ntkjax.evaluation import Evaluation, evaluate_model
 from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.load import Loaded, longest
 from ntkjax.pipeline.options import DataOptions
 from ntkjax.types import Params
+
+
+def shot_records(options: EvaluationOptions, data: DataOptions) -> Records | None:
+    """The file that shots are drawn from, as data are read; None without shots."""
+    return read_records(options.shots_from, on_bad_record=data.on_bad_record) if options.shots_from else None
+
+
+def settings_of(options: EvaluationOptions, data: DataOptions) -> EvaluationSettings:
+    """What ``evaluate_model`` is told, of a command's options."""
+    return EvaluationSettings(
+        **dataclasses.asdict(options), loss_turns=data.loss_turns, on_bad_record=data.on_bad_record
+    )
 
 
 def evaluate_on(
@@ -30,7 +43,7 @@ def evaluate_on(
         model,
         params,
         test.records,
-        EvaluationSettings(**dataclasses.asdict(options), loss_turns=data.loss_turns),
+        settings_of(options, data),
         max_length=longest(model, data),
         token_budget=data.token_budget,
         path=path,

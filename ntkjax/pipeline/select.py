@@ -164,6 +164,7 @@ def problem_of(
         weighted_embed_fn=model.output("weighted_embed"),
         entropy_fn=model.entropy_fn,
         sample_fn=Sampler(model, params, pool.tokens),
+        sum_logits_fn=model.sum_logits_fn,
     )
 
 

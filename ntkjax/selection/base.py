@@ -116,6 +116,7 @@ class SelectionProblem:
         none.
       sample_fn: ``(rows [b], samples=k, max_new_tokens=, seed=) -> [[text, ...], ...]``: k continuations of the prompt
         of each pool row, sampled under ``params``; the same call gives the same texts. None where there is none.
+      sum_logits_fn: as in `ntkjax.ntk.KernelFunctions`; None where the outputs are W h.
     """
 
     hidden_fn: Callable
@@ -138,6 +139,7 @@ class SelectionProblem:
     checkpoints: tuple[WarmupCheckpoint, ...] = ()
     entropy_fn: Callable | None = None
     sample_fn: Callable | None = None
+    sum_logits_fn: Callable | None = None
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))

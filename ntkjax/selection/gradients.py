@@ -206,7 +206,7 @@ class _Features:
     def of(cls, problem: SelectionProblem, name: str, sketch: Sketch, checkpoint: WarmupCheckpoint | None) -> _Features:
         """Those of the domain."""
         params = problem.params if checkpoint is None else checkpoint.params
-        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
+        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
         kernel = build(name, functions, params, seed=problem.seed)
         return cls(problem, problem.domain, "domain-gradients", kernel, params, sketch)
 

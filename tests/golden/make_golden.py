@@ -1,6 +1,7 @@
 """Makes the golden files of this directory from torch transformers and peft (float32, CPU).
 
     python tests/golden/make_golden.py            # rewrites everything beside this file
+    python tests/golden/make_golden.py CASE ...   # those cases alone
 
 Needs torch, transformers and peft, which ntkjax itself never needs; versions.json records what was used.
 Each case is a tiny random checkpoint in Hugging Face format. Weights are drawn at a scale where mistakes
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qw
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 96
+FULL, SLIDING = "full_attention", "sliding_attention"
 NEW_TOKENS = 12
 MARGIN = 0.01
 TINY = {
@@ -46,6 +49,14 @@ GQA = {
     "num_key_value_heads": 2,
 }
 GPT2 = {"vocab_size": VOCAB, "n_positions": 48, "n_embd": 24, "n_layer": 2, "n_head": 3}
+NEOX = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+}
 # Two frequencies kept, one interpolated, the others slowed: every branch of the rule is taken.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -181,6 +192,158 @@ def other_cases() -> dict[str, Case]:
     }
 
 
+# Beyond every window, and with a continuation that begins inside one.
+FAR = {"rows": 2, "length": 24, "stride": 3}
+
+
+def family_cases() -> dict[str, Case]:
+    """At least two settings of each family; a new one goes last: a case's place decides its seed."""
+    t, gqa = transformers, {**GQA, "max_position_embeddings": 64, "num_hidden_layers": 3}
+    by_kind = lambda full, local: {"rope_parameters": {FULL: full, SLIDING: local}}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    tied, biased = {"tie_word_embeddings": True}, {"attention_bias": True}
+    plain, used = {**gqa, "rope_parameters": rope(1e4)}, {"use_sliding_window": True, "sliding_window": 6}
+    return {
+        "mistral-window": Case(MistralConfig(**plain, sliding_window=5), "a window in every layer", **FAR),
+        "qwen2-window": Case(Qwen2Config(**plain, **used, max_window_layers=1), "windows from layer 1 on", **FAR),
+        "qwen3-window": Case(
+            Qwen3Config(**plain, **used, head_dim=8, layer_types=[SLIDING, FULL, SLIDING]),
+            "windows by layer_types",
+            **FAR,
+        ),
+        "smollm3": Case(
+            t.SmolLM3Config(**plain, **tied, no_rope_layer_interval=2), "tied; layer 1 without rotary positions"
+        ),
+        "smollm3-window": Case(
+            t.SmolLM3Config(
+                **plain, **used, **biased, mlp_bias=True, no_rope_layers=[0, 1, 0], tie_word_embeddings=False
+            ),
+            "no_rope_layers, windows in those, biases",
+            **FAR,
+        ),
+        "olmo2": Case(t.Olmo2Config(**plain), "norms after, qk-norm over all heads"),
+        "olmo2-bias": Case(t.Olmo2Config(**plain, **biased, **tied, rms_norm_eps=1e-3), "biases, tied"),
+        "olmo3": Case(
+            t.Olmo3Config(**{**gqa, "num_hidden_layers": 4}, **by_kind(yarn, rope(1e3)), sliding_window=6),
+            "default layer types, yarn in full",
+            **FAR,
+        ),
+        "olmo3-kinds": Case(
+            t.Olmo3Config(**gqa, layer_types=[FULL, SLIDING, FULL], sliding_window=5, **biased),
+            "layer_types, one theta, biases",
+            **FAR,
+        ),
+        "gemma2": Case(
+            t.Gemma2Config(
+                **plain,
+                head_dim=8,
+                query_pre_attn_scalar=12,
+                sliding_window=6,
+                attn_logit_softcapping=1.5,
+                final_logit_softcapping=3.0,
+            ),
+            "soft caps that bend, windows, tied",
+            **FAR,
+        ),
+        "gemma2-uncapped": Case(
+            t.Gemma2Config(
+                **plain,
+                **biased,
+                head_dim=4,
+                query_pre_attn_scalar=4,
+                sliding_window=64,
+                tie_word_embeddings=False,
+                attn_logit_softcapping=None,
+                final_logit_softcapping=None,
+            ),
+            "no soft caps, biases, untied",
+        ),
+        "gemma3": Case(
+            t.Gemma3TextConfig(
+                **gqa,
+                **by_kind(linear, rope(100.0)),
+                head_dim=8,
+                query_pre_attn_scalar=12,
+                layer_types=[SLIDING, SLIDING, FULL],
+                sliding_window=6,
+            ),
+            "two rotary bases, linear scaling in full layers, tied",
+            **FAR,
+        ),
+        "gemma3-v4": Case(
+            t.Gemma3TextConfig(
+                **gqa,
+                **by_kind(linear, rope(1e3)),
+                **biased,
+                head_dim=4,
+                query_pre_attn_scalar=4,
+                final_logit_softcapping=3.0,
+                sliding_window=5,
+                tie_word_embeddings=False,
+            ),
+            "configuration as v4 wrote it (sliding_window_pattern), a cap on the logits, biases, untied",
+            edit="v4-gemma3",
+            **FAR,
+        ),
+        "phi3": Case(t.Phi3Config(**plain), "fused q, k, v and gate, up"),
+        "phi4-mini": Case(
+            t.Phi3Config(
+                **{**gqa, "hidden_size": 32, "num_attention_heads": 4},
+                sliding_window=None,
+                **tied,
+                original_max_position_embeddings=32,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.75,
+                    "short_factor": [1.0, 1.3, 1.9],
+                    "long_factor": [1.0, 2.0, 4.0],
+                },
+            ),
+            "longrope below its switch, part of a head rotated, tied",
+            **FAR,
+        ),
+        "phi3-window": Case(t.Phi3Config(**plain, sliding_window=5), "a window in every layer", **FAR),
+        "gpt-neox": Case(
+            t.GPTNeoXConfig(**NEOX, rope_parameters={**rope(1e4), "partial_rotary_factor": 0.5}), "parallel residual"
+        ),
+        "pythia-v4": Case(
+            t.GPTNeoXConfig(
+                **NEOX,
+                attention_bias=False,
+                use_parallel_residual=False,
+                hidden_act="gelu_new",
+                rope_parameters={**rope(1e3), "partial_rotary_factor": 0.25},
+            ),
+            "as v4 stores it (embed_out, rotary_pct), one part after the other, no biases in attention",
+            edit="v4-neox",
+        ),
+        "granite": Case(
+            t.GraniteConfig(
+                **plain, embedding_multiplier=3.0, attention_multiplier=0.7, residual_multiplier=0.6, logits_scaling=0.8
+            ),
+            "all four multipliers",
+        ),
+        "granite-bias": Case(
+            t.GraniteConfig(**plain, **biased, **tied, mlp_bias=True, embedding_multiplier=2.0, logits_scaling=2.0),
+            "biases, tied",
+        ),
+        "llama-yarn": Case(LlamaConfig(**gqa, rope_parameters=yarn), "yarn beyond the original context", **FAR),
+        "qwen2-yarn-v4": Case(
+            Qwen2Config(**gqa, rope_parameters={**yarn, "beta_fast": 4.0, "attention_factor": 1.3}),
+            "configuration as v4 wrote it, an attention factor",
+            edit="v4",
+            **FAR,
+        ),
+        "llama-dynamic": Case(
+            LlamaConfig(**gqa, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "dynamic scaling, which is none up to max_position_embeddings",
+            **FAR,
+        ),
+    }
+
+
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Draw every parameter: norms 1 + 0.3 n, biases 0.3 n, embeddings 0.3 n, matrices n / sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +352,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         if name.endswith("bias"):
             n = 0.3 * n
         elif "norm" in name or "ln_" in name:
-            n = 1 + 0.3 * n
+            n = ("gemma" not in model.config.model_type) + 0.3 * n  # Gemma's multiply by 1 + w
         elif "embed" in name or "wte" in name or "wpe" in name:
             n = 0.3 * n
         else:
@@ -210,6 +373,8 @@ def edit_checkpoint(folder: Path, how: str) -> None:
         kinds = {"self_attn": torch.bfloat16, "mlp.up": torch.float16, "norm": torch.bfloat16}
         for name, t in tensors.items():
             tensors[name] = t.to(next((d for part, d in kinds.items() if part in name), t.dtype))
+    elif how == "v4-neox":
+        tensors = {name.replace("lm_head.", "embed_out."): t for name, t in tensors.items()}
     elif how == "gpt2-hub":
         tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
         tensors |= {f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 48, 48, dtype=torch.uint8)) for i in range(2)}
@@ -221,6 +386,12 @@ def edit_checkpoint(folder: Path, how: str) -> None:
 def v4_config(config: dict, how: str) -> dict:
     """transformers v4: rope_theta and rope_scaling at the top, torch_dtype; Qwen2 with an unused window."""
     parameters = config.pop("rope_parameters")
+    if how == "v4-gemma3":
+        config.pop("layer_types")
+        config |= {"rope_local_base_freq": parameters[SLIDING]["rope_theta"], "sliding_window_pattern": 2}
+        parameters = parameters[FULL]
+    if how == "v4-neox":
+        config |= {"rotary_pct": parameters.pop("partial_rotary_factor"), "rotary_emb_base": parameters["rope_theta"]}
     config["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
     if how == "v4-type":
@@ -229,7 +400,7 @@ def v4_config(config: dict, how: str) -> dict:
         config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **parameters}
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.44.0"
-    if config["model_type"] == "qwen2":
+    if config["model_type"] == "qwen2" and kind == "default":
         config.pop("layer_types", None)
         config |= {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 1}
     return config
@@ -317,19 +488,27 @@ def make_case(name: str, case: Case, seed: int) -> tuple[dict, torch.Tensor]:
     return entry, logits[:, kept].contiguous()
 
 
-def main() -> None:
+def main(only: list[str]) -> None:
     torch.set_num_threads(1)
-    entries, logits = {}, {}
-    for seed, (name, case) in enumerate({**llama_cases(), **other_cases()}.items()):
-        entries[name], logits[name] = make_case(name, case, seed)
-        margins = [p["margin"] for p in entries[name]["prompts"]]
-        print(name, {k: entries[name][k] for k in ("largest_logit", "torch_rounding")}, "margins", margins)
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
-    (HERE / "golden.json").write_text("{\n" + lines + "\n}\n")
-    save_file(logits, HERE / "logits.safetensors")
+    if not only:
+        write({}, {})
+    for seed, (name, case) in enumerate({**llama_cases(), **other_cases(), **family_cases()}.items()):
+        if only and name not in only:
+            continue
+        entry, logits = make_case(name, case, seed)
+        entries, tensors = json.loads((HERE / "golden.json").read_text()), load_file(HERE / "logits.safetensors")
+        write(entries | {name: entry}, tensors | {name: logits})
+        margins = [p["margin"] for p in entry["prompts"]]
+        print(name, {k: entry[k] for k in ("largest_logit", "torch_rounding")}, "margins", margins, flush=True)
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
     (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
+def write(entries: dict, logits: dict) -> None:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    (HERE / "golden.json").write_text("{\n" + lines + "\n}\n")
+    save_file(logits, HERE / "logits.safetensors")
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

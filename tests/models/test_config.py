@@ -1,6 +1,7 @@
 """Reading config.json of transformers v4 and v5, and refusing what would change the mathematics."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -36,6 +37,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1024,
 }
+
+KINDS = ["full_attention", "sliding_attention"]
+USED = {"use_sliding_window": True, "sliding_window": 64}
 
 
 def as_architecture(name: str, **keys) -> dict:
@@ -99,7 +103,25 @@ def test_biases_and_qk_norm_follow_the_architecture():
     ],
 )
 def test_a_window_that_is_never_used_is_fine(keys):
-    assert ModelConfig.from_hf(LLAMA | keys).num_layers == 2
+    config = ModelConfig.from_hf(LLAMA | keys)
+    assert (config.num_layers, config.window, config.layer_types) == (2, None, ())
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 512}, [512, 512]),
+        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 9000}, [4096, 4096]),
+        ({"architectures": ["Qwen2ForCausalLM"], **USED, "max_window_layers": 1}, [None, 64]),
+        ({"architectures": ["Qwen2ForCausalLM"], **USED, "max_window_layers": 0}, [64, 64]),
+        ({"architectures": ["Qwen3ForCausalLM"], **USED, "layer_types": KINDS[::-1]}, [64, None]),
+        ({"sliding_window": 64}, [None, None]),  # transformers reads none for a Llama
+    ],
+)
+def test_windows_belong_to_the_layers_that_transformers_gives_them(keys, windows):
+    config = ModelConfig.from_hf(LLAMA | keys)
+    assert [layer.window for layer in config.layers] == windows
+    assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize(
@@ -110,10 +132,15 @@ def test_a_window_that_is_never_used_is_fine(keys):
             ["GemmaForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel"],
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            ["yarn", "rope_scaling", "default, linear, llama3"],
+            {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},
+            ["ntk", "rope_scaling", "default, linear, llama3, dynamic, yarn, longrope"],
         ),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["dynamic", "rope_parameters"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["factor", "rope_parameters", "missing"]),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, ["long_factor", "rope_scaling", "list"]),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+            ["short_factor has 1 numbers", "expected 8"],
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "flat"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["rope_scaling", "low_freq_factor"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
@@ -125,15 +152,12 @@ def test_a_window_that_is_never_used_is_fine(keys):
         ({"hidden_size": 66}, ["hidden_size", "66", "head_dim"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "yes"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 512}, ["sliding_window", "512", "4096"]),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": KINDS}, ["layer_types", "Mistral", "remove"]),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": KINDS}, ["use_sliding_window", "set it to true"]),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": KINDS[:1]}, ["layer_types has 1 entries", "= 2"]),
         (
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "sliding_window": 64,
-                "use_sliding_window": True,
-                "max_window_layers": 1,
-            },
-            ["sliding_window", "64"],
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": KINDS, **USED, "sliding_window": None},
+            ["no sliding_window", "set it"],
         ),
         ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types", "linear_attention"]),
     ],
@@ -141,8 +165,73 @@ def test_a_window_that_is_never_used_is_fine(keys):
 def test_refusals_name_the_file_the_key_and_what_is_supported(keys, words):
     with pytest.raises(CheckpointError) as error:
         ModelConfig.from_hf(LLAMA | keys, "some/config.json")
-    for word in ["some/config.json" if "num_key_value_heads" not in keys else "", *words]:
+    checked = "num_key_value_heads" in keys or "short_factor has" in words[0]  # by ModelConfig, which knows no file
+    for word in ["" if checked else "some/config.json", *words]:
         assert word in str(error.value)
+
+
+NEXT = {  # what each family refuses, or reads in another way than transformers 4 and 5 agree on
+    "SmolLM3ForCausalLM": [
+        ({"no_rope_layers": [1]}, ["no_rope_layers", "expected 2 numbers"]),
+        ({"no_rope_layers": [1, 2]}, ["no_rope_layers", "rotary positions"]),
+        ({"layer_types": KINDS}, ["use_sliding_window", "set it to true"]),
+        ({"layer_types": KINDS, "use_sliding_window": True}, ["no sliding_window", "set it"]),
+    ],
+    "Olmo3ForCausalLM": [
+        ({"rope_theta": 1e4}, ["rope_theta = 10000.0", "rope_parameters"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, ["rope_parameters", "sliding_attention"]),
+        ({"rope_parameters": {"full_attention": 3}}, ["rope_parameters.full_attention = 3", "object"]),
+    ],
+    "Gemma2ForCausalLM": [({"use_bidirectional_attention": True}, ["use_bidirectional_attention", "only False"])],
+    "Gemma3ForCausalLM": [
+        ({"use_bidirectional_attention": True}, ["use_bidirectional_attention", "only False"]),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, ["rope_type = 'proportional'", "supported"]),
+    ],
+    "Gemma3ForConditionalGeneration": [({}, ["vision tower", "Gemma3ForCausalLM"])],
+    "Phi3ForCausalLM": [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "say 'longrope'"]),
+        ({"layer_types": KINDS, "sliding_window": 64}, ["layer_types", "remove"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor = 1.5", "up to 1.0"]),
+    ],
+    "GPTNeoXForCausalLM": [({"hidden_size": 66}, ["hidden_size = 66", "num_attention_heads = 4"])],
+    "GraniteForCausalLM": [({"logits_scaling": 0}, ["logits_scaling", "positive"])],
+}
+
+
+@pytest.mark.parametrize(("name", "keys", "words"), [(n, *case) for n, cases in NEXT.items() for case in cases])
+def test_what_a_family_refuses_names_the_key_and_the_remedy(name, keys, words):
+    with pytest.raises(CheckpointError) as error:
+        ModelConfig.from_hf(as_architecture(name, **keys), "some/config.json")
+    for word in ("some/config.json", *words):
+        assert word in str(error.value)
+
+
+def test_absent_keys_mean_what_each_family_of_transformers_means():
+    gemma2, gemma3 = (ModelConfig.from_hf(as_architecture(f"Gemma{n}ForCausalLM", num_hidden_layers=6)) for n in "23")
+    assert (gemma2.soft_cap, gemma2.logit_cap, gemma2.tied, gemma2.activation) == (50, 30, True, "gelu_pytorch_tanh")
+    assert (gemma2.head_dim, gemma2.query_scale, gemma2.embed_scale) == (256, None, 8.0)
+    assert (gemma3.soft_cap, gemma3.logit_cap, gemma3.rope.theta) == (None, None, 1e6)
+    assert gemma3.local_rope is not None and gemma3.local_rope.theta == 1e4  # kept where the window hides nothing
+    assert [layer.window for layer in gemma3.layers] == [4096] * 5 + [None]
+    smollm3 = ModelConfig.from_hf(as_architecture("SmolLM3ForCausalLM", num_hidden_layers=8))
+    assert (smollm3.unrotated, smollm3.rope.theta, smollm3.tied, smollm3.window) == ((3, 7), 2e6, True, None)
+    neox = ModelConfig.from_hf(as_architecture("GPTNeoXForCausalLM"))
+    assert (neox.rope.partial, neox.parallel, neox.qkv_bias, neox.norm_eps) == (0.25, True, True, 1e-5)
+    olmo3 = ModelConfig.from_hf(as_architecture("Olmo3ForCausalLM", num_hidden_layers=4, sliding_window=64))
+    assert [layer.window for layer in olmo3.layers] == [64, 64, 64, None] and olmo3.rope.theta == 5e5
+
+
+def test_yarn_s_factor_on_cos_and_sin_follows_from_the_stretch_where_none_is_given():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    read = lambda **keys: ModelConfig.from_hf(LLAMA | {"rope_scaling": yarn | keys}).rope
+    assert read().attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert read(attention_factor=1.5).attention_factor == 1.5
+    both = read(mscale=2.0, mscale_all_dim=0.5).attention_factor
+    assert both == pytest.approx((0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi = ModelConfig.from_hf(as_architecture("Phi3ForCausalLM", rope_scaling=longrope, max_position_embeddings=2**17))
+    assert phi.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert (phi.position_limit, phi.limited_by) == (4096, "positions of rope_type longrope")
 
 
 @pytest.mark.parametrize("keys", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
@@ -161,6 +250,18 @@ def test_gpt2_variants_with_other_attention_are_refused(keys):
         as_architecture("Qwen2ForCausalLM"),
         as_architecture("Qwen3ForCausalLM", head_dim=32, attention_bias=True),
         GPT2,
+        as_architecture("Olmo3ForCausalLM", sliding_window=64, num_hidden_layers=4),
+        as_architecture("Gemma3ForCausalLM", sliding_window=64, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        as_architecture("Gemma2ForCausalLM", final_logit_softcapping=None, query_pre_attn_scalar=144),
+        as_architecture("SmolLM3ForCausalLM", no_rope_layers=[0, 1], **USED),
+        as_architecture("GPTNeoXForCausalLM", rotary_pct=0.5, use_parallel_residual=False),
+        as_architecture(
+            "Phi3ForCausalLM",
+            partial_rotary_factor=0.75,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+            original_max_position_embeddings=1024,
+        ),
+        as_architecture("GraniteForCausalLM", embedding_multiplier=12.0, logits_scaling=8.0, attention_multiplier=0.1),
     ],
 )
 def test_writing_and_reading_back_gives_the_same_config(raw):

@@ -22,8 +22,23 @@ def writing(load_file):
     return load_file(Path(__file__).with_name("gguf_writing.py"))
 
 
+def with_whole_vocabulary(keys: dict, tensors: dict) -> tuple[dict, dict]:
+    """The content of a file with a token for each row of the embedding: transformers counts the tokens for the rows."""
+    tokens = keys["tokenizer.ggml.tokens"]
+    rows = len(tensors["token_embd.weight"])
+    more = ["<|endoftext|>", *(f"<{i}>" for i in range(len(tokens) + 1, rows))]  # the padding of some tokenizer classes
+    types = keys["tokenizer.ggml.token_type"] + [1] * len(more)
+    return {**keys, "tokenizer.ggml.tokens": tokens + more, "tokenizer.ggml.token_type": types}, tensors
+
+
 def torch_logits(file: Path, ids: np.ndarray) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    """With our config.json: transformers does not read every size (key_length, context_length)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        config=transformers.AutoConfig.from_pretrained(file.parent / "hf"),
+    )
     with torch.no_grad():
         return model.eval()(torch.tensor(ids).long()).logits.numpy()
 
@@ -31,7 +46,7 @@ def torch_logits(file: Path, ids: np.ndarray) -> np.ndarray:
 # Without llama-head-dim: transformers ignores key_length of this architecture.
 @pytest.mark.parametrize("name", ["llama3", "smollm2", "qwen2", "qwen3", "gpt2"])
 def test_logits_equal_those_of_transformers_loader(name: str, writing, tmp_path: Path) -> None:
-    file = writing.write(tmp_path / "m.gguf", *writing.content(GOLDEN / name))
+    file = writing.write(tmp_path / "m.gguf", *with_whole_vocabulary(*writing.content(GOLDEN / name)))
     import_gguf(file, tmp_path / "hf")
     ids = np.random.default_rng(0).integers(0, 96, (2, 20)).astype(np.int32)
     ours, theirs = np.asarray(load_lm(tmp_path / "hf", lora=None).logits(ids)), torch_logits(file, ids)
@@ -45,7 +60,7 @@ def test_quantised_logits_equal_those_of_transformers_loader(kind: str, writing,
     shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4}
     config = ModelConfig("llama", num_kv_heads=2, head_dim=16, eos_token_ids=(0,), **shape)
     save_merged(tmp_path / "source", init_lm(config, seed=0, lora=None), {})
-    file = writing.write(tmp_path / "m.gguf", *writing.content(tmp_path / "source"), kind)
+    file = writing.write(tmp_path / "m.gguf", *with_whole_vocabulary(*writing.content(tmp_path / "source")), kind)
     import_gguf(file, tmp_path / "hf")
     ids = np.random.default_rng(0).integers(0, 64, (2, 20)).astype(np.int32)
     ours, theirs = np.asarray(load_lm(tmp_path / "hf", lora=None).logits(ids)), torch_logits(file, ids)

@@ -49,6 +49,10 @@ CASES = {  # what the next families have: family and fields of the shape
     ),
     "smollm": (dataclasses.replace(make_family("smollm"), layer=without_positions), {}),
     "mistral": (make_family("mistral"), {"window": 5}),
+    "granite": (
+        make_family("granite", scale=lambda c: c.embed_factor),
+        {"embed_factor": 3.0, "residual_scale": 0.6, "state_divisor": 0.8, "unrotated": (1, 2)},
+    ),
 }  # fmt: skip
 
 
@@ -119,10 +123,11 @@ def reference(model, tokens, layers=None, scale=None, positions=None, visible=No
     for i, layer in enumerate(layers):
         p = jax.tree.map(lambda w, i=i: w[i], params["layers"])
         of = lambda name, p=p, layer=layer: (lambda y: norm(y, p[name], layer, c.norm_eps)) if name in p else same
-        a = of("post_norm_1")(attention(of("norm_1")(x), p["attention"], c, layer, positions, visible))
+        scale_of = layer.residual_scale
+        a = scale_of * of("post_norm_1")(attention(of("norm_1")(x), p["attention"], c, layer, positions, visible))
         inner = x if layer.parallel else x + a
-        x = x + a + of("post_norm_2")(mlp(of("norm_2")(inner), p["mlp"], layer))
-    return norm(x, params["norm"], layers[0], c.norm_eps)
+        x = x + a + scale_of * of("post_norm_2")(mlp(of("norm_2")(inner), p["mlp"], layer))
+    return norm(x, params["norm"], layers[0], c.norm_eps) / c.state_divisor
 
 
 def random_model(config, lora=None):
@@ -140,7 +145,7 @@ def test_states_are_those_of_the_formula(config):
     np.testing.assert_allclose(got, expected, atol=2e-4 * np.abs(expected).max())
     # Each property counts: without it the formula gives something else.
     plain = LayerSpec()
-    for field in ("norm_offset", "parallel", "rope", "window", "soft_cap", "query_scale"):
+    for field in ("norm_offset", "parallel", "rope", "window", "soft_cap", "query_scale", "residual_scale"):
         values = [getattr(layer, field) for layer in config.layers]
         if any(value != getattr(plain, field) for value in values):
             other = [dataclasses.replace(layer, **{field: getattr(plain, field)}) for layer in config.layers]
@@ -262,10 +267,12 @@ def test_layers_that_one_compiled_body_cannot_run_are_refused(monkeypatch):
 
 def test_settings_that_came_later_leave_the_digest_of_a_config_alone():
     config = ModelConfig(family="llama", **SHAPE)
-    later = ("layer_types", "window", "local_rope", "soft_cap", "query_scale")
-    assert not set(later) & config.settings().keys() and "partial" not in config.settings()["rope"]
+    first = {"theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions"}
+    later = {field.name for field in dataclasses.fields(config) if field.metadata.get("later")}
+    assert {"layer_types", "window", "local_rope", "soft_cap", "query_scale"} <= later
+    assert not later & config.settings().keys() and config.settings()["rope"].keys() == first
     changed = dataclasses.replace(config, window=3, rope=RopeConfig(partial=0.5)).settings()
     assert changed["window"] == 3 and changed["rope"]["partial"] == 0.5
     rest = {k: v for k, v in dataclasses.asdict(config).items() if k not in later}
-    del rest["rope"]["partial"]
+    rest["rope"] = {name: rest["rope"][name] for name in first}
     assert config.settings() == rest

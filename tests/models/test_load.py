@@ -425,15 +425,15 @@ def test_the_ends_that_generation_config_names(given, ends, tmp_path):
 @pytest.mark.parametrize(
     ("key", "size", "error"),
     [
-        ("num_hidden_layers", 4000, "asks for"),
+        ("num_hidden_layers", 4000, " asks for"),
         # Not even the descriptions of so many layers are made: they would take all memory.
-        ("num_hidden_layers", 2**30, ": 1073741824 layers: expected 1 to 4096"),
-        ("vocab_size", 2**30, "asks for"),
-        ("hidden_size", 2**30, "asks for"),
+        ("num_hidden_layers", 2**30, ": num_hidden_layers = 1073741824: expected 1 to 4096"),
+        ("vocab_size", 2**30, " asks for"),
+        ("hidden_size", 2**30, " asks for"),
     ],
 )
 def test_sizes_beyond_the_file_are_refused_before_anything_of_them_is_made(key, size, error, tmp_path):
     write(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(QWEN3.to_hf() | {key: size}))
-    with pytest.raises(CheckpointError, match=rf"config\.json ?{error}"):
+    with pytest.raises(CheckpointError, match=rf"config\.json{error}"):
         load_lm(tmp_path)

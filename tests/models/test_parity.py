@@ -61,6 +61,6 @@ def test_greedy_tokens_equal_torch(name: str) -> None:
 def test_golden_files_cover_the_list() -> None:
     assert len(CASES) >= 14
     size = sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file())
-    assert size < 2_000_000
+    assert size < 4_000_000
     long = {name for name, case in CASES.items() if len(case["tokens"][0]) > 32}
     assert {"llama31", "llama32-tied", "llama31-v4"} <= long  # past original_max_position_embeddings = 32

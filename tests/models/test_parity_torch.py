@@ -5,6 +5,7 @@ Other shapes and seeds than the golden files, bfloat16, and what we write read b
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -156,3 +157,17 @@ def test_we_read_adapters_that_peft_wrote(name: str, tmp_path: Path) -> None:
     model = model.with_params(load_adapter(tmp_path / "adapter", model))
     difference = largest_difference(name, model.logits(tokens()), torch_logits(theirs.eval(), tokens()))
     assert difference < 1e-5
+
+
+_spec = importlib.util.spec_from_file_location("family_checks", Path(__file__).with_name("family_checks.py"))
+assert _spec is not None and _spec.loader is not None
+checks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(checks)
+
+
+@pytest.mark.parametrize("name", [names[-1] for names in checks.cases_by_family().values()])
+def test_every_family_s_files_are_read_by_peft_and_transformers(name: str, tmp_path: Path) -> None:
+    """And in a batch that is padded on the right our logits are torch's, beyond windows too."""
+    differences = checks.torch_differences(name, tmp_path)
+    print(name, differences)
+    assert max(differences.values()) < 2e-5

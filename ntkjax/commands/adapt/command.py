@@ -33,6 +33,7 @@ from ntkjax.pipeline.compare import compare_methods, paired_runs, summarise_meth
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
 from ntkjax.pipeline.deduplicate import summary, totals
+from ntkjax.pipeline.evaluate import shot_records
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading
@@ -133,7 +134,7 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
         for arm in grid.arms:
             of_arm = {made.task.seed: made.outcomes() for made in done if made.task.arm == arm}
             outcomes |= {arm.label: of_arm} if of_arm else {}
-        results = _results(grid, runs, outcomes) | {"wall_seconds": time.monotonic() - began}
+        results: dict[str, Any] = {**_results(grid, runs, outcomes), "wall_seconds": time.monotonic() - began}
         run.write_json("results.json", results)
         write_adaptation(run.path, results)
     selected = {int(seed): np.asarray(content["selected"]) for seed, content in results["selections"].items()}
@@ -161,6 +162,7 @@ def _load(config: AdaptConfig, progress: bool) -> tuple[Grid, RunDir]:
     check_size(config.n, len(read.pool))
     splits = read.splits["domain"]
     data = {"domain": splits["train"], "pool": read.pool, "test": splits["test"], "dev": splits.get("dev")}
+    data["shots"] = shot_records(config.evaluation, config.data)
     inputs = inputs_of(read.model, config.model, **data)
     RunDir.check(out, "adapt", config, inputs=inputs)  # before the search for duplicates, which takes time
     names = sorted(dict.fromkeys(config.arms), key=lambda name: name != BASE)  # the base model comes first

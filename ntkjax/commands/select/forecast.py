@@ -196,7 +196,8 @@ class Timing:
         """
         model, params = self.model, self.params
         head = model.head_fn if {"head", "embed"} & params.keys() else model.head_fn({})
-        built = build(kernel, KernelFunctions(model.hidden_fn, head, model.nll_fn), params, seed=0)
+        functions = KernelFunctions(model.hidden_fn, head, model.nll_fn, model.sum_logits_fn)
+        built = build(kernel, functions, params, seed=0)
         zero = zero_direction(built, params, self._batches(self.sample)[0])
         pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), zero)  # domain and pool mean: only shapes matter
         embedded = 0 if candidates is None else self.pool_rows

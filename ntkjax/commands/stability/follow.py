@@ -160,7 +160,7 @@ def _kernels(followed: _Followed, params: Params, epoch: int) -> dict[str, np.nd
     """The kernel of the probe examples, and the scores of the pool where there is one, for every name."""
     study, model, found = followed.study, followed.model, {}
     probe = _probe(followed)
-    functions = KernelFunctions(model.hidden_fn, model.head_fn, model.nll_fn)
+    functions = KernelFunctions(model.hidden_fn, model.head_fn, model.nll_fn, model.sum_logits_fn)
     for name in study.config.kernels:
         kernel = build(name, functions, params, seed=study.config.seed)
         matrix = kernel_matrix(kernel, params, probe, memory_budget=study.memory_budget)

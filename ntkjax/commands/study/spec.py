@@ -18,7 +18,7 @@ Every key, with its default where it has one::
     learning_rates: []              # tuned for every arm on dev with the first seed
     data: {}                        # max_length, token_budget, on_bad_record
     dedup: {}                       # mode (remove, report, off), threshold, shingle: the pool of every domain
-    evaluation: {}                  # answer_template, generation, max_new_tokens
+    evaluation: {}                  # answer_template, generation, max_new_tokens, shots, shots_from
     focus: []                       # arms that are proposed, not baselines; default: those of method ntk
     select_only: false              # choose and compare what was chosen; train nothing
     keep_weights: false             # keep the adapter of every run

@@ -348,7 +348,7 @@ def powers_of_two(most: int) -> list[int]:
 
 
 def _functions(model: LanguageModel, head: Any) -> KernelFunctions:
-    return KernelFunctions(model.hidden_fn, head, model.nll_fn)
+    return KernelFunctions(model.hidden_fn, head, model.nll_fn, model.sum_logits_fn)
 
 
 def _weight(checkpoint: Checkpoint) -> Any:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from ntkjax.errors import CheckpointError
 from ntkjax.models.families.base import Family
+from ntkjax.models.families.gemma2 import GEMMA2
+from ntkjax.models.families.gemma3 import GEMMA3
 from ntkjax.models.families.gpt2 import GPT2
+from ntkjax.models.families.gpt_neox import GPT_NEOX
+from ntkjax.models.families.granite import GRANITE
 from ntkjax.models.families.llama import LLAMA
+from ntkjax.models.families.olmo2 import OLMO2
+from ntkjax.models.families.olmo3 import OLMO3
+from ntkjax.models.families.phi3 import PHI3
 from ntkjax.models.families.qwen2 import QWEN2
 from ntkjax.models.families.qwen3 import QWEN3
+from ntkjax.models.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -16,6 +24,14 @@ FAMILIES: dict[str, Family] = {
         QWEN2,
         QWEN3,
         GPT2,
+        SMOLLM3,
+        OLMO2,
+        OLMO3,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        GPT_NEOX,
+        GRANITE,
     )
 }
 

@@ -7,15 +7,17 @@ decoder (`ntkjax.models.decoder`), the loader, the exporter, PEFT's format and t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ntkjax.errors import CheckpointError
 from ntkjax.parallel import Split
 
-RopeType = Literal["default", "linear", "llama3"]
-ROPE_TYPES = ("default", "linear", "llama3")
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+RopeType = Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope"]
+ROPE_TYPES = ("default", "linear", "llama3", "dynamic", "yarn", "longrope")
+_OLD_ROPE_TYPES = {"su": "longrope"}
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 LOCAL = "sliding_attention"
 """The layer type (config.json: ``layer_types``) that a window and ``local_rope`` belong to."""
 
@@ -32,6 +34,15 @@ class RopeConfig:
     original_max_positions / low_freq_factor, keeps those below original_max_positions / high_freq_factor and
     interpolates between (transformers, modeling_rope_utils). ``partial`` is the share of a head that is rotated:
     d = partial * head_dim, and the head's other dimensions stay as they are.
+
+    ``yarn`` (arXiv 2309.00071) divides the frequencies that turn less than beta_slow times in original_max_positions by
+    ``factor``, keeps those that turn more than beta_fast times, goes linearly from one to the other between (whole
+    dimensions with ``truncate``), and multiplies cos and sin by ``attention_factor``.
+
+    ``longrope`` (arXiv 2402.13753) divides frequency i by short_factors[i] and multiplies cos and sin by
+    ``attention_factor``; for a sequence longer than original_max_positions it is long_factors[i]. ``dynamic`` changes
+    nothing up to max_positions, and above every frequency with the sequence's length. Both therefore depend on the
+    longest sequence in the batch; longer ones are refused (ModelConfig.position_limit).
     """
 
     theta: float = 10_000.0
@@ -41,6 +52,12 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
     partial: float = dataclasses.field(default=1.0, metadata=_LATER)
+    attention_factor: float = dataclasses.field(default=1.0, metadata=_LATER)
+    beta_fast: float = dataclasses.field(default=32.0, metadata=_LATER)
+    beta_slow: float = dataclasses.field(default=1.0, metadata=_LATER)
+    truncate: bool = dataclasses.field(default=True, metadata=_LATER)
+    short_factors: tuple[float, ...] = dataclasses.field(default=(), metadata=_LATER)
+    long_factors: tuple[float, ...] = dataclasses.field(default=(), metadata=_LATER)
 
     def dims(self, head_dim: int) -> int:
         """d, the dimensions of a head that are rotated."""
@@ -54,8 +71,7 @@ class LayerSpec:
     ``rope`` and ``window`` may differ between the layers of a model. All else must be equal in all of them: they run
     as one compiled body over stacked parameters (`ntkjax.models.layers.scan_layers`).
 
-    Not here yet, and refused by the families whose config.json asks for it: routed experts (a third ``mlp``), and a
-    soft cap on the model's logits (outputs would no longer be linear in the head, which every kernel relies on).
+    Not here yet, and refused by the families whose config.json asks for it: routed experts (a third ``mlp``).
 
     Attributes:
       norm: "rms", or "layer" with mean and bias. norm_offset: a norm multiplies by norm_offset + weight (Gemma: 1).
@@ -67,6 +83,7 @@ class LayerSpec:
       rope: rotary positions; None for none. window: a query sees this many tokens, itself included; None for all.
       soft_cap: attention scores s become cap * tanh(s / cap). query_scale: they are query_scale * q k^T; None means
         1 / sqrt(head_dim).
+      residual_scale: what attention and MLP add to the residual stream is multiplied by it (Granite).
     """
 
     norm: Literal["rms", "layer"] = "rms"
@@ -82,6 +99,7 @@ class LayerSpec:
     window: int | None = None
     soft_cap: float | None = None
     query_scale: float | None = None
+    residual_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +119,11 @@ class ModelShape:
       initializer_range: standard deviation of random weights.
       layer_types: "full_attention" or "sliding_attention" for each layer; () means one type for all.
       window: tokens that a query sees in sliding layers, or in all layers where layer_types is (). local_rope: rotary
-        positions of sliding layers where they have their own. soft_cap, query_scale: see LayerSpec.
+        positions of sliding layers where they have their own. soft_cap, query_scale, parallel, residual_scale: see
+        LayerSpec. unrotated: numbers of the layers without rotary positions.
+      logit_cap: logits z become cap * tanh(z / cap): they are then not linear in the head.
+      embed_factor: the embedding is multiplied by it (``Family.embed_scale`` says so). state_divisor: hidden states are
+        divided by it after the last norm, and with them the logits.
     """
 
     family: str
@@ -131,6 +153,12 @@ class ModelShape:
     local_rope: RopeConfig | None = dataclasses.field(default=None, metadata=_LATER)
     soft_cap: float | None = dataclasses.field(default=None, metadata=_LATER)
     query_scale: float | None = dataclasses.field(default=None, metadata=_LATER)
+    parallel: bool = dataclasses.field(default=False, metadata=_LATER)
+    unrotated: tuple[int, ...] = dataclasses.field(default=(), metadata=_LATER)
+    logit_cap: float | None = dataclasses.field(default=None, metadata=_LATER)
+    embed_factor: float = dataclasses.field(default=1.0, metadata=_LATER)
+    residual_scale: float = dataclasses.field(default=1.0, metadata=_LATER)
+    state_divisor: float = dataclasses.field(default=1.0, metadata=_LATER)
 
 
 def layer_of(shape: ModelShape, index: int, **changes: Any) -> LayerSpec:
@@ -141,10 +169,12 @@ def layer_of(shape: ModelShape, index: int, **changes: Any) -> LayerSpec:
         "qkv_bias": shape.qkv_bias,
         "o_bias": shape.o_bias,
         "mlp_bias": shape.mlp_bias,
-        "rope": shape.local_rope if local and shape.local_rope is not None else shape.rope,
+        "parallel": shape.parallel,
+        "rope": None if index in shape.unrotated else (local and shape.local_rope) or shape.rope,
         "window": shape.window if local else None,
         "soft_cap": shape.soft_cap,
         "query_scale": shape.query_scale,
+        "residual_scale": shape.residual_scale,
     }
     return LayerSpec(**said | changes)
 
@@ -205,6 +235,8 @@ class Family:
       embed_scale: the embedding is multiplied by this number of a shape, rounded to the model's dtype (Gemma).
       fixed: fields that have one value in every model of the family.
       optional_prefix: beginning of every name that some checkpoints leave out.
+      other_names: a tensor of ``tensors`` -> what other checkpoints call it.
+      refused: class names in config.json that belong to the family and are not read -> why, and what to use.
       buffers: regular expressions for tensors that are saved beside the weights and hold nothing that is learned.
       splits: how parameters are split over a device mesh; those not named are on every device.
       gguf: how GGUF files hold it; None: they are not imported.
@@ -222,6 +254,8 @@ class Family:
     embed_scale: Callable[[ModelShape], float] | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"qk_norm": False})
     optional_prefix: str = ""
+    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     buffers: tuple[str, ...] = (r"(^|\.)rotary_emb\.inv_freq$",)
     splits: Mapping[str, Split] = dataclasses.field(default_factory=lambda: SPLITS)
     gguf: Gguf | None = None
@@ -233,6 +267,8 @@ class Family:
 
 LARGEST = 2**31 - 1
 """No size, frequency or other number of a config.json is larger."""
+MAX_LAYERS = 4096
+"""More layers than any decoder has: a larger number is a mistake, and is refused before any layer is described."""
 
 
 def is_finite(value: Any) -> bool:
@@ -268,6 +304,10 @@ class Reader:
     def fail(self, message: str) -> CheckpointError:
         """An error to raise, with the file's name in front."""
         return CheckpointError(f"{self.where}: {message}")
+
+    def optional(self, key: str, default: float | None) -> float | None:
+        """A positive number or None, which null means; ``default`` where the key is absent."""
+        return None if self.config.get(key, default) is None else self.number(key, default, float)
 
     def number(self, key: str, default: int | float | None = None, kind: type = int) -> Any:
         """A positive number; ``default`` where the key is absent or null, an error where that is None."""
@@ -315,55 +355,163 @@ class Reader:
             **{key: ids[0] if ids else None for key, ids in found.items()},
         }
 
-    def layer_types(self) -> set[str]:
-        """The kinds of layers that are named; full attention where none are."""
-        kinds = self.config.get("layer_types") or ["full_attention"]
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """The number of layers, at most MAX_LAYERS."""
+        count = self.number(key)
+        if count > MAX_LAYERS:
+            raise self.fail(f"{key} = {count}: expected 1 to {MAX_LAYERS}; mend the number of layers")
+        return count
+
+    def layer_types(self, default: Callable[[int], bool] | None = None) -> tuple[str, ...]:
+        """The kind of every layer, "full_attention" or "sliding_attention".
+
+        Where ``layer_types`` is absent, ``default`` says whether layer i slides (None: no layer does).
+        """
+        layers, kinds = self.layers(), self.config.get("layer_types")
+        if not kinds:
+            slides = default or (lambda i: False)
+            return tuple(LOCAL if slides(i) else "full_attention" for i in range(layers))
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
             raise self.fail(f"layer_types = {kinds!r}: expected a list of names, one for each layer")
-        return set(kinds)
+        if others := sorted(set(kinds) - {"full_attention", LOCAL}):
+            raise self.fail(f"layer_types {others}: only 'full_attention' and {LOCAL!r} are supported")
+        if len(kinds) != layers:
+            raise self.fail(f"layer_types has {len(kinds)} entries for num_hidden_layers = {layers}: expected one each")
+        return tuple(kinds)
 
-    def refuse_windows(self, uses: Callable[[], bool]) -> None:
-        """An error where ``sliding_window`` is shorter than the context and ``uses()`` says that some layer has it."""
-        limit = self.config.get("max_position_embeddings")
-        limit = 0 if limit is None else self.number("max_position_embeddings")
-        kinds = self.layer_types()
-        window = None if self.config.get("sliding_window") is None else self.number("sliding_window")
-        if window is not None and window < limit and uses():
-            raise self.fail(
-                f"sliding_window = {window} is shorter than max_position_embeddings = {limit}: "
-                "sliding-window attention is not supported (a checkpoint with sliding_window = null is)"
-            )
-        others = kinds - {"full_attention", LOCAL}
-        if others or (kinds != {"full_attention"} and window is None):
-            raise self.fail(f"layer_types {sorted(kinds)}: only 'full_attention' is supported")
+    def windows(self, kinds: tuple[str, ...], default: int | None = None, *, keep: bool = False) -> dict[str, Any]:
+        """The fields ``window`` and ``layer_types`` of ModelShape for layers of these kinds, the window as
+        ``sliding_window`` says, or ``default`` where that key is absent.
 
-    def rope(self) -> RopeConfig:
-        """v5: everything in rope_parameters. v4: rope_theta beside rope_scaling {type or rope_type, ...}."""
+        A window as long as the context (``max_position_embeddings``) hides nothing in it and is left out, unless told
+        to ``keep`` it: where sliding layers differ in more than the window.
+        """
+        if LOCAL not in kinds:
+            return {}
+        if self.config.get("sliding_window", default) is None:
+            raise self.fail(f"layer_types names {LOCAL!r} and there is no sliding_window: set it, or name other layers")
+        window = self.number("sliding_window", default)
+        if not keep and window >= self.number("max_position_embeddings", LARGEST):
+            return {}
+        return {"window": window} | ({} if set(kinds) == {LOCAL} else {"layer_types": kinds})
+
+    def rope(self, *, theta: float = 10_000.0, partial: float | None = None) -> RopeConfig:
+        """v5: everything in rope_parameters. v4: rope_theta beside rope_scaling {type or rope_type, ...}.
+
+        ``theta``: transformers' default. ``partial``: the share of a head that is rotated where the key is absent; with
+        None the family rotates whole heads.
+        """
         key = "rope_parameters" if self.config.get("rope_parameters") is not None else "rope_scaling"
         scaling = self.config.get(key) or {}
         if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
             raise self.fail(f"{key} = {scaling!r}: expected one flat object for all layers")
+        return self.rope_of(scaling, key, theta=self.number("rope_theta", theta, float), partial=partial)
+
+    def ropes(self, *, theta: float, local_theta: float) -> tuple[RopeConfig, RopeConfig]:
+        """Rotary positions of full and of sliding layers. v5: rope_parameters has an object for each kind of layer. v4:
+        rope_theta and rope_scaling are those of full layers; sliding layers have ``local_theta`` and no scaling.
+        """
+        kinds = self.config.get("rope_parameters")
+        if kinds is None:
+            scaling = self.config.get("rope_scaling") or {}
+            if not isinstance(scaling, dict):
+                raise self.fail(f"rope_scaling = {scaling!r}: expected an object")
+            return (
+                self.rope_of(scaling, "rope_scaling", theta=self.number("rope_theta", theta, float)),
+                RopeConfig(theta=local_theta),
+            )
+        wanted = "expected an object for each of 'full_attention' and 'sliding_attention'"
+        if not isinstance(kinds, dict) or set(kinds) - {"full_attention", LOCAL}:
+            raise self.fail(f"rope_parameters = {kinds!r}: {wanted}")
+        found = []
+        for kind, default in (("full_attention", theta), (LOCAL, local_theta)):
+            inner = kinds.get(kind) or {}
+            if not isinstance(inner, dict):
+                raise self.fail(f"rope_parameters.{kind} = {inner!r}: {wanted}")
+            found.append(self.rope_of(inner, f"rope_parameters.{kind}", theta=default))
+        return found[0], found[1]
+
+    def rope_of(self, scaling: dict[str, Any], key: str, *, theta: float, partial: float | None = None) -> RopeConfig:
+        """The rotary positions that the object ``scaling``, found at ``key``, describes."""
         kind = scaling.get("rope_type", scaling.get("type")) or "default"
+        kind = _OLD_ROPE_TYPES.get(kind, kind) if isinstance(kind, str) else kind
         if kind not in ROPE_TYPES:
             raise self.fail(f"{key}.rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-        for source in (self.config, scaling):
-            if source.get("partial_rotary_factor") not in (None, 1, 1.0):
-                raise self.fail(f"partial_rotary_factor = {source['partial_rotary_factor']}: only 1.0 is supported")
         inner = Reader(scaling, f"{self.where}: {key}")
-        theta = self.number("rope_theta", 10_000.0, float)
-        theta = inner.number("rope_theta", theta, float)
-        if kind == "default":
-            return RopeConfig(theta=theta)
-        if kind == "linear":
-            return RopeConfig(theta=theta, kind="linear", factor=inner.number("factor", kind=float))
-        return RopeConfig(
-            theta=theta,
-            kind="llama3",
-            factor=inner.number("factor", kind=float),
-            low_freq_factor=inner.number("low_freq_factor", kind=float),
-            high_freq_factor=inner.number("high_freq_factor", kind=float),
-            original_max_positions=inner.number("original_max_position_embeddings"),
+        share = inner.number(
+            "partial_rotary_factor", self.number("partial_rotary_factor", partial or 1.0, float), float
         )
+        if (share != 1 and partial is None) or share > 1:
+            raise self.fail(
+                f"partial_rotary_factor = {share}: only {'1.0 is' if partial is None else 'up to 1.0'} supported"
+            )
+        plain = RopeConfig(theta=inner.number("rope_theta", theta, float), partial=share)
+        if kind == "default":
+            return plain
+        read = {"linear": _linear, "dynamic": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}[kind]
+        return dataclasses.replace(plain, kind=kind, **read(self, inner))
+
+    def original_positions(self, inner: Reader) -> int:
+        """The context before it was made longer: beside the scaling, in it, or ``max_position_embeddings``."""
+        key = "original_max_position_embeddings"
+        within = inner.config.get(key)
+        return (
+            self.number(key)
+            if self.config.get(key) is not None
+            else inner.number(key, None if within is not None else self.number("max_position_embeddings", 2048))
+        )
+
+
+def _linear(reader: Reader, inner: Reader) -> dict[str, Any]:
+    return {"factor": inner.number("factor", kind=float)}
+
+
+def _llama3(reader: Reader, inner: Reader) -> dict[str, Any]:
+    return {
+        "factor": inner.number("factor", kind=float),
+        "low_freq_factor": inner.number("low_freq_factor", kind=float),
+        "high_freq_factor": inner.number("high_freq_factor", kind=float),
+        "original_max_positions": inner.number("original_max_position_embeddings"),
+    }
+
+
+def _stretch(reader: Reader, inner: Reader, original: int) -> float:
+    """How much longer the context became: ``factor``, or the ratio of the two contexts."""
+    return inner.number("factor", reader.number("max_position_embeddings", original) / original, float)
+
+
+def _yarn(reader: Reader, inner: Reader) -> dict[str, Any]:
+    original = reader.original_positions(inner)
+    factor = _stretch(reader, inner, original)
+    m, over_all = (inner.config.get(key) and inner.number(key, kind=float) for key in ("mscale", "mscale_all_dim"))
+    size = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return {
+        "factor": factor,
+        "original_max_positions": original,
+        "attention_factor": inner.number(
+            "attention_factor", size(m) / size(over_all) if m and over_all else size(1), float
+        ),
+        "beta_fast": inner.number("beta_fast", 32, float),
+        "beta_slow": inner.number("beta_slow", 1, float),
+        "truncate": inner.flag("truncate", True),
+    }
+
+
+def _longrope(reader: Reader, inner: Reader) -> dict[str, Any]:
+    original = reader.original_positions(inner)
+    factor = _stretch(reader, inner, original)
+    size = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    factors = {}
+    for key in ("short_factor", "long_factor"):
+        value = inner.config.get(key)
+        if not isinstance(value, list) or not all(is_finite(x) and 0 < x <= LARGEST for x in value):
+            raise inner.fail(f"{key} = {value!r}: expected a list of positive numbers")
+        factors[f"{key}s"] = tuple(float(x) for x in value)
+    return factors | {
+        "factor": factor,
+        "original_max_positions": original,
+        "attention_factor": inner.number("attention_factor", size, float),
+    }
 
 
 def common_keys(shape: ModelShape, family: Family, dtype: str) -> dict[str, Any]:
@@ -385,15 +533,39 @@ def common_keys(shape: ModelShape, family: Family, dtype: str) -> dict[str, Any]
 
 def rope_keys(rope: RopeConfig) -> dict[str, Any]:
     """The keys of config.json about rotary positions, v4's and v5's."""
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
-        scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
-        scaling["original_max_position_embeddings"] = rope.original_max_positions
+    scaling = _scaling(rope)
     return {
         "rope_theta": rope.theta,
         "rope_scaling": None if rope.kind == "default" else scaling,
         "rope_parameters": scaling | {"rope_theta": rope.theta},
+    } | ({} if rope.partial == 1 else {"partial_rotary_factor": rope.partial})
+
+
+def kinds_of_rope_keys(shape: ModelShape) -> dict[str, Any]:
+    """As ``rope_keys``, for families whose sliding layers have rotary positions of their own."""
+    local = shape.local_rope or shape.rope
+    by_kind = {
+        kind: _scaling(rope) | {"rope_theta": rope.theta}
+        for kind, rope in (("full_attention", shape.rope), (LOCAL, local))
     }
+    return rope_keys(shape.rope) | {"rope_parameters": by_kind}
+
+
+def _scaling(rope: RopeConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.partial != 1:
+        found["partial_rotary_factor"] = rope.partial
+    if rope.kind == "default":
+        return found
+    found["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn", "longrope"):
+        found["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        found |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind in ("yarn", "longrope"):
+        found["attention_factor"] = rope.attention_factor
+    if rope.kind == "yarn":
+        found |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+    if rope.kind == "longrope":
+        found |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+    return found

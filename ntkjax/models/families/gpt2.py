@@ -37,7 +37,7 @@ def _read(reader: Reader) -> ModelShape:
         family="gpt2",
         hidden_size=hidden,
         intermediate_size=reader.number("n_inner", 4 * hidden),
-        num_layers=reader.number("n_layer"),
+        num_layers=reader.layers("n_layer"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

@@ -1,14 +1,15 @@
-"""Llama and what has its shape (Mistral without a window, SmolLM2): RMS norms, rotary positions, grouped-query
+"""Llama and what has its shape (Mistral with its window, SmolLM2): RMS norms, rotary positions, grouped-query
 attention, a gated MLP.
 
-Refused: sliding windows shorter than the context, rope scalings other than linear and llama3, partial rotary factors.
+A Llama has no window: like transformers, ``sliding_window`` is not read. Refused: rope scalings other than ROPE_TYPES,
+partial rotary factors, layer types in a Mistral.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ntkjax.models.families.base import Family, Gguf, ModelShape, Reader, rope_keys
+from ntkjax.models.families.base import LOCAL, Family, Gguf, ModelShape, Reader, RopeConfig, rope_keys
 
 MISTRAL = "MistralForCausalLM"
 
@@ -30,10 +31,19 @@ TENSORS = {
 }
 
 
-def decoder_fields(reader: Reader, *, head_dim: int | None = None) -> dict[str, Any]:
+def decoder_fields(
+    reader: Reader,
+    *,
+    head_dim: int | None = None,
+    tied: bool = False,
+    eps: float = 1e-6,
+    positions: int = 2048,
+    rope: RopeConfig | None = None,
+) -> dict[str, Any]:
     """Fields of ModelShape that Llama and the families of its shape read alike.
 
-    ``head_dim`` is transformers' default where the key is absent; None means hidden_size / num_attention_heads.
+    ``tied``, ``eps``, ``positions`` and ``head_dim`` are transformers' defaults where the key is absent; a ``head_dim``
+    of None means hidden_size / num_attention_heads. ``rope``: what the family read, None for one kind in all layers.
     """
     heads, hidden = reader.number("num_attention_heads"), reader.number("hidden_size")
     if reader.config.get("head_dim") is None and head_dim is None and hidden % heads:
@@ -41,15 +51,15 @@ def decoder_fields(reader: Reader, *, head_dim: int | None = None) -> dict[str, 
     return reader.common() | {
         "hidden_size": hidden,
         "intermediate_size": reader.number("intermediate_size"),
-        "num_layers": reader.number("num_hidden_layers"),
+        "num_layers": reader.layers(),
         "num_heads": heads,
         "num_kv_heads": reader.number("num_key_value_heads", heads),
         "head_dim": reader.number("head_dim", head_dim or hidden // heads),
-        "max_positions": reader.number("max_position_embeddings", 2048),
-        "norm_eps": reader.number("rms_norm_eps", 1e-6, float),
+        "max_positions": reader.number("max_position_embeddings", positions),
+        "norm_eps": reader.number("rms_norm_eps", eps, float),
         "activation": reader.activation("hidden_act", "silu"),
-        "rope": reader.rope(),
-        "tied": reader.flag("tie_word_embeddings", False),
+        "rope": rope or reader.rope(),
+        "tied": reader.flag("tie_word_embeddings", tied),
     }
 
 
@@ -67,20 +77,32 @@ def decoder_keys(shape: ModelShape) -> dict[str, Any]:
         "hidden_act": shape.activation,
         "attention_bias": shape.o_bias,
         "mlp_bias": shape.mlp_bias,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        "sliding_window": shape.window,
+        "use_sliding_window": shape.window is not None,
     } | rope_keys(shape.rope)
+
+
+def kind_keys(shape: ModelShape) -> dict[str, Any]:
+    """``layer_types`` where a layer has a window; else nothing."""
+    same = ("full_attention" if shape.window is None else LOCAL,) * shape.num_layers
+    return {} if shape.window is None else {"layer_types": list(shape.layer_types or same)}
 
 
 def _read(reader: Reader) -> ModelShape:
     mistral = reader.architecture == MISTRAL  # its config class has neither bias
-    reader.refuse_windows(lambda: mistral)
+    kinds = reader.layer_types(lambda i: mistral and reader.config.get("sliding_window", 4096) is not None)
+    if mistral and len(set(kinds)) > 1:
+        raise reader.fail(
+            "layer_types of a Mistral: transformers gives every layer the window; remove the entry, or name the "
+            "architecture whose layers differ"
+        )
     attention, mlp = reader.flag("attention_bias", False), reader.flag("mlp_bias", False)
     return ModelShape(
         family="llama",
         qkv_bias=attention and not mistral,
         o_bias=attention and not mistral,
         mlp_bias=mlp and not mistral,
+        **reader.windows(kinds if mistral else (), 4096),
         **decoder_fields(reader),
     )
 

@@ -20,6 +20,7 @@ from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
 from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
+from ntkjax.pipeline.evaluate import shot_records
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.pipeline.options import ModelOptions, SelectorOptions
@@ -118,6 +119,7 @@ class Grid:
       domains: by name.
       reports: what reading and the search for duplicates found.
       evaluated: the splits on which every run is evaluated.
+      shots: digest of the file that the shots of an evaluation are drawn from; None without shots.
     """
 
     spec: StudySpec
@@ -130,6 +132,7 @@ class Grid:
     domains: dict[str, DomainData]
     reports: dict[str, Any]
     evaluated: tuple[str, ...] = ("dev", "test")
+    shots: str | None = None
 
     @property
     def conditions(self) -> list[Condition]:
@@ -186,6 +189,14 @@ class Grid:
         data = config_to_dict(self.spec.data)
         return {"ntkjax": package_version(), "weights": self.fingerprint, "model": options, "data": data}
 
+    def _evaluation(self) -> dict[str, Any]:
+        """What is measured; the content of the file of the shots in place of its name, and nothing without shots."""
+        measured = config_to_dict(self.spec.evaluation)
+        del measured["shots_from"]
+        if not self.spec.evaluation.shots:
+            del measured["shots"]
+        return measured | ({"shots_from": self.shots} if self.shots else {})
+
     def warmup_key(self, task: Task) -> dict[str, Any]:
         """What the warm-up before a task's selection depends on."""
         own = {"domain": self.training_set(task).tokens.fingerprint, "seed": task.seed}
@@ -212,7 +223,7 @@ class Grid:
         splits = {"dev": data.dev, "test": data.test}
         key = self._common() | {
             **{name: None if split is None else split.tokens.fingerprint for name, split in splits.items()},
-            "evaluation": config_to_dict(self.spec.evaluation),
+            "evaluation": self._evaluation(),
             "kind": arm.kind,
         }
         if arm.kind == BASE:
@@ -309,7 +320,9 @@ def set_up(
         *model_digests(model).values(),
         *(adapter_digests(model, model.lora).values() if options.adapter else ()),
     ]
-    return Grid(spec, arms, focus, out, options, model, "/".join(digests), domains, reports, evaluated)
+    found = shot_records(spec.evaluation, spec.data)
+    shots = None if found is None else found.fingerprint
+    return Grid(spec, arms, focus, out, options, model, "/".join(digests), domains, reports, evaluated, shots)
 
 
 def _embedded_or_given(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[str, DomainSpec], tuple[Source, ...]]:

@@ -146,7 +146,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
         """(s_j along the domain's direction, s_j with the pool's own mean gradient: float64 [N], NaN outside
         ``candidates``; and what to report)."""
         budget = problem.token_budget
-        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
+        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
         kernel = build(self.kernel, functions, problem.params, seed=problem.seed)
         domain, report = self.groups(problem)
         scored = kernel_scores(

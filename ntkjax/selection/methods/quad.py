@@ -193,7 +193,8 @@ class Probe:
     def prepare(cls, problem: SelectionProblem, options: QuadSelector) -> Probe:
         """g_bar and H of the domain, and the store of the influences."""
         domain = problem.domain.batches(token_budget=problem.token_budget)
-        kernel = build("loss", KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn), problem.params, seed=0)
+        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
+        kernel = build("loss", functions, problem.params, seed=0)
         mean = mean_direction(kernel, problem.params, domain, progress=problem.progress and "domain gradient")
         solve = build_preconditioner(
             "kfac",
