@@ -1,9 +1,11 @@
 """``ntkjax doctor``: how many digits of logits, scores and gradients hold on the device at hand, dtype by dtype.
 
-The same examples are computed alone (each a batch of one row at its exact length), padded (the same at twice the
-longest length), batched (all rows of one batch) and reordered (that batch from its last row to its first), in every
-dtype and at every precision of matrix products that JAX has for the backend. The mathematics of all of them is the
-same, so each is compared with one reference: float32 at the highest precision, alone.
+The same examples are computed alone (each at its exact length in a batch of its own, whose other rows are filler),
+padded (the same at the longest length), batched (all rows of one batch) and reordered (that batch from its last row to
+its first), in every dtype and at every precision of matrix products that JAX has for the backend. The mathematics of
+all of them is the same, so each is compared with one reference: float32 at the highest precision, alone.
+
+Each length, dtype and precision compiles programs of its own, which takes almost all of the time: hence few lengths.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ntkjax.data import TokenisedDataset
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
-from ntkjax.ntk import KernelFunctions, build
+from ntkjax.ntk import KernelFunctions, build, parse
 from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.rows import NonFiniteError, collect_rows, real_rows
 from ntkjax.ntk.scores import mean_direction, scores_along
@@ -34,6 +36,7 @@ from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.tables import to_markdown
 from ntkjax.rng import numpy_rng
+from ntkjax.selection.options import KernelName
 from ntkjax.types import Batch, Params
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -44,26 +47,27 @@ BARS: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.0125}
 float32 has 24 bits of significand, an error of 2^-24 = 6e-8 in each operation; the bar leaves room for sums over
 thousands of terms and tens of layers, and none for products of operands rounded to TensorFloat-32 (11 bits, 5e-4).
 bfloat16 has 8 bits, an error of 2^-9 = 2e-3 in each rounding of the residual stream, of which a score has passed some
-dozens; float16 has three bits more, so its bar is an eighth of that.
+dozens; float16 has three bits more, so its bar is an eighth of that. Measured on a CPU (docs/guide/troubleshooting.md):
+2e-6, 3e-2 and 2e-3.
 """
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "gpu": ("default", "tensorfloat32", "highest"),
     "tpu": ("default", "BF16_BF16_F32_X3", "highest"),
 }
-"""Backend: the values of ``jax_default_matmul_precision`` that differ there; default and highest elsewhere."""
+"""Backend: the values of ``jax_default_matmul_precision`` that differ there. Elsewhere (CPUs) there is one."""
 
 LAYOUTS = ("alone", "padded", "batched", "reordered")
-KERNELS = ("sum_logits", "loss")
-QUANTITIES = ("logits", *(f"{kernel} {what}" for kernel in KERNELS for what in ("gradient", "scores")))
+QUANTITIES = ("logits", "gradient", "scores")
 
 TEXTS = (
-    ("What is the capital of France?", "Paris."),
-    ("Add 17 and 25.", "17 + 25 = 42, so the answer is 42."),
-    ("Why is the sky blue?", "Air scatters short waves of light more than long ones, and blue is short."),
-    ("Name three colours.", "Red, green and blue; mixed as light they give white. Other triples would do as well."),
+    ("What is the capital of France?", "Paris, on the Seine."),
+    ("What is the capital of Spain?", "Madrid, far from the sea."),
+    ("Why is the sky blue by day?", "Air scatters short waves of light more than long ones, and blue is short."),
+    ("Why is the sky red at dusk?", "Light comes from the side, and its short waves are lost on the long way."),
 )
-"""Prompt and response of the examples where no data are given: of different lengths, in any tokenizer."""
+"""Prompt and response of the examples where no data are given: two short ones, then two long ones. Each pair is cut to
+the shorter of the two, so that there are two lengths in any tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class DoctorConfig:
     """Dtypes of the weights to check; the reference is float32 in any case."""
     n: int = 4
     """Examples of --data that are computed."""
+    kernel: KernelName = "loss"
     lora_rank: int = 8
     """Rank of the adapters whose gradients and scores are computed; both factors are drawn at random."""
     seed: int = 0
@@ -87,11 +92,9 @@ class DoctorConfig:
     reading: Annotated[DataOptions, arg(name="")] = DataOptions()
 
     def __post_init__(self):
-        unknown = [dtype for dtype in self.dtypes if dtype not in get_args(Dtype)]
-        if unknown or not self.dtypes:
-            raise ConfigError(
-                f"--dtypes: found {', '.join(unknown) or 'none'}; expected some of {', '.join(get_args(Dtype))}"
-            )
+        if not self.dtypes:
+            raise ConfigError(f"--dtypes: found none; expected some of {', '.join(get_args(Dtype))}")
+        parse(self.kernel)
         if self.n < 2:
             raise ConfigError(f"--n is {self.n}: expected at least 2 examples, so that there is something to batch")
 
@@ -107,8 +110,8 @@ class Diagnosis:
     Attributes:
       device: kind and backend of the device.
       rows: one for each dtype, precision and layout: ``dtype``, ``precision``, ``layout``, ``bar``, ``agrees``;
-        ``differences``, from the reference by quantity, relative to its largest value; ``spearman`` of the scores by
-        kernel. Against the reference, float32 at the highest precision with every example alone.
+        ``differences``, from the reference by quantity, relative to its largest value; ``spearman`` of the scores.
+        Against the reference, float32 at the highest precision with every example alone, which is no row.
       remedies: one line for each row that does not agree.
     """
 
@@ -135,13 +138,18 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
     if config.out is not None:
         inputs = inputs_of(model, config.model_options("float32"), data=loaded)
         run = RunDir.create(config.out, "doctor", config, inputs=inputs)
-    reference, rows = measure(model, data, config, "highest", "alone"), []
-    asked = [(dtype, *setting) for dtype in dict.fromkeys(config.dtypes) for setting in settings()]
+    rows, precisions = [], PRECISIONS.get(jax.default_backend(), ("default",))
+    first = ("float32", precisions[-1], "alone")
+    others = [(dtype, *setting) for dtype in dict.fromkeys(config.dtypes) for setting in settings(precisions)]
+    asked = [first, *(setting for setting in others if setting != first)]
     for dtype, precision, layout in tqdm(asked, desc="doctor", disable=not progress, unit="setting"):
         if dtype != model.spec.dtype:
             model = load_model(config.model_options(dtype), seed=config.seed)
         found = measure(model, data, config, precision, layout)
-        rows.append({"dtype": dtype, "precision": precision, "layout": layout} | compared(found, reference, dtype))
+        if (dtype, precision, layout) == first:
+            reference = found
+        else:
+            rows.append({"dtype": dtype, "precision": precision, "layout": layout} | compared(found, reference, dtype))
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     result = Diagnosis(device, rows, [remedy(row, rows) for row in rows if not row["agrees"]])
     if run is not None:
@@ -157,9 +165,9 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
     return result
 
 
-def settings() -> Iterator[tuple[str, str]]:
+def settings(precisions: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(precision, layout) of every row of a dtype: all layouts as commands run them, one batch at other precisions."""
-    for precision in PRECISIONS.get(jax.default_backend(), ("default", "highest")):
+    for precision in precisions:
         yield from ((precision, layout) for layout in (LAYOUTS if precision == "default" else ("batched",)))
 
 
@@ -179,16 +187,22 @@ def examples(config: DoctorConfig, model: LanguageModel) -> tuple[TokenisedDatas
     encode = lambda text: list(model.tokenizer.encode(text, add_special_tokens=False))
     prompts, responses = ([encode(pair[side]) for pair in TEXTS] for side in (0, 1))
     sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    shorter = [min(map(len, sequences[k - k % 2 : k - k % 2 + 2])) for k in range(len(sequences))]
+    sequences = [sequence[:length] for sequence, length in zip(sequences, shorter, strict=True)]
     return TokenisedDataset.from_sequences(sequences, [len(prompt) for prompt in prompts]), None
 
 
 def batches_of(data: TokenisedDataset, layout: str, limit: int) -> list[Batch]:
-    """The examples in the ``layout``, one of LAYOUTS, none longer than ``limit`` tokens."""
-    rows = np.arange(len(data))
+    """The examples in the ``layout``, one of LAYOUTS, none longer than ``limit`` tokens.
+
+    All have as many rows, so that a length compiles once: those beside an example that is alone are filler.
+    """
+    rows, size, longest = np.arange(len(data)), len(data), int(data.lengths.max())
+    wide = longest if data.lengths.min() < longest else min(2 * longest, limit)
     if layout in ("batched", "reordered"):
-        return [data.collate(rows if layout == "batched" else rows[::-1])]
-    wide = min(2 * int(data.lengths.max()), limit)
-    return [data.collate([row], length=wide if layout == "padded" else int(data.lengths[row])) for row in rows]
+        return [data.collate(rows if layout == "batched" else rows[::-1], length=wide)]
+    lengths = [wide if layout == "padded" else int(length) for length in data.lengths]
+    return [data.collate([row], rows=size, length=length) for row, length in zip(rows, lengths, strict=True)]
 
 
 def drawn_adapters(model: LanguageModel, seed: int) -> Params:
@@ -203,22 +217,21 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Every one of QUANTITIES by name, float64 on the host.
 
-    ``logits`` [n, V]: where the last token of the response is predicted. ``KERNEL gradient`` [P]: the examples' mean
-    gradient. ``KERNEL scores`` [n]: the inner product of each example's gradient with it.
+    ``logits`` [n, V]: where the last token of the response is predicted. ``gradient`` [P]: the kernel's mean gradient
+    over the examples. ``scores`` [n]: the inner product of each example's gradient with it.
     """
     batches, params = batches_of(data, layout, longest(model, config.reading)), drawn_adapters(model, config.seed)
     last, rows = model.output("apply", "last"), len(data)
-    functions = KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn)
+    functions = KernelFunctions(model.hidden_fn, model.head_fn({}), model.nll_fn, model.sum_logits_fn)
     try:
         with jax.default_matmul_precision(precision):
             logits = ((real_rows(batch), _values(last, params, batch)) for batch in batches)
             found = {"logits": collect_rows(logits, rows=rows, what="logits")}
-            for name in KERNELS:
-                kernel = build(name, functions, params, seed=config.seed)
-                mean = mean_direction(kernel, params, batches)
-                leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(mean.outputs)]
-                found[f"{name} gradient"] = np.concatenate(leaves)
-                found[f"{name} scores"] = scores_along(kernel, params, [mean], batches, rows=rows)[:, 0]
+            kernel = build(config.kernel, functions, params, seed=config.seed)
+            mean = mean_direction(kernel, params, batches)
+            leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(mean.outputs)]
+            found["gradient"] = np.concatenate(leaves)
+            found["scores"] = scores_along(kernel, params, [mean], batches, rows=rows)[:, 0]
     except NonFiniteError as error:
         raise UserError(f"{config.model}, {model.spec.dtype}, {precision}, {layout}: {error}") from error
     return {name: np.asarray(values, np.float64) for name, values in found.items()}
@@ -230,12 +243,12 @@ def _values(fn: Any, params: Params, batch: Batch) -> Array:
 
 
 def compared(found: dict[str, np.ndarray], reference: dict[str, np.ndarray], dtype: str) -> dict[str, Any]:
-    """The numbers of a row: max |x - reference| / max |reference| by quantity, Spearman of the scores by kernel."""
+    """The numbers of a row: max |x - reference| / max |reference| by quantity, Spearman of the scores."""
     differences = {
         name: float(np.max(np.abs(found[name] - reference[name])) / max(float(np.max(np.abs(reference[name]))), 1e-300))
         for name in QUANTITIES
     }
-    ranks = {name: spearman(found[f"{name} scores"], reference[f"{name} scores"]) for name in KERNELS}
+    ranks = spearman(found["scores"], reference["scores"])
     agrees = max(differences.values()) <= BARS[dtype]
     return {"bar": BARS[dtype], "agrees": agrees, "differences": differences, "spearman": ranks}
 
@@ -262,7 +275,7 @@ def remedy(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if row["dtype"] != "float32":
         return f"{title(row)}: use --dtype float32."
     full = [r for r in rows if r["dtype"] == "float32" and r["precision"] == "highest"]
-    if row["precision"] != "highest" and all(r["agrees"] for r in full):
+    if row["precision"] != "highest" and full and all(r["agrees"] for r in full):
         return f"{title(row)}: set JAX_DEFAULT_MATMUL_PRECISION=highest (jax_default_matmul_precision in Python)."
     return (
         f"{title(row)}: no precision mends it: an example's result depends on its padding or on the other rows of its "
@@ -276,7 +289,7 @@ def table(result: Diagnosis) -> list[dict[str, Any]]:
     return [
         {"dtype": row["dtype"], "precision": row["precision"], "examples": row["layout"]}
         | {name: digits(row["differences"][name]) for name in QUANTITIES}
-        | {"Spearman": f"{min(row['spearman'].values()):.4f}"}
+        | {"Spearman": f"{row['spearman']:.4f}"}
         | {"largest difference": f"{max(row['differences'].values()):.1e}", "bar": f"{row['bar']:g}"}
         | {"agrees": row["agrees"]}
         for row in result.rows
