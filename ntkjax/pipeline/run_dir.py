@@ -251,7 +251,8 @@ def _check_same(path: Path, command: str, config: Any, resume: bool, ignore: Seq
     new = flatten({"command": command, "config": config_to_dict(config)})
     if earlier == command:
         old = _defaults_of(config, stored) | old
-    for key in ignore:
+    watched = {key.removeprefix("config.") for key in (*old, *new) if key.endswith(".tracker")}
+    for key in (*ignore, *watched):  # where a run is watched changes no result
         old.pop(f"config.{key}", None)
         new.pop(f"config.{key}", None)
     changed = [line.removeprefix("config.") for line in differences(old, new)]
