@@ -1,4 +1,4 @@
-"""Event files for TensorBoard in FOLDER/tensorboard; given a folder above, it shows all runs there beside each other."""
+"""Event files for TensorBoard in FOLDER/tensorboard; given a folder above, it shows all runs there side by side."""
 
 from __future__ import annotations
 
