@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "verify.command",
     "stability": "stability.command",
     "study": "study.command",
+    "doctor": "doctor",
     "show": "show",
     "import-gguf": "import_gguf",
     "replay": "replay",

@@ -16,6 +16,7 @@ from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.training import FitResult, TrainConfig
+from ntkjax.training.trackers import check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FitResult:
     Raises:
       UserError: unusable model, data or options; a loss that is not finite; a full disk.
     """
+    check_tracker(config.train.tracker)
     RunDir.check(config.out, "finetune", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)

@@ -38,6 +38,33 @@ class EvaluationOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """Tasks of lm-evaluation-harness (the extra lm-eval) that are run on the model."""
+
+    tasks: tuple[str, ...] = ()
+    """Names that lm-eval knows, such as arc_easy, or YAML files of tasks; with commas or blanks between them."""
+    task_shots: int | None = None
+    """Few-shot examples of every task. None: what the task says."""
+    task_limit: int | None = None
+    """Samples of every task, from its first. None: all."""
+    task_chat_template: bool = False
+    """Put the tasks' prompts under the model's chat template, the shots as turns."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number below its least."""
+        for name, least in (("task_shots", 0), ("task_limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {value}; expected {least} or more; leave it out for all")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Each task once, in the order given."""
+        return tuple(dict.fromkeys(name.strip() for text in self.tasks for name in text.split(",") if name.strip()))
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSettings(EvaluationOptions):
     """The options of the commands, and what the commands decide themselves."""
 

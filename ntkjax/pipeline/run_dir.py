@@ -26,7 +26,7 @@ import yaml
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import append_json_line, drop_partial_line, plain, write_bytes, write_text
 from ntkjax.parallel import is_primary
-from ntkjax.pipeline.config_io import config_to_dict
+from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
 from ntkjax.store import differences, flatten
 
 _LIBRARIES = (
@@ -38,8 +38,8 @@ _LIBRARIES = (
 Inputs = Mapping[str, Mapping[str, str | None]]
 """What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version). See
 `ntkjax.pipeline.inputs`."""
-LAYOUT = ("packing",)
-"""Options of any group that change results by rounding alone, so that a run goes on under others."""
+LAYOUT = ("packing", "tracker")
+"""Options of any group that change no result, or by rounding alone, so that a run goes on under others."""
 
 INPUTS = "inputs.json"
 
@@ -121,7 +121,7 @@ class RunDir:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; the output of a run is a directory. Choose another path.")
         if (path / "config.yaml").exists():
-            _check_same(path, {"command": command, "config": config_to_dict(config)}, resume, ignore)
+            _check_same(path, command, config, resume, ignore)
         if inputs is not None:
             _check_inputs(path, inputs)
 
@@ -245,11 +245,14 @@ def versions() -> dict:
     }
 
 
-def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -> None:
+def _check_same(path: Path, command: str, config: Any, resume: bool, ignore: Sequence[str]) -> None:
     if not resume:
         raise ConfigError(f"{path}: already holds a run. Use a new --out directory.")
-    command, config = load_run(path)
-    old, new = flatten({"command": command, "config": config}), flatten(wanted)
+    earlier, stored = load_run(path)
+    old = flatten({"command": earlier, "config": stored})
+    new = flatten({"command": command, "config": config_to_dict(config)})
+    if earlier == command:
+        old = _defaults_of(config, stored) | old
     for key in {*old, *new}:
         if key.removeprefix("config.") in ignore or key.rsplit(".", 1)[-1] in LAYOUT:
             old.pop(key, None)
@@ -261,6 +264,15 @@ def _check_same(path: Path, wanted: dict, resume: bool, ignore: Sequence[str]) -
             + "\n  ".join(changed)
             + f"\nUse a new --out directory, give the settings of that run to go on with it, or remove {path}."
         )
+
+
+def _defaults_of(config: Any, stored: dict) -> dict[str, Any]:
+    """The stored config read as one of ``config``'s class, flat: options that are newer than it at their defaults; {}
+    where it cannot be read so."""
+    try:
+        return flatten({"config": config_to_dict(config_from_dict(type(config), stored))})
+    except ConfigError:
+        return {}
 
 
 def _check_inputs(path: Path, inputs: Inputs) -> None:

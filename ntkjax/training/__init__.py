@@ -1,6 +1,6 @@
 """Fine-tuning: AdamW on the mean NLL per response token, resumable bit for bit."""
 
-from ntkjax.training.config import TrainConfig
+from ntkjax.training.config import NO_EFFECT, TrainConfig
 from ntkjax.training.loop import fit, saved_params, saved_state
 from ntkjax.training.manifest import TrainingData
 from ntkjax.training.mixture import EpochPlan, mixture_indices
@@ -8,6 +8,7 @@ from ntkjax.training.optimiser import adam_moments, learning_rates
 from ntkjax.training.result import FitResult
 
 __all__ = [
+    "NO_EFFECT",
     "EpochPlan",
     "FitResult",
     "TrainConfig",

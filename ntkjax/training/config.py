@@ -8,8 +8,11 @@ from typing import Any, Literal, get_args
 
 from ntkjax.errors import ConfigError
 from ntkjax.training.loss_reweighting import Reweighting
+from ntkjax.training.trackers import TRACKERS, TrackerName
 
 SCHEDULES = ("linear", "cosine", "constant")
+NO_EFFECT = ("save_every", "keep_checkpoints", "tracker")
+"""Settings that change no number: runs that differ in them alone are one, and may go on under others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class TrainConfig:
     this rank, as many as LoRA of this rank would train. Needs all parameters to be trained. None: off."""
     lift_interval: int = 200
     """Optimiser steps between two choices of those entries."""
+    tracker: TrackerName = "none"
 
     def epochs_over(self, examples: int) -> float:
         """Passes over so many training examples: ``epochs``, or what ``steps`` amount to."""
@@ -142,6 +146,8 @@ def _check_ranges(config: TrainConfig) -> None:
         raise _fail("domain_share", config.domain_share, "a number strictly between 0 and 1, or none")
     if config.schedule not in SCHEDULES:
         raise _fail("schedule", config.schedule, "one of " + ", ".join(SCHEDULES))
+    if config.tracker not in tuple(TRACKERS):
+        raise _fail("tracker", config.tracker, "one of " + ", ".join(TRACKERS))
     if config.loss_reweighting not in get_args(Reweighting):
         raise _fail("loss_reweighting", config.loss_reweighting, "one of " + ", ".join(get_args(Reweighting)))
     if config.accumulation > config.batch_size:

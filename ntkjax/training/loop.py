@@ -19,6 +19,7 @@ from ntkjax.training.optimiser import AdamW, adam_moments
 from ntkjax.training.result import FitResult
 from ntkjax.training.run import CHECKPOINTS, METRICS, Run
 from ntkjax.training.step import cast_like, init_state, leaf_dtypes
+from ntkjax.training.trackers import TRACKERS, check_tracker
 from ntkjax.types import Params, as_pytree_fn
 
 MANIFEST = "train.json"
@@ -50,10 +51,10 @@ def fit(
       train: the examples. ``dev``: examples for evaluation, early stopping and the choice of the best step.
       domain: rows of ``train`` that are domain examples; needed only for ``config.domain_share``.
       seed: decides the order of the examples, and nothing else.
-      out_dir: where train.json, metrics.jsonl and checkpoints/ go; None keeps everything in memory. A run
-        that was killed resumes there from its newest checkpoint and ends bit for bit as if it had not been
-        (on a backend whose operations are deterministic). ``resume=False`` deletes those three and starts
-        over.
+      out_dir: where train.json, metrics.jsonl, checkpoints/ and what ``config.tracker`` writes go; None keeps
+        everything in memory, and nothing is tracked. A run that was killed resumes there from its newest
+        checkpoint and ends bit for bit as if it had not been (on a backend whose operations are deterministic).
+        ``resume=False`` deletes all of these and starts over.
       extra_metrics: ``params -> {name: number}``, logged with every evaluation.
       mesh: devices to spread every batch's rows over (its "data" axis); the model must live on the same mesh.
         Default: the mesh of ``train``, if it has one.
@@ -64,8 +65,9 @@ def fit(
       ConfigError: options that do not fit each other or the data.
       CheckpointError: ``out_dir`` holds a run with other settings, data or weights, or a damaged one.
       UserError: the loss or the gradient is not finite (step and example ids named), or the disk is full; the
-        last checkpoint is kept.
+        last checkpoint is kept. Or the tracker's package is not installed.
     """
+    check_tracker(config.tracker)
     _check_inputs(params, train, dev, config)
     rows = np.zeros(0, np.int64) if domain is None else np.asarray(domain, np.int64)
     nll_fn = as_pytree_fn(nll_fn)
@@ -145,7 +147,8 @@ def _prepare_folder(folder: Path, manifest: dict[str, Any], resume: bool) -> Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            for name in (CHECKPOINTS, *TRACKERS):
+                shutil.rmtree(folder / name, ignore_errors=True)
             for name in (MANIFEST, METRICS):
                 (folder / name).unlink(missing_ok=True)
         check_manifest(folder / MANIFEST, manifest)

@@ -15,11 +15,8 @@ import numpy as np
 from ntkjax.errors import CheckpointError
 from ntkjax.files import read_json, write_json
 from ntkjax.fingerprint import weights_fingerprint
-from ntkjax.training.config import TrainConfig
+from ntkjax.training.config import NO_EFFECT, TrainConfig
 from ntkjax.types import Batch
-
-_NO_EFFECT = ("save_every", "keep_checkpoints")
-"""Settings that change no number: they may differ between a run and its resumption."""
 
 
 @runtime_checkable
@@ -67,7 +64,7 @@ def make_manifest(
     domain: np.ndarray,
 ) -> dict[str, Any]:
     """Flat dictionary of all that decides the numbers of a run."""
-    settings = {f"config.{k}": v for k, v in dataclasses.asdict(config).items() if k not in _NO_EFFECT}
+    settings = {f"config.{k}": v for k, v in dataclasses.asdict(config).items() if k not in NO_EFFECT}
     return settings | {
         "seed": seed,
         "training data (examples)": len(train.lengths),

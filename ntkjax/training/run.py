@@ -38,6 +38,8 @@ from ntkjax.training.step import (
     train_step,
     used_micro_batches,
 )
+from ntkjax.training.trackers import Tracker, open_tracker
+from ntkjax.training.trackers.base import numbers
 from ntkjax.types import Batch, Params
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -96,6 +98,7 @@ class Run:
         self.save_every = config.save_every or self.steps_per_epoch
         self.progress = Progress()
         self.log = MetricsLog(None)
+        self.tracker: Tracker | None = None
         self.checkpoints: Checkpoints | None = None
         self.seen_shapes: set[tuple[int, ...]] = set()
         self.ended = 0.0  # when the last step was done
@@ -116,16 +119,25 @@ class Run:
             primary = jax.process_index() == 0
             with self._writing():
                 self.log = MetricsLog(self.folder / METRICS if primary else None, self.progress.metrics_bytes)
+                if primary and not self.finished:
+                    settings = dataclasses.asdict(self.config)
+                    name, step = self.config.tracker, self.progress.step
+                    self.tracker = open_tracker(name, self.folder, settings, step=step)
         if self.progress.step == 0:
             self.evaluate()
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to take."""
+        return self.progress.stopped_early or self.progress.step >= self.steps
 
     # -- the loop --
 
     def train(self, show: bool) -> None:
         """Take the steps that are left, evaluating and saving when due and at the end."""
-        first = self.progress.step
-        if self.progress.stopped_early or first >= self.steps:
+        if self.finished:
             return
+        first = self.progress.step
         stream = ((rows, *self.padding.collate(self.train_data, rows)) for rows in self.plan.batches(first, self.steps))
         upcoming, running = next(stream), None
         with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
@@ -253,6 +265,8 @@ class Run:
     def _append(self, entry: dict[str, Any]) -> None:
         with self._writing():
             self.log.append(entry)
+            if self.tracker is not None:
+                self.tracker.log(*numbers(entry))
 
     def _arrays(self) -> dict[str, Any]:
         arrays = {"params": self.state.params, "opt_state": self.state.opt_state}
@@ -311,6 +325,9 @@ class Run:
         return sum(line["tokens"] for line in lines) / seconds if seconds else 0.0
 
     def close(self) -> None:
+        """Close what is written to."""
         self.log.close()
+        if self.tracker is not None:
+            self.tracker.close()
         if self.checkpoints is not None:
             self.checkpoints.close()

@@ -43,6 +43,19 @@ def test_a_run_can_be_replayed_from_its_directory(tmp_path):
         assert config_from_dict(Config, data) == config
 
 
+def test_options_newer_than_a_run_are_at_their_defaults_in_it(tmp_path):
+    RunDir.create(tmp_path / "run", "adapt", Config())
+    file = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    del content["config"]["progress"], content["config"]["train"]["seed"]
+    file.write_text(yaml.safe_dump(content))
+    assert RunDir.create(tmp_path / "run", "adapt", Config()).held
+    with pytest.raises(ConfigError, match=r"train\.seed: was 5, is now 6"):
+        RunDir.create(tmp_path / "run", "adapt", Config(train=Train(seed=6)))
+    with pytest.raises(ConfigError, match="command: was"):
+        RunDir.create(tmp_path / "run", "select", Config())
+
+
 def test_versions_and_seeds_are_recorded(tmp_path):
     RunDir.create(tmp_path / "run", "adapt", Config())
     found = json.loads((tmp_path / "run" / "versions.json").read_text())

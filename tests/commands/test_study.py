@@ -120,6 +120,7 @@ def test_a_finished_study_computes_nothing_and_a_new_label_is_no_new_run(study, 
     shutil.copytree(done, tmp_path / "out")
     assert study.run(files, tmp_path) == 0
     assert study.without_times(tmp_path / "out") == study.without_times(done)
+    assert study.run(files, tmp_path, train=study.QUICK | {"tracker": "jsonl"}) == 0  # how it is watched is no new run
     assert study.run(files, tmp_path, methods=["dsir", study.ALIGNMENT | {"label": "another name"}]) == 0
     assert calls == {}
     assert "another name" in {cell["arm"] for cell in study.results(tmp_path / "out")["cells"]}

@@ -46,6 +46,7 @@ from ntkjax.pipeline.study.spec import DomainSpec, StudySpec
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
+from ntkjax.training.trackers import check_tracker
 
 ARMS = (BASE, DOMAIN, EQUAL, RANDOM, NTK)
 PAIRS = ((NTK, RANDOM), (NTK, EQUAL), (NTK, DOMAIN), (NTK, BASE), (RANDOM, EQUAL), (EQUAL, DOMAIN), (DOMAIN, BASE))
@@ -118,6 +119,7 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
       UserError: unusable model, data or options; the base model cannot be evaluated, or every run fails; a full disk.
     """
     began = time.monotonic()
+    check_tracker(config.train.tracker, config.warmup.tracker)
     RunDir.check(config.out, "adapt", config)
     grid, run = _load(config, progress)
     runner, tasks = Runner(grid, progress), grid.tasks()

@@ -25,6 +25,7 @@ from ntkjax.report.tables import to_markdown
 from ntkjax.selection import Selection
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
+from ntkjax.training.trackers import check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
       UserError: unusable model, data or options; scores that are not finite; a full disk.
     """
     check_used(config.select)
+    check_tracker(config.warmup.tracker)
     RunDir.check(config.out, "select", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)

@@ -30,6 +30,7 @@ from ntkjax.pipeline.load import load_model
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.tables import to_markdown
+from ntkjax.training.trackers import check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ def stability(config: StabilityConfig, *, progress: bool = True) -> Stability:
     """
 
     began = time.monotonic()
+    check_tracker(config.train.tracker)
     RunDir.check(config.out, "stability", config, ignore=NO_EFFECT)
     model, study = _load(config, progress)
     runs, regressions = [], []

@@ -26,6 +26,7 @@ from ntkjax.pipeline.study.runner import Runner
 from ntkjax.pipeline.study.runs import Run, alone, collect, condition_name, do_all, forget_failures
 from ntkjax.pipeline.study.spec import EMBEDDED, StudySpec
 from ntkjax.report.tables import to_markdown
+from ntkjax.training.trackers import check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,7 @@ def run_study(
     out = Path(out)
     config = StudyConfig((str(out / "study.yaml"),), str(out))
     own = ("study", "out", "list", "retry_failed", "report_only")
+    check_tracker(spec.train.tracker, *([spec.warmup.tracker] if spec.warmup else []))
     RunDir.check(out, "study", config, ignore=own)
     runner = Runner(grid_of(spec, out, where))
     if listing:

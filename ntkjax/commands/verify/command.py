@@ -28,6 +28,7 @@ from ntkjax.pipeline.load import load_model
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.report.tables import to_markdown
+from ntkjax.training.trackers import check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
     """
 
     began = time.monotonic()
+    check_tracker(config.warmup.tracker)
     RunDir.check(config.out, "verify", config)
     model = load_model(config.model, seed=config.seed)
     sample = draw_sample(config, model)

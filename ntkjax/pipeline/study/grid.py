@@ -30,12 +30,10 @@ from ntkjax.pipeline.study.arms import BASE, Arm
 from ntkjax.pipeline.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import check_size
-from ntkjax.training import TrainConfig
+from ntkjax.training import NO_EFFECT, TrainConfig
 from ntkjax.types import Params
 
 Size = int | str
-HOUSEKEEPING = ("save_every", "keep_checkpoints")
-"""Training options that change no result, so that runs which differ in them alone are one."""
 PLACEMENT = ("model", "adapter", "mesh", "weights", "remat", "packing")
 """Options of model and data that are no part of a run's name: the weights themselves are, and how they and the examples
 lie changes no result but by rounding."""
@@ -257,7 +255,7 @@ def choice_options(select: SelectorOptions) -> dict[str, Any]:
 
 
 def _train_dict(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in config_to_dict(config).items() if name not in HOUSEKEEPING}
+    return {name: value for name, value in config_to_dict(config).items() if name not in NO_EFFECT}
 
 
 def _without_lora(model: LanguageModel) -> LanguageModel:
