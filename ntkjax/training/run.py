@@ -88,9 +88,9 @@ class Run:
         self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
-        layout: Any = RowPadding if packing else Padding
-        self.padding = layout.of(plan.lengths, config, row_multiple)
-        self.dev_padding = None if dev is None else layout.of(np.asarray(dev.lengths), config, row_multiple)
+        of: Callable[..., Any] = RowPadding.of if packing else Padding.of
+        self.padding = of(plan.lengths, config, row_multiple)
+        self.dev_padding = None if dev is None else of(np.asarray(dev.lengths), config, row_multiple)
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
         self.rates = learning_rates(config, self.steps)
@@ -139,7 +139,8 @@ class Run:
             return
         first = self.progress.step
         stream = ((rows, *self.padding.collate(self.train_data, rows)) for rows in self.plan.batches(first, self.steps))
-        upcoming, running = next(stream), None
+        running: RunningStep | None = None
+        upcoming: Any = next(stream)
         with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
             while upcoming is not None:
                 behind, step = running, self.progress.step + (running is not None)

@@ -126,6 +126,7 @@ def _with_tangent(scale: float, soft_cap: float | None, interpret: bool) -> Any:
     @jax.custom_batching.custom_vmap
     def one(q, k, v, starts, dq, dk, dv):
         value, moved = run(q, k, v, starts, tuple(x[None] for x in (dq, dk, dv)))
+        assert moved is not None
         return value, moved[0]
 
     @one.def_vmap
