@@ -62,7 +62,8 @@ class DataOptions:
     """Which assistant turns of a conversation are trained and scored. all: every one with its end token; last: the last
     turn alone. A message with weight 0 or train false is never trained."""
     token_budget: int = 8192
-    """Tokens (rows x length) in a batch of one device, in passes that do not train."""
+    """Tokens (rows x length) in a batch of one device, in passes that do not train; where a mean gradient is taken, at
+    most 8192 of them."""
     packing: Packing = "auto"
     """on: rows of 2048 tokens hold several whole examples, one compiled program a pass and hardly any padding; off: one
     example a row, padded; auto: on for an accelerator, off for a CPU. Results are the same up to rounding."""

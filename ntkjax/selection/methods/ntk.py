@@ -145,18 +145,18 @@ class NtkSelector(NtkOptions, Stage1Selector):
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """(s_j along the domain's direction, s_j with the pool's own mean gradient: float64 [N], NaN outside
         ``candidates``; and what to report)."""
-        budget = problem.token_budget
         functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
         kernel = build(self.kernel, functions, problem.params, seed=problem.seed)
         domain, report = self.groups(problem)
+        sample = problem.pool.batches(token_budget=problem.gradient_budget, indices=self.sample(problem))
         scored = kernel_scores(
             kernel,
             problem.params,
             domain[0],
-            problem.pool.batches(token_budget=budget, indices=candidates),
+            problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
             rows=len(problem.pool),
             method=self.scores,
-            references=[*domain[1:], problem.pool.batches(token_budget=budget, indices=self.sample(problem))],
+            references=[*domain[1:], sample],
             sketch=self.make_sketch(problem),
             precondition=self.preconditioner(problem),
             store=self.store(problem, "scores", width=len(domain) + 1),
@@ -173,7 +173,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
 
     def groups(self, problem: SelectionProblem) -> tuple[list[Any], dict[str, Any]]:
         """(batches of every group of domain examples whose mean gradient is a direction, what to report)."""
-        plan: Any = problem.domain.batches(token_budget=problem.token_budget)
+        plan: Any = problem.domain.batches(token_budget=problem.gradient_budget)
         if self.aggregation == "mean":
             return [plan], {}
         options = {"kernel": self.kernel, "sketch": self.sketch, "size": self.sketch_size}
@@ -239,7 +239,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             self.precondition,
             problem.nll_fn,
             problem.params,
-            problem.domain.batches(token_budget=problem.token_budget),
+            problem.domain.batches(token_budget=problem.gradient_budget),
             damping=self.damping,
             progress=problem.progress and "curvature of the domain loss",
         )

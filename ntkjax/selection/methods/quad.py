@@ -192,7 +192,7 @@ class Probe:
     @classmethod
     def prepare(cls, problem: SelectionProblem, options: QuadSelector) -> Probe:
         """g_bar and H of the domain, and the store of the influences."""
-        domain = problem.domain.batches(token_budget=problem.token_budget)
+        domain = problem.domain.batches(token_budget=problem.gradient_budget)
         functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
         kernel = build("loss", functions, problem.params, seed=0)
         mean = mean_direction(kernel, problem.params, domain, progress=problem.progress and "domain gradient")
