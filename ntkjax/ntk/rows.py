@@ -83,7 +83,11 @@ def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = 
     if done is not None and hasattr(batches, "without"):
         batches = batches.without(done)  # type: ignore[attr-defined]
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    for batch in tqdm(batches, total=total, desc=title(progress, default), disable=progress is False, unit="batch"):
+    bar = tqdm(batches, total=total, desc=title(progress, default), disable=progress is False, unit="batch")
+    bar.set_postfix_str("compiling")  # until the caller, who has called the pass's program by then, asks for the second
+    for number, batch in enumerate(bar):
+        if number == 1:
+            bar.set_postfix_str("", refresh=False)
         index = real_rows(batch)
         if done is None or not done[index[index >= 0]].all():
             yield batch

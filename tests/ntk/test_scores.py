@@ -1,6 +1,7 @@
 """Directional scores against the row means of the explicit kernel, and what they must not depend on."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from ntkjax.errors import UserError
 from ntkjax.ntk import IdentitySketch, directional_derivatives, directional_scores, kernel_scores, mean_gradient
-from ntkjax.ntk.rows import MAX_BAD_ROWS, NonFiniteError, collect_rows
+from ntkjax.ntk.rows import MAX_BAD_ROWS, NonFiniteError, collect_rows, iterate
 from ntkjax.ntk.scores import stack_tangents
 from ntkjax.store import RowStore
 from ntkjax.types import forward_mode
@@ -286,3 +287,11 @@ def test_pool_examples_are_differentiated_in_the_form_for_forward_mode_and_the_d
         np.testing.assert_allclose(scores, 10 * x @ x.mean(axis=0), rtol=1e-6)
     plain = lambda params, batch: params
     assert forward_mode(plain) is plain
+
+
+def test_the_first_line_of_a_pass_says_that_it_compiles(capfd):
+    batches = [types.SimpleNamespace(index=np.arange(2)) for _ in range(3)]
+    for number, _ in enumerate(iterate(batches, "score pool", "scores")):
+        shown = capfd.readouterr().err
+        assert number == 1 or ("compiling" in shown) == (number == 0), shown  # 1: the bar moves before it is told
+    assert [batch.index[1] for batch in iterate(batches, False, "scores")] == [1, 1, 1]
