@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ MIN_SECONDS = 0.5  # what compiles faster is not worth a file
 
 def keep_programs() -> Path | None:
     """Make jax keep compiled programs under the cache directory, at most `MAX_BYTES` of them; returns where, or None
-    where ``NTKJAX_PROGRAMS=off`` or jax has a directory already.
+    where ``NTKJAX_PROGRAMS=off``, jax has a directory already, or ours cannot be made (which a line on stderr says).
 
     A program for a CPU may use any instruction of the machine that compiled it, so machines that share a home directory
     share programs only where their processors are alike.
@@ -32,6 +33,13 @@ def keep_programs() -> Path | None:
     if os.environ.get(SWITCH, "").lower() == "off" or given:
         return None
     folder = default_cache_dir() / "programs" / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"ntkjax: programs are not kept: {folder}: {error.strerror}; set NTKJAX_CACHE to another", file=sys.stderr
+        )
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)

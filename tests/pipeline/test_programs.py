@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from ntkjax.pipeline.programs import keep_programs
 
 SCRIPT = """
 import jax, jax.monitoring
@@ -32,6 +35,15 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     assert hits == 0 and folder.startswith(str(tmp_path)) and any((tmp_path / "programs").rglob("*-cache"))
     again, hits, _ = run(tmp_path)
     assert hits >= 1 and again == value
+
+
+def test_a_cache_that_cannot_be_made_is_said_and_no_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NTKJAX_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("NTKJAX_PROGRAMS", "")
+    before = jax.config.jax_compilation_cache_dir
+    assert keep_programs() is None and jax.config.jax_compilation_cache_dir == before
+    assert "programs are not kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variables", ({"NTKJAX_PROGRAMS": "off"}, {"JAX_COMPILATION_CACHE_DIR": "elsewhere"}))
