@@ -29,6 +29,7 @@ FILES = {
     "adapt": ("domain", "pool", "test", "dev"),
     "verify": ("data", "domain"),
     "stability": ("data", "test", "pool"),
+    "doctor": ("data",),
 }
 """The data of every command that refuses other inputs, by flag."""
 ELSEWHERE = {
@@ -47,9 +48,12 @@ FLAGS = {
                "--bootstrap", "10", "--cross-examples", "0", "--sketch-size", "8", "--max-signs", "1", "--skip-warmup"],
     "stability": ["--n", "4", "--probe", "3", "--test-n", "4", "--pool-n", "4", "--ranks", "2", "--kernels",
                   "sum_logits", "--full-learning-rates", "--formulas", "--at", "1", "--seeds", "1", *TRAIN],
+    "doctor": ["--n", "2", "--dtypes", "float32"],
 }  # fmt: skip
 RESULT = {"select": "selection.json", "finetune": "finetune.json", "evaluate": "evaluation.json"}
 """What a finished run has; results.json for the others."""
+FRESH = ("stability", "doctor")
+"""They make LoRA factors of their own, and have no flag for an adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Bed:
 
     def argv(self, command: str, out: Path, *more: str) -> list[str]:
         given = [f"--{flag}={self.file(flag)}" for flag in FILES[command]]
-        if command != "stability":  # which trains LoRA of ranks of its own, and has no flag for an adapter
+        if command not in FRESH:
             given.append(f"--adapter={self.root / 'adapter'}")
         return [command, f"--model={self.root / 'model'}", *given, f"--out={out}", *FLAGS[command], *more]
 
@@ -164,7 +168,7 @@ OF_THE_MODEL = {
 
 def changes_of(command: str) -> dict[str, Change]:
     data = {flag: Change(change_data(flag), f"{flag}: ROOT/{flag}.jsonl was ") for flag in FILES[command]}
-    left_out = ("adapter", "alpha") if command == "stability" else ()
+    left_out = ("adapter", "alpha") if command in FRESH else ()
     return {**data, **{name: change for name, change in OF_THE_MODEL.items() if name not in left_out}}
 
 
@@ -201,9 +205,14 @@ def check_refused(command: str, name: str, bed: Bed, out: Path, capsys) -> None:
 @pytest.fixture(scope="module")
 def begun(bed, tmp_path_factory) -> dict[str, Path]:
     """For each command a run directory whose run was stopped before its first result."""
-    root = tmp_path_factory.mktemp("begun")
+    root, create = tmp_path_factory.mktemp("begun"), RunDir.create
+
+    def create_alone(*args, **options):
+        create(*args, **options)
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDir, "tell", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RunDir, "create", create_alone)
         for command in FILES:
             assert main(bed.argv(command, root / command)) == 130
     return {command: root / command for command in FILES}
@@ -222,7 +231,7 @@ def test_every_command_and_every_file_it_reads_is_looked_at(begun):
     for command, flags in FILES.items():
         hints = get_type_hints(load_command(command).config)
         assert {name for name, hint in hints.items() if hint == tuple[str, ...]} - no_files == set(flags), command
-        own = {"ntkjax", "model"} | ({"adapter"} if command != "stability" else set())
+        own = {"ntkjax", "model"} | ({"adapter"} if command not in FRESH else set())
         assert json.loads((begun[command] / "inputs.json").read_text()).keys() == {*own, *flags}, command
 
 
