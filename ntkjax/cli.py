@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+OUT_OF_MEMORY = "out of memory: lower --token-budget or --train.micro-batch-tokens, or use --remat"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the command; returns the exit code."""
@@ -49,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except MemoryError:
-        return _fail("out of memory: lower --token-budget or --train.micro-batch-tokens, or use --remat")
+        return _fail(OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # so the runtime of a device says it, in a class of its own
+            raise
+        return _fail(f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})")
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -24,6 +24,8 @@ ROW_LENGTH = 2048
 TOKENS_A_SLOT = 32
 """A row has a slot for every so many tokens; data of shorter examples get more where they would need more batches."""
 MIN_SLOTS = 16
+FEWEST_TOKENS = 8192
+"""Tokens of a batch at least, as far as the budget goes, however few the examples are."""
 MAX_LENGTHS = 3
 """Fixed lengths at most, whatever the longest example."""
 
@@ -79,8 +81,10 @@ def lay_out(
     """The layout for these examples, and all of them filled into its batches.
 
     Rows of ``row_length`` tokens, or of the power of two of which ``token_budget`` holds ``row_multiple``; as many as
-    the budget holds, a multiple of ``row_multiple``; longer rows only where an example needs them. S is the row's
-    length over `TOKENS_A_SLOT` (at least `MIN_SLOTS`), doubled as long as that may save a batch.
+    the budget holds, a multiple of ``row_multiple``; longer rows only where an example needs them. Where fewer rows
+    hold all examples of that length, a power of two of them is enough, but at least `FEWEST_TOKENS` as far as the
+    budget goes: small data share one shape, and a large budget is not spent on empty rows. S is the row's length over
+    `TOKENS_A_SLOT` (at least `MIN_SLOTS`), doubled as long as that may save a batch.
 
     Raises:
       ConfigError: a budget or a multiple below 1.
@@ -97,6 +101,7 @@ def lay_out(
         layout = RowLayout(fixed, rows, slots)
         found = first_fit(lengths, fixed, slots)
         if slots >= base or not _starved(lengths, layout, *found):
+            layout = dataclasses.replace(layout, rows=_enough(layout, found[1], row_multiple))
             return layout, _batches(layout, *found)
         slots *= 2
 
@@ -107,6 +112,16 @@ def fill(lengths: Int[np.ndarray, " n"], layout: RowLayout) -> list[FilledBatch]
     A batch may have empty rows at its end, so that every batch of one length has one shape.
     """
     return _batches(layout, *first_fit(lengths, layout.lengths, layout.slots))
+
+
+def _enough(layout: RowLayout, capacity: Int[np.ndarray, " R"], row_multiple: int) -> tuple[int, ...]:
+    """Rows of a batch at each length, no more than rows of these capacities need: see `lay_out`."""
+    enough = []
+    for length, rows in zip(layout.lengths, layout.rows):
+        needed = -(-int(np.sum(capacity == length)) // row_multiple)
+        fewest = max(1, FEWEST_TOKENS // length // row_multiple)
+        enough.append(min(rows, row_multiple * max(fewest, 1 << max(needed - 1, 0).bit_length())))
+    return tuple(enough)
 
 
 def _starved(

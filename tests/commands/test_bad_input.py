@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 from ntkjax.cli import main
@@ -162,3 +163,18 @@ def test_the_installed_command_prints_one_line_and_exits_with_2(files, tmp_path)
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("ntkjax: error: 'nowhere'")]
+
+
+def test_a_device_out_of_memory_says_what_to_lower(monkeypatch, capsys):
+    def start():
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr("ntkjax.parallel.start", start)
+    words = ["show", "--model", "m", "--data", "d"]
+    said = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    assert main(words) == 2
+    found = capsys.readouterr().err
+    assert "lower --token-budget" in found and "allocating 9 bytes" in found
+    said = "INTERNAL: another failure of the runtime, which is none of the user's"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(words)

@@ -73,6 +73,18 @@ def test_shapes_do_not_depend_on_the_data():
         lay_out(np.full(4, 100), 0)
 
 
+def test_a_large_budget_is_not_spent_on_empty_rows():
+    """One row is needed, then five: a batch has the fewest tokens, or the next power of two of the rows."""
+    shapes = lambda lengths, budget, **options: {
+        (batch.rows, batch.length) for batch in lay_out(np.asarray(lengths), budget, **options)[1]
+    }
+    assert shapes([40] * 24, 1_000_000) == shapes([40] * 24, 8192) == {(4, 2048)}
+    assert shapes([2000] * 5, 1_000_000) == {(8, 2048)} and shapes([2000] * 5, 3 * 2048) == {(3, 2048)}
+    assert shapes([2000] * 5, 1_000_000, row_multiple=3) == {(6, 2048)}
+    assert shapes([2000] * 5 + [5000], 1_000_000) == {(4, 2048), (1, 8192)}  # the long row takes one of the others
+    assert shapes([40] * 24, 1) == {(1, 64)}
+
+
 def dataset(count: int = 60, longest: int = 40, seed: int = 0) -> TokenisedDataset:
     rng = np.random.default_rng(seed)
     tokens = [rng.integers(1, 99, rng.integers(2, longest + 1)).tolist() for _ in range(count)]
