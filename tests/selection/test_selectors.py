@@ -1,12 +1,12 @@
 """Selection methods on a small model: what is scored, chosen, kept and reported."""
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from ntkjax.data import TokenisedDataset
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS, described, rank, select_top
 from ntkjax.selection.diagnostics import examples
@@ -26,30 +26,19 @@ def test_whole_pool_scores_are_the_row_means_of_the_kernel(kernel, small):
 
 
 def test_a_mean_gradient_is_taken_in_batches_of_its_own_size(make, monkeypatch):
-    """However large the batches of the forward passes: here rows of at most 8 tokens, and at most 16 tokens a batch."""
-    problem = make(token_budget=4096)
+    """However large the batches of the forward passes: here at most 16 tokens a batch."""
+    problem, asked = make(token_budget=4096), []
     whole = METHODS["ntk"](stage1="off", pool_sample=8)(problem)
-    asked = []
+    batches = TokenisedDataset.batches
 
-    class Watched:
-        def __init__(self, data):
-            self.data = data
+    def watched(self, *, token_budget, **rest):
+        plan = batches(self, token_budget=token_budget, **rest)
+        asked.append((token_budget, max(batch.tokens.size for batch in plan)))
+        return plan
 
-        def __getattr__(self, name):
-            return getattr(self.data, name)
-
-        def __len__(self):
-            return len(self.data)
-
-        def batches(self, *, token_budget, **rest):
-            plan = self.data.batches(token_budget=token_budget, **rest)
-            asked.append((token_budget, max(batch.tokens.size for batch in plan)))
-            return plan
-
+    monkeypatch.setattr(TokenisedDataset, "batches", watched)
     monkeypatch.setattr("ntkjax.selection.base.GRADIENT_TOKENS", 16)
-    problem = make(token_budget=4096)
-    watched = dataclasses.replace(problem, domain=Watched(problem.domain), pool=Watched(problem.pool))
-    parts = METHODS["ntk"](stage1="off", pool_sample=8)(watched)
+    parts = METHODS["ntk"](stage1="off", pool_sample=8)(problem)
     assert {budget for budget, _ in asked} == {16, 4096}  # domain and sample of the pool, scores
     assert all(largest <= 16 for budget, largest in asked if budget == 16)
     np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-4, atol=1e-5)
