@@ -3,11 +3,12 @@
 Question   what attention costs by each implementation; tokens per second of a forward pass, of the score (forward mode,
            one tangent), of the mean gradient, of a training step and of per-example LoRA gradients with their sketch,
            for models of 0.6 and 8 billion parameters in bfloat16; how much of the matrix unit that is; whether bfloat16
-           keeps the order of the scores; what 1.8 million examples would take; with --adapt, how busy the device is in
-           a whole comparison.
+           keeps the order of the scores; what 1.8 million examples would take; with --adapt, how much of the time the
+           device works in a whole comparison.
 Command    make bench-gpu; without installing anything: python3 experiments/bench_gpu.py (needs jax, flax, optax, numpy,
            scipy, jaxtyping, safetensors, tqdm; nothing else; --adapt needs the package). --tiny: a shape for a CPU.
-           --minutes 6: what does not fit is left out and named. The most telling lines come first.
+           --minutes 6: what does not fit is left out and named. The most telling lines come first, and before all
+           the comparison: --adapt, the last option, takes the words of `ntkjax adapt`.
 Result     a Markdown table, and build/bench_gpu.json, written anew after every line.
 """
 
@@ -19,8 +20,11 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -272,6 +276,29 @@ def peak_memory() -> int | None:
     return None if stats is None else stats.get("peak_bytes_in_use")
 
 
+SAMPLE = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200")
+
+
+def watch_adapt(words: list[str], minutes: float) -> dict:
+    """How long `ntkjax adapt` with these words took, at most so many minutes, and how much of that the first device
+    worked: ``busy``, the share of samples (five a second) in which any program ran; None without nvidia-smi."""
+    seconds, began = None if math.isinf(minutes) else 60 * minutes, time.monotonic()
+    with tempfile.TemporaryFile("w+") as said:
+        sampler = subprocess.Popen(SAMPLE, stdout=said) if shutil.which(SAMPLE[0]) else None
+        try:
+            code = subprocess.run([sys.executable, "-m", "ntkjax", "adapt", *words], timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if sampler is not None:
+                sampler.terminate()
+                sampler.wait()
+        said.seek(0)
+        used = [int(line) for line in said if line.strip().isdigit()]
+    busy = sum(share > 0 for share in used) / len(used) if used else None
+    return {"words": words, "exit_code": code, "seconds": time.monotonic() - began, "samples": len(used), "busy": busy}
+
+
 def order_kept(config: ModelConfig, examples: int, length: int, attention: str) -> dict:
     """Spearman of the scores in bfloat16 and in float32, of one model whose weights bfloat16 holds exactly."""
     small = dataclasses.replace(config, num_layers=min(4, config.num_layers))
@@ -336,6 +363,11 @@ def markdown(result: dict, devices: int) -> str:
         numbers = f"{r['tokens_per_second']:,.0f} | {r['tflops']:.3g} | {cell(share, '.1f')}{'%' if share else ''}"
         spread = f"{100 * (r['most'] - r['least']) / r['seconds']:.0f}%"
         lines.append(f"{head} {numbers} | {r['first_call']:.1f} | {spread} | {cell(gib(r['peak_bytes']), '.2f')} |")
+    if (adapt := result["adapt"]) is not None:
+        end = "stopped" if adapt["exit_code"] is None else f"exit code {adapt['exit_code']}"
+        work = "no nvidia-smi" if adapt["busy"] is None else f"the device worked in {100 * adapt['busy']:.0f}%"
+        told = f"{adapt['seconds']:.0f} s ({end}), {work} of {adapt['samples']} samples"
+        lines += ["", f"`ntkjax adapt {' '.join(adapt['words'])}`: {told}."]
     order = result["float32_against_bfloat16"]
     if order is not None:
         sample = f"{order['layers']} layers, {order['examples']} examples of {order['length']} tokens"
@@ -379,6 +411,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens-per-example", type=int, default=300, help="of that pool")
     parser.add_argument("--devices", type=int, default=64, help="of the pod that is planned for")
     parser.add_argument("--out", type=Path, default=Path("build/bench_gpu.json"))
+    parser.add_argument("--adapt", nargs=argparse.REMAINDER, default=None, help="words of `ntkjax adapt`, to watch it")
     return parser.parse_args()
 
 
@@ -399,7 +432,10 @@ def chosen_lines(options: argparse.Namespace) -> list[tuple[str, int, str, str, 
 
 def main(options: argparse.Namespace) -> dict:
     """Measure, print, write."""
-    began, device, models = time.monotonic(), jax.devices()[0], TINY if options.tiny else MODELS
+    began, models = time.monotonic(), TINY if options.tiny else MODELS
+    # First, while the device's memory is nobody's: this process takes most of it.
+    adapt = None if options.adapt is None else watch_adapt(options.adapt, options.minutes)
+    device = jax.devices()[0]
     options.tokens = options.tokens or (128 if options.tiny else 16384)
     options.attention = options.attention or (["dual", "xla", "cudnn"] if device.platform == "gpu" else ["xla"])
     late = lambda: time.monotonic() - began > 60 * options.minutes
@@ -410,6 +446,7 @@ def main(options: argparse.Namespace) -> dict:
         "jax": jax.__version__,
         "dtype": options.dtype,
         "peak_tflops": peak_tflops(device.device_kind),
+        "adapt": adapt,
         "attention": [],
         "rows": [],
         "float32_against_bfloat16": None,

@@ -1,8 +1,8 @@
 """Rows of one fixed length, each filled with several whole examples: one compiled program a pass, hardly any padding.
 
 First-fit decreasing: the longest example first, ties in the given order, each into the first row that has room, else
-into a new one. Rows have fixed lengths that hardly depend on the data (`RowLayout`), so that passes over other data
-are the same program.
+into a new one. Rows have fixed lengths that hardly depend on the data (`RowLayout`), and a batch as many as the budget
+holds, fewer only where all examples need fewer: passes over other data are mostly the same program.
 """
 
 from __future__ import annotations

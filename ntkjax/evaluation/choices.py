@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.data.batches import most_buckets, plan_batches
 from ntkjax.data.buckets import round_up
@@ -88,6 +88,19 @@ def token_log_probs(
     [B, T, V] is never formed. Model functions and weights are arguments: one compilation for each batch
     shape. Logits are capped where ``head_fn`` has a ``logit_cap`` (`ModelFn.logit_cap`).
     """
+    return token_scores(states_fn, head_fn, params, batch, predictor, target)[0]
+
+
+@jax.jit
+def token_scores(
+    states_fn: Callable,
+    head_fn: Callable,
+    params: Params,
+    batch: Batch,
+    predictor: Int[ArrayLike, "B M"],
+    target: Int[ArrayLike, "B M"],
+) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
+    """`token_log_probs`, and whether no token is likelier than the target there, [B, M] each."""
     cap = getattr(head_fn, "logit_cap", None)
     predictor, target = jnp.asarray(predictor), jnp.asarray(target)
     states, head = states_fn(params, batch), at_least_float32(head_fn(params))
@@ -95,13 +108,15 @@ def token_log_probs(
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = hidden.astype(dtype), head.astype(dtype)
 
-    def one(pair: tuple[Array, Array]) -> Array:
+    def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), cap)
-        return logits[pair[1]] - jax.nn.logsumexp(logits)
+        best = jnp.argmax(logits).astype(pair[1].dtype) == pair[1]
+        return logits[pair[1]] - jax.nn.logsumexp(logits), best
 
     flat = (hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1))
     block = max(1, min(flat[1].size, LOGIT_ELEMENTS // head.shape[0]))
-    return jax.lax.map(one, flat, batch_size=block).reshape(target.shape)
+    log_probs, best = jax.lax.map(one, flat, batch_size=block)
+    return log_probs.reshape(target.shape), best.reshape(target.shape)
 
 
 def score_packed(

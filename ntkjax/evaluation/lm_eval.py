@@ -15,29 +15,28 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+import yaml
 from tqdm import tqdm
 
-from ntkjax.data.batches import plan_batches
+from ntkjax.data.batches import most_buckets, plan_batches
 from ntkjax.data.buckets import round_up
 from ntkjax.data.prompts import end_token
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.evaluation.choices import LOGIT_ELEMENTS
+from ntkjax.evaluation.choices import token_scores
 from ntkjax.evaluation.metrics import right_or_wrong
 from ntkjax.evaluation.options import TaskOptions
 from ntkjax.evaluation.significance import bootstrap_mean, paired_bootstrap, wilson_interval
 from ntkjax.files import plain, read_json, write_json, write_jsonl
 from ntkjax.models.generate import generate
-from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped
+from ntkjax.types import Batch, Params, as_pytree_fn
 
 BACKEND = "ntkjax"
 """The name under which lm-eval finds the backend."""
@@ -67,38 +66,6 @@ def harness() -> Any:
 # -- log-likelihoods --
 
 
-@jax.jit
-def token_scores(
-    states_fn: Callable,
-    head_fn: Callable,
-    params: Params,
-    batch: Batch,
-    predictor: Int[ArrayLike, "B M"],
-    target: Int[ArrayLike, "B M"],
-) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
-    """log p(target) at the predictor positions in nats, float32 or better, and whether no token is likelier there.
-
-    As `ntkjax.evaluation.choices.token_log_probs`: the states are gathered first, and the head runs over blocks of
-    positions, so [B, T, V] is never formed.
-    """
-    cap = getattr(head_fn, "logit_cap", None)
-    predictor, target = jnp.asarray(predictor), jnp.asarray(target)
-    states, head = states_fn(params, batch), at_least_float32(head_fn(params))
-    hidden = at_least_float32(jnp.take_along_axis(states, predictor[:, :, None], axis=1))
-    dtype = jnp.promote_types(hidden.dtype, head.dtype)
-    hidden, head = hidden.astype(dtype), head.astype(dtype)
-
-    def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), cap)
-        best = jnp.argmax(logits).astype(pair[1].dtype) == pair[1]
-        return logits[pair[1]] - jax.nn.logsumexp(logits), best
-
-    flat = (hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1))
-    block = max(1, min(flat[1].size, LOGIT_ELEMENTS // head.shape[0]))
-    found, best = jax.lax.map(one, flat, batch_size=block)
-    return found.reshape(target.shape), best.reshape(target.shape)
-
-
 def score(
     model: Any,
     params: Params,
@@ -106,13 +73,14 @@ def score(
     *,
     max_length: int,
     token_budget: int,
-    max_buckets: int = 6,
+    max_buckets: int | None = None,
     progress: bool = False,
 ) -> list[tuple[float, bool]]:
     """log p(continuation | context) in nats, and whether greedy decoding gives the continuation, of token ids.
 
     The model reads the last ``max_length`` tokens of context + continuation without its last token, as lm-eval's
-    backend for transformers does. Batches are grouped by length; each length compiles once.
+    backend for transformers does. Batches are grouped by length; each length compiles once (``max_buckets`` of
+    them; None: 6 on a CPU, fewer where compilation is dear).
 
     Raises:
       UserError: an empty context or continuation, or a continuation longer than ``max_length``.
@@ -125,7 +93,8 @@ def score(
             )
     rows = [([*context, *continuation][-(max_length + 1) :][:-1], continuation) for context, continuation in pairs]
     lengths = np.asarray([len(tokens) for tokens, _ in rows], np.int32)
-    plan = plan_batches(lengths, np.arange(len(rows)), token_budget, max_buckets) if rows else []
+    buckets = most_buckets(6) if max_buckets is None else max_buckets
+    plan = plan_batches(lengths, np.arange(len(rows)), token_budget, buckets) if rows else []
     scored: dict[int, int] = {}
     for planned in plan:
         most = max(len(rows[i][1]) for i in planned.indices)
@@ -519,7 +488,8 @@ def run_tasks(
 
 
 def task_digests(names: Sequence[str]) -> dict[str, str]:
-    """What decides the results of tasks besides the model: lm-eval's version, and digests of tasks that are files.
+    """What decides the results of tasks besides the model: lm-eval's version, and digests of tasks that are files, of
+    the files that these include, and of the data files on this machine that they name.
 
     Raises:
       UserError: lm-eval is not installed, or a file is not there.
@@ -528,10 +498,35 @@ def task_digests(names: Sequence[str]) -> dict[str, str]:
     found = {"lm-eval": metadata.version("lm_eval")}
     for name in names:
         if name.endswith((".yaml", ".yml")):
-            if not Path(name).is_file():
-                raise UserError(f"--tasks: {name}: no such file; expected a YAML file of a task; correct the path")
-            found[name] = blake2b(Path(name).read_bytes(), digest_size=8).hexdigest()
+            for path in _files_of(Path(name)):
+                found[str(path)] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
     return found
+
+
+def _files_of(task: Path) -> Iterator[Path]:
+    """The YAML file of a task, the one it includes, and the data files that it names and that are on this machine."""
+    if not task.is_file():
+        raise UserError(f"--tasks: {task}: no such file; expected a YAML file of a task; correct the path")
+    yield task
+    try:
+        content = yaml.load(task.read_text(encoding="utf-8"), _TaskYaml)  # of safe_load's tags, and `!function` as None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks: {task}: no YAML of a task ({str(error).splitlines()[0]}); mend it") from error
+    content = content if isinstance(content, dict) else {}
+    if isinstance(content.get("include"), str):
+        yield from _files_of(task.parent / content["include"])
+    named = (content.get("dataset_kwargs") or {}).get("data_files")
+    for name in jax.tree.leaves(named):
+        if isinstance(name, str):
+            where = Path(Path(name).anchor)  # a pattern, from the root or the working directory
+            yield from sorted(path for path in where.glob(str(Path(name).relative_to(where))) if path.is_file())
+
+
+class _TaskYaml(yaml.SafeLoader):
+    """YAML with lm-eval's own tags, whose values are left out."""
+
+
+_TaskYaml.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def load_tasks(options: TaskOptions) -> Tasks:

@@ -157,19 +157,11 @@ class PackedBatch:
 
 
 def collate(packed: Sequence[Packed], rows: np.ndarray, n_rows: int, length: int, scored: int) -> PackedBatch:
-    """Right-pad ``packed[rows]`` to ``n_rows`` x ``length`` with ``scored`` predictions a row."""
-    tokens, segments, positions = (np.zeros((n_rows, length), np.int32) for _ in range(3))
-    predictor, target = (np.zeros((n_rows, scored), np.int32) for _ in range(2))
-    lengths, index = np.ones(n_rows, np.int32), np.full(n_rows, -1, np.int32)
-    for r, i in enumerate(rows):
-        p = packed[i]
-        t, m = p.tokens.size, p.target.size
-        tokens[r, :t], segments[r, :t], positions[r, :t] = p.tokens, p.segments, p.positions
-        predictor[r, :m], target[r, :m] = p.predictor, p.target
-        lengths[r], index[r] = t, i
-    batch = Batch(tokens, np.zeros((n_rows, length), bool), lengths, index, segments, positions)
+    """Right-pad ``packed[rows]`` to ``n_rows`` x ``length`` with ``scored`` predictions a row, one example a row."""
     members = np.asarray(rows, dtype=np.int64)
-    return PackedBatch(batch, predictor, target, members, np.arange(len(members)), np.zeros(len(members), np.int64))
+    found = collate_rows(packed, FilledBatch(length, n_rows, 1, members, np.arange(len(members))), scored)
+    batch = dataclasses.replace(found.batch, examples=None, lengths=np.maximum(found.batch.lengths, 1))
+    return dataclasses.replace(found, batch=batch)
 
 
 def collate_rows(packed: Sequence[Packed], filled: FilledBatch, scored: int) -> PackedBatch:

@@ -143,7 +143,7 @@ def sums_by_example(
 def pool(values: Float[Array, "R T *rest"], mask: Bool[Array, "R T"], batch: Batch) -> Float[Array, "B *rest"]:
     """Mean over the masked positions of each example; exactly 0 where there are none."""
     counts = jnp.maximum(count_positions(batch, mask), 1).astype(values.dtype)
-    if batch.examples is None:
+    if batch.examples is None:  # a plain sum, bit for bit as in runs from before packing, which may go on
         extra = (1,) * (values.ndim - 2)
         kept = jnp.where(mask.reshape(mask.shape + extra), values, jnp.zeros((), values.dtype))
         sums = jnp.sum(kept, axis=1)

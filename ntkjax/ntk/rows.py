@@ -100,6 +100,7 @@ class _RowSink:
         self.rows, self.store, self.what, self.again = rows, store, what, again
         self.values: np.ndarray | None = None
         self.bad: list[int] = []
+        self.suspects: list[int] = []  # not finite in a packed row; `again` tells which are so by themselves
 
     def write(self, index: np.ndarray, values: np.ndarray) -> None:
         real = index >= 0
@@ -107,7 +108,7 @@ class _RowSink:
         if index.size and index.max() >= self.rows:
             raise ValueError(f"batch holds row {index.max()}, but rows={self.rows}")
         finite = np.isfinite(values).all(axis=1)
-        self.bad += index[~finite].tolist()
+        (self.bad if self.again is None else self.suspects).extend(index[~finite].tolist())
         index, values = index[finite], values[finite]
         if self.store is not None:
             self.store.write(index, values)
@@ -115,23 +116,23 @@ class _RowSink:
             if self.values is None:
                 self.values = np.full((self.rows, values.shape[1]), np.nan, values.dtype)
             self.values[index] = values
-        if len(self.bad) >= MAX_BAD_ROWS:
+        if len(self.suspects) >= MAX_BAD_ROWS:
             self.try_again()
         if len(self.bad) >= MAX_BAD_ROWS:
             raise NonFiniteError(self.what, self.bad, stopped=True)
 
     def try_again(self) -> None:
-        """Compute what was not finite once more, each example in a row of its own."""
-        if self.again is None or not self.bad:
+        """Compute the suspects once more, each in a row of its own."""
+        if not self.suspects:
             return
-        bad, again = np.unique(self.bad), self.again
-        self.bad, self.again = [], None
-        for index, values in again(bad):
+        suspects, again = np.unique(self.suspects), self.again
+        assert again is not None
+        self.suspects, self.again = [], None
+        for index, values in again(suspects):
             self.write(index, np.asarray(values))
         self.again = again
 
     def check(self) -> None:
-        self.try_again()
         if self.bad:
             raise NonFiniteError(self.what, self.bad)
 

@@ -18,7 +18,14 @@ from ntkjax.assets import tiny_lm_path
 from ntkjax.commands.evaluate import COMMAND, EvaluateConfig
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation import lm_eval
-from ntkjax.evaluation.lm_eval import Continuation, TaskResult, compare_tasks, rolling_windows, score
+from ntkjax.evaluation.lm_eval import (
+    Continuation,
+    TaskResult,
+    compare_tasks,
+    rolling_windows,
+    score,
+    task_digests,
+)
 from ntkjax.evaluation.options import TaskOptions
 from ntkjax.models import LoraConfig, generate, load_lm, save_adapter
 from ntkjax.pipeline.options import ModelOptions
@@ -27,11 +34,14 @@ TINY = str(tiny_lm_path())
 has = lambda name: importlib.util.find_spec(name) is not None
 needs_harness = pytest.mark.skipif(not has("lm_eval"), reason="lm-eval is not installed")
 
-CHOICES = """
-task: local_choices
+LOCAL = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
+"""
+CHOICES = (
+    LOCAL
+    + """task: local_choices
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: choices
@@ -39,27 +49,26 @@ doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}},
               {{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
 """
-TEXTS = """
-task: local_texts
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
+)
+TEXTS = (
+    LOCAL
+    + """task: local_texts
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{question}}}} {{{{question}}}} {{{{question}}}}"
 metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}]
 """
-ANSWERS = """
-task: local_answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
+)
+ANSWERS = (
+    LOCAL
+    + """task: local_answers
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[answer]}}}}"
 generation_kwargs: {{until: ["\\n", "."], max_gen_toks: 8, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +285,20 @@ def test_lm_eval_finds_the_backend_by_its_name():
     with pytest.raises(ConfigError, match="either a model or pretrained"):
         lm_eval.backend()()
     assert isinstance(jax.tree.leaves(lm.model.params)[0], jax.Array)
+
+
+@needs_harness
+def test_a_task_is_its_file_what_it_includes_and_its_data(tmp_path):
+    (tmp_path / "data-1.jsonl").write_text("1")
+    (tmp_path / "common.yaml").write_text(f"dataset_kwargs: {{data_files: {{test: {tmp_path}/data-*.jsonl}}}}")
+    task = tmp_path / "task.yaml"
+    task.write_text("task: t\ninclude: common.yaml\ndoc_to_text: !function utils.text\n")
+    first = task_digests((str(task),))
+    assert len(first) == 4 and task_digests((str(task),)) == first
+    for name, text in (("data-1.jsonl", "2"), ("common.yaml", "{}"), ("task.yaml", "task: u")):
+        before = task_digests((str(task),))
+        (tmp_path / name).write_text(text)
+        assert task_digests((str(task),)) != before
+    task.write_text("a: [")
+    with pytest.raises(UserError, match=r"task\.yaml: no YAML of a task"):
+        task_digests((str(task),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,21 @@ def test_what_no_time_is_left_for_is_named(bench, tmp_path, capsys, monkeypatch)
     result = run(bench, tmp_path, monkeypatch, "--passes", "score", "--order", "0", "--minutes", "0")
     assert result["rows"] == [] and len(result["left_out"]) == 2
     assert "Left out, the time being up: tiny T=16 full xla score" in capsys.readouterr().out
+
+
+def test_a_comparison_is_watched(bench, tmp_path, monkeypatch):
+    """A stand-in for nvidia-smi, which says of five samples that the device worked in two."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0\\n7\\n0\\n100\\n0\\n'\nexec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
+    found = bench.watch_adapt(["--help"], 5)
+    assert (found["exit_code"], found["samples"], found["busy"]) == (0, 5, 0.4) and found["seconds"] > 0
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    found = bench.watch_adapt(["--no-such-flag"], 5)
+    assert found["exit_code"] == 2 and found["busy"] is None
+    assert bench.watch_adapt(["--help"], 1e-4)["exit_code"] is None
 
 
 @pytest.mark.slow

@@ -341,6 +341,14 @@ def family_cases() -> dict[str, Case]:
             "dynamic scaling, which is none up to max_position_embeddings",
             **FAR,
         ),
+        **expert_cases(plain, used, biased),
+    }
+
+
+def expert_cases(plain: dict, used: dict, biased: dict) -> dict[str, Case]:
+    """Families with routed experts; the arguments are settings of `family_cases`."""
+    t = transformers
+    return {
         "mixtral": Case(
             t.MixtralConfig(**{**plain, "num_hidden_layers": 2, "intermediate_size": 20}, num_local_experts=4),
             "two of four experts",

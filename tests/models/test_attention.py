@@ -11,7 +11,7 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.models.attention import attend, resolve
-from ntkjax.models.attention.dual import Blocks, any_mode_attention, dual_attention, fused
+from ntkjax.models.attention.dual import Blocks, dual_attention, fused
 from ntkjax.models.config import ModelConfig
 from ntkjax.models.lm import init_lm
 from ntkjax.models.lora import LoraConfig
@@ -110,7 +110,7 @@ def test_bfloat16_differs_by_its_rounding():
 def test_jvp_and_vmap_of_the_tangents_reach_the_kernel(tangents):
     """Under jax.jvp alone, and under jax.vmap of the tangents, of which one launch holds two of 32 float32 numbers."""
     primals, moved = draw(1, 20, 2, 1, 32, tangents=tangents)
-    run = lambda *x: dual_attention(*x, None, 0.5, None, True)
+    run = lambda *x: dual_attention(*x, None, 0.5, forward_mode=True, interpret=True)
     push = lambda *t: jax.jvp(run, primals, t)
     plain = lambda *x: formula(*x, None, 0.5, None)
     program = jax.make_jaxpr(jax.vmap(push, out_axes=(None, 0)))(*moved)
@@ -124,7 +124,8 @@ def test_jvp_and_vmap_of_the_tangents_reach_the_kernel(tangents):
 def test_jvp_under_vmap_of_the_primals_too():
     """Then each row has primals of its own, and nothing to share."""
     primals, moved = draw(3, 12, 2, 1, 16)
-    run = lambda q, k, v: dual_attention(q[None], k[None], v[None], None, 0.5, None, True)[0]
+    one = lambda *x: dual_attention(*x, None, 0.5, forward_mode=True, interpret=True)
+    run = lambda *x: one(*(each[None] for each in x))[0]
     got = jax.vmap(lambda p, t: jax.jvp(run, p, t)[1])(primals, tuple(t[0] for t in moved))
     plain = lambda *x: formula(*x, None, 0.5, None)
     np.testing.assert_allclose(got, jax.jvp(plain, primals, tuple(t[0] for t in moved))[1], atol=2e-5)
@@ -134,7 +135,7 @@ def test_jvp_under_vmap_of_the_primals_too():
 def test_any_mode_has_the_kernels_value_and_derivatives_that_transpose(soft_cap):
     primals, moved = draw(2, 40, 4, 2, 16)
     starts = packed_starts(2, (25, 15))
-    run = lambda *x: any_mode_attention(*x, starts, 0.5, soft_cap, True)
+    run = lambda *x: dual_attention(*x, starts, 0.5, soft_cap, forward_mode=False, interpret=True)
     plain = lambda *x: formula(*x, starts, 0.5, soft_cap)
     value, pull = jax.vjp(run, *primals)
     expected, pull_plain = jax.vjp(plain, *primals)

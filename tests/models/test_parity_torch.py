@@ -151,6 +151,14 @@ def test_peft_reads_our_adapter_and_transformers_our_merge(name: str, lora: Lora
     assert np.abs(torch_logits(torch_model(folder), tokens()) - theirs).max() > 0.1
 
 
+def draw_adapter(model, size: float) -> None:
+    """Both factors of every adapter, normal of this standard deviation."""
+    torch.manual_seed(3)
+    for key, p in model.named_parameters():
+        if "lora_" in key:
+            p.data.copy_(size * torch.randn(p.shape))
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_we_read_adapters_that_peft_wrote(name: str, tmp_path: Path) -> None:
     folder = checkpoint(name, tmp_path)
@@ -158,10 +166,7 @@ def test_we_read_adapters_that_peft_wrote(name: str, tmp_path: Path) -> None:
     options = options or {"target_modules": ["q_proj", "o_proj", "up_proj"], "use_rslora": True}
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=7, **options)
     theirs = peft.get_peft_model(torch_model(folder), config)
-    torch.manual_seed(3)
-    for key, p in theirs.named_parameters():
-        if "lora_" in key:
-            p.data.copy_(0.15 * torch.randn(p.shape))
+    draw_adapter(theirs, 0.15)
     theirs.save_pretrained(tmp_path / "adapter")
     model = load_lm(folder, lora=adapter_lora_config(tmp_path / "adapter"))
     model = model.with_params(load_adapter(tmp_path / "adapter", model))
@@ -176,10 +181,7 @@ def test_what_peft_writes_of_a_model_with_experts_is_read_or_refused_by_name(nam
     for targets in (["q_proj", "o_proj"], "all-linear"):
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_modules=targets)
         theirs = peft.get_peft_model(torch_model(folder), config)
-        torch.manual_seed(3)
-        for key, p in theirs.named_parameters():
-            if "lora_" in key:
-                p.data.copy_(0.08 * torch.randn(p.shape))
+        draw_adapter(theirs, 0.08)
         theirs.save_pretrained(tmp_path / "adapter")
         if targets == "all-linear":
             with pytest.raises(CheckpointError, match=r"target_parameters = .*gate_up_proj.*fused experts"):

@@ -295,3 +295,20 @@ def test_the_first_line_of_a_pass_says_that_it_compiles(capfd):
         shown = capfd.readouterr().err
         assert number == 1 or ("compiling" in shown) == (number == 0), shown  # 1: the bar moves before it is told
     assert [batch.index[1] for batch in iterate(batches, False, "scores")] == [1, 1, 1]
+
+
+def test_what_is_not_finite_in_a_packed_row_is_computed_again_once():
+    """Rows 0 and 1 lie in one packed row, which the second spoils; by itself the first is finite."""
+    asked, nan = [], float("nan")
+    column = lambda *values: jnp.asarray(values, jnp.float32)[:, None]
+
+    def again(rows):
+        asked.append(rows.tolist())
+        return [(rows, column(*(nan if row == 1 else 7.0 for row in rows)))]
+
+    packed = [(np.array([0, 1]), column(nan, nan)), (np.array([2]), column(1.0))]
+    with pytest.raises(NonFiniteError) as told:
+        collect_rows(packed, rows=3, again=again)
+    assert told.value.rows == [1] and asked == [[0, 1]]
+    good = collect_rows([(np.array([0]), column(nan)), packed[1]], rows=3, again=again)
+    np.testing.assert_array_equal(good[[0, 2]], [[7.0], [1.0]])

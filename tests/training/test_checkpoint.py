@@ -90,30 +90,6 @@ def test_killed_at_random_moments_the_run_ends_the_same(tmp_path, seed):
     assert_same_end(whole, broken)
 
 
-@pytest.fixture
-def run(toy, tmp_path):
-    """A small run in ``tmp_path / "run"`` whose settings can be changed."""
-    nll_fn, params = toy.make_model()
-    settings = {
-        "steps": 6,
-        "batch_size": 4,
-        "learning_rate": 0.1,
-        "eval_every": 2,
-        "save_every": 2,
-        "max_buckets": 1,
-    }
-
-    def go(*, seed=0, train=None, dev=None, resume=True, params=params, nll_fn=nll_fn, domain=None, **changed):
-        config = TrainConfig(**(settings | changed))
-        return fit(
-            nll_fn, params, train or toy.make_data(16, 0), config, seed=seed, dev=dev or toy.make_data(6, 1),
-            domain=domain, out_dir=tmp_path / "run", resume=resume, progress=False,
-        )  # fmt: skip
-
-    go.folder = tmp_path / "run"
-    return go
-
-
 def test_a_finished_run_is_not_run_again(run):
     first = run(buckets=(24,))
     before = (run.folder / "metrics.jsonl").stat()

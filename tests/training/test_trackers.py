@@ -17,32 +17,19 @@ import pytest
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.pipeline.study.grid import _train_dict
-from ntkjax.training import TrainConfig, fit, trackers
+from ntkjax.training import TrainConfig, trackers
 from ntkjax.training.trackers import TRACKERS, Kind, check_tracker
 from ntkjax.training.trackers.base import numbers
 
 
 @pytest.fixture
-def run(toy, tmp_path):
-    """A run of six steps in ``tmp_path / "run"`` with two checkpoints and three evaluations."""
-    nll_fn, params = toy.make_model()
+def run(run):
+    """A run of six steps with two checkpoints and three evaluations, under a tracker."""
 
-    def go(tracker, *, resume=True, **changed):
-        settings = {
-            "steps": 6,
-            "batch_size": 4,
-            "learning_rate": 0.1,
-            "eval_every": 2,
-            "save_every": 2,
-            "max_buckets": 1,
-        }
-        config = TrainConfig(**(settings | changed), tracker=tracker)
-        return fit(
-            nll_fn, params, toy.make_data(16, 0), config, seed=0, dev=toy.make_data(6, 1), out_dir=tmp_path / "run",
-            resume=resume, progress=False,
-        )  # fmt: skip
+    def go(tracker, **changed):
+        return run(tracker=tracker, **changed)
 
-    go.folder = tmp_path / "run"
+    go.folder = run.folder
     return go
 
 

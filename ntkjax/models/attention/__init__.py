@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.models.attention.blocks import attend_blocks
-from ntkjax.models.attention.dual import any_mode_attention, dual_attention, supports
+from ntkjax.models.attention.dual import dual_attention, supports
 
 IMPLEMENTATIONS = ("auto", "xla", "dual", "cudnn", "interpreted")
 
@@ -76,6 +76,6 @@ def attend(
         near = jnp.maximum(row - (window - 1), 0)[None]
         starts = jnp.broadcast_to(near, q.shape[:2]) if starts is None else jnp.maximum(near, starts)
     if shares_tangents(implementation) and mask is None and supports(q.shape[-1], q.dtype):
-        kernel = dual_attention if forward_mode else any_mode_attention
-        return kernel(q, k, v, starts, scale, soft_cap, implementation == "interpreted")
+        interpret = implementation == "interpreted"
+        return dual_attention(q, k, v, starts, scale, soft_cap, forward_mode=forward_mode, interpret=interpret)
     return attend_blocks(q, k, v, mask, starts, scale, soft_cap, forward_mode)

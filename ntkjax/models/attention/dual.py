@@ -71,31 +71,21 @@ def dual_attention(
     starts: Int[Array, "B T"] | None,
     scale: float,
     soft_cap: float | None = None,
+    *,
+    forward_mode: bool,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T) v over the keys starts[t] <= s <= t (None: s <= t), N / K query heads per key/value head.
 
-    Differentiated by ``jax.jvp`` alone, by the recurrence above; ``jax.vmap`` of the tangents computes
-    `tangents_a_launch` of them in one launch. JAX cannot transpose it. Sums are in float32; the weights are rounded to
-    the dtype of ``v`` before they meet it, as `ntkjax.models.attention.blocks` does. ``interpret``: as JAX operations,
-    on any device, slowly.
-    """
-    return _dual(q, k, v, starts, scale, soft_cap, interpret)
+    Sums are in float32; the weights are rounded to the dtype of ``v`` before they meet it, as in `attend_blocks`.
 
-
-def any_mode_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    starts: Int[Array, "B T"] | None,
-    scale: float,
-    soft_cap: float | None = None,
-    interpret: bool = False,
-) -> Float[Array, "B T N H"]:
-    """The value of `dual_attention`, with the derivatives of `attend_blocks`, which JAX can transpose: a forward pass
-    is one launch, and a backward pass makes the weights again, block by block.
+    Args:
+      forward_mode: differentiated by ``jax.jvp`` alone, by the recurrence above; ``jax.vmap`` of the tangents computes
+        `tangents_a_launch` of them in one launch, and JAX cannot transpose it. Otherwise the value is one launch, and
+        the derivatives are those of `attend_blocks`, which make the weights again, block by block.
+      interpret: as JAX operations, on any device, slowly.
     """
-    return _any_mode(q, k, v, starts, scale, soft_cap, interpret)
+    return (_dual if forward_mode else _any_mode)(q, k, v, starts, scale, soft_cap, interpret)
 
 
 def _value(q: Array, k: Array, v: Array, starts: Any, scale: float, soft_cap: float | None, interpret: bool) -> Array:
