@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib.util
 import os
 import sys
@@ -23,7 +24,7 @@ _flags = (
 if version("jaxlib").startswith("0.10."):  # compiles in a third of the time; newer versions abort at the flag
     _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _flags)
-os.environ.setdefault("NTKJAX_PROGRAMS", "off")  # a test is not to be fast because another one ran before
+os.environ.setdefault("NTKJAX_PROGRAMS", "off")  # not the user's own: those of the tests are kept apart, below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -45,8 +46,24 @@ import jax  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
+from ntkjax.pipeline.programs import processor  # noqa: E402
+
 GIGABYTE = 1 << 30
 MAX_REGIONS = 32_000
+
+# Compiled programs are kept from run to run of the suite (`make clean` removes them). The variables are for processes
+# that tests start.
+_programs: dict[str, str | float] = {
+    "jax_compilation_cache_dir": str(PACKAGE.parent / "build" / "test-programs" / processor()),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+if not any(name.upper() in os.environ for name in _programs):
+    for name, value in _programs.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+# Every full collection walks some millions of objects of the libraries: a tenth of the time at Python's own threshold.
+gc.set_threshold(50_000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -32,7 +32,7 @@ def keep_programs() -> Path | None:
     given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if os.environ.get(SWITCH, "").lower() == "off" or given:
         return None
-    folder = default_cache_dir() / "programs" / _processor()
+    folder = default_cache_dir() / "programs" / processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,7 +46,7 @@ def keep_programs() -> Path | None:
     return folder
 
 
-def _processor() -> str:
+def processor() -> str:
     """Eight hexadecimal digits for the machine's kind of processor."""
     try:
         flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))]

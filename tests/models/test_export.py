@@ -32,8 +32,8 @@ def adapted(name: str, **options) -> LanguageModel:
 
 @pytest.mark.parametrize("name", ["llama32-tied", "gpt2-hub"])
 def test_round_trip_gives_the_same_logits(name: str, tmp_path: Path) -> None:
-    """W + s A B is rounded to float32 in the file, not in the model: 1e-5 of the largest logit, as between two float32 sums
-    (how they round depends on the processor)."""
+    """W + s A B is rounded to float32 in the file, not in the model: 1e-5 of the largest logit, as between two float32
+    sums, whose rounding depends on the processor."""
     model = adapted(name)
     save_merged(tmp_path / "m", model, {})
     again = load_lm(tmp_path / "m", lora=None)
