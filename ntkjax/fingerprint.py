@@ -58,7 +58,7 @@ def _checksums(leaf: Array) -> Array:
 
 
 def _checksum(leaf: Array, salt: int) -> Array:
-    bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+    bits = leaf.astype(jnp.uint8) if leaf.dtype in (bool, jnp.uint4) else leaf
     bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * min(bits.dtype.itemsize, 4)}")).astype(jnp.uint32)
     place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):  # not by flattening, which would gather a sharded leaf

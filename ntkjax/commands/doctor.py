@@ -39,9 +39,9 @@ from ntkjax.rng import numpy_rng
 from ntkjax.selection.options import KernelName
 from ntkjax.types import Batch, Params
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 
-BARS: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.0125}
+BARS: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.0125, "int8": 0.1, "nf4": 0.5}
 """How far a result may be from the reference, relative to its largest value.
 
 float32 has 24 bits of significand, an error of 2^-24 = 6e-8 in each operation; the bar leaves room for sums over
@@ -132,7 +132,8 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
     """
     if config.out is not None:
         RunDir.check(config.out, "doctor", config)
-    model = load_model(config.model_options("float32"), seed=config.seed)
+    loaded_as: Dtype = "float32"
+    model = load_model(config.model_options(loaded_as), seed=config.seed)
     data, loaded = examples(config, model)
     run = None
     if config.out is not None:
@@ -143,7 +144,8 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
     others = [(dtype, *setting) for dtype in dict.fromkeys(config.dtypes) for setting in settings(precisions)]
     asked = [first, *(setting for setting in others if setting != first)]
     for dtype, precision, layout in tqdm(asked, desc="doctor", disable=not progress, unit="setting"):
-        if dtype != model.spec.dtype:
+        if dtype != loaded_as:
+            loaded_as = dtype
             model = load_model(config.model_options(dtype), seed=config.seed)
         found = measure(model, data, config, precision, layout)
         if (dtype, precision, layout) == first:

@@ -17,6 +17,8 @@ gathers them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,17 +94,24 @@ def dispatch(chosen: Int[Array, "N K"], experts: int) -> Dispatch:
 
 
 def block_product(
-    x: Float[Array, "C M I"], w: Float[Array, "E I O"], expert: Int[Array, " C"]
+    x: Float[Array, "C M I"],
+    w: Any,
+    expert: Int[Array, " C"],
+    read: Callable[[Any], Array] = lambda w: w,
 ) -> Float[Array, "C M O"]:
     """x_c W_e for each block c and its expert e, accumulated and returned in float32 or better. W is cast to the dtype
     of x.
 
+    Args:
+      w: the experts' weights [experts, in, out], or the arrays [experts, ...] of which ``read`` makes those of some
+        (`ntkjax.models.quantised`).
+
     The blocks' weights are picked anew in the backward pass: kept, they would be a second copy of the model.
     """
 
-    def product(x: Float[Array, "C M I"], w: Float[Array, "E I O"]) -> Float[Array, "C M O"]:
+    def product(x: Float[Array, "C M I"], w: Any) -> Float[Array, "C M O"]:
         dims = (((2,), (1,)), ((0,), (0,)))
-        picked = w[expert].astype(x.dtype)
+        picked = read(jax.tree.map(lambda leaf: leaf[expert], w)).astype(x.dtype)
         wide = float32_or_better(x.dtype)
         return jax.lax.dot_general(x, picked, dims, precision_of(x.dtype), preferred_element_type=wide)
 

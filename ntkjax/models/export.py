@@ -15,6 +15,7 @@ from ntkjax.files import written_folder
 from ntkjax.models.files import write_checkpoint, write_json
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
+from ntkjax.models.quantised import restored, scale_path
 from ntkjax.types import Params
 
 _STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -26,9 +27,10 @@ def save_merged(
     """Write ``model`` with ``params`` (any subset of its tree) as a directory that torch and ``load_lm`` read.
 
     Adapters are added to their kernels, W + scale A B, in float32 or better, and every tensor is cast to the
-    model's dtype. Weights go to model.safetensors, or to shards of at most ``max_shard_size`` bytes and an
-    index. config.json keeps what the model was loaded from and is read by transformers v4 and v5. Tokenizer
-    files, and generation_config.json where the source directory has one, are written too. The host holds one
+    model's dtype (kernels held in 8 or 4 bits: to that of the rest). Weights go to model.safetensors, or to
+    shards of at most ``max_shard_size`` bytes and an index. config.json keeps what the model was loaded from
+    and is read by transformers v4 and v5. Tokenizer files, and generation_config.json where the source
+    directory has one, are written too. The host holds one
     shard at a time.
 
     Raises CheckpointError naming the file that cannot be written; nothing half-written is left then.
@@ -89,7 +91,12 @@ def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, place: tupl
     On the host: accelerators may take float32 products at less than float32 precision.
     """
     take = lambda path: np.asarray(leaves[path][place])
-    value, branch = take(path), path.rsplit("/", 1)[0]
+    branch = path.rsplit("/", 1)[0]
+    if scale_path(path) in leaves:
+        assert model.spec.quantised is not None
+        value = np.asarray(restored(leaves[path][place], leaves[scale_path(path)][place], model.spec.quantised))
+    else:
+        value = take(path)
     if not path.endswith("/kernel") or f"{branch}/lora_a" not in leaves or model.lora_config is None:
         return value
     wide = np.promote_types(leaves[f"{branch}/lora_a"].dtype, np.float32)

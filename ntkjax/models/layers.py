@@ -22,6 +22,7 @@ from ntkjax.models.attention import attend, shares_tangents
 from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.experts import Dispatch, block_product, dispatch, route
 from ntkjax.models.lora import LoraConfig, adapted, lora_delta
+from ntkjax.models.quantised import FORMATS, restored, tiles
 from ntkjax.tangents import unbatched_tangents
 from ntkjax.types import at_least_float32, float32_or_better, precision_of
 
@@ -35,6 +36,7 @@ class ModelSpec:
       remat: recompute each layer in the backward pass instead of keeping its activations.
       attention: one of `ntkjax.models.attention.IMPLEMENTATIONS` but "auto".
       forward_mode: the code is differentiated by ``jax.jvp`` alone (`ntkjax.types.forward_mode`).
+      quantised: one of `ntkjax.models.quantised.FORMATS`, in which the kernels of the blocks are held; None: ``dtype``.
     """
 
     config: ModelConfig
@@ -43,6 +45,7 @@ class ModelSpec:
     remat: bool = False
     attention: str = "xla"
     forward_mode: bool = False
+    quantised: str | None = None
 
     def linears(self) -> tuple[str, ...]:
         """Paths of the linear layers inside a block: "attention/q", ..., "mlp/down"."""
@@ -51,6 +54,10 @@ class ModelSpec:
     def lora_for(self, name: str) -> LoraConfig | None:
         """The adapter of the linear layer ``name``, or None."""
         return self.lora if self.lora is not None and name in self.lora.matches(self.linears()) else None
+
+    def format_of(self, name: str) -> str | None:
+        """The format of the linear layer ``name``, or None: a router chooses by a step, which rounding would move."""
+        return None if name == "mlp/router" else self.quantised
 
 
 @jax.tree_util.register_dataclass
@@ -137,13 +144,25 @@ def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "..
     return jax.lax.dot_general(x, w.astype(x.dtype), dims, precision, preferred_element_type=accumulate)
 
 
+def kernel_leaves(spec: ModelSpec, name: str, stack: tuple[int, ...]) -> tuple[nnx.Param, nnx.Param | None]:
+    """The kernel [*stack, in, out] of a linear layer, and where it holds integers their scales [*stack, tiles, out]."""
+    inputs, outputs, _ = spec.config.linears[name]
+    if (held := spec.format_of(name)) is None:
+        return nnx.Param(jnp.zeros((*stack, inputs, outputs), spec.dtype)), None
+    scales = jnp.zeros((*stack, tiles(inputs), outputs), float32_or_better(spec.dtype))
+    return nnx.Param(jnp.zeros((*stack, inputs, outputs), FORMATS[held])), nnx.Param(scales)
+
+
 class Linear(nnx.Module):
     """x W + b + scale (x A) B; kernel [L, in, out], bias [L, out], lora_a [L, in, r], lora_b [L, r, out]."""
 
     def __init__(self, spec: ModelSpec, name: str):
         layers, lora = spec.config.num_layers, spec.lora_for(name)
         inputs, outputs, bias = spec.config.linears[name]
-        self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs), spec.dtype))
+        self.kernel, scales = kernel_leaves(spec, name, (layers,))
+        self.format = spec.format_of(name)
+        if scales is not None:
+            self.kernel_scale = scales
         self.has_bias, self.scale, self.forward_mode = bias, lora.scale if lora else None, spec.forward_mode
         self.whole_inputs = spec.config.split(f"layers/{name}/kernel").model != -2
         if bias:
@@ -163,6 +182,9 @@ class Linear(nnx.Module):
 
     def product(self, rows: Float[Array, "N I"]) -> Float[Array, "N O"]:
         """rows W + scale (rows A) B in float32 or better."""
+        if self.format is not None:
+            y = restored_product(rows, self.kernel[...], self.kernel_scale[...], self.format)
+            return y if self.scale is None else y + lora_delta(rows, self.lora_a[...], self.lora_b[...], self.scale)
         w = self.kernel[...]
         if self.scale is None:
             return matmul(rows, w)
@@ -171,6 +193,17 @@ class Linear(nnx.Module):
             return adapted(rows, w, a, b, self.scale, self.forward_mode and self.whole_inputs)
         # W + scale A B rounded to 16 bits would lose a small adapter.
         return matmul(rows, w) + lora_delta(rows, a, b, self.scale)
+
+
+def restored_product(
+    rows: Float[Array, "N I"], integers: Array, scales: Float[Array, "K O"], name: str
+) -> Float[Array, "N O"]:
+    """rows W in float32 or better, W the kernel held in the format ``name``.
+
+    W is made anew in the backward pass: kept, that of every layer would be the model in 16 bits.
+    """
+    product = lambda rows, integers, scales: matmul(rows, restored(integers, scales, name))
+    return jax.checkpoint(product, prevent_cse=False)(rows, integers, scales)
 
 
 class RMSNorm(nnx.Module):
@@ -459,14 +492,21 @@ class ExpertLinear(nnx.Module):
         lora = spec.lora_for(name)
         inputs, outputs, _ = spec.config.linears[name]
         stack = (spec.config.num_layers, spec.config.num_experts)
-        self.kernel, self.scale = nnx.Param(jnp.zeros((*stack, inputs, outputs), spec.dtype)), lora and lora.scale
+        self.kernel, scales = kernel_leaves(spec, name, stack)
+        self.format, self.scale = spec.format_of(name), lora and lora.scale
+        if scales is not None:
+            self.kernel_scale = scales
         if lora:
             dtype = float32_or_better(spec.dtype)
             self.lora_a = nnx.Param(jnp.zeros((*stack, inputs, lora.rank), dtype))
             self.lora_b = nnx.Param(jnp.zeros((*stack, lora.rank, outputs), dtype))
 
     def __call__(self, x: Float[Array, "C M I"], to: Dispatch) -> Float[Array, "C M O"]:
-        y = block_product(x, self.kernel[...], to.expert)
+        if self.format is None:
+            y = block_product(x, self.kernel[...], to.expert)
+        else:
+            held, name = (self.kernel[...], self.kernel_scale[...]), self.format
+            y = block_product(x, held, to.expert, lambda held: restored(held[0], held[1], name))
         if self.scale is not None:
             low = block_product(at_least_float32(x), self.lora_a[...], to.expert)
             y = y + self.scale * block_product(low, self.lora_b[...], to.expert)

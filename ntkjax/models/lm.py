@@ -19,6 +19,7 @@ from ntkjax.models.config import DTYPES, ModelConfig
 from ntkjax.models.functions import ModelFn, model_fn, overlay, param_shapes
 from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lora import LoraConfig, init_lora_a, lora_subset
+from ntkjax.models.quantised import COMPUTED_IN, FORMATS, quantised, scale_path
 from ntkjax.parallel import put
 from ntkjax.rng import numpy_rng
 from ntkjax.types import Params
@@ -51,7 +52,8 @@ class LanguageModel:
         "lora_a" [L, in, r], "lora_b" [L, r, out]}, "k", "v", "o", "q_norm", "k_norm"}, "mlp": {"gate", "up",
         "down"}, "norm_1": {"scale" [L, D]}, "norm_2"}, "norm": {"scale" [D]}, "head": {"kernel" [V, D]}}.
         No head where it is tied; learned positions are "wpe"; biases, gate and norms as the layers have them. Of
-        routed experts "mlp" has a "router" too, and the others are [L, experts, ...].
+        routed experts "mlp" has a "router" too, and the others are [L, experts, ...]. Kernels held in 8 or 4 bits are
+        integers, with "kernel_scale" [L, tiles, out] beside them (`ntkjax.models.quantised`).
       tokenizer: a transformers tokenizer, or None.
       mesh: the device mesh the weights are spread over, or None.
       hf_config: the config.json it was loaded from, or None.
@@ -106,6 +108,7 @@ class LanguageModel:
         nothing is selected.
         """
         if which == "all":
+            _refuse_held(self.spec, self.params, which)
             return jax.tree.map(lambda x: x, self.params)
         try:
             chosen = self.lora if which == "lora" else _matching(self.params, re.compile(which), "")
@@ -114,6 +117,7 @@ class LanguageModel:
         if not chosen:
             example = ", ".join(list(paths(self.params))[:4])
             raise UserError(f"parameters {which!r} select nothing; the model has {example}, ...")
+        _refuse_held(self.spec, chosen, which)
         return chosen
 
     def output(self, kind: str, positions: str = "response") -> ModelFn:
@@ -215,13 +219,49 @@ def unflatten(flat: dict[str, Any]) -> dict:
     return tree
 
 
-def check_dtype(dtype: str) -> str:
-    """``dtype`` if it is one that weights may have; ConfigError otherwise."""
+def held_kernels(spec: ModelSpec) -> list[str]:
+    """Paths of the kernels that are held in 8 or 4 bits."""
+    return [f"layers/{name}/kernel" for name in spec.linears() if spec.format_of(name) is not None]
+
+
+def _refuse_held(spec: ModelSpec, chosen: dict, which: str) -> None:
+    """ConfigError where integers or their scales are among the parameters to be trained."""
+    held = {name for path in held_kernels(spec) for name in (path, scale_path(path))} & paths(chosen).keys()
+    if held:
+        raise ConfigError(
+            f"parameters {which!r}: {min(held)} is held as {spec.quantised} and cannot be trained; expected adapters "
+            "(--parameters lora) or floating-point weights (--dtype bfloat16)"
+        )
+
+
+def quantise(model: LanguageModel, name: str) -> LanguageModel:
+    """The model with the kernels of its blocks held in the format ``name``, one of `ntkjax.models.quantised.FORMATS`;
+    all else stays as it is. One kernel at a time is held twice.
+
+    Raises ConfigError for an unknown format, and where they are held in one already.
+    """
+    if name not in FORMATS or model.spec.quantised is not None:
+        raise ConfigError(
+            f"format {name!r} for weights in {model.spec.quantised or model.spec.dtype}: expected "
+            f"{' or '.join(FORMATS)}, of floating-point weights"
+        )
+    spec, leaves = dataclasses.replace(model.spec, quantised=name), paths(model.params)
+    for path in held_kernels(spec):
+        leaves[path], leaves[scale_path(path)] = quantised(leaves[path], name)
+    return dataclasses.replace(model, spec=spec, params=unflatten(leaves))
+
+
+def check_dtype(dtype: str) -> tuple[str, str | None]:
+    """(dtype of what is computed, format of the kernels or None) of a ``dtype`` that weights may have; ConfigError
+    otherwise.
+    """
+    if dtype in FORMATS:
+        return COMPUTED_IN, dtype
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}, auto")
+        raise ConfigError(f"dtype {dtype!r} is not supported; supported: {', '.join([*DTYPES, *FORMATS])}, auto")
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("dtype 'float64' needs double precision: set JAX_ENABLE_X64=1")
-    return dtype
+    return dtype, None
 
 
 def init_leaf(spec: ModelSpec, path: str, shape: jax.ShapeDtypeStruct, seed: int) -> Array:
@@ -256,8 +296,10 @@ def init_lm(
     ``weights``: how they lie on a mesh, see ``parallel.weight_sharding``. ``attention``: one of
     `ntkjax.models.attention.IMPLEMENTATIONS`; ConfigError for another.
     """
-    spec = ModelSpec(config, lora, check_dtype(dtype), remat, resolve(attention, mesh))
+    floating, held = check_dtype(dtype)
+    spec = ModelSpec(config, lora, floating, remat, resolve(attention, mesh))
     flat = paths(param_shapes(spec))
     fresh = lambda path, shape: put(init_leaf(spec, path, shape, seed), path, mesh, config.split(path), weights)
     leaves = {path: fresh(path, shape) for path, shape in flat.items()}
-    return LanguageModel(spec, unflatten(leaves), tokenizer, mesh)
+    model = LanguageModel(spec, unflatten(leaves), tokenizer, mesh)
+    return model if held is None else quantise(model, held)

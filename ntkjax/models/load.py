@@ -26,6 +26,7 @@ from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import LanguageModel, LoadReport, check_dtype, init_leaf, paths, unflatten
 from ntkjax.models.lora import LoraConfig
 from ntkjax.models.names import Source, is_buffer, sources
+from ntkjax.models.quantised import is_scale, quantised, scale_path
 from ntkjax.models.real import REAL, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
 from ntkjax.parallel import put, weight_sharding
@@ -56,7 +57,8 @@ def load_lm(
 
     Args:
       dtype: "float32", "bfloat16", "float16", "float64" (with x64 on), or "auto": the one config.json names,
-        else the file's most common. Norm scales and adapters are kept in float32 or better.
+        else the file's most common. Norm scales and adapters are kept in float32 or better. "int8" or "nf4": the
+        kernels of the blocks are held in 8 or 4 bits (`ntkjax.models.quantised`), all else in bfloat16.
       attention: one of `ntkjax.models.attention.IMPLEMENTATIONS`.
       weights: "tensor" or "fully-sharded", how they are spread over ``mesh``: see ``parallel.weight_sharding``.
 
@@ -74,7 +76,8 @@ def load_lm(
             f"{directory}: config.json asks for {config.num_layers} layers{experts}: there are only {len(tensors)} "
             "tensors"
         )
-    spec = ModelSpec(config, lora, _resolve_dtype(dtype, hf_config, tensors), remat, resolve(attention, mesh))
+    floating, held = _resolve_dtype(dtype, hf_config, tensors)
+    spec = ModelSpec(config, lora, floating, remat, resolve(attention, mesh), quantised=held)
     if lora is not None:
         lora.matches(spec.linears())
     params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)
@@ -185,14 +188,15 @@ def find_tensors(directory: Path) -> dict[str, TensorInfo]:
     return {name: info for header in headers.values() for name, info in header.items()}
 
 
-def _resolve_dtype(dtype: str, hf_config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str:
+def _resolve_dtype(dtype: str, hf_config: dict[str, Any], tensors: dict[str, TensorInfo]) -> tuple[str, str | None]:
+    """As ``check_dtype``, of "auto" too."""
     if dtype != "auto":
         return check_dtype(dtype)
     named = hf_config.get("dtype") or hf_config.get("torch_dtype")
     if isinstance(named, str) and named.removeprefix("torch.") in ("float32", "bfloat16", "float16"):
-        return named.removeprefix("torch.")
+        return named.removeprefix("torch."), None
     counts = collections.Counter(info.dtype for info in tensors.values() if info.is_float)
-    return _FILE_DTYPES[counts.most_common(1)[0][0]] if counts else "float32"
+    return (_FILE_DTYPES[counts.most_common(1)[0][0]] if counts else "float32"), None
 
 
 def _load_params(
@@ -204,9 +208,12 @@ def _load_params(
     _check_shapes(flat, table, tensors)
     leaves = {}
     for path, shape in flat.items():
-        if path in table:
+        if scale_path(path) in flat:
+            stored = path, shape, flat[scale_path(path)], table[path]
+            leaves[path], leaves[scale_path(path)] = _load_quantised(spec, *stored, tensors, mesh, rule)
+        elif path in table:
             leaves[path] = _load_leaf(spec, path, shape, table[path], tensors, mesh, rule)
-        else:
+        elif path not in leaves and not is_scale(path):
             leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, spec.config.split(path), rule)
     counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(spec, info.name))
     parameters = sum(int(np.prod(flat[path].shape)) for path in table)
@@ -295,6 +302,34 @@ def _load_leaf(
         tensor = jax.device_put(_host_tensor(tensors[name], source), rest)
         stack = _write_at(stack, np.asarray(place, np.int32), tensor, source.transpose, sharding)
     return stack
+
+
+def _load_quantised(
+    spec: ModelSpec,
+    path: str,
+    shape: jax.ShapeDtypeStruct,
+    scale_shape: jax.ShapeDtypeStruct,
+    source: Source,
+    tensors: dict[str, TensorInfo],
+    mesh: Mesh | None,
+    rule: str,
+) -> tuple[Array, Array]:
+    """A kernel and its scales, quantised layer by layer: the device holds one layer's in floating point. The scales lie
+    whole on every device of a mesh.
+    """
+    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, spec.config.split(path), rule)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    integers = _zeros(shape.shape, str(shape.dtype), sharding)
+    scales = _zeros(scale_shape.shape, str(scale_shape.dtype), whole)
+    rest = _slice_sharding(sharding, source, len(shape.shape))
+    for place, name in source.names().items():
+        tensor = jax.device_put(_host_tensor(tensors[name], source), rest)
+        kernel = _as_leaf(tensor, source.transpose, str(scale_shape.dtype), None)
+        held, scale = quantised(kernel, spec.quantised)
+        where = np.asarray(place, np.int32)
+        integers = _write_at(integers, where, held, False, sharding)
+        scales = _write_at(scales, where, scale, False, whole)
+    return integers, scales
 
 
 def _host_tensor(info: TensorInfo, source: Source) -> np.ndarray:

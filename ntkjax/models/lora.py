@@ -172,7 +172,12 @@ def lora_subset(params: dict) -> dict:
 
 
 def merge_lora(params: dict, scale: float) -> dict:
-    """The tree without adapters: kernel + scale A B, summed in float32 or better, cast back to the kernel's dtype."""
+    """The tree without adapters: kernel + scale A B, summed in float32 or better, cast back to the kernel's dtype.
+
+    ValueError for kernels held in 8 or 4 bits, which W + scale A B would not fit; `save_merged` writes them.
+    """
+    if "lora_a" in params and "kernel_scale" in params:
+        raise ValueError("kernels in 8 or 4 bits cannot take an adapter up; save_merged writes the sum in 16 bits")
     if "lora_a" in params:
         a, b = at_least_float32(params["lora_a"]), at_least_float32(params["lora_b"])
         kernel = params["kernel"]

@@ -17,6 +17,7 @@ from ntkjax.models.families import FAMILIES, family_of
 from ntkjax.models.families.base import Family
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.layers import ModelSpec
+from ntkjax.models.quantised import is_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,12 @@ class Source:
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
-    """For each parameter path but the adapter's, where it lies in a checkpoint of this architecture."""
+    """For each parameter path but those of adapters and scales, where it lies in a checkpoint of this architecture."""
     family, flat = family_of(spec.config.family), {}
     shares = _shares(family, spec.config, spec.linears())
     for path, shape in _leaves(param_shapes(spec)).items():
         stem, leaf = path.rsplit("/", 1)
-        if leaf in ("lora_a", "lora_b"):
+        if leaf in ("lora_a", "lora_b") or is_scale(path):
             continue
         linear = path.startswith("layers/") and leaf == "kernel"
         name = f"{family.tensors.get(path) or family.tensors[stem]}.{'bias' if leaf == 'bias' else 'weight'}"

@@ -83,7 +83,7 @@ def load_model(options: ModelOptions, *, seed: int) -> LanguageModel:
 
 def trained_parameters(model: LanguageModel, options: ModelOptions) -> Params:
     """theta: the subset of the model's tree that is differentiated and trained."""
-    return model.params if options.parameters == "all" else model.lora
+    return model.select_params(options.parameters)
 
 
 def fresh_parameters(model: LanguageModel, options: ModelOptions, seed: int) -> Params:

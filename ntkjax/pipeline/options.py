@@ -9,6 +9,7 @@ from ntkjax.data.dedup import DedupSettings
 from ntkjax.data.prompts import LossTurns
 from ntkjax.data.rows import Packing
 from ntkjax.errors import ConfigError
+from ntkjax.models.quantised import FORMATS
 from ntkjax.parallel import WeightRule, parse_mesh
 from ntkjax.selection.diversity import DiversityOptions
 from ntkjax.selection.methods import METHODS, all_option_classes
@@ -31,8 +32,9 @@ class ModelOptions:
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Layers that carry LoRA: all-linear (every one but the head), names such as q_proj, or regular expressions."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Dtype of the frozen weights. LoRA factors, norms and softmax stay in float32."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto", "int8", "nf4"] = "float32"
+    """Dtype of the frozen weights. LoRA factors, norms and softmax stay in float32. int8, nf4: the linear layers of the
+    blocks in 8 or 4 bits with a scale for every 64 inputs of an output, all else in bfloat16."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     mesh: str | None = None
@@ -45,6 +47,11 @@ class ModelOptions:
     def __post_init__(self):
         if self.mesh is not None:
             parse_mesh(self.mesh)  # a mistake is told before anything is read
+        if self.parameters == "all" and self.dtype in FORMATS:
+            raise ConfigError(
+                f"--dtype {self.dtype} holds weights as integers, which --parameters all would train; expected "
+                "--parameters lora or a floating-point dtype"
+            )
         if self.lora_rank < 1:
             raise ConfigError(f"lora_rank must be at least 1, got {self.lora_rank}")
 

@@ -16,6 +16,7 @@ import numpy as np
 from ntkjax.data.formats import unpacked_bytes
 from ntkjax.data.sources import count_records, is_hub_id, list_sources
 from ntkjax.models import LanguageModel
+from ntkjax.models.quantised import bytes_of
 from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
 from ntkjax.pipeline.load import Loaded
@@ -168,7 +169,7 @@ def time_phase(
 
 def tree_bytes(tree: Params) -> int:
     """Bytes of all leaves."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(bytes_of(leaf) for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
