@@ -133,3 +133,79 @@ def test_planted_truth(load, tmp_path, monkeypatch):
     noisy = next(v for k, v in skills.items() if k.endswith("noise-90"))
     clean = next(v for k, v in skills.items() if k.endswith("domain-30-noise-0"))
     assert sum(s not in script.SHOP_TASKS for s in noisy) == 27 and all(s in script.SHOP_TASKS for s in clean)
+
+
+@pytest.fixture
+def real_layout(tmp_path):
+    """The planted task in files laid out as real data are, and what reads them."""
+    from ntkjax.assets import tiny_lm_path, write_planted_task
+
+    made = write_planted_task(tmp_path / "task", 7, pool_size=60, domain_size=12, dev_size=6, test_size=12)
+    folder = tmp_path / "data"
+    for name, target in {
+        "pool": "pool/cot-01",
+        "train": "finance/train",
+        "dev": "finance/dev",
+        "test": "finance/test",
+    }.items():
+        file = folder / f"{target}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(Path(made[name]).read_bytes())
+    return folder, str(tiny_lm_path())
+
+
+def test_a_stage_of_the_real_model_holds_those_before_it(load, real_layout, monkeypatch):
+    from ntkjax.commands.study.arms import arms_of
+    from ntkjax.commands.study.spec import spec_of
+
+    script = load("11_real_model")
+    data, model = real_layout
+    e = script.Experiment(data=data, model=model, last="finance")
+    before: set = set()
+    for stage in script.stages(e):
+        spec = spec_of(script.content(e, stage))
+        labels = {arm.label for arm in arms_of(spec)}
+        assert {"base", "domain-only", "domain-only-equal-steps", "random"} <= labels and before <= labels
+        assert spec.domains["finance"].sizes == ()  # twelve examples are fewer than any size
+        before = labels
+    assert len(before) == 4 + len(script.METHODS)
+    with pytest.raises(SystemExit, match="finance-100"):
+        script.stages(dataclasses.replace(e, last="everything"))
+
+
+def test_the_answers_of_the_real_model_are_its_comparisons(load):
+    script = load("11_real_model")
+    head = {"domain": "finance", "size": 100, "budget": 200, "reference": "random", "metric": "accuracy"}
+    row = lambda arm, difference, p: head | {
+        "arm": arm, "difference": difference, "low": difference - 0.01, "high": difference + 0.02, "p_holm": p,
+    }  # fmt: skip
+    rows = [
+        row("domain-only-equal-steps", 0.1, None),
+        row("a", 0.03, 0.01),
+        row("b", -0.05, 0.001),
+        row("c", 0.02, 0.2),
+    ]
+    first, second = script.answers({"comparisons": rows, "seeds": [0, 1, 2]})
+    assert first.endswith("at equal steps: -10.0 [-12.0, -9.0] points.") and "3 seeds" in first
+    assert second.endswith("1 of 3 selections beat random (Holm, 0.05); they are a: +3.0 [+2.0, +5.0] points, p 0.01.")
+    _, second = script.answers({"comparisons": [rows[0], *rows[2:]], "seeds": [0]})
+    assert "0 of 2 selections" in second and "the best is c: +2.0" in second
+
+
+@pytest.mark.slow
+def test_the_real_model_stops_when_the_time_is_over_and_goes_on(load, real_layout, monkeypatch, tmp_path, capfd):
+    script = load("11_real_model")
+    data, model = real_layout
+    monkeypatch.setattr(script.studies, "RESULTS", tmp_path / "results")
+    stages = (dataclasses.replace(script.STAGES[0], sizes=(8,)), dataclasses.replace(script.STAGES[1], sizes=(8,)))
+    monkeypatch.setattr(script, "STAGES", stages)
+    e = script.Experiment(
+        data=data, model=model, minutes=0.2, budgets=(6,), dev_size=6, learning_rates=(2e-3,), epochs=1, max_length=64,
+        out=tmp_path / "runs",
+    )  # fmt: skip
+    script.main(e)
+    assert "stopped, the time is over" in capfd.readouterr().out
+    script.main(dataclasses.replace(e, minutes=30))
+    shown = capfd.readouterr().out
+    assert "random data minus the domain alone at equal steps" in shown and "of 3 selections beat random" in shown
+    assert (tmp_path / "results" / "11_real_model" / "tiny-lm" / "answers.md").exists()

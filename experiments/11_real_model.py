@@ -1,0 +1,197 @@
+"""Question: is it the data or the steps? On a real instruct model, does auxiliary data help beyond the steps that it
+brings, and does any selection beat random at equal steps?
+
+Commands: make real-model
+          python experiments/11_real_model.py --data ../shared/data --minutes 8     # a GPU; the most telling arms first
+          python experiments/11_real_model.py --data ../shared/data --minutes 600 --last finance-100 \\
+              --pool-size 1000 --test-size 200 --budgets 200                        # two CPU cores
+Hardware: one GPU for the whole grid; two CPU cores for one domain of 100 examples.
+Runtime:  as long as --minutes says: what is done is kept, and the same command goes on where it was stopped.
+Expect:   experiments/README.md, "Is it the data or the steps?".
+
+Every arm but two takes as many steps as one epoch count over domain + N gives: `domain-only-equal-steps` repeats the
+domain so often. `base` is not trained and `domain-only` takes the same epochs, and so fewer steps, as the paper's
+comparison has it. Learning rates are tuned on dev for every arm with the first seed; all arms of a seed start from the
+same adapters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import studies
+import tyro
+
+from ntkjax.evaluation import METRICS
+from ntkjax.files import read_json
+
+METHODS: tuple[Any, ...] = (
+    "ntk",
+    *studies.WHOLE_POOL[:2],
+    "embedding",
+    "dsir",
+    "less",
+    "loss-drop",
+)
+"""Beside base, domain-only, domain-only-equal-steps and random, which every study has: the paper's selection, the
+label-aware kernel over the whole pool by mean and by nearest example, and baselines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the grid; a stage holds all that the stages before it do, so that nothing is computed twice."""
+
+    name: str
+    domains: tuple[str, ...] = ("finance",)
+    sizes: tuple[int, ...] = (100,)
+    methods: int = len(METHODS)
+    seeds: int = 3
+
+
+STAGES = (
+    Stage("steps", methods=0, seeds=1),  # base, domain-only, equal steps, random: the first question
+    Stage("selection", methods=3, seeds=1),
+    Stage("seeds", methods=3),
+    Stage("finance-100"),
+    Stage("finance", sizes=(100, 50, 400)),
+    Stage("all", domains=("finance", "legal", "medical"), sizes=(100, 50, 400)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The study of a real model, part by part until the time is over."""
+
+    data: Path
+    """Folder with pool/ and the domains."""
+    model: str = "real"
+    """Hugging Face directory, hub id or `real` (`make real-model`)."""
+    minutes: float = 8
+    """When to stop; a run that is being done then is done anew next time, and its checkpoints serve."""
+    last: str = "all"
+    """The last stage: steps, selection, seeds, finance-100, finance or all."""
+    budgets: tuple[int, ...] = (1000, 200)
+    """N."""
+    pool_size: int | None = None
+    """Examples of the pool; none: all of its first file."""
+    test_size: int | None = None
+    dev_size: int = 100
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3)
+    epochs: float = 3
+    max_length: int = 512
+    out: Path = Path("runs/11_real_model")
+    keep: bool = True
+    """Copy tables and plots to experiments/results."""
+
+
+def stages(e: Experiment) -> list[Stage]:
+    """The stages up to the last one that was asked for."""
+    names = [stage.name for stage in STAGES]
+    if e.last not in names:
+        raise SystemExit(f"--last {e.last}: expected one of {', '.join(names)}")
+    return list(STAGES[: names.index(e.last) + 1])
+
+
+def content(e: Experiment, stage: Stage) -> dict[str, Any]:
+    """The study of one stage."""
+    sizes = {"pool": e.pool_size, "train": None, "dev": e.dev_size, "test": e.test_size}
+    made = studies.real(e.data, e.model, stage.domains, **sizes, max_length=e.max_length, epochs=e.epochs)
+    for name, domain in made["domains"].items():
+        with (e.data / name / "train.jsonl").open(encoding="utf-8") as lines:
+            held = sum(1 for _ in lines)
+        domain["sizes"] = [size for size in stage.sizes if size <= held]
+    made["warmup"]["learning_rate"] = e.learning_rates[0]
+    return made | {
+        "title": "Is it the data or the steps?",
+        "methods": list(METHODS[: stage.methods]),
+        "budgets": list(e.budgets if stage.name not in ("steps", "selection", "seeds") else e.budgets[:1]),
+        "seeds": stage.seeds,
+        "learning_rates": list(e.learning_rates),
+    }
+
+
+def main(e: Experiment) -> None:
+    """Every stage in a process of its own, which is ended when the time is over; then the report of what is done."""
+    over = time.monotonic() + 60 * e.minutes
+    e.out.mkdir(parents=True, exist_ok=True)
+    done: Stage | None = None
+    for stage in stages(e):
+        left = over - time.monotonic()
+        if left <= 0:
+            break
+        file = e.out / f"{stage.name}.json"  # JSON is YAML
+        file.write_text(json.dumps(content(e, stage), indent=1) + "\n", encoding="utf-8")
+        print(f"stage {stage.name}: {left / 60:.1f} minutes left", flush=True)
+        done = stage
+        try:
+            finished = subprocess.run([*command(e, file)], timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"stage {stage.name}: stopped, the time is over", flush=True)
+            break
+        if finished.returncode == 2:
+            raise SystemExit(2)
+    if done is None:
+        raise SystemExit("--minutes leaves no time for a single stage")
+    report(e, done)
+
+
+def command(e: Experiment, file: Path) -> list[str]:
+    """``ntkjax study`` of that file."""
+    return [sys.executable, "-m", "ntkjax", "study", str(file), "--out", str(e.out / "study")]
+
+
+def report(e: Experiment, stage: Stage) -> None:
+    """Tables of what is done, and the answers in words."""
+    subprocess.run([*command(e, e.out / f"{stage.name}.json"), "--report-only"], check=True, stdout=subprocess.DEVNULL)
+    results = read_json(e.out / "study" / "results.json")
+    text = "\n".join(answers(results)) + "\n"
+    (e.out / "study" / "answers.md").write_text(text, encoding="utf-8")
+    print((e.out / "study" / "tables" / "main.md").read_text(encoding="utf-8"))
+    print(text)
+    if e.keep:
+        kept = studies.RESULTS / "11_real_model" / Path(e.model).name
+        studies.keep(e.out / "study", kept)
+        (kept / "answers.md").write_text(text, encoding="utf-8")
+
+
+def answers(results: Mapping[str, Any]) -> list[str]:
+    """For every condition, one line on each question; the intervals are those of the study's comparisons."""
+    lines, seeds = [], len(results["seeds"])
+    by_condition: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in results["comparisons"]:
+        if row["reference"] == "random":
+            by_condition.setdefault((row["domain"], row["size"], row["budget"]), []).append(row)
+    for (domain, size, budget), rows in by_condition.items():
+        where = f"- {domain}, |D| = {size}, N = {budget}, {seeds} seeds"
+        arms = {row["arm"]: row for row in rows}
+        if "domain-only-equal-steps" in arms:
+            row = arms.pop("domain-only-equal-steps")
+            turned = row | {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+            lines.append(f"{where}: random data minus the domain alone at equal steps: {_told(turned)}.")
+        chosen = [row for row in arms.values() if row["p_holm"] is not None]
+        gain = lambda row: METRICS[row["metric"]].better(row["difference"])
+        better = [row for row in chosen if row["p_holm"] < 0.05 and gain(row) > 0]
+        if chosen:
+            named = "; ".join(
+                f"{row['arm']}: {_told(row)}, p {row['p_holm']:.2g}" for row in better or [max(chosen, key=gain)]
+            )
+            verdict = f"{len(better)} of {len(chosen)} selections beat random (Holm, 0.05)"
+            lines.append(f"{where}: {verdict}; {'they are' if better else 'the best is'} {named}.")
+    return lines
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    metric = METRICS[row["metric"]]
+    number = lambda key: f"{metric.scale * row[key]:+.{metric.digits}f}"
+    return f"{number('difference')} [{number('low')}, {number('high')}] {metric.difference_unit}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Experiment))
