@@ -76,10 +76,10 @@ def choose(
         return read_selection(out)
     selector = make_selector(options)
     check_size(settings.n, len(pool))  # before the warm-up, which takes time
-    check_warmup(options.method, given=warmup is not None)
+    check_warmup(options, given=warmup is not None)
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(warmup, TrainConfig):
-        keep = needs_checkpoints(options.method)
+        keep = needs_checkpoints(options)
         warmup = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress, checkpoints=keep)
     warmed = WarmUp(params) if warmup is None else warmup
     problem = problem_of(
@@ -102,11 +102,11 @@ def choose(
     return result
 
 
-def check_warmup(method: str, *, given: bool) -> None:
+def check_warmup(options: SelectorOptions, *, given: bool) -> None:
     """Raise ConfigError where the method looks at the warm-up's epochs and there is no warm-up."""
-    if needs_checkpoints(method) and not given:
+    if needs_checkpoints(options) and not given:
         raise ConfigError(
-            f"--method {method} looks at the epochs of the warm-up, and --skip-warmup leaves none; leave out "
+            f"--method {options.method} looks at the epochs of the warm-up, and --skip-warmup leaves none; leave out "
             "--skip-warmup, or choose another method"
         )
 

@@ -216,6 +216,10 @@ class Selector(abc.ABC):
         not say, and is left out of forecasts and of the study's costs."""
         return None if self.uses_model else 0.0
 
+    def used_options(self) -> set[str]:
+        """The names of its options that count, the others being what they are: all, unless it says otherwise."""
+        return {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
     def scored_rows(self, n: int, rows: int) -> int:
         """How many of ``rows`` pool rows it scores to select n: all, unless it says otherwise."""
         return rows

@@ -29,6 +29,7 @@ TABLE = {
     "euds": "euds.EudsSelector",
     "quad": "quad.QuadSelector",
     "gais": "gais.GaisSelector",
+    "parts": "parts.PartsSelector",
 }
 """Name of the method, as ``--method`` takes it: module in this folder and class."""
 
