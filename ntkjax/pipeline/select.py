@@ -65,11 +65,11 @@ def choose(
     Args:
       params: theta before warm-up.
       warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); or a warm-up made before (see
-        `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method `needs_checkpoints`), and then
-        ``params`` are not used; None for none.
+        `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method `needs_checkpoints`) from ``params``;
+        None for none.
 
     Raises:
-      ConfigError: a method that looks at the warm-up's epochs, and none to look at.
+      ConfigError: a method that looks at the warm-up, and none to look at.
     """
     out, seed, progress = settings.out, settings.seed, settings.progress
     if (out / "selection.json").exists():
@@ -86,7 +86,10 @@ def choose(
         model, warmed.params, domain, pool,
         n=settings.n, data=settings.data, seed=seed, work_dir=out / "rows", progress=progress,
     )  # fmt: skip
-    problem = dataclasses.replace(problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints)
+    start = None if warmup is None else params
+    problem = dataclasses.replace(
+        problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints, start_params=start
+    )
     chosen = diversify(
         selector(problem),
         problem,
@@ -103,11 +106,13 @@ def choose(
 
 
 def check_warmup(options: SelectorOptions, *, given: bool) -> None:
-    """Raise ConfigError where the method looks at the warm-up's epochs and there is no warm-up."""
-    if needs_checkpoints(options) and not given:
+    """Raise ConfigError where the method looks at the warm-up's epochs, or its start, and there is no warm-up."""
+    epochs, start = needs_checkpoints(options), make_selector(options).uses_start
+    if (epochs or start) and not given:
+        what = "the epochs of the warm-up" if epochs else "the model before and after the warm-up"
         raise ConfigError(
-            f"--method {options.method} looks at the epochs of the warm-up, and --skip-warmup leaves none; leave out "
-            "--skip-warmup, or choose another method"
+            f"--method {options.method} looks at {what}, and --skip-warmup leaves none; leave out --skip-warmup, or "
+            "choose another method"
         )
 
 
@@ -165,6 +170,7 @@ def problem_of(
         entropy_fn=model.entropy_fn,
         sample_fn=Sampler(model, params, pool.tokens),
         sum_logits_fn=model.sum_logits_fn,
+        states_fn=model.states_fn,
     )
 
 

@@ -135,4 +135,6 @@ def test_a_method_that_needs_epochs_is_refused_without_a_warm_up(loaded, tmp_pat
     settings = ChoiceSettings(3, 0, DATA, tmp_path / "x", progress=False)
     with pytest.raises(ConfigError, match="epochs of the warm-up"):
         choose(model, model.lora, domain, pool, SelectorOptions(method="random"), settings, warmup=None)
+    with pytest.raises(ConfigError, match="the model before and after the warm-up"):
+        choose(model, model.lora, domain, pool, SelectorOptions(method="loss-drop"), settings, warmup=None)
     assert not (tmp_path / "x").exists()
