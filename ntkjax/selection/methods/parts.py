@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection.algorithms import ALGORITHMS
@@ -15,6 +17,10 @@ from ntkjax.selection.parts import Algorithm, Representation, options_of
 from ntkjax.selection.representations import REPRESENTATIONS
 
 SimilarityName = Literal["cosine", "product"]
+RepresentationName = Annotated[str, arg(help=f"What an example is: {', '.join(REPRESENTATIONS)}.")]
+"""A name of `ntkjax.selection.representations.REPRESENTATIONS`."""
+AlgorithmName = Annotated[str, arg(help=f"From similarities to rows: {', '.join(ALGORITHMS)}.")]
+"""A name of `ntkjax.selection.algorithms.ALGORITHMS`."""
 
 
 def part_option_classes() -> list[type[Options]]:
@@ -30,12 +36,10 @@ def part_option_classes() -> list[type[Options]]:
 class PartsOptions(*part_option_classes()):  # pyright: ignore
     """Options of ``parts``, besides those of the representation and of the algorithm."""
 
-    representation: str = "gradients"
-    """What an example is: gradients, embeddings (mean hidden states), weighted-embeddings (later tokens count more),
-    ngrams (counts of words), sentence (a sentence encoder)."""
-    algorithm: str = "round-robin"
-    """From similarities to rows: mean, max (doubly-greedy is the same), clusters, round-robin, uot (unbalanced optimal
-    transport), knn-uniform, knn-kde."""
+    representation: RepresentationName = "gradients"
+    """What an example is: gradients, hidden states, words or a sentence encoder's embedding."""
+    algorithm: AlgorithmName = "round-robin"
+    """Which rows follow from the similarities of domain and pool examples."""
     similarity: SimilarityName = "cosine"
     """cosine of two examples' vectors, or their product."""
 
