@@ -17,6 +17,7 @@ PACKAGES = ("data", "models", "ntk", "selection", "training", "evaluation")
 """Packages with a page of the reference, by the names in their ``__all__``."""
 ERRORS = "ntkjax.errors"
 COMMANDS, METHODS = "ntkjax.commands", "ntkjax.selection.methods"
+REPRESENTATIONS, ALGORITHMS = "ntkjax.selection.representations", "ntkjax.selection.algorithms"
 KERNELS, EXACT = "ntkjax.ntk.kernels", "ntkjax.ntk.exact"
 """The modules that hold the tables of commands, methods and kernels, and the exact kernels."""
 
@@ -111,9 +112,14 @@ def summary(node: ast.AST) -> str:
 
 def methods() -> dict[str, Definition]:
     """``--method`` -> the class that it names."""
-    table: dict[str, str] = ast.literal_eval(value_of(METHODS, "TABLE"))
+    return classes_of(METHODS)
+
+
+def classes_of(package: str) -> dict[str, Definition]:
+    """Name -> class, of the ``TABLE`` of a package."""
+    table: dict[str, str] = ast.literal_eval(value_of(package, "TABLE"))
     places = {name: where.split(".") for name, where in table.items()}
-    return {name: definition(f"{METHODS}.{module}", cls) for name, (module, cls) in places.items()}
+    return {name: definition(f"{package}.{module}", cls) for name, (module, cls) in places.items()}
 
 
 def kernels() -> dict[str, tuple[str, Definition]]:
@@ -168,14 +174,21 @@ def method_options() -> list[Field]:
     return [dataclasses.replace(o, help=f"{o.help} Methods: {', '.join(having[o.name])}.") for o in options.values()]
 
 
+def part_options() -> list[Field]:
+    """The options of all representations and algorithms."""
+    every = [*classes_of(REPRESENTATIONS).values(), *classes_of(ALGORITHMS).values()]
+    return list({field.name: field for part in every for field in fields(part)}.values())
+
+
 def fields(config: Definition) -> list[Field]:
-    """The fields of a dataclass, those of its bases first; bases with a star are the options of all methods."""
+    """The fields of a dataclass, those of its bases first; bases with a star are the options of all methods, or of all
+    representations and algorithms."""
     assert isinstance(config.node, ast.ClassDef)
     found: dict[str, Field] = {}
     for base in reversed(config.node.bases):
         inherited = []
         if isinstance(base, ast.Starred):
-            inherited = method_options()
+            inherited = part_options() if "part_option" in ast.unparse(base) else method_options()
         elif isinstance(base, ast.Name):
             inherited = fields(definition(config.module, base.id))
         found |= {field.name: field for field in inherited if field.name not in found}
@@ -292,6 +305,14 @@ def methods_page() -> str:
     lines += [""]
     for name, method in methods().items():
         lines += [f"## {name}", "", summary(parse(method.module)), "", *block(method.path, 3)]
+    for package, title, option in ((REPRESENTATIONS, "Representations", "representation"),
+                                   (ALGORITHMS, "Algorithms", "algorithm")):  # fmt: skip
+        parts = {part.path: (name, part) for name, part in reversed(classes_of(package).items())}  # once each
+        lines += [f"## {title}", "", f"`--method parts --{option} NAME` takes:", ""]
+        lines += [row(option, "what it is"), "|---|---|"]
+        lines += [row(f"`{name}`", summary(parse(part.module))) for name, part in classes_of(package).items()] + [""]
+        for name, part in reversed(parts.values()):
+            lines += block(part.path, 3, heading=name)
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ntkjax.models import ModelConfig
 from ntkjax.pipeline.options import SelectorOptions
 from ntkjax.pipeline.select import make_selector
-from ntkjax.selection import METHODS, Selection, Selector
+from ntkjax.selection import Selection, Selector
 from ntkjax.selection.cost import TRAIN, Sizes
 from ntkjax.training import TrainConfig
 
@@ -31,7 +31,7 @@ def training_cost(history: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 def uses_model(options: SelectorOptions) -> bool:
     """Whether a selection looks at the model, and so at the warm-up: its method or the pass for diversity does."""
-    return METHODS[options.method].uses_model or options.diversity != "none"
+    return make_selector(options).uses_model or options.diversity != "none"
 
 
 def forward_tokens(selector: Selector, options: SelectorOptions, sizes: Sizes, n: int) -> float | None:

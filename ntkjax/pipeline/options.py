@@ -130,6 +130,10 @@ class SelectorOptions(DiversityOptions, *reversed(all_option_classes()), MethodO
             part_of(self, METHODS[self.method])
 
 
+COMMON = {field.name for cls in (DiversityOptions, MethodOption) for field in dataclasses.fields(cls)}
+"""Options that a selection has whatever its method."""
+
+
 def part_of(options: Any, cls: type[Part]) -> Part:
     """``cls`` with the values of ``options``, which has all of its fields."""
     return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
@@ -137,8 +141,7 @@ def part_of(options: Any, cls: type[Part]) -> Part:
 
 def has_option(method: str, name: str) -> bool:
     """Whether ``name`` is an option of the method; those of the pass for diversity, and ``method``, are of all."""
-    common = {field.name for cls in (DiversityOptions, MethodOption) for field in dataclasses.fields(cls)}
-    return name in common or any(field.name == name for field in dataclasses.fields(METHODS[method]))
+    return name in COMMON or any(field.name == name for field in dataclasses.fields(METHODS[method]))
 
 
 def check_method(name: str) -> str:
@@ -158,8 +161,16 @@ def check_used(options: SelectorOptions) -> None:
     For a single selection. A study's options are for all of its methods, each of which takes those it has.
     """
     check_method(options.method)
+    selector = part_of(options, METHODS[options.method])
+    idle = {field.name for field in dataclasses.fields(selector)} - selector.used_options()
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
+        if value != field.default and field.name in idle and field.name not in COMMON:
+            used = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(selector.used_options()))
+            raise ConfigError(
+                f"--{field.name.replace('_', '-')} is {value!r}, and --method {options.method} makes no use of it with "
+                f"the other options as they are; expected some of {used}. Leave it out"
+            )
         if value != field.default and not has_option(options.method, field.name):
             having = ", ".join(name for name in METHODS if has_option(name, field.name))
             raise ConfigError(

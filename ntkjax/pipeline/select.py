@@ -65,28 +65,31 @@ def choose(
     Args:
       params: theta before warm-up.
       warmup: settings of the warm-up on the domain (paper: LoRA on D before scoring); or a warm-up made before (see
-        `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method `needs_checkpoints`), and then
-        ``params`` are not used; None for none.
+        `ntkjax.pipeline.warmup.warm_up`, with ``checkpoints`` where the method `needs_checkpoints`) from ``params``;
+        None for none.
 
     Raises:
-      ConfigError: a method that looks at the warm-up's epochs, and none to look at.
+      ConfigError: a method that looks at the warm-up, and none to look at.
     """
     out, seed, progress = settings.out, settings.seed, settings.progress
     if (out / "selection.json").exists():
         return read_selection(out)
     selector = make_selector(options)
     check_size(settings.n, len(pool))  # before the warm-up, which takes time
-    check_warmup(options.method, given=warmup is not None)
+    check_warmup(options, given=warmup is not None)
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(warmup, TrainConfig):
-        keep = needs_checkpoints(options.method)
+        keep = needs_checkpoints(options)
         warmup = warm_up(model, params, domain, warmup, seed=seed, out=out, progress=progress, checkpoints=keep)
     warmed = WarmUp(params) if warmup is None else warmup
     problem = problem_of(
         model, warmed.params, domain, pool,
         n=settings.n, data=settings.data, seed=seed, work_dir=out / "rows", progress=progress,
     )  # fmt: skip
-    problem = dataclasses.replace(problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints)
+    start = None if warmup is None else params
+    problem = dataclasses.replace(
+        problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints, start_params=start
+    )
     chosen = diversify(
         selector(problem),
         problem,
@@ -102,12 +105,14 @@ def choose(
     return result
 
 
-def check_warmup(method: str, *, given: bool) -> None:
-    """Raise ConfigError where the method looks at the warm-up's epochs and there is no warm-up."""
-    if needs_checkpoints(method) and not given:
+def check_warmup(options: SelectorOptions, *, given: bool) -> None:
+    """Raise ConfigError where the method looks at the warm-up's epochs, or its start, and there is no warm-up."""
+    epochs, start = needs_checkpoints(options), make_selector(options).uses_start
+    if (epochs or start) and not given:
+        what = "the epochs of the warm-up" if epochs else "the model before and after the warm-up"
         raise ConfigError(
-            f"--method {method} looks at the epochs of the warm-up, and --skip-warmup leaves none; leave out "
-            "--skip-warmup, or choose another method"
+            f"--method {options.method} looks at {what}, and --skip-warmup leaves none; leave out --skip-warmup, or "
+            "choose another method"
         )
 
 
@@ -165,6 +170,7 @@ def problem_of(
         entropy_fn=model.entropy_fn,
         sample_fn=Sampler(model, params, pool.tokens),
         sum_logits_fn=model.sum_logits_fn,
+        states_fn=model.states_fn,
     )
 
 

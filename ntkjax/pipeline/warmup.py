@@ -13,6 +13,7 @@ import numpy as np
 from ntkjax.models import LanguageModel, save_adapter
 from ntkjax.parallel import broadcast, is_primary
 from ntkjax.pipeline.load import Loaded
+from ntkjax.pipeline.options import SelectorOptions, part_of
 from ntkjax.selection import METHODS
 from ntkjax.selection.base import WarmupCheckpoint
 from ntkjax.training import EpochPlan, TrainConfig, fit, learning_rates, saved_state
@@ -32,9 +33,9 @@ class WarmUp:
     checkpoints: tuple[WarmupCheckpoint, ...] = ()
 
 
-def needs_checkpoints(method: str) -> bool:
-    """Whether a selection method looks at the warm-up's epochs (``uses_checkpoints`` of its class)."""
-    return METHODS[method].uses_checkpoints
+def needs_checkpoints(options: SelectorOptions) -> bool:
+    """Whether the method of ``options``, with the options that it has, looks at the warm-up's epochs."""
+    return part_of(options, METHODS[options.method]).uses_checkpoints
 
 
 def warm_up(

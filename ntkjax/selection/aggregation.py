@@ -1,4 +1,5 @@
-"""Aggregation over the domain: from the kernel values of a pool example with all domain examples to its score or rank.
+"""Aggregation over the domain in ntk: from the kernel values of a pool example with all domain examples to its score or
+rank. The names are those of `ntkjax.selection.algorithms`, which ``max``, ``round-robin`` and the groups are of.
 
 ``mean``         s_j = 1/M sum_i k(x_i, x_j)                       one direction g_bar [the paper's]
 ``clusters``     s_j = max_c 1/|D_c| sum_{i in D_c} k(x_i, x_j)    one direction for each group D_c of domain examples
@@ -9,82 +10,38 @@ A mean over examples is linear in the gradients, so ``mean`` and ``clusters`` ar
 a sketch (`ntkjax.ntk.scores.scores_along`). The other two need every k(x_i, x_j): products of gradient features, a
 block of candidates at a time.
 
-Groups are those of k-means over the domain's gradient features of the same kernel, each scaled to length 1: what a
-group shall have in common is the direction of its gradients, since that is what its mean stands for in the score.
-(Embeddings would need no gradients, but M per-example gradients cost little beside a pass over the pool, and two
-examples may be close in wording and pull the parameters apart.)
+Groups are those of k-means over the domain's gradient features of the same kernel. (Embeddings would need no gradients,
+but M per-example gradients cost little beside a pass over the pool, and two examples may be close in wording and pull
+the parameters apart.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.parallel import broadcast
-from ntkjax.rng import numpy_rng
+from ntkjax.selection.algorithms.maximum import Maximum
+from ntkjax.selection.algorithms.round_robin import RoundRobin
 from ntkjax.selection.base import SelectionProblem
-from ntkjax.selection.clusters import k_means
 from ntkjax.selection.gradients import gradient_features, in_blocks
 from ntkjax.selection.options import check_choice
-from ntkjax.selection.vote import Neighbours, nearest, unit_rows
-from ntkjax.store import RowStore
+from ntkjax.selection.parts import Algorithm, Choice, Part, Similarities
 
 AggregationName = Literal["mean", "max", "clusters", "round-robin"]
-STARTS = 10  # of k-means; the best is kept
-BY_EXAMPLE = ("max", "round-robin")
+BY_EXAMPLE: dict[str, Algorithm] = {"max": Maximum(), "round-robin": RoundRobin()}
 
 
-def check_aggregation(aggregation: str, scores: str, domain_clusters: int) -> None:
+def check_aggregation(aggregation: str, scores: str) -> None:
     """Raise ConfigError where the aggregation cannot be had with the other options."""
     check_choice("aggregation", aggregation, AggregationName)
-    if domain_clusters < 1:
-        raise ConfigError(f"domain_clusters must be at least 1, got {domain_clusters}")
     if aggregation in BY_EXAMPLE and scores != "sketch":
         raise ConfigError(
             f"aggregation {aggregation} compares every domain example with every candidate, which takes gradients and "
             f"not a mean direction: it needs scores sketch, got {scores}; or use aggregation mean or clusters"
         )
-
-
-# -- clusters --
-
-
-def domain_groups(
-    problem: SelectionProblem, features: Callable[[], Float[np.ndarray, "M K"]], count: int, options: dict[str, Any]
-) -> Int[np.ndarray, " M"]:
-    """The group of every domain example, int64 from 0, at most ``count`` of them, none empty: k-means (scikit-learn,
-    `STARTS` from the seed) over ``features()`` scaled to length 1.
-
-    Kept in ``work_dir``, since sums of threads may round otherwise the next time; ``options``: what they depend on
-    besides the problem. In a job of several processes all take those of the first.
-    """
-    if problem.work_dir is None:
-        return _groups(features(), count, problem.seed)
-    manifest = {**problem.manifest, **options, "seed": problem.seed, "rows": "domain groups", "groups": count}
-    path, members = problem.work_dir / "domain groups", len(problem.domain)
-    with RowStore.open(path, rows=members, width=1, dtype=np.int32, manifest=manifest) as store:
-        if not store.done().all():
-            groups = _groups(features(), count, problem.seed).astype(np.int32)
-            groups = np.asarray(broadcast(jnp.asarray(groups)))
-            mine = store.mine()
-            rows = np.arange(members) if mine is None else np.flatnonzero(mine)
-            store.write(rows, groups[rows])
-            store.gather()
-        return store.read()[:, 0].astype(np.int64)
-
-
-def _groups(features: Float[np.ndarray, "M K"], count: int, seed: int) -> Int[np.ndarray, " M"]:
-    unit, _ = unit_rows(features)
-    state = int(numpy_rng(seed, "selection", "domain clusters").integers(2**31))
-    return k_means(unit, count, seed=state, starts=STARTS)[0]
-
-
-# -- example by example --
 
 
 def compare_examples(
@@ -96,10 +53,9 @@ def compare_examples(
     sketch: str,
     size: int,
     direction: str,
-    nearest_rows: int,
-) -> tuple[Neighbours, Float[np.ndarray, " C"]]:
-    """(every domain example's nearest candidates by <u_i, phi_j>, as positions in ``candidates``; <p, phi_j> [C],
-    float64).
+    algorithm: Algorithm,
+) -> tuple[Choice, Float[np.ndarray, " C"]]:
+    """(what the algorithm makes of s_ij = <u_i, phi_j>; <p, phi_j> [C], float64).
 
     p: mean feature of the rows ``sample`` of the pool. u_i by ``direction``: ``raw`` phi_i; ``contrast`` phi_i minus
     its projection on p; ``cosine`` phi_i, and cosines instead of products.
@@ -121,14 +77,14 @@ def compare_examples(
             f"the gradients of {len(zero)} domain examples are zero (first: row {zero[0]}): no candidate is nearer to "
             "them than another; check their responses, or use aggregation mean"
         )
-    cosine, read_candidates = direction == "cosine", lambda index: read(candidates[index])
-    neighbours = nearest(domain, read_candidates, rows=len(candidates), k=nearest_rows, cosine=cosine)
-    if neighbours.zero_norm:
+    cosine = direction == "cosine"
+    choice = algorithm(Similarities((Part(domain, read),), candidates, cosine), problem)
+    if cosine and choice.zeros:
         raise ConfigError(
-            f"direction cosine: the gradients of {neighbours.zero_norm} pool examples are zero, so their cosines are "
+            f"direction cosine: the gradients of {choice.zeros} pool examples are zero, so their cosines are "
             "undefined; leave them out of the pool, or use direction raw or contrast"
         )
     reference = np.empty(len(candidates))
     for at, rows in in_blocks(candidates):
         reference[at] = read(rows).astype(np.float64) @ pool_mean
-    return neighbours, reference
+    return choice, reference

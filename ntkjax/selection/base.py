@@ -122,6 +122,9 @@ class SelectionProblem:
       sample_fn: ``(rows [b], samples=k, max_new_tokens=, seed=) -> [[text, ...], ...]``: k continuations of the prompt
         of each pool row, sampled under ``params``; the same call gives the same texts. None where there is none.
       sum_logits_fn: as in `ntkjax.ntk.KernelFunctions`; None where the outputs are W h.
+      states_fn: ``(params, batch) -> [R, T, D]`` final hidden state of every token, R rows of tokens; None where there
+        is none.
+      start_params: theta before the warm-up; None where there was none.
     """
 
     hidden_fn: Callable
@@ -145,6 +148,8 @@ class SelectionProblem:
     entropy_fn: Callable | None = None
     sample_fn: Callable | None = None
     sum_logits_fn: Callable | None = None
+    states_fn: Callable | None = None
+    start_params: Params | None = None
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))
@@ -200,6 +205,8 @@ class Selector(abc.ABC):
     """Whether the method looks at the model, and so at the warm-up. ``forward_tokens`` of one that does not is 0."""
     uses_checkpoints: ClassVar[bool] = False
     """Whether it looks at the epochs of the warm-up (``SelectionProblem.checkpoints``): they are then kept."""
+    uses_start: ClassVar[bool] = False
+    """Whether it looks at the model before the warm-up (``SelectionProblem.start_params``): there must then be one."""
     stage1: str = "off"
     """``on``: the embedding vote leaves M_pre rows, which alone are scored. An option of the methods that have it."""
 
@@ -215,6 +222,10 @@ class Selector(abc.ABC):
         """What it asks of the model, in forward-equivalent tokens as counted in `ntkjax.selection.cost`; None: it does
         not say, and is left out of forecasts and of the study's costs."""
         return None if self.uses_model else 0.0
+
+    def used_options(self) -> set[str]:
+        """The names of its options that count, the others being what they are: all, unless it says otherwise."""
+        return {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def scored_rows(self, n: int, rows: int) -> int:
         """How many of ``rows`` pool rows it scores to select n: all, unless it says otherwise."""

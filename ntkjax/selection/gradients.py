@@ -26,12 +26,13 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
+from ntkjax.ntk.precondition import DAMPING, build_preconditioner
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.selection.base import Batches, Dataset, SelectionProblem, Selector, WarmupCheckpoint
 from ntkjax.selection.embeddings import stage1_votes
 from ntkjax.selection.options import SKETCHES, GradientOptions, Stage1Options
 from ntkjax.selection.shared import open_shared, parts_to_do
-from ntkjax.selection.vote import Votes, unit_rows
+from ntkjax.selection.vote import Votes
 from ntkjax.types import Params
 
 BLOCK = 1024
@@ -84,10 +85,6 @@ def find_candidates(problem: SelectionProblem, *, stage1: str, prefilter_factor:
 class Stage1Selector(Stage1Options, Selector):
     """A method that scores what stage 1 keeps, and reads nothing else of the pool's other rows but their embeddings."""
 
-    def scored_rows(self, n: int, rows: int) -> int:
-        """M_pre = ``prefilter_factor`` * n, or the pool."""
-        return min(self.prefilter_factor * n, rows) if self.stage1 == "on" else rows
-
 
 class GradientSelector(GradientOptions, Stage1Selector):
     """A method that keeps a sketched gradient of every candidate."""
@@ -131,6 +128,38 @@ class AdamSketch:
         return self.sketch.describe() | {"adam": [tree_digest(self.first), tree_digest(self.second)]}
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreconditionedSketch:
+    """Pi P^-1 g of each row's gradient.
+
+    Attributes:
+      sketch: Pi.
+      solve: P^-1, a function of trees of leaves [c, ...] (see `ntkjax.ntk.precondition`).
+      name: of P and its damping.
+    """
+
+    sketch: Any
+    solve: Any
+    name: tuple[str, float] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def grouped(self) -> bool:
+        return self.sketch.grouped
+
+    def __call__(self, gradients: Params) -> Float[Array, "B K"]:
+        """Of gradients {"outputs": leaves [B, m, ...]}."""
+        outputs = gradients["outputs"]
+        solved = self.solve(jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), outputs))
+        return self.sketch({"outputs": jax.tree.map(lambda g, u: u.reshape(g.shape), outputs, solved)})
+
+    def width(self, params: Params) -> int:
+        return self.sketch.width(params)
+
+    def describe(self) -> dict[str, Any]:
+        return self.sketch.describe() | {"precondition": list(self.name)}
+
+
 def adam_update(g: Float[Array, "..."], m: Float[Array, "..."], v: Float[Array, "..."]) -> Float[Array, "..."]:
     """m' / sqrt(v' + 1e-8) with the moments' axes the last of g's, in g's dtype."""
     axes = (1,) * (g.ndim - jnp.ndim(m)) + jnp.shape(m)
@@ -148,6 +177,8 @@ def gradient_features(
     size: int,
     checkpoint: WarmupCheckpoint | None = None,
     adam: bool = False,
+    precondition: str = "none",
+    damping: float = DAMPING,
 ) -> tuple[Float[np.ndarray, "M K"], ReadRows]:
     """phi of every domain example [M, K], and a function from candidates (any of them, [n]) to theirs [n, K], float32.
 
@@ -161,9 +192,12 @@ def gradient_features(
       sketch: a name of `SKETCHES`, drawn from the problem's seed. size: K.
       checkpoint: theta (and Adam's moments) to use; None: the problem's ``params``.
       adam: Adam's step in the place of the pool's gradients, with the moments of ``checkpoint``.
+      precondition, damping: P^-1 g in the place of the domain's gradients (see `ntkjax.ntk.precondition`), P of the
+        domain's loss at the same theta.
 
     Raises:
-      ConfigError: ``adam`` without a checkpoint, or with a kernel of several outputs.
+      ConfigError: ``adam`` without a checkpoint, or with a kernel of several outputs; ``precondition`` with a trained
+        head whose gradient the kernel does not hold.
       NonFiniteError: rows whose gradient is NaN or infinite; the others are kept.
     """
     if adam and (checkpoint is None or not parse(kernel).kind.single):
@@ -176,7 +210,7 @@ def gradient_features(
     pool = dataclasses.replace(plain, data=problem.pool, kind="gradients")
     if adam and checkpoint is not None:
         pool = dataclasses.replace(pool, sketch=AdamSketch(plain.sketch, checkpoint.first, checkpoint.second))
-    return plain.read_all(), pool.reader(candidates)
+    return plain.preconditioned(precondition, damping).read_all(), pool.reader(candidates)
 
 
 def domain_features(
@@ -209,6 +243,22 @@ class _Features:
         functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
         kernel = build(name, functions, params, seed=problem.seed)
         return cls(problem, problem.domain, "domain-gradients", kernel, params, sketch)
+
+    def preconditioned(self, name: str, damping: float) -> _Features:
+        """The same of P^-1 g."""
+        if name == "none":
+            return self
+        if self.kernel.head_coefficient:
+            raise ConfigError(
+                f"precondition {name}: a trained head is part of kernel {self.kernel.name} in closed form, not as a "
+                "gradient, so it cannot be preconditioned; hold the head fixed (lora), or use kernel sum_logits or loss"
+            )
+        batches = self.problem.domain.batches(token_budget=self.problem.gradient_budget)
+        progress = self.problem.progress and "curvature of the domain loss"
+        solve = build_preconditioner(
+            name, self.problem.nll_fn, self.params, batches, damping=damping, progress=progress
+        )
+        return dataclasses.replace(self, sketch=PreconditionedSketch(self.sketch, solve, (name, damping)))
 
     def read_all(self) -> np.ndarray:
         """Of every example."""
@@ -261,21 +311,6 @@ def in_blocks(rows: Int[np.ndarray, " C"], size: int = BLOCK) -> Iterator[tuple[
     """(places among the candidates, their rows) for ``size`` candidates at a time."""
     for start in range(0, len(rows), size):
         yield slice(start, min(start + size, len(rows))), rows[start : start + size]
-
-
-def cosines(
-    read: ReadRows, rows: Int[np.ndarray, " C"], directions: Float[np.ndarray, "R K"]
-) -> tuple[Float[np.ndarray, "C R"], int]:
-    """(<phi_j / |phi_j|, u_r> [C, R] float64 for R directions u_r, how many phi_j are zero), ``BLOCK`` rows in memory.
-
-    A zero phi_j has no direction: its numbers are 0 by convention, and the callers report how many there are.
-    """
-    products, zeros = np.empty((len(rows), len(directions))), 0
-    columns = np.asarray(directions, np.float64).T
-    for at, block in in_blocks(rows):
-        unit, zero = unit_rows(np.asarray(read(block), np.float64))
-        products[at], zeros = unit @ columns, zeros + zero
-    return products, zeros
 
 
 def scatter(values: Float[np.ndarray, " C"], rows: Int[np.ndarray, " C"], total: int) -> Float[np.ndarray, " N"]:

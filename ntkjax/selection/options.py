@@ -3,7 +3,8 @@
 The options of a method are a frozen dataclass in the method's file that inherits from these. The options of the command
 line inherit from all of them (`ntkjax.pipeline.options.SelectorOptions`), so that an option stands once, with its help
 in the string below it: one that several methods have belongs here. Order of bases where a class has several of them:
-`DirectionOptions`, `AdamOptions`, `SketchOptions`, `Stage1Options`, `DampingOptions`.
+`KernelOptions`, `DirectionOptions`, `AdamOptions`, `SketchOptions`, `Stage1Options`, `PreconditionOptions` (or
+`DampingOptions`), `ClusterOptions`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.kernels import describe_kernels
+from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.ntk.kronecker import KroneckerSketch
-from ntkjax.ntk.precondition import DAMPING
+from ntkjax.ntk.precondition import DAMPING, PreconditionerName
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.ntk.sparse import SparseSketch
 
@@ -84,6 +85,10 @@ class Stage1Options(PrefilterOptions):
         super().__post_init__()
         check_choice("stage1", self.stage1, Switch)
 
+    def scored_rows(self, n: int, rows: int) -> int:
+        """Of ``rows`` pool rows those that are scored to select n: M_pre = ``prefilter_factor`` * n, or all."""
+        return min(self.prefilter_factor * n, rows) if self.stage1 == "on" else rows
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientOptions(SketchOptions, Stage1Options):
@@ -92,6 +97,31 @@ class GradientOptions(SketchOptions, Stage1Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         SKETCHES[self.sketch](self.sketch_size)  # a size that the sketch cannot have is refused here
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOptions(Options):
+    """Whose gradients are taken."""
+
+    kernel: KernelName = "sum_logits"
+    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware; trace, centred_trace: exact; spectral:m,
+    centred_spectral:m, hutchinson:m: m outputs that approximate the trace."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse(self.kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOptions(Options):
+    """Groups of domain examples."""
+
+    domain_clusters: int = 8
+    """Groups of domain examples, at most (aggregation=clusters, algorithm=clusters)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "domain_clusters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +163,19 @@ class DampingOptions(Options):
         super().__post_init__()
         if not self.damping > 0:
             raise ConfigError(f"damping must be above 0, got {self.damping}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreconditionOptions(DampingOptions):
+    """P of preconditioned gradients."""
+
+    precondition: PreconditionerName = "none"
+    """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
+    of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("precondition", self.precondition, PreconditionerName)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -38,6 +38,12 @@ class Votes:
     similarity: Float[np.ndarray, " N"]
     zero_norm: int
 
+    @classmethod
+    def of(cls, neighbours: Neighbours, rows: int, k: int) -> Votes:
+        """Those for the ``k`` nearest of each domain point, among ``rows`` pool rows."""
+        votes = np.bincount(neighbours.rows[:, :k].ravel(), minlength=rows).astype(np.int64)
+        return cls(votes, neighbours.mean, neighbours.zero_norm)
+
     def top(self, count: int) -> Int[np.ndarray, " count"]:
         """The ``count`` rows with the most votes (ties: higher mean similarity, then lower row), in row order."""
         order = np.lexsort((np.arange(len(self.votes)), -self.similarity, -self.votes))
@@ -190,6 +196,4 @@ def vote(
     chunk: int = CHUNK,
 ) -> Votes:
     """Each domain point votes for its k nearest pool rows; arguments, memory and errors as for ``nearest``."""
-    neighbours = nearest(domain, read_pool, rows=rows, k=k, chunk=chunk)
-    votes = np.bincount(neighbours.rows.ravel(), minlength=rows).astype(np.int64)
-    return Votes(votes, neighbours.mean, neighbours.zero_norm)
+    return Votes.of(nearest(domain, read_pool, rows=rows, k=k, chunk=chunk), rows, k)

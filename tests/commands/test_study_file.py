@@ -14,6 +14,7 @@ from ntkjax.commands.study.spec import normalised, read_study, spec_of
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.pipeline.study.grid import choice_options
 from ntkjax.selection import METHODS
+from ntkjax.selection.algorithms import ALGORITHMS
 
 DOMAIN = {"train": "a.jsonl", "dev": "b.jsonl", "test": ["c.jsonl", "d.jsonl"]}
 GOOD = {"model": "m", "pool": "p.jsonl", "domains": {"x": DOMAIN}, "budgets": 3}
@@ -81,6 +82,26 @@ def test_arms_that_are_always_there_and_kernels_crossed():
                      kernels=["sum_logits", "spectral:2"])  # fmt: skip
     assert crossed[3:] == ["random", "ntk (sum_logits)", "ntk (spectral:2)", "dsir", "mine"]
     assert labels(methods=["ntk"], kernels="loss")[-1] == "ntk"
+
+
+def test_parts_are_crossed_from_one_line():
+    line = {
+        "method": "parts",
+        "representations": ["gradients", "ngrams"],
+        "algorithms": ["mean", "uot"],
+        "uot_pool": 0.1,
+    }
+    spec = spec_of(GOOD | {"methods": [line], "kernels": ["loss", "spectral:2"]})
+    found = {arm.label: arm for arm in arms_of(spec)}
+    assert list(found)[4:] == [  # kernels are for those that take gradients
+        "parts (gradients, mean) (loss)", "parts (gradients, mean) (spectral:2)", "parts (gradients, uot) (loss)",
+        "parts (gradients, uot) (spectral:2)", "parts (ngrams, mean)", "parts (ngrams, uot)",
+    ]  # fmt: skip
+    options = found["parts (ngrams, uot)"].select
+    assert (options.representation, options.algorithm, options.uot_pool) == ("ngrams", "uot", 0.1)
+    assert found["parts (ngrams, uot)"].warmup is None and found["parts (gradients, mean) (loss)"].warmup is not None
+    every = labels(methods=[{"method": "parts", "label": "x", "representation": "ngrams", "algorithms": "all"}])
+    assert every[4:] == [f"x ({name})" for name in ALGORITHMS]
 
 
 def test_an_arms_own_options_training_and_rates():
@@ -153,6 +174,16 @@ CASES = {
     "no method": ({"methods": [{"kernel": "loss"}]}, ["s.yaml", "methods[0]", "method"]),
     "one label twice": ({"methods": ["ntk", {"method": "ntk", "kernel": "loss"}]}, ["s.yaml", "ntk", "label"]),
     "a label that is taken": ({"methods": [{"method": "ntk", "label": "base"}]}, ["s.yaml", "base"]),
+    "no parts": (
+        {"methods": [{"method": "ntk", "algorithms": ["max"]}]},
+        ["methods[0]", "algorithms", "method: parts"],
+    ),
+    "parts twice": (
+        {"methods": [{"method": "parts", "algorithms": ["max"], "algorithm": "uot"}]},
+        ["methods[0]", "algorithms beside algorithm"],
+    ),
+    "no algorithms": ({"methods": [{"method": "parts", "algorithms": []}]}, ["methods[0]", "at least one of mean"]),
+    "unknown algorithm": ({"methods": [{"method": "parts", "algorithms": ["best"]}]}, ["methods[0]", "best", "mean"]),
     "unknown kernel": ({"kernels": ["gaussian"]}, ["s.yaml", "kernels", "gaussian", "sum_logits"]),
     "unknown kernel of a method": ({"methods": [{"method": "ntk", "kernel": "gaussian"}]}, ["s.yaml", "methods[0]"]),
     "steps of one arm": (

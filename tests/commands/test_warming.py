@@ -128,9 +128,13 @@ def test_selections_share_a_warm_up_and_rows(loaded, warmed, tmp_path, monkeypat
 
 def test_a_method_that_needs_epochs_is_refused_without_a_warm_up(loaded, tmp_path, monkeypatch):
     model, domain, pool = loaded
-    assert not needs_checkpoints("ntk")
+    assert not needs_checkpoints(SelectorOptions(method="ntk"))
+    assert needs_checkpoints(SelectorOptions(method="parts", trajectory="epochs"))
+    assert not needs_checkpoints(SelectorOptions(method="parts", representation="ngrams", trajectory="epochs"))
     monkeypatch.setitem(METHODS, "random", type("Looks", (METHODS["random"],), {"uses_checkpoints": True}))
     settings = ChoiceSettings(3, 0, DATA, tmp_path / "x", progress=False)
     with pytest.raises(ConfigError, match="epochs of the warm-up"):
         choose(model, model.lora, domain, pool, SelectorOptions(method="random"), settings, warmup=None)
+    with pytest.raises(ConfigError, match="the model before and after the warm-up"):
+        choose(model, model.lora, domain, pool, SelectorOptions(method="loss-drop"), settings, warmup=None)
     assert not (tmp_path / "x").exists()

@@ -18,6 +18,8 @@ from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.ntk.scores import MANY, add_direction, mean_direction, score_batch, scores_along
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.selection.methods.euds import entropy_batch
+from ntkjax.selection.methods.for_value import Tokens, fold
+from ntkjax.selection.methods.ifd import nll_without_prompt
 from ntkjax.selection.vote import embed, embed_batch
 from ntkjax.store import RowStore
 
@@ -106,6 +108,41 @@ def test_entropies_of_packed_rows():
             values[batch.index[real]] = np.asarray(entropy_batch(model.entropy_fn, model.lora, batch))[real]
         found.append(values)
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+
+
+def test_forward_methods_of_packed_rows():
+    """A model of its own: the NLL without prompts is that of examples made without one, and the folded head is the
+    gradient of the head."""
+    model, data = model_of("float32"), data_of(seed=3)
+    head = model.head_fn({})
+    tokens = Tokens(model.states_fn, head)
+    loss = lambda w, batch: model.nll_fn(model.lora | {"head": {"kernel": w}}, batch)
+    bare, along = [], []
+    for packing in (False, True):
+        plan, values = plan_of(data, packing), np.full((12, 2), np.nan)
+        folded = fold(tokens, model.lora, plan, 12)
+        for batch in plan:
+            real = batch.index >= 0
+            found = nll_without_prompt(model.nll_fn, model.lora, batch), tokens.along(folded, model.lora, batch)
+            values[batch.index[real]] = np.stack(found, axis=1)[real]
+        bare.append(values[:, 0])
+        along.append(values[:, 1])
+    np.testing.assert_allclose(bare[1], bare[0], atol=1e-6)
+    np.testing.assert_allclose(along[1], along[0], atol=1e-6)
+    rows = np.full(12, -1.0)
+    for batch in plan_of(data, False):
+        for i in np.flatnonzero(batch.index >= 0):
+            answer = batch.tokens[i][: batch.lengths[i]][batch.response_mask[i][: batch.lengths[i]]]
+            own = TokenisedDataset.from_sequences([[int(batch.tokens[i][0]), *answer.tolist()]], [1])
+            [one] = own.batches(token_budget=BUDGET)
+            rows[batch.index[i]] = model.nll_fn(model.lora, one)[0]
+    np.testing.assert_allclose(bare[0], rows, atol=1e-5)
+    [whole] = data.batches(token_budget=4096, max_buckets=1)
+    real = whole.index >= 0
+    mean = jax.grad(lambda w: jnp.mean(loss(w, whole)[real]))(head)
+    np.testing.assert_allclose(folded, mean, atol=1e-6)
+    expected = jax.jvp(lambda w: loss(w, whole), (head,), (mean,))[1]
+    np.testing.assert_allclose(along[0][whole.index[real]], expected[real], atol=1e-6)
 
 
 @jax.tree_util.register_dataclass

@@ -79,7 +79,8 @@ def make(n=5, rows=24, **changes):
         "hidden_fn": hidden_fn, "head": head_fn, "nll_fn": nll_fn, "embed_fn": embed_fn, "params": params, "n": n,
         "token_budget": 64, "domain": dataset(6, 1), "pool": dataset(rows, 2),
         "domain_texts": texts(6, 1), "pool_texts": texts(rows, 2), "weighted_embed_fn": embed_fn,
-        "checkpoints": tuple(checkpoints), "entropy_fn": entropy_fn,
+        "checkpoints": tuple(checkpoints), "entropy_fn": entropy_fn, "states_fn": states,
+        "start_params": checkpoints[0].params,
     }  # fmt: skip
     return SelectionProblem(**{**fields, **changes})
 

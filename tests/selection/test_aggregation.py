@@ -5,7 +5,7 @@ import pytest
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.selection import METHODS, described
-from ntkjax.selection.aggregation import domain_groups
+from ntkjax.selection.algorithms.clusters import domain_groups
 
 EXACT = {"sketch": "sparse", "sketch_size": 32, "stage1": "off", "pool_sample": 12}  # 8 numbers: a lossless sketch
 DIRECTIONS = ["raw", "contrast", "cosine"]
@@ -135,7 +135,7 @@ def test_groups_are_kept(make, tmp_path, monkeypatch):
     first = select(problem, "clusters", **options)
     labels = domain_groups(problem, lambda: 1 / 0, 3, {"kernel": "loss", "sketch": "sparse", "size": 64})
     assert np.bincount(labels).tolist() == first.diagnostics["domain_cluster_sizes"]
-    monkeypatch.setattr("ntkjax.selection.aggregation._groups", lambda *a: 1 / 0)
+    monkeypatch.setattr("ntkjax.selection.algorithms.clusters._groups", lambda *a: 1 / 0)
     again = select(problem, "clusters", **options)
     np.testing.assert_array_equal(again.scores, first.scores)
     with pytest.raises(ConfigError, match="groups: was 3, is now 2"):

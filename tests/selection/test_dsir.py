@@ -10,7 +10,8 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
-from ntkjax.selection.methods.dsir import bucket_list, bucket_of, log_weights
+from ntkjax.selection.methods.dsir import log_weights
+from ntkjax.selection.ngrams import bucket_list, bucket_of
 
 DOMAIN = ["The court found the contract void.", "The contract: void? The court's view."]
 POOL = ["The cat sat.", "The court, the contract!", "Void contract; void court.", "a b c d"]

@@ -49,6 +49,10 @@ DEFAULTS = {
         "adam": "on",
     },
     "embedding": {},
+    "perplexity": {"perplexity": "middle"},
+    "ifd": {},
+    "loss-drop": {},
+    "for-value": {},
     "random": {},
     "random-from-stage-1": {"prefilter_factor": 4},
     "length": {"order": "longest"},
@@ -82,6 +86,32 @@ DEFAULTS = {
         "stage1": "on",
         "prefilter_factor": 4,
     },
+    "parts": {
+        "representation": "gradients",
+        "algorithm": "round-robin",
+        "similarity": "cosine",
+        "kernel": "sum_logits",
+        "trajectory": "end",
+        "precondition": "none",
+        "damping": 0.1,
+        "sketch": "sparse",
+        "sketch_size": 8192,
+        "stage1": "on",
+        "prefilter_factor": 4,
+        "buckets": 10000,
+        "sentence_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "domain_clusters": 8,
+        "domain_groups": "k-means",
+        "nearest": 0,
+        "transport_alpha": 0.5,
+        "transport_scale": 5.0,
+        "transport_sigma": 0.75,
+        "neighbours": 5000,
+        "uot_epsilon": 0.01,
+        "uot_domain": None,
+        "uot_pool": 0.0001,
+        "uot_iterations": 1000,
+    },
 }
 OF_EVERY_METHOD = {
     "method": "ntk",
@@ -93,18 +123,19 @@ OF_EVERY_METHOD = {
 }
 
 FLAGS = """
-adam adapter aggregation arms-per-round buckets classifier-sample classifier-share core-share curvature damping
-dedup.mode dedup.shingle dedup.threshold direction diversity diversity-factor diversity-kernel domain
-domain-clusters dry-run dtype entropy-high entropy-keep entropy-low exploration graph-edges graph-features
-graph-nodes graph-steps gumbel kernel lora-alpha lora-rank lora-targets loss-turns max-length mesh method model n
-neighbours on-bad-record order out packing parameters pool pool-clusters pool-sample precondition prefilter-factor
-probe-factor probes remat scores seed selected-format semantic-samples semantic-similarity semantic-tokens sketch
-sketch-size skip-warmup stage1 test token-budget transport-alpha transport-scale transport-sigma walk-core
-warmup.accumulation warmup.b1 warmup.b2 warmup.batch-size warmup.buckets warmup.clip-norm warmup.domain-share
-warmup.epochs warmup.eps warmup.eval-every warmup.keep-checkpoints warmup.learning-rate warmup.lift-interval
-warmup.lift-rank warmup.loss-reweighting warmup.max-buckets warmup.micro-batch-tokens warmup.patience
-warmup.restore-best warmup.reweighting-temperature warmup.save-every warmup.schedule warmup.steps warmup.tracker
-warmup.warmup-ratio warmup.weight-decay weights
+adam adapter aggregation algorithm arms-per-round buckets classifier-sample classifier-share core-share curvature
+damping dedup.mode dedup.shingle dedup.threshold direction diversity diversity-factor diversity-kernel domain
+domain-clusters domain-groups dry-run dtype entropy-high entropy-keep entropy-low exploration graph-edges
+graph-features graph-nodes graph-steps gumbel kernel lora-alpha lora-rank lora-targets loss-turns max-length mesh
+method model n nearest neighbours on-bad-record order out packing parameters perplexity pool pool-clusters
+pool-sample precondition prefilter-factor probe-factor probes remat representation scores seed selected-format
+semantic-samples semantic-similarity semantic-tokens sentence-model similarity sketch sketch-size skip-warmup stage1
+test token-budget trajectory transport-alpha transport-scale transport-sigma uot-domain uot-epsilon uot-iterations
+uot-pool walk-core warmup.accumulation warmup.b1 warmup.b2 warmup.batch-size warmup.buckets warmup.clip-norm
+warmup.domain-share warmup.epochs warmup.eps warmup.eval-every warmup.keep-checkpoints warmup.learning-rate
+warmup.lift-interval warmup.lift-rank warmup.loss-reweighting warmup.max-buckets warmup.micro-batch-tokens
+warmup.patience warmup.restore-best warmup.reweighting-temperature warmup.save-every warmup.schedule warmup.steps
+warmup.tracker warmup.warmup-ratio warmup.weight-decay weights
 """.split()  # noqa: SIM905
 
 
@@ -155,7 +186,9 @@ def checked(cls, **values):
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_a_value_that_is_none_of_the_choices_is_refused(method):
     choices = {
-        n: typing.get_args(t) for n, t in typing.get_type_hints(METHODS[method]).items() if n in DEFAULTS[method]
+        n: typing.get_args(t)
+        for n, t in typing.get_type_hints(METHODS[method]).items()
+        if n in DEFAULTS[method] and typing.get_origin(t) is typing.Literal
     }
     for name, expected in choices.items():
         if expected:

@@ -6,7 +6,8 @@ from scipy.optimize import linprog
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
-from ntkjax.selection.methods.tsds import TsdsSelector, density_of, draw, transport
+from ntkjax.selection.algorithms.knn_kde import density_of, draw, transport
+from ntkjax.selection.methods.tsds import TsdsSelector
 
 
 def objective(gamma, distance, density, price, weight):

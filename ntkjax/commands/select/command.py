@@ -74,7 +74,7 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     domain = load_data(config.domain, model, config.data)
     pool = load_data(config.pool, model, config.data)
     make_selector(config.select)
-    check_warmup(config.select.method, given=not config.skip_warmup)
+    check_warmup(config.select, given=not config.skip_warmup)
     check_size(config.n, len(pool))
     held_out = read_held_out(config.data, test=config.test)
     inputs = inputs_of(model, config.model, domain=domain, pool=pool, **held_out)

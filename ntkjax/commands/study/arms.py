@@ -9,12 +9,12 @@ from ntkjax.errors import ConfigError
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.pipeline.select import make_selector
 from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
-from ntkjax.pipeline.study.spec import MethodSpec, StudySpec
+from ntkjax.pipeline.study.spec import ALL, MethodSpec, StudySpec
 from ntkjax.selection import METHODS
 from ntkjax.training import TrainConfig
 
-ALL = "all"
 TRAINING: dict[str, dict[str, Any]] = {
     "loss-reweighting": {"train": {"loss_reweighting": "linupper"}},
     "lift": {"train": {"lift_rank": 16}, "parameters": "all"},
@@ -84,7 +84,7 @@ def _arms(spec: StudySpec, entry: MethodSpec, where: str) -> list[Arm]:
         parameters=entry.parameters or changed.get("parameters") or own,
         rates=rates,
     )
-    kernels = spec.kernels if has_kernel(method) and "kernel" not in entry.options else ()
+    kernels = spec.kernels if has_kernel(select) and "kernel" not in entry.options else ()
     return _crossed(arm, kernels, where) if kernels else [arm]
 
 
@@ -98,9 +98,9 @@ def _crossed(arm: Arm, kernels: tuple[str, ...], where: str) -> list[Arm]:
     return made
 
 
-def has_kernel(method: str) -> bool:
-    """Whether the method has an option ``kernel``."""
-    return any(field.name == "kernel" for field in dataclasses.fields(METHODS[method]))
+def has_kernel(options: SelectorOptions) -> bool:
+    """Whether the method, with its options, has a use for ``kernel``."""
+    return "kernel" in make_selector(options).used_options()
 
 
 def _train(spec: StudySpec, changed: dict[str, Any], where: str) -> TrainConfig:

@@ -89,7 +89,7 @@ def long_rows(runner: Runner, runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 def kernel_of(arm: Arm) -> str | None:
     """The kernel of an arm whose method has one."""
-    return arm.select.kernel if arm.select is not None and has_kernel(arm.select.method) else None
+    return arm.select.kernel if arm.select is not None and has_kernel(arm.select) else None
 
 
 def run_metrics(result: Mapping[str, Any], weights: int) -> dict[str, float | int | None]:

@@ -8,6 +8,7 @@ Every key, with its default where it has one::
     domains:
       finance: {train: ..., dev: ..., test: ..., sizes: [100, 1000], truth: truth.json}
     methods: [random, {label: whole pool, method: ntk, stage1: off}]     # `all`: every selector there is
+      # - {method: parts, representations: [embeddings, gradients], algorithms: all}     # crossed: an arm for each pair
     kernels: []                     # crossed with the methods that have a kernel and were given none
     budgets: [300]                  # N, examples chosen
     domain_sizes: [all]             # examples of the domain's training file, drawn anew for every seed
@@ -30,6 +31,7 @@ Of several files the later ones win, key by key; lists are replaced.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -38,7 +40,9 @@ from ntkjax.errors import ConfigError
 from ntkjax.pipeline.config_io import config_from_dict
 from ntkjax.pipeline.options import DedupOptions, SelectorOptions
 from ntkjax.pipeline.run_dir import read_yaml
-from ntkjax.pipeline.study.spec import EMBEDDED, StudySpec
+from ntkjax.pipeline.study.spec import ALL, EMBEDDED, StudySpec
+from ntkjax.selection.algorithms import ALGORITHMS
+from ntkjax.selection.representations import REPRESENTATIONS
 
 
 def read_study(files: Sequence[str | Path]) -> tuple[StudySpec, dict[str, Any]]:
@@ -96,7 +100,8 @@ def normalised(content: dict[str, Any], where: str) -> dict[str, Any]:
             made[name] = _switches(options, made[name])
     if "methods" in made:
         entries = made["methods"] if isinstance(made["methods"], list | tuple) else [made["methods"]]
-        made["methods"] = [_method(entry, f"{where}: methods[{i}]") for i, entry in enumerate(entries)]
+        found = [(f"{where}: methods[{i}]", entry) for i, entry in enumerate(entries)]
+        made["methods"] = [_method(each, at) for at, entry in found for each in _pairs(entry, at)]
     return made
 
 
@@ -126,7 +131,35 @@ def _source(entry: Any) -> Any:
     return {**entry, "mapping": {**mapping, "where": texts}}
 
 
+PARTS = "parts"
 _OWN = ("label", "method", "train", "warmup", "parameters", "learning_rates")
+
+
+_CROSSED = {"representations": REPRESENTATIONS, "algorithms": ALGORITHMS}
+"""Keys of an entry that stand for one entry for each of their values (``all``: each of the table)."""
+
+
+def _pairs(entry: Any, where: str) -> list[Any]:
+    """The entry, or one for each pair of its ``representations`` and ``algorithms``, labelled LABEL (PAIR)."""
+    if not isinstance(entry, dict) or not (crossed := [key for key in _CROSSED if key in entry]):
+        return [entry]
+    if entry.get("method") != PARTS:
+        raise ConfigError(f"{where}: {crossed[0]}: only with method: {PARTS}; got method {entry.get('method')!r}")
+    rest = {key: value for key, value in entry.items() if key not in _CROSSED}
+    lists = []
+    for key in crossed:
+        name, given = key.removesuffix("s"), entry[key]
+        if name in entry:
+            raise ConfigError(f"{where}: {key} beside {name}; give one of the two")
+        values = list(_CROSSED[key]) if given == ALL else given if isinstance(given, list | tuple) else [given]
+        if not values:
+            raise ConfigError(f"{where}: {key}: expected at least one of {', '.join(_CROSSED[key])}")
+        lists.append([(name, value) for value in values])
+    made = []
+    for pair in itertools.product(*lists):
+        label = f"{entry.get('label', PARTS)} ({', '.join(str(value) for _, value in pair)})"
+        made.append({**rest, **dict(pair), "label": label})
+    return made
 
 
 def _method(entry: Any, where: str) -> dict[str, Any]:

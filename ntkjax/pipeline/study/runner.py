@@ -273,7 +273,7 @@ class Runner:
     def warm_up(self, task: Task) -> tuple[WarmUp, float]:
         """The warm-up of a task's condition and seed, and the seconds that it took."""
         grid = self.grid
-        epochs = any(arm.select is not None and needs_checkpoints(arm.select.method) for arm in grid.arms)
+        epochs = any(arm.select is not None and needs_checkpoints(arm.select) for arm in grid.arms)
         folder = grid.folder("warmups", grid.warmup_key(task))
         if epochs:  # they are kept, which an earlier study may not have done
             folder = folder.with_name(folder.name + "-epochs")

@@ -19,6 +19,8 @@ from ntkjax.training import TrainConfig
 
 EMBEDDED = "embedded"
 """The model that ships with the package; as a study file: the study that ships."""
+ALL = "all"
+"""In the place of a method, or of a list of representations or algorithms: each that there is."""
 WHOLE = "all"
 """A domain size: the whole training file."""
 

@@ -19,6 +19,10 @@ TABLE = {
     "less": "less.LessSelector",
     "g2is": "g2is.G2isSelector",
     "embedding": "embedding.EmbeddingSelector",
+    "perplexity": "perplexity.PerplexitySelector",
+    "ifd": "ifd.IfdSelector",
+    "loss-drop": "loss_drop.LossDropSelector",
+    "for-value": "for_value.ForValueSelector",
     "random": "random.RandomSelector",
     "random-from-stage-1": "random_from_stage_1.RandomFromStage1Selector",
     "length": "length.LengthSelector",
@@ -29,6 +33,7 @@ TABLE = {
     "euds": "euds.EudsSelector",
     "quad": "quad.QuadSelector",
     "gais": "gais.GaisSelector",
+    "parts": "parts.PartsSelector",
 }
 """Name of the method, as ``--method`` takes it: module in this folder and class."""
 

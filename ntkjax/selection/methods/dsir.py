@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, Selector, select_top
-from ntkjax.selection.options import Options, check_least
+from ntkjax.selection.ngrams import BucketOptions, bucket_list
 
-WORD = re.compile(r"\w+|[^\w\s]+")
-"""A run of letters, digits and underscores, or a run of punctuation."""
 SMOOTHING = 1e-8
-CACHED = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
-class DsirOptions(Options):
+class DsirOptions(BucketOptions):
     """Options of ``dsir``."""
 
-    buckets: int = 10_000
-    """Hash buckets of words and pairs of words."""
     gumbel: bool = True
     """Sample in proportion to the importance weights; without: the highest weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, "buckets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +79,3 @@ def shares(texts: Iterable[str], buckets: int, side: str) -> Float[np.ndarray, "
     if not counts.any():
         raise ConfigError(f"dsir: not one word in the texts of the {side}; expected prompts and responses of words")
     return counts / counts.sum()
-
-
-def bucket_list(text: str, buckets: int) -> Int[np.ndarray, " g"]:
-    """The bucket of every word and of every pair of neighbouring words of ``text``, repeats included."""
-    words = WORD.findall(text.lower())
-    pairs = (f"{a} {b}" for a, b in pairwise(words))
-    return np.asarray([bucket_of(gram, buckets) for gram in (*words, *pairs)], np.int64)
-
-
-@functools.lru_cache(maxsize=CACHED)  # words repeat; the bound keeps memory independent of the text
-def bucket_of(gram: str, buckets: int) -> int:
-    """SHA-256 of ``gram`` in UTF-8, as a big-endian integer, modulo ``buckets``."""
-    return int.from_bytes(hashlib.sha256(gram.encode()).digest(), "big") % buckets

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
-from ntkjax.selection.embeddings import EmbeddingMethod, stage1_votes
+from ntkjax.selection.algorithms.knn_uniform import KnnUniform
+from ntkjax.selection.base import Selection, SelectionProblem
+from ntkjax.selection.embeddings import EmbeddingMethod
+from ntkjax.selection.representations.embeddings import Embeddings
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingSelector(EmbeddingMethod):
     """score_j = votes_j + (1 + mean cosine similarity_j) / 4: the n rows with the most votes, ties by similarity.
 
-    The second term lies in [0, 1/2], so it orders rows with equal votes and no others.
+    Every domain point votes for its n nearest: ``parts`` with representation ``embeddings`` and algorithm
+    ``knn-uniform`` at ``nearest`` = n.
     """
 
     def __call__(self, problem: SelectionProblem) -> Selection:
-        votes = stage1_votes(problem, problem.n)
-        scores = votes.votes + (1 + votes.similarity.astype(np.float64)) / 4
-        return select_top("embedding", scores, problem.n, votes=votes.votes)
+        embeddings = Embeddings()
+        candidates = embeddings.candidates(problem)
+        choice = KnnUniform(nearest=problem.n)(embeddings.similarities(problem, candidates.rows), problem)
+        return dataclasses.replace(choice.selection("embedding", candidates, problem, {}), votes=choice.votes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
-from ntkjax.ntk.rows import alone, collect_rows, iterate
+from ntkjax.ntk.rows import collect_rows
 from ntkjax.selection.base import Selection, SelectionProblem, Selector, select_top
 from ntkjax.selection.cost import FORWARD, Sizes
+from ntkjax.selection.forward import row_values
 from ntkjax.selection.options import Options, check_choice, check_least
 from ntkjax.selection.shared import open_shared
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, owned, valid_mask
@@ -148,19 +149,11 @@ class EudsSelector(EudsOptions, Selector):
 
 def token_entropies(problem: SelectionProblem) -> Float[np.ndarray, "N 2"]:
     """(information, generative) entropy of every pool row, float64; kept for other methods and runs."""
-    store = open_shared(problem, "entropies", {"theta": tree_digest(problem.params)}, rows=len(problem.pool), width=2)
-    fn = as_pytree_fn(problem.entropy_fn) if problem.entropy_fn is not None else None
-    batches, rows = problem.pool.batches(token_budget=problem.token_budget), len(problem.pool)
-
-    def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
-        return ((np.asarray(batch.index), entropy_batch(fn, problem.params, batch)) for batch in batches)
-
-    found = of(iterate(batches, problem.progress and "entropies", "entropies", store))
-    again = alone(batches, of, rows)
-    return np.asarray(collect_rows(found, rows=rows, store=store, what="entropy", again=again), np.float64)
+    assert problem.entropy_fn is not None
+    fn = jax.tree_util.Partial(entropy_batch, as_pytree_fn(problem.entropy_fn))
+    return row_values(problem, fn, problem.params, kind="entropies", what="entropy", width=2)
 
 
-@jax.jit
 def entropy_batch(entropy_fn: Any, params: Params, batch: Any) -> Float[Array, "B 2"]:
     """(information, generative) entropy of each row, nats."""
     generative = at_least_float32(entropy_fn(params, batch))

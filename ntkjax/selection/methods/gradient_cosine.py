@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.algorithms.mean import Mean
+from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.gradients import (
-    GradientSelector,
-    cosines,
-    find_candidates,
-    gradient_features,
-    scatter,
-    unit_direction,
-)
+from ntkjax.selection.gradients import GradientSelector, find_candidates, gradient_features, unit_direction
+from ntkjax.selection.parts import Part, Similarities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +19,9 @@ class GradientCosineSelector(GradientSelector):
     ``less``, which takes cosines with every domain example, Adam's steps and all epochs. Both gradients are sketched to
     K = ``sketch_size``, from the same rows on disk as every other gradient method; a cosine is then off by about
     1 / sqrt(K). Without a sketch, and for other kernels: ``ntk --direction cosine``.
+
+    It is ``parts`` with representation ``gradients`` of the loss and algorithm ``mean``, the domain being one vector,
+    g_bar.
 
     Attributes:
       sketch, sketch_size: Pi and K (see `gradient_features`).
@@ -41,7 +39,5 @@ class GradientCosineSelector(GradientSelector):
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
         domain, read = gradient_features(problem, candidates.rows, sketch=self.sketch, size=self.sketch_size)
         direction = unit_direction(domain.mean(axis=0), "the domain's mean gradient")
-        cosine, zeros = cosines(read, candidates.rows, direction[None])
-        scores = scatter(cosine[:, 0], candidates.rows, len(problem.pool))
-        chosen = select_top("gradient-cosine", scores, problem.n, votes=candidates.counts)
-        return dataclasses.replace(chosen, diagnostics={"zero_gradients": zeros} | candidates.report())
+        choice = Mean()(Similarities((Part(direction[None], read),), candidates.rows), problem)
+        return choice.selection("gradient-cosine", candidates, problem, {"zero_gradients": choice.zeros})

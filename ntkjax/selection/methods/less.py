@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from ntkjax.errors import ConfigError
-from ntkjax.selection.base import Selection, SelectionProblem, select_top
+from ntkjax.selection.algorithms.clusters import Clusters
+from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.cost import Sizes
-from ntkjax.selection.gradients import (
-    GradientSelector,
-    cosines,
-    find_candidates,
-    gradient_features,
-    scatter,
-)
+from ntkjax.selection.gradients import GradientSelector
 from ntkjax.selection.options import AdamOptions, GradientOptions
-from ntkjax.selection.vote import unit_rows
+from ntkjax.selection.representations.gradients import Gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +38,9 @@ class LessSelector(LessOptions, GradientSelector):
     ``adam`` off takes the plain gradient for Gamma_t. After a warm-up on a small domain 0.9 m is the larger part of
     every m', so that all Gamma_t point nearly the same way; without it this is not so.
 
+    It is ``parts`` with representation ``gradients`` of the loss, trajectory ``adam``, and algorithm ``clusters`` over
+    the sources.
+
     Raises:
       ConfigError: options out of range; a problem without checkpoints.
     """
@@ -55,35 +51,24 @@ class LessSelector(LessOptions, GradientSelector):
         """Gradients at every checkpoint."""
         return sizes.stage1(self.stage1) + sizes.checkpoints * sizes.gradients
 
-    def __call__(self, problem: SelectionProblem) -> Selection:
-        if not problem.checkpoints:
-            raise ConfigError("less looks at the warm-up's epochs and there are none; warm up first, with checkpoints")
-        names, subtask = np.unique(np.asarray(problem.domain.sources, dtype=str), return_inverse=True)
-        candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
-        influence, report = self.influence(problem, candidates.rows, subtask)
-        scores = scatter(influence.max(axis=1), candidates.rows, len(problem.pool))
-        chosen = select_top("less", scores, problem.n, votes=candidates.counts)
-        best = influence[np.searchsorted(candidates.rows, chosen.selected)].argmax(axis=1)
-        report |= {"subtasks_chosen_for": dict(sorted(Counter(names[best].tolist()).items()))}
-        return dataclasses.replace(chosen, diagnostics=report | candidates.report())
+    def as_gradients(self) -> Gradients:
+        """The same as options of the representation ``gradients``."""
+        options = dataclasses.asdict(self)
+        return Gradients(kernel="loss", trajectory="adam" if options.pop("adam") == "on" else "epochs", **options)
 
-    def influence(
-        self, problem: SelectionProblem, rows: Int[np.ndarray, " C"], subtask: Int[np.ndarray, " M"]
-    ) -> tuple[Float[np.ndarray, "C S"], dict[str, Any]]:
-        """(the sum over checkpoints for every candidate and subtask, what to report of it)."""
-        rates = np.array([checkpoint.learning_rate for checkpoint in problem.checkpoints])
-        weights, total, zeros, domain_zeros = rates / rates.sum(), 0.0, [], []
-        for checkpoint, weight in zip(problem.checkpoints, weights):
-            options: dict[str, Any] = {"sketch": self.sketch, "size": self.sketch_size, "checkpoint": checkpoint}
-            domain, read = gradient_features(problem, rows, adam=self.adam == "on", **options)
-            unit, zero = unit_rows(np.asarray(domain, np.float64))
-            means = np.stack([unit[subtask == k].mean(axis=0) for k in range(subtask.max() + 1)])
-            cosine, zero_rows = cosines(read, rows, means)
-            total = total + weight * cosine
-            zeros, domain_zeros = [*zeros, zero_rows], [*domain_zeros, zero]
-        return np.asarray(total), {
+    def __call__(self, problem: SelectionProblem) -> Selection:
+        gradients, subtasks = self.as_gradients(), Clusters(domain_groups="sources")
+        candidates = gradients.candidates(problem)
+        similarities = gradients.similarities(problem, candidates.rows)
+        choice = subtasks(similarities, problem)
+        chosen, names = choice.selection("less", candidates, problem, {}), choice.report["domain_clusters"]
+        assert choice.groups is not None
+        best = choice.groups[np.searchsorted(candidates.rows, chosen.selected)]
+        report = {
             "checkpoint_steps": [checkpoint.step for checkpoint in problem.checkpoints],
-            "checkpoint_weights": weights.tolist(),
-            "zero_gradients": max(zeros),
-            "zero_domain_gradients": max(domain_zeros),
+            "checkpoint_weights": [part.weight for part in similarities.parts],
+            "zero_gradients": choice.zeros,
+            "zero_domain_gradients": similarities.zero_domain,
+            "subtasks_chosen_for": dict(sorted(Counter(names[group] for group in best).items())),
         }
+        return dataclasses.replace(chosen, diagnostics=report | candidates.report())

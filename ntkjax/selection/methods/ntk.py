@@ -19,30 +19,25 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KernelFunctions, build, parse
-from ntkjax.ntk.precondition import PreconditionerName, build_preconditioner
+from ntkjax.ntk.precondition import build_preconditioner
 from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
-from ntkjax.selection.aggregation import (
-    BY_EXAMPLE,
-    AggregationName,
-    check_aggregation,
-    compare_examples,
-    domain_groups,
-)
-from ntkjax.selection.base import Selection, SelectionProblem, ranks_after, select_top
+from ntkjax.selection.aggregation import BY_EXAMPLE, AggregationName, check_aggregation, compare_examples
+from ntkjax.selection.algorithms.clusters import domain_groups
+from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import FORWARD, TRAIN, Sizes
 from ntkjax.selection.gradients import Candidates, Stage1Selector, domain_features, find_candidates, scatter
 from ntkjax.selection.options import (
     SKETCHES,
-    DampingOptions,
+    ClusterOptions,
     DirectionOptions,
-    KernelName,
+    KernelOptions,
+    PreconditionOptions,
     SketchOptions,
     Stage1Options,
     check_choice,
 )
-from ntkjax.selection.vote import take_turns
 from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
@@ -62,30 +57,20 @@ def check_precondition(name: str, scores: str, direction: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class NtkOptions(DirectionOptions, SketchOptions, Stage1Options, DampingOptions):
+class NtkOptions(KernelOptions, DirectionOptions, SketchOptions, Stage1Options, PreconditionOptions, ClusterOptions):
     """Options of ``ntk``, NTK-Selector (arXiv 2511.07380): the defaults are the paper's but for the sketch."""
 
-    kernel: KernelName = "sum_logits"
-    """sum_logits: the paper's Jacobian-free kernel; loss: label-aware; trace, centred_trace: exact; spectral:m,
-    centred_spectral:m, hutchinson:m: m outputs that approximate the trace."""
     scores: ScoreMethod = "forward"
     """forward: exact, one jax.jvp pass; sketch: the paper's per-example gradients, projected."""
-    precondition: PreconditionerName = "none"
-    """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
-    of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
     aggregation: AggregationName = "mean"
     """Over the domain's examples. mean: the paper's; clusters: the best of the means of groups of them; max: the best
     of all; round-robin: each takes its best in turn. The last two need scores=sketch."""
-    domain_clusters: int = 8
-    """Groups of domain examples, at most (aggregation=clusters)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse(self.kernel)
         check_choice("scores", self.scores, ScoreMethod)
-        check_choice("precondition", self.precondition, PreconditionerName)
         check_precondition(self.precondition, self.scores, self.direction)
-        check_aggregation(self.aggregation, self.scores, self.domain_clusters)
+        check_aggregation(self.aggregation, self.scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +194,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
 
     def by_example(self, problem: SelectionProblem, candidates: Candidates) -> Selection:
         """The selection by ``max`` or ``round-robin``, without what is reported."""
-        turns = self.aggregation == "round-robin"
-        neighbours, pool_mean_scores = compare_examples(
+        choice, pool_mean_scores = compare_examples(
             problem,
             candidates.rows,
             self.sample(problem),
@@ -218,16 +202,12 @@ class NtkSelector(NtkOptions, Stage1Selector):
             sketch=self.sketch,
             size=self.sketch_size,
             direction=self.direction,
-            nearest_rows=problem.n if turns else 1,
+            algorithm=BY_EXAMPLE[self.aggregation],
         )
-        rows = len(problem.pool)
-        scores = scatter(neighbours.highest.astype(np.float64), candidates.rows, rows)
-        pool_mean_scores = scatter(pool_mean_scores, candidates.rows, rows)
-        chosen = select_top("ntk", scores, problem.n, votes=candidates.counts, pool_mean_scores=pool_mean_scores)
-        if turns:
-            selected = candidates.rows[take_turns(neighbours.rows, problem.n)]
-            chosen = dataclasses.replace(chosen, ranks=ranks_after(selected, scores), selected=selected)
-        return chosen
+        chosen = choice.selection("ntk", candidates, problem, {})
+        return dataclasses.replace(
+            chosen, pool_mean_scores=scatter(pool_mean_scores, candidates.rows, len(problem.pool))
+        )
 
     def make_sketch(self, problem: SelectionProblem) -> Sketch | None:
         """The projection of the paper's path, or None on the exact path."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from ntkjax.errors import ConfigError
-from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
-from ntkjax.selection.embeddings import EmbeddingMethod, embed_both
-from ntkjax.selection.vote import nearest, take_turns
+from ntkjax.selection.algorithms.round_robin import RoundRobin
+from ntkjax.selection.base import Selection, SelectionProblem
+from ntkjax.selection.embeddings import EmbeddingMethod
+from ntkjax.selection.representations.weighted_embeddings import WeightedEmbeddings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +22,14 @@ class RdsSelector(EmbeddingMethod):
     examples (we: as they stand in the file), ties (we: lower row), and what is embedded: we take prompt and response as
     the model is trained on them.
 
-    Memory: the n nearest rows of every domain example, [M, n]; no domain example can need more.
+    It is ``parts`` with representation ``weighted-embeddings`` and algorithm ``round-robin``.
 
     Raises:
       ConfigError: a problem without ``weighted_embed_fn``. UserError: a domain example whose embedding is zero.
     """
 
     def __call__(self, problem: SelectionProblem) -> Selection:
-        if problem.weighted_embed_fn is None:
-            raise ConfigError("rds needs position-weighted hidden states: give the problem a weighted_embed_fn")
-        domain, read_pool = embed_both(problem, problem.weighted_embed_fn, "weighted embeddings")
-        neighbours = nearest(domain, read_pool, rows=len(problem.pool), k=problem.n)
-        selected = take_turns(neighbours.rows, problem.n)
-        scores = neighbours.highest.astype(np.float64)
-        report = {"zero_embeddings": neighbours.zero_norm}
-        return Selection("rds", scores, ranks_after(selected, scores), selected, diagnostics=report)
+        embeddings = WeightedEmbeddings()
+        candidates = embeddings.candidates(problem)
+        choice = RoundRobin()(embeddings.similarities(problem, candidates.rows), problem)
+        return choice.selection("rds", candidates, problem, {"zero_embeddings": choice.zeros})

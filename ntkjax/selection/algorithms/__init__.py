@@ -1,0 +1,30 @@
+"""Algorithms over the similarities of M domain examples and N pool rows, one file each. The table is at the end.
+
+A new algorithm is one file in this folder and one line in the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+TABLE = {
+    "mean": "mean.Mean",
+    "max": "maximum.Maximum",
+    "clusters": "clusters.Clusters",
+    "round-robin": "round_robin.RoundRobin",
+    "doubly-greedy": "maximum.Maximum",  # the same order by another name: see there
+    "uot": "uot.UnbalancedTransport",
+    "knn-uniform": "knn_uniform.KnnUniform",
+    "knn-kde": "knn_kde.KnnKde",
+}
+"""Name of the algorithm, as ``--algorithm`` takes it: module in this folder and class."""
+
+
+def _load(where: str) -> type[Any]:
+    module, _, name = where.partition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+ALGORITHMS: dict[str, type[Any]] = {name: _load(where) for name, where in TABLE.items()}
+"""Name of the algorithm: its class, a frozen dataclass of its options (`ntkjax.selection.parts.Algorithm`)."""
