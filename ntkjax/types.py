@@ -76,6 +76,13 @@ def forward_mode(fn: _Fn) -> _Fn:
     return fn if special is None else special()
 
 
+def logit_cap(fn: Callable) -> float | None:
+    """The c of logits c tanh(W h / c) that a function declares as its attribute ``logit_cap``, as those of a language
+    model do; None for any other function: its logits are W h.
+    """
+    return getattr(fn, "logit_cap", None)
+
+
 def predict_mask(batch: Batch) -> Bool[Array, "B T"]:
     """S(x): positions t whose *next* token belongs to the response, of the same example, bool [B, T]."""
     shifted = jnp.asarray(batch.response_mask)[:, 1:]

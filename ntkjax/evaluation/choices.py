@@ -32,7 +32,7 @@ from ntkjax.data.rows import lay_out
 from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.evaluation.answers import find_choices
 from ntkjax.evaluation.packing import Packed, PackedBatch, collate, collate_rows, pack
-from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped
+from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped, logit_cap
 
 DEFAULT_TEMPLATE = "So the answer is {}."
 LOGIT_ELEMENTS = 1 << 24
@@ -86,7 +86,7 @@ def token_log_probs(
 
     The hidden states are gathered before the head is applied, and the head runs over blocks of positions, so
     [B, T, V] is never formed. Model functions and weights are arguments: one compilation for each batch
-    shape. Logits are capped where ``head_fn`` has a ``logit_cap`` (`ModelFn.logit_cap`).
+    shape. Logits are capped where ``head_fn`` has a ``logit_cap`` (`ntkjax.types.logit_cap`).
     """
     return token_scores(states_fn, head_fn, params, batch, predictor, target)[0]
 
@@ -101,7 +101,6 @@ def token_scores(
     target: Int[ArrayLike, "B M"],
 ) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
     """`token_log_probs`, and whether no token is likelier than the target there, [B, M] each."""
-    cap = getattr(head_fn, "logit_cap", None)
     predictor, target = jnp.asarray(predictor), jnp.asarray(target)
     states, head = states_fn(params, batch), at_least_float32(head_fn(params))
     hidden = at_least_float32(jnp.take_along_axis(states, predictor[:, :, None], axis=1))
@@ -109,7 +108,7 @@ def token_scores(
     hidden, head = hidden.astype(dtype), head.astype(dtype)
 
     def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), cap)
+        logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), logit_cap(head_fn))
         best = jnp.argmax(logits).astype(pair[1].dtype) == pair[1]
         return logits[pair[1]] - jax.nn.logsumexp(logits), best
 

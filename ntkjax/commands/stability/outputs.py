@@ -24,7 +24,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation.choices import gold_choice, pack_choices, token_log_probs
 from ntkjax.evaluation.packing import Packed, collate
 from ntkjax.models import LanguageModel
-from ntkjax.types import Batch, Params, at_least_float32, capped
+from ntkjax.types import Batch, Params, at_least_float32, capped, logit_cap
 
 KINDS = ("likelihood", "logits")
 
@@ -75,7 +75,7 @@ class ChoiceOutputs:
         states = at_least_float32(self.states_fn(params, rows.batch))
         hidden = jnp.take_along_axis(states, jnp.asarray(rows.predictor)[:, :, None], axis=1)
         words = at_least_float32(self.head_fn(params))[jnp.asarray(rows.target)]
-        return capped(jnp.sum(hidden.astype(words.dtype) * words, axis=2), getattr(self.head_fn, "logit_cap", None))
+        return capped(jnp.sum(hidden.astype(words.dtype) * words, axis=2), logit_cap(self.head_fn))
 
 
 @dataclasses.dataclass(frozen=True)

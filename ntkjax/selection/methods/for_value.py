@@ -22,6 +22,7 @@ from ntkjax.types import (
     at_least_float32,
     capped,
     count_positions,
+    logit_cap,
     owned,
     precision_of,
     predict_mask,
@@ -59,8 +60,7 @@ class ForValueSelector(Options, ForwardMethod):
         if problem.states_fn is None:
             raise ConfigError("for-value needs the hidden state of every token: give the problem a states_fn")
         head: Any = problem.head(problem.params) if callable(problem.head) else problem.head
-        cap = getattr(problem.states_fn, "logit_cap", None)
-        tokens = Tokens(as_pytree_fn(problem.states_fn), at_least_float32(head), cap)
+        tokens = Tokens(as_pytree_fn(problem.states_fn), at_least_float32(head), logit_cap(problem.states_fn))
         domain = problem.domain.batches(token_budget=problem.token_budget)
         folded = fold(tokens, problem.params, domain, len(problem.domain))
         along = jax.tree_util.Partial(Tokens.along, tokens, folded)
