@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ntkjax.errors import ConfigError
+
 Params = PyTree
 """Trained parameters: a nested dict with string keys, any subset of a model's full tree."""
 
@@ -81,6 +83,19 @@ def logit_cap(fn: Callable) -> float | None:
     model do; None for any other function: its logits are W h.
     """
     return getattr(fn, "logit_cap", None)
+
+
+def before_pooling(fn: _Fn) -> _Fn:
+    """The same output before it is summed over the positions of an example, ``fn.before_pooling()``: ``(params, batch)
+    -> [R, T, ...]``, 0 where no position counts. Its sum over the positions of each example is what ``fn`` gives.
+
+    Raises:
+      ConfigError: the function has no such form.
+    """
+    apart = getattr(fn, "before_pooling", None)
+    if apart is None:
+        raise ConfigError(f"{type(fn).__name__} has no values by position; expected a function with before_pooling()")
+    return apart()
 
 
 def predict_mask(batch: Batch) -> Bool[Array, "B T"]:

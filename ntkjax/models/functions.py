@@ -30,6 +30,8 @@ from ntkjax.types import (
 )
 
 OUTPUTS = ("apply", "hidden", "sum_logits", "nll", "entropy", "embed", "weighted_embed", "states", "head")
+BY_POSITION = ("hidden", "sum_logits", "nll", "entropy")
+"""Outputs that are the mean over positions of something that is linear in what a kernel makes of it."""
 POSITIONS = ("response", "all", "last")
 
 # Logits of more than this many numbers are made and dropped a slice of T at a time (float32: 256 MiB).
@@ -152,6 +154,20 @@ def pool(values: Float[Array, "R T *rest"], mask: Bool[Array, "R T"], batch: Bat
     return sums / counts.reshape(counts.shape + (1,) * (sums.ndim - 1))
 
 
+def shares(mask: Bool[Array, "R T"], batch: Batch, dtype: Any) -> Float[Array, "R T"]:
+    """1/|S| at the masked positions of each example, |S| of them; 0 elsewhere."""
+    counts = jnp.maximum(_places(mask, batch)[1], 1).astype(dtype)
+    return jnp.where(mask, jnp.ones((), dtype) / counts, jnp.zeros((), dtype))
+
+
+def spread(values: Float[Array, "R T *rest"], mask: Bool[Array, "R T"], batch: Batch) -> Float[Array, "R T *rest"]:
+    """x_t / |S| at the masked positions, 0 elsewhere: the parts whose sum over an example `pool` gives."""
+    weights = shares(mask, batch, values.dtype)
+    extra = (1,) * (values.ndim - 2)
+    kept = jnp.where(mask.reshape(mask.shape + extra), values, jnp.zeros((), values.dtype))
+    return kept * weights.reshape(weights.shape + extra)
+
+
 def position_weighted(
     values: Float[Array, "R T *rest"], mask: Bool[Array, "R T"], batch: Batch
 ) -> Float[Array, "B *rest"]:
@@ -193,8 +209,7 @@ def pooled_logits(
     in the head."""
     if spec.config.logit_cap is None:
         return project(spec, weights, pool(states, mask, batch))
-    counts = _places(mask, batch)[1].astype(states.dtype)
-    shares = jnp.where(mask, 1.0 / jnp.maximum(counts, 1), jnp.zeros((), states.dtype))
+    parts = shares(mask, batch, states.dtype)
     slot = None if batch.examples is None else jnp.maximum(jnp.asarray(batch.examples), 0)
     rows = jnp.arange(states.shape[0], dtype=jnp.int32)
 
@@ -207,7 +222,7 @@ def pooled_logits(
 
     slots = 1 if slot is None else batch.index.shape[0] // states.shape[0]
     zero = jnp.zeros((states.shape[0], slots, spec.config.vocab_size), states.dtype)
-    along = (jnp.moveaxis(states, 1, 0), shares.T, None if slot is None else slot.T)
+    along = (jnp.moveaxis(states, 1, 0), parts.T, None if slot is None else slot.T)
     sums = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, along)[0]
     return sums.reshape(-1, spec.config.vocab_size)
 
@@ -250,12 +265,12 @@ class ModelFn:
     """One output of a language model: ``fn(params, batch)``; ``fn(params)`` for the head.
 
     Every output but ``states`` has one row for each element of ``batch.index``, whether rows of tokens hold one example
-    or, packed, several.
+    or, packed, several; with ``pooled`` False one value for each position, before they are summed.
 
     Attributes:
       weights: the full parameter tree (pytree leaves). ``params``, any subset of it, is laid over it at each
       call.
-      spec, kind, positions: static; two functions of one model with the same kind are the same to the
+      spec, kind, positions, pooled: static; two functions of one model with the same kind are the same to the
       compiler.
     """
 
@@ -263,6 +278,7 @@ class ModelFn:
     spec: ModelSpec = dataclasses.field(metadata={"static": True})
     kind: str = dataclasses.field(metadata={"static": True})
     positions: str = dataclasses.field(default="response", metadata={"static": True})
+    pooled: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def logit_cap(self) -> float | None:
@@ -284,13 +300,20 @@ class ModelFn:
         if self.kind in ("embed", "weighted_embed"):
             return (pool if self.kind == "embed" else position_weighted)(states, valid_mask(batch), batch)
         mask = position_mask(batch, self.positions)
+        sums = pool if self.pooled else spread
         if self.kind == "hidden":
-            return pool(states, mask, batch)
+            return sums(states, mask, batch)
         if self.kind == "apply":
             return pooled_logits(self.spec, weights, states, mask, batch)
         by_token = {"nll": token_nll, "entropy": token_entropy, "sum_logits": token_sum}[self.kind]
         inputs = (states, tokens) if self.kind == "nll" else (states,)
-        return pool(by_token(self.spec, weights, *inputs), mask, batch)
+        return sums(by_token(self.spec, weights, *inputs), mask, batch)
+
+    def before_pooling(self) -> ModelFn:
+        """See `ntkjax.types.before_pooling`; of the outputs that are a mean over positions."""
+        if self.kind not in BY_POSITION:
+            raise ConfigError(f"output {self.kind!r} has no values by position; {', '.join(BY_POSITION)} have")
+        return dataclasses.replace(self, pooled=False)
 
     def for_forward_mode(self) -> ModelFn:
         """See `ntkjax.types.forward_mode`."""

@@ -30,6 +30,7 @@ from ntkjax.ntk.scores import (
     mean_direction,
     mean_gradient,
     scores_along,
+    scores_by_position,
 )
 from ntkjax.ntk.sketch import IdentitySketch, RademacherSketch, Sketch
 from ntkjax.ntk.sparse import SparseSketch
@@ -83,6 +84,7 @@ __all__ = [
     "probe",
     "ridge_grid",
     "scores_along",
+    "scores_by_position",
     "spearman",
     "squared_norms",
     "sum_logits",

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ntkjax.ntk.gram import contract, count_rows, gradient_bytes, row_blocks, rows_of
 from ntkjax.ntk.rows import title
-from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32, forward_mode
+from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32, before_pooling, forward_mode
 
 MAX_OUTPUTS = 32  # reverse passes of one row at a time: their activations need memory that no gradient shows
 MAX_PASSES = 256  # reverse passes (rows x outputs) at a time
@@ -40,24 +40,32 @@ class Kernel:
       hidden_fn: ``h(params, batch) -> [B, D]``; None where ``head_coefficient`` is 0.
       head_coefficient: c_h, of the head's own term; 0 unless the head is among the trained parameters.
       name: what it is called in results, ``spectral:16`` say.
+      by_position: whether ``output_fn`` and ``hidden_fn`` give [R, T, ...], before they are summed over positions.
     """
 
     output_fn: Any
     hidden_fn: Any = None
     head_coefficient: float = dataclasses.field(default=0.0, metadata={"static": True})
     name: str = dataclasses.field(default="kernel", metadata={"static": True})
+    by_position: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def outputs(self, params: Params, batch: Any) -> Float[Array, "B m"]:
-        """F(x) [B, m] in at least float32, also where F has one output and no axis for it."""
+    def outputs(self, params: Params, batch: Any) -> Float[Array, "*B m"]:
+        """F(x) [B, m] ([R, T, m] by position) in at least float32, also where F has one output and no axis for it."""
         values = at_least_float32(self.output_fn(params, batch))
-        return values[:, None] if values.ndim == 1 else values
+        return values[..., None] if values.ndim == 1 + self.by_position else values
 
     def for_forward_mode(self) -> Kernel:
         """The same kernel, its outputs in the form for ``jax.jvp`` alone (`ntkjax.types.forward_mode`)."""
         return dataclasses.replace(self, output_fn=forward_mode(self.output_fn))
 
-    def head_features(self, params: Params, batch: Any) -> Float[Array, "B D"] | None:
-        """sqrt(c_h) h(x) [B, D], or None where the head is held fixed."""
+    def before_pooling(self) -> Kernel:
+        """The same kernel with the parts of its outputs at every position (`ntkjax.types.before_pooling`): its features
+        are linear in them, so that what is linear in the features adds up over positions."""
+        hidden = None if self.hidden_fn is None else before_pooling(self.hidden_fn)
+        return dataclasses.replace(self, output_fn=before_pooling(self.output_fn), hidden_fn=hidden, by_position=True)
+
+    def head_features(self, params: Params, batch: Any) -> Float[Array, "*B D"] | None:
+        """sqrt(c_h) h(x) [B, D] ([R, T, D] by position), or None where the head is held fixed."""
         if self.head_coefficient == 0:
             return None
         return math.sqrt(self.head_coefficient) * at_least_float32(self.hidden_fn(params, batch))

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32, forward_mode
+from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32, before_pooling, forward_mode
 
 
-def _contract(h: Float[Array, "B D"], w: Float[Array, "D *m"]) -> Float[Array, "B *m"]:
+def _contract(h: Float[Array, "*B D"], w: Float[Array, "D *m"]) -> Float[Array, "..."]:
     """h . w in the wider of the two precisions, never in a reduced matrix-unit format."""
     dtype = jnp.promote_types(h.dtype, w.dtype)
     return jnp.matmul(h.astype(dtype), w.astype(dtype), precision=jax.lax.Precision.HIGHEST)
@@ -39,6 +39,10 @@ class FoldedOutput:
         """See `ntkjax.types.forward_mode`."""
         return dataclasses.replace(self, hidden_fn=forward_mode(self.hidden_fn))
 
+    def before_pooling(self) -> FoldedOutput:
+        """See `ntkjax.types.before_pooling`: w . h is linear in h."""
+        return dataclasses.replace(self, hidden_fn=before_pooling(self.hidden_fn))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +53,17 @@ class TrainedHeadOutput:
     head_fn: Any
     probe: Any  # [V] or [V, m]; None: all ones
 
-    def __call__(self, params: Params, batch) -> Float[Array, "B *m"]:
+    def __call__(self, params: Params, batch) -> Float[Array, "..."]:
         hidden = at_least_float32(self.hidden_fn(params, batch))
         return _contract(hidden, fold_head(self.head_fn(params), self.probe))
 
     def for_forward_mode(self) -> TrainedHeadOutput:
         """See `ntkjax.types.forward_mode`."""
         return dataclasses.replace(self, hidden_fn=forward_mode(self.hidden_fn))
+
+    def before_pooling(self) -> TrainedHeadOutput:
+        """See `ntkjax.types.before_pooling`: W h is linear in h."""
+        return dataclasses.replace(self, hidden_fn=before_pooling(self.hidden_fn))
 
 
 def fold_head(head: Float[ArrayLike, "V D"], v: Float[ArrayLike, "V *m"] | None = None) -> Float[Array, "D *m"]:

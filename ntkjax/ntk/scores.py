@@ -28,7 +28,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, alone, collect_rows, iterate, real_rows, title
+from ntkjax.ntk.rows import NonFiniteError, alone, collect_rows, iterate, one_a_row, real_rows, title
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
@@ -146,34 +146,38 @@ def directional_derivatives(output_fn: Callable, params: Params, tangents: Param
 
 
 @jax.jit
-def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) -> Float[Array, "B R"]:
-    """<u_r, g(x_j)> for R stacked directions: R m tangents, `MAX_TANGENTS` of them on a primal pass."""
+def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) -> Float[Array, "*B R"]:
+    """<u_r, g(x_j)> for R stacked directions: R m tangents, `MAX_TANGENTS` of them on a primal pass.
+
+    Of a kernel by position (`Kernel.before_pooling`) the parts of the scores at every position, [R, T, R].
+    """
 
     pushed = forward_mode(kernel)
 
-    def push(tangent: Params, column: Array) -> Float[Array, " B"]:
+    def push(tangent: Params, column: Array) -> Float[Array, "*B"]:
         moved = jax.jvp(lambda p: pushed.outputs(p, batch), (params,), (tangent,))[1]
-        return jnp.take(moved, column, axis=1)
+        return jnp.take(moved, column, axis=-1)
 
     sets, m = jax.tree.leaves(stacked.outputs)[0].shape[:2]
     columns = jnp.tile(jnp.arange(m), sets)
     tangents = jax.tree.map(lambda u, p: u.astype(p.dtype).reshape(-1, *p.shape), stacked.outputs, params)
     moved = _in_turns(push, (tangents, columns))
-    scores = moved.reshape(sets, m, -1).sum(axis=1).T
+    scores = jnp.moveaxis(moved.reshape(sets, m, *moved.shape[1:]).sum(axis=1), 0, -1)
     head = kernel.head_features(params, batch)
     if head is None:
         return scores
     return scores + jnp.matmul(head, stacked.head.T, precision=jax.lax.Precision.HIGHEST).astype(scores.dtype)
 
 
-def _in_turns(push: Callable[..., Array], stacked: tuple) -> Float[Array, "n B"]:
+def _in_turns(push: Callable[..., Array], stacked: tuple) -> Float[Array, "n *B"]:
     """``push`` on n ``stacked`` arguments, `MAX_TANGENTS` at a time."""
     count = len(jax.tree.leaves(stacked)[0])
     turns, rest = divmod(count, MAX_TANGENTS)
     parts = []
     if turns:
         whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
-        parts.append(jax.lax.map(lambda args: stacked_jvp(push, args), whole).reshape(count - rest, -1))
+        found = jax.lax.map(lambda args: stacked_jvp(push, args), whole)
+        parts.append(found.reshape(count - rest, *found.shape[2:]))
     if rest:
         parts.append(stacked_jvp(push, jax.tree.map(lambda x: x[count - rest :], stacked)))
     return jnp.concatenate(parts)
@@ -259,6 +263,76 @@ def scores_along(
 
     found = of(iterate(batches, progress, "scores", store))
     return collect_rows(found, rows=rows, store=store, what="score", again=alone(batches, of, rows))
+
+
+def scores_by_position(
+    kernel: Kernel | Callable,
+    params: Params,
+    directions: Sequence[Direction],
+    batches: Iterable,
+    *,
+    progress: bool | str = False,
+) -> Iterator[tuple[int, Float[np.ndarray, "T R"]]]:
+    """(row, its scores by position s_jtr [T_j, R]) for every real row of ``batches`` and R `Direction` u_r.
+
+    A score is linear in the output, and the output is a sum over positions F = sum_t F_t, so the pass of `scores_along`
+    before that sum gives s_jtr = d/d eps F_t(x_j; theta + eps u_r), and sum_t s_jtr = s_jr. A part moves with every
+    weight that acts on positions up to t: it says where the output changes, not which token's weights change it.
+
+    ``kernel`` needs a form before pooling (`ntkjax.types.before_pooling`); ConfigError where it has none. Batches that
+    are packed are taken one example a row.
+
+    Raises:
+      NonFiniteError: a row whose parts are NaN or infinite.
+    """
+    apart, lengths = as_kernel(kernel).before_pooling(), lambda batch: np.asarray(batch.lengths)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+    for batch in iterate(one_a_row(batches), progress, "scores by token"):
+        found = np.asarray(score_batch(apart, params, stacked, batch))
+        for row, length, parts in zip(real_rows(batch).tolist(), lengths(batch).tolist(), found):
+            if row < 0:
+                continue
+            if not np.isfinite(parts).all():
+                raise NonFiniteError("score by token", [row])
+            yield row, parts[:length]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProductsByLeaf:
+    """<u, g(x_j)> leaf by leaf, a linear map of gradients like a sketch: for each leaf of theta, in tree order, one
+    number, or L where it is ``stacked`` over L layers on axis 0; last the head's own term where the kernel has one.
+
+    Attributes:
+      direction: u, leaves [m, ...], head [D].
+      stacked: for each leaf whether its axis 0 is kept.
+    """
+
+    direction: Direction
+    stacked: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+    grouped = False
+
+    def __call__(self, gradients: Params) -> Float[Array, "B K"]:
+        def product(g: Array, u: Array, kept: bool) -> Float[Array, "B k"]:
+            blocks = u.shape[1] if kept else 1
+            g, u = (at_least_float32(x) for x in (g, u))
+            flat_g, flat_u = g.reshape(*g.shape[:2], blocks, -1), u.astype(g.dtype).reshape(u.shape[0], blocks, -1)
+            return jnp.einsum("bmkp,mkp->bk", flat_g, flat_u, precision=jax.lax.Precision.HIGHEST)
+
+        leaves = zip(jax.tree.leaves(gradients["outputs"]), jax.tree.leaves(self.direction.outputs), self.stacked)
+        found = [product(*leaf) for leaf in leaves]
+        if self.direction.head is not None:
+            head = jnp.matmul(gradients["head"], self.direction.head, precision=jax.lax.Precision.HIGHEST)
+            found.append(head[:, None].astype(found[0].dtype))
+        return jnp.concatenate(found, axis=1)
+
+    def width(self, params: Params) -> int:
+        sizes = [leaf.shape[0] if kept else 1 for leaf, kept in zip(jax.tree.leaves(params), self.stacked)]
+        return sum(sizes) + (self.direction.head is not None)
+
+    def describe(self) -> dict[str, Any]:
+        return {"sketch": "products by leaf"}
 
 
 @jax.tree_util.register_dataclass
@@ -347,12 +421,11 @@ def kernel_scores(
     """
     kernel, sets, bars = as_kernel(kernel), [domain_batches, *references], progress is not False
     if method == "forward":
-        means = [mean_direction(kernel, params, s, progress=bars) for s in sets]
-        along = [_preconditioned(precondition, mean) for mean in means]
+        along, gram = score_directions(kernel, params, sets, precondition=precondition, progress=bars)
         scores = scores_along(
             kernel, params, along, pool_batches, rows=rows, store=store, memory_budget=memory_budget, progress=progress
         )
-        return KernelScores(scores, np.array([[tree_dot(a, b) for b in means] for a in along]))
+        return KernelScores(scores, gram)
     if method != "sketch":
         raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")
     if precondition is not None:
@@ -364,6 +437,23 @@ def kernel_scores(
         kernel, params, pool_batches, sketch, means, rows=rows, store=store, progress=progress, **options
     )
     return KernelScores(scores, means @ means.T)
+
+
+def score_directions(
+    kernel: Kernel | Callable,
+    params: Params,
+    sets: Sequence[Iterable],
+    *,
+    precondition: Callable[[Params], Params] | None = None,
+    progress: bool | str = False,
+) -> tuple[list[Direction], Float[np.ndarray, "R R"]]:
+    """(u_r = P^-1 g_bar_r for each of R example sets, g_bar_r^T P^-1 g_bar_s): along u_r are the scores of set r.
+
+    Arguments and errors as in `kernel_scores`.
+    """
+    means = [mean_direction(kernel, params, examples, progress=progress) for examples in sets]
+    along = [_preconditioned(precondition, mean) for mean in means]
+    return along, np.array([[tree_dot(a, b) for b in means] for a in along])
 
 
 def _preconditioned(precondition: Callable[[Params], Params] | None, direction: Direction) -> Direction:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection.cost import Sizes
+from ntkjax.selection.directional import Directional
 from ntkjax.types import Params
 
 GRADIENT_TOKENS = 8192
@@ -226,6 +227,19 @@ class Selector(abc.ABC):
     def used_options(self) -> set[str]:
         """The names of its options that count, the others being what they are: all, unless it says otherwise."""
         return {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def no_parts(self) -> str | None:
+        """Why its scores have no parts by token, in a few words; None: `directional` gives what they are made of."""
+        return "its scores are not derivatives along a direction"
+
+    def directional(self, problem: SelectionProblem, rows: Int[np.ndarray, " C"]) -> Directional:
+        """The directions of its scores, computed again; ``rows``: the pool rows whose scores are to be taken apart.
+
+        Raises:
+          ConfigError: there are none (see ``no_parts``).
+        """
+        raise ConfigError(f"{type(self).__name__}: {self.no_parts}")
 
     def scored_rows(self, n: int, rows: int) -> int:
         """How many of ``rows`` pool rows it scores to select n: all, unless it says otherwise."""

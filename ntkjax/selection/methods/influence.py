@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Int
+
 from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.cost import Sizes
+from ntkjax.selection.directional import Directional
 from ntkjax.selection.gradients import Stage1Selector
 from ntkjax.selection.methods.ntk import NtkSelector, check_precondition
 from ntkjax.selection.options import DampingOptions, DirectionOptions, Stage1Options, check_choice
@@ -51,6 +55,15 @@ class InfluenceSelector(InfluenceOptions, Stage1Selector):
     def forward_tokens(self, sizes: Sizes) -> float:
         """Forward-equivalent tokens, as counted in `ntkjax.selection.cost`."""
         return self.as_ntk().forward_tokens(sizes)
+
+    @property
+    def no_parts(self) -> str | None:
+        """As of ``ntk``."""
+        return self.as_ntk().no_parts
+
+    def directional(self, problem: SelectionProblem, rows: Int[np.ndarray, " C"]) -> Directional:
+        """As of ``ntk``."""
+        return self.as_ntk().directional(problem, rows)
 
     def __call__(self, problem: SelectionProblem) -> Selection:
         return dataclasses.replace(self.as_ntk()(problem), method="influence")

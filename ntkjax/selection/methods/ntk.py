@@ -13,6 +13,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.errors import ConfigError
@@ -20,13 +22,14 @@ from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KernelFunctions, build, parse
 from ntkjax.ntk.precondition import build_preconditioner
-from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores
+from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores, score_directions
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.aggregation import BY_EXAMPLE, AggregationName, check_aggregation, compare_examples
 from ntkjax.selection.algorithms.clusters import domain_groups
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
 from ntkjax.selection.cost import FORWARD, TRAIN, Sizes
+from ntkjax.selection.directional import Directional
 from ntkjax.selection.gradients import Candidates, Stage1Selector, domain_features, find_candidates, scatter
 from ntkjax.selection.options import (
     SKETCHES,
@@ -130,8 +133,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """(s_j along the domain's direction, s_j with the pool's own mean gradient: float64 [N], NaN outside
         ``candidates``; and what to report)."""
-        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
-        kernel = build(self.kernel, functions, problem.params, seed=problem.seed)
+        kernel = self.kernel_of(problem)
         domain, report = self.groups(problem)
         sample = problem.pool.batches(token_budget=problem.gradient_budget, indices=self.sample(problem))
         scored = kernel_scores(
@@ -149,6 +151,58 @@ class NtkSelector(NtkOptions, Stage1Selector):
         )
         by_group = self.along(scored, problem, kernel, candidates)
         return by_group.max(axis=1), np.asarray(scored.scores[:, -1], np.float64), report
+
+    def kernel_of(self, problem: SelectionProblem) -> Kernel:
+        """The kernel at the problem's parameters."""
+        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
+        return build(self.kernel, functions, problem.params, seed=problem.seed)
+
+    @property
+    def no_parts(self) -> str | None:
+        """None on the exact path: a mean over examples, or over groups of them, is a direction."""
+        if self.scores == "forward":
+            return None
+        if self.aggregation in BY_EXAMPLE:
+            return f"aggregation {self.aggregation} compares examples one by one, and not with a direction"
+        return "scores sketch estimates them from projected gradients; scores forward gives them exactly"
+
+    def directional(self, problem: SelectionProblem, rows: np.ndarray) -> Directional:
+        """u_r = P^-1 g_bar_r, without what ``direction`` takes from it; for cosines divided by |g_bar_r|, and the
+        scores by |g_j|."""
+        if self.no_parts is not None:
+            raise ConfigError(f"ntk: {self.no_parts}")
+        kernel, (domain, _) = self.kernel_of(problem), self.groups(problem)
+        sample = problem.pool.batches(token_budget=problem.gradient_budget, indices=self.sample(problem))
+        along, gram = score_directions(
+            kernel,
+            problem.params,
+            [*domain, sample] if self.direction == "contrast" else domain,
+            precondition=self.preconditioner(problem),
+            progress=problem.progress,
+        )
+        if self.direction == "raw":
+            return Directional(kernel, tuple(along), tuple(np.diagonal(gram).tolist()))
+        if self.direction == "contrast":
+            shared = gram[:-1, -1] / gram[-1, -1]
+            less = lambda u, share: jax.tree.map(lambda a, p: a - jnp.asarray(share, a.dtype) * p, u, along[-1])
+            own = np.diagonal(gram)[:-1] - shared * gram[-1, :-1]
+            return Directional(kernel, tuple(map(less, along[:-1], shared)), tuple(own.tolist()))
+        lengths = np.sqrt(np.diagonal(gram))
+        unit = [jax.tree.map(lambda a, x=x: a / jnp.asarray(x, a.dtype), u) for u, x in zip(along, lengths)]
+        squares = np.asarray(self.squares(problem, kernel, rows), np.float64)
+        return Directional(kernel, tuple(unit), divisors=np.sqrt(squares))
+
+    def squares(self, problem: SelectionProblem, kernel: Kernel, candidates: np.ndarray) -> np.ndarray:
+        """|g_j|^2 of the candidates, [N], NaN elsewhere."""
+        return squared_norms(
+            kernel,
+            problem.params,
+            problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
+            rows=len(problem.pool),
+            sketch=self.make_sketch(problem),
+            store=self.store(problem, "norms", width=1),
+            progress=problem.progress and "gradient norms",
+        )
 
     def sample(self, problem: SelectionProblem) -> np.ndarray:
         """The pool rows whose mean gradient stands for the pool's."""
@@ -175,15 +229,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             return raw
         if self.direction == "contrast":  # what each direction shares with the pool's, the last
             return raw - gram[:-1, -1] / gram[-1, -1] * np.asarray(scored.scores[:, -1:], np.float64)
-        squares = squared_norms(
-            kernel,
-            problem.params,
-            problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
-            rows=len(problem.pool),
-            sketch=self.make_sketch(problem),
-            store=self.store(problem, "norms", width=1),
-            progress=problem.progress and "gradient norms",
-        )
+        squares = self.squares(problem, kernel, candidates)
         zero = np.flatnonzero(squares == 0)
         if len(zero):
             raise ConfigError(
