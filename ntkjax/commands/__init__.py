@@ -22,6 +22,7 @@ COMMANDS = {
     "stability": "stability.command",
     "study": "study.command",
     "doctor": "doctor",
+    "explain": "explain.command",
     "show": "show",
     "import-gguf": "import_gguf",
     "replay": "replay",

@@ -1,0 +1,1 @@
+"""``ntkjax explain``: why a selection chose what it chose."""
