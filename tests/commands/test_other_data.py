@@ -33,6 +33,7 @@ FILES = {
 }
 """The data of every command that refuses other inputs, by flag."""
 ELSEWHERE = {
+    "explain": "the inputs of the run that it explains, in tests/commands/test_explaining.py",
     "study": "folders named from the inputs",
     "demo": "its own data, given to adapt and select",
     "import-gguf": "a directory that must not be there",
