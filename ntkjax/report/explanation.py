@@ -31,7 +31,7 @@ class ShownExample:
 
     Attributes:
       id, source, place: its name, where it comes from, ``FILE:LINE``.
-      group: place in ``Explanation.groups``. score, rank: of the selection.
+      group: place in ``Explanation.groups``. score, rank: of the selection; None and 0 where it was chosen without one.
       texts: the T tokens as text. learned: bool [T], tokens that are learned.
       parts: float [T], each token's part of the score; None where there are none.
       table: float [layers, modules], likewise; None where there are none.
@@ -42,7 +42,7 @@ class ShownExample:
     source: str
     place: str
     group: int
-    score: float
+    score: float | None
     rank: int
     texts: Sequence[str]
     learned: np.ndarray
@@ -140,7 +140,7 @@ def _overview(content: Explanation) -> dict[str, Any]:
             "place": [example.place for example in content.examples],
             "source": [number[example.source] for example in content.examples],
             "group": [example.group for example in content.examples],
-            "score": [_short(example.score) for example in content.examples],
+            "score": [None if example.score is None else _short(example.score) for example in content.examples],
             "rank": [example.rank for example in content.examples],
             "learned": [int(np.sum(example.learned)) for example in content.examples],
             "near": near if any(near) else [],

@@ -20,7 +20,18 @@ from ntkjax.errors import ConfigError
 from ntkjax.models import load_lm
 from ntkjax.selection import Selection
 
-QUICK = ["--lora-rank", "2", "--token-budget", "1024", "--pool-sample", "8", "--warmup.batch-size", "4"]
+QUICK = [
+    "--lora-rank",
+    "2",
+    "--token-budget",
+    "1024",
+    "--pool-sample",
+    "8",
+    "--warmup.batch-size",
+    "4",
+    "--warmup.max-buckets",
+    "1",
+]
 SHOWN = ["--k", "3", "--chosen", "5", "--nearly", "4", "--rejected", "6"]
 
 

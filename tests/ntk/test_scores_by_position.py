@@ -26,7 +26,7 @@ POOL, DOMAIN = 4, 3
 
 def sequences(count: int, seed: int) -> TokenisedDataset:
     rng = np.random.default_rng(seed)
-    rows = [rng.integers(1, 23, rng.integers(5, 12)).tolist() for _ in range(count)]
+    rows = [rng.integers(1, 23, length).tolist() for length in rng.choice([6, 9], count)]
     return TokenisedDataset.from_sequences(rows, [int(rng.integers(1, len(row) - 1)) for row in rows])
 
 

@@ -90,11 +90,12 @@ def test_the_page_fetches_nothing_and_escapes_its_title(page):
 
 
 def test_an_explanation_without_parts(content, tmp_path):
-    bare = dataclasses.replace(content.examples[0], parts=None, table=None, near=())
+    bare = dataclasses.replace(content.examples[0], parts=None, table=None, near=(), score=None, rank=0)
     path = write_explanation(
         tmp_path / "a.html", dataclasses.replace(content, examples=[bare], layers=[], own=None, no_parts="because")
     )
     overview = unpacked(path.read_text(), "overview")
+    assert overview["examples"]["score"] == [None]
     assert overview["noParts"] == "because" and overview["means"] == [None, None, None]
     assert unpacked(path.read_text(), "block-0")[0][3:] == [None, None]
 

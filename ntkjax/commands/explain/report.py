@@ -52,7 +52,7 @@ class Found:
                 source=str(sources[k]),
                 place=f"{files[k]}:{lines[k]}",
                 group=int(self.shown.groups[k]),
-                score=float(selection.scores[row]),
+                score=float(selection.scores[row]) if selection.scored[row] else None,
                 rank=int(selection.ranks[row]),
                 texts=token_texts(self.run.model.tokenizer, self.pool.tokens.tokens(row)[0], known),
                 learned=np.array(self.pool.tokens.trained(row)),
