@@ -20,18 +20,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.models import load_lm
 from ntkjax.selection import Selection
 
-QUICK = [
-    "--lora-rank",
-    "2",
-    "--token-budget",
-    "1024",
-    "--pool-sample",
-    "8",
-    "--warmup.batch-size",
-    "4",
-    "--warmup.max-buckets",
-    "1",
-]
+QUICK = ["--lora-rank", "2", "--token-budget", "1024", "--warmup.batch-size", "4", "--warmup.max-buckets", "1"]
 SHOWN = ["--k", "3", "--chosen", "5", "--nearly", "4", "--rejected", "6"]
 
 
@@ -173,14 +162,18 @@ def indexed(files, tmp_path_factory) -> Path:
     return select(files, tmp_path_factory.mktemp("indexed") / "run", *flags, "--sketch-size", "256")
 
 
-def test_a_question_from_the_pool_finds_itself(indexed, files, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("features", ["gradients", "embeddings"])
+def test_a_question_from_the_pool_finds_itself(features, indexed, files, tmp_path, monkeypatch, capsys):
+    if features == "embeddings":
+        indexed = select(files, tmp_path / "run", "--method", "embedding", "--skip-warmup")
     pool = lines(Path(files.pool))
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({**pool[row], "id": f"asked-{row}"}) + "\n" for row in (31, 4)))
     monkeypatch.setattr(command, "read_pool", lambda *a: pytest.fail("the pool was looked at"))
     argv = ["explain", "--index", str(indexed), "--queries", str(queries), "--k", "4", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
-    assert "gradients of the kernel loss, sketched to 256, 40 pool examples" in capsys.readouterr().out
+    said = {"gradients": "gradients of the kernel loss, sketched to 256", "embeddings": "mean final hidden states)"}
+    assert f"{said[features]}, 40 pool examples" in capsys.readouterr().out
     answers = lines(tmp_path / "out" / "answers.jsonl")
     assert [item["id"] for item in answers] == ["asked-31", "asked-4"]
     table = pq.read_table(indexed / "scores.parquet").to_pylist()
