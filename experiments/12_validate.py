@@ -44,9 +44,8 @@ class Experiment:
     domain_size: int = 32
     test_size: int = 300
     methods: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = (
-        "sum_logits", "loss", "spectral:16", "centred_spectral:16", "hutchinson:16", "trace", "centred_trace",
-    )  # fmt: skip
+    kernels: tuple[str, ...] = ("sum_logits", "loss", "spectral:16", "centred_spectral:16", "hutchinson:16")
+    """trace and centred_trace, 64 outputs in the embedded model, take minutes to compile and are left out."""
     subsets: int = 64
     alpha: float = 0.5
     reseeds: int = 2

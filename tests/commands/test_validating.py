@@ -325,3 +325,10 @@ def test_scores_that_need_the_warm_up_are_named_without_it(files, tmp_path):
     assert main([*words, "--methods", "less,length"]) == 0
     (row,) = results(tmp_path / "out")["unjudged"]
     assert row["score"] == "less" and "--skip-warmup" in row["why"]
+
+
+def test_the_help_shows_the_defaults_of_this_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["validate", "--method", "ntk", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "off: score the whole pool. (default: off)" in said  # select: on
