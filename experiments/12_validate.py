@@ -22,6 +22,7 @@ import tyro
 from ntkjax.assets import DEMO, tiny_lm_path, write_planted_task
 from ntkjax.commands.validate.command import describe, validate
 from ntkjax.commands.validate.config import ValidateConfig
+from ntkjax.data.rows import Packing
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions
 from ntkjax.training import TrainConfig
 
@@ -54,6 +55,8 @@ class Experiment:
     epochs: float = 4
     learning_rate: float = 2e-3
     max_length: int = DEMO.max_length
+    packing: Packing = "auto"
+    """on: one compiled program a pass, which is what most of the time of a small pool on a CPU goes into."""
     task_seed: int = 7
     out: Path = Path("runs/12_validate")
     keep: str = ""
@@ -90,6 +93,7 @@ def main(e: Experiment) -> None:
         domain=(files["train"],),
         pool=(files["pool"],),
         test=(files["test"],),
+        truth=files.get("truth"),
         out=str(e.out / "run"),
         methods=e.methods,
         kernels=e.kernels,
@@ -98,7 +102,7 @@ def main(e: Experiment) -> None:
         reseeds=e.reseeds,
         leave_in=e.leave_in,
         flip=e.flip,
-        data=DataOptions(max_length=e.max_length),
+        data=DataOptions(max_length=e.max_length, packing=e.packing),
         dedup=DedupOptions(mode="report"),  # the planted pool is drawn without repeats, and its templates are alike
         warmup=train,
         train=train,

@@ -320,6 +320,26 @@ def test_what_cannot_be_validated_is_told(files, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def test_what_is_known_to_help_is_judged_as_a_score(validated, files, tmp_path):
+    out, truth = tmp_path / "out", tmp_path / "truth.json"
+    shutil.copytree(validated, out)
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace(str(validated), str(out)))
+    table = pq.read_table(validated / "subsets.parquet").to_pylist()
+    losses = np.asarray([row["nll"] for row in table]).reshape(2, 4).mean(axis=0)
+    best, worst = table[int(losses.argmin())]["rows"], table[int(losses.argmax())]["rows"]
+    useful = sorted(set(best) - set(worst))
+    truth.write_text(json.dumps({"useful_ids": [f"cube-{row}" for row in useful]}))
+    flags = ("--truth", str(truth), "--leave-in", "0", "--flip", "0", "--methods", "length")
+    assert main([*argv(files, out), *flags]) == 0
+    (row,) = (row for row in results(out)["scores"] if row["score"] == "truth")
+    counts = [len(set(useful) & set(entry["rows"])) for entry in table[:4]]
+    wanted = scipy.stats.spearmanr(counts, -losses).statistic
+    assert wanted > 0 and row["lds"]["value"] == pytest.approx(wanted, abs=1e-9)
+    assert sum(pq.read_table(out / "scores.parquet").to_pydict()["truth"]) == len(useful)
+    assert main([*argv(files, out), *flags[:1], str(tmp_path / "none.json")]) == 2
+
+
 def test_scores_that_need_the_warm_up_are_named_without_it(files, tmp_path):
     words = argv(files, tmp_path / "out", "--skip-warmup", "--leave-in", "0", "--reseeds", "0", "--flip", "0")
     assert main([*words, "--methods", "less,length"]) == 0

@@ -46,6 +46,9 @@ from ntkjax.pipeline.study.runs import Run, alone, collected, do_all, forget_fai
 from ntkjax.report.tables import to_markdown
 from ntkjax.training.trackers import check_tracker
 
+TRUTH = "truth"
+"""The score that is 1 for what is known to help and 0 for the rest."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
@@ -92,7 +95,9 @@ def validate(config: ValidateConfig, *, progress: bool = True) -> Validation:
     with alone(run.path):
         forget_failures(run.path)
         scores, unjudged = find_scores(runner, setting, setting.score_tasks(), progress, "scores")
-        _write_table(run, "scores.parquet", _of_pool(setting) | scores)
+        useful = setting.grid.domains[DOMAIN].useful
+        known = {} if useful is None else {TRUTH: useful.astype(np.float64)}
+        _write_table(run, "scores.parquet", _of_pool(setting) | scores | known)
         found = find_flipped(setting, scores, run, progress) if config.flip else {}
         tasks = setting.subset_tasks()
         do_all(runner, run, tasks, bar=progress, command="subsets")
@@ -105,7 +110,7 @@ def validate(config: ValidateConfig, *, progress: bool = True) -> Validation:
     failures = {made.path.name: made.failure() for made in [*subsets, *more] if made.status == "failed"}
     results: dict[str, Any] = {
         **_sizes(setting),
-        **judge(config, scores, members, losses, _measured(subsets, "accuracy", config)),
+        **judge(config, scores | known, members, losses, _measured(subsets, "accuracy", config)),
         "leave_in": left_in,
         "flipped": found,
         "unjudged": [{"score": name, "why": why} for name, why in unjudged.items()],

@@ -21,7 +21,7 @@ KernelNames = Annotated[
     tuple[str, ...], arg(help=f"Kernels, crossed with the methods that have one. {describe_kernels()}.")
 ]
 """Names of `ntkjax.ntk.kernels.KERNELS`, with the table as their help on the command line."""
-EXTENT = ("methods", "kernels", "subsets", "reseeds", "leave_in", "flip", "flip_in", "bootstrap", "dry_run")
+EXTENT = ("methods", "kernels", "subsets", "reseeds", "leave_in", "flip", "flip_in", "truth", "bootstrap", "dry_run")
 """Options that say how much is measured, not of what: a run goes on under others, and what it has stays."""
 
 
@@ -60,6 +60,9 @@ class ValidateConfig:
     them? 0: leave that out."""
     flip_in: Literal["pool", "domain"] = "pool"
     """Whose answers are flipped. domain: its examples, too, are then scored against the domain."""
+    truth: str | None = None
+    """JSON file with `useful_ids`, the ids of the pool examples that help, where that is known: 1 for these and 0 for
+    the others is then judged as one more score, `truth`, which tells a wrong score from too few subsets."""
     n: int | None = None
     """N that the methods are told, where their scores depend on it. None: a tenth of the pool."""
     bootstrap: int = 1000

@@ -89,6 +89,12 @@ def asked(results: Mapping[str, Any]) -> list[str]:
         f"{results['alpha']:g}), each trained on {together} for {steps['subset']:,} steps, with "
         f"{len(results['seeds'])} seed(s); {results['subsets_done']} subsets are done with every seed.",
     ]
+    if results["subsets_done"] > 1:
+        chance = 1 / math.sqrt(results["subsets_done"] - 1)
+        said.append(
+            f"Scores drawn at random have an LDS of 0 with standard deviation {chance:.2f} over so many subsets, and "
+            f"the best of {len(results['scores'])} of them more than that."
+        )
     if steps["tenth"] is not None:
         seeds = len(results["leave_in_seeds"])
         said.append(

@@ -100,7 +100,7 @@ def load(config: ValidateConfig, *, progress: bool) -> Setting:
     spec = StudySpec(
         model=config.model,
         pool=files(config.pool),
-        domains={DOMAIN: DomainSpec(files(config.domain), (), files(config.test))},
+        domains={DOMAIN: DomainSpec(files(config.domain), (), files(config.test), truth=config.truth)},
         budgets=(config.n or 1,),
         seeds=(config.seed,),
         select=config.select,
