@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -240,6 +244,21 @@ def test_a_run_stopped_at_many_points_ends_the_same(validated, files, tmp_path):
     assert results(out) == results(validated)
     for name in ("scores.parquet", "subsets.parquet"):
         assert pq.read_table(out / name) == pq.read_table(validated / name)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ends_the_same(validated, files, jobs, tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "ntkjax", *argv(files, out)]
+    for begun in (2, 9):  # trainings that have begun when the kill comes
+        process = subprocess.Popen(words, env=jobs.environment(tmp_path), stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list((out / "runs").glob("*"))) < begun:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(words, env=jobs.environment(tmp_path), stdout=subprocess.DEVNULL, check=True)
+    assert results(out) == results(validated)
+    assert pq.read_table(out / "subsets.parquet") == pq.read_table(validated / "subsets.parquet")
 
 
 def test_more_of_the_same_adds_to_what_there_is(validated, files, tmp_path, monkeypatch):
