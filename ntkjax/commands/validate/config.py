@@ -143,6 +143,6 @@ def scores_of(config: ValidateConfig) -> tuple[Arm, ...]:
 def impossible(config: ValidateConfig, arm: Arm) -> str | None:
     """Why a score cannot be had under this config; None where it can."""
     assert arm.select is not None
-    if config.skip_warmup and needs_checkpoints(arm.select.method):
+    if config.skip_warmup and needs_checkpoints(arm.select):
         return "looks at the epochs of the warm-up, and --skip-warmup leaves none"
     return None
