@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "verify.command",
     "stability": "stability.command",
     "study": "study.command",
+    "validate": "validate.command",
     "doctor": "doctor",
     "explain": "explain.command",
     "show": "show",

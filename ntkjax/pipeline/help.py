@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Suppress, arg
 
-from ntkjax.pipeline.options import MethodOption, SelectorOptions
+from ntkjax.pipeline.options import MethodOption, SelectorOptions, part_of
 from ntkjax.selection import METHODS
 from ntkjax.selection.diversity import DiversityOptions
 
@@ -31,7 +31,8 @@ def help_config(config: type, arguments: Sequence[str]) -> type:
     changed = {}
     for field in dataclasses.fields(config):
         if _plain(hints[field.name]) is SelectorOptions:
-            view = _grouped(_named_method(arguments))
+            default = SelectorOptions() if field.default is dataclasses.MISSING else field.default
+            view = _grouped(_named_method(arguments), default)
             changed[field.name] = (field.name, Annotated[view, arg(name="")], view())
     return _derived(config, list(changed.values()), config.__doc__) if changed else config
 
@@ -56,7 +57,7 @@ def _named_method(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _grouped(method: str | None) -> type:
+def _grouped(method: str | None, default: Any) -> type:
     groups: list[Any] = []
     for owner, having in option_owners(method):
         of = [*having, "the pass for diversity"] if issubclass(DiversityOptions, owner) else having
@@ -66,7 +67,7 @@ def _grouped(method: str | None) -> type:
         lines = (owner.__doc__ or "").split("\n\n")[0]
         group = _derived(owner, hidden, f"{lines} Of {', '.join(of)}." if len(of) > 1 else lines)
         name = owner.__name__.removesuffix("Options").lower()
-        groups.append((name, OmitArgPrefixes[group], group()))
+        groups.append((name, OmitArgPrefixes[group], part_of(default, group)))
     return _derived(MethodOption, groups, SelectorOptions.__doc__)
 
 

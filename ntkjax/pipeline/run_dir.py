@@ -66,6 +66,7 @@ class RunDir:
         inputs: Inputs | None = None,
         resume: bool = True,
         ignore: Sequence[str] = (),
+        rewrite: bool = False,
     ) -> RunDir:
         """Make the directory, or go on with one that holds the same command, config and inputs.
 
@@ -77,6 +78,8 @@ class RunDir:
           resume: False refuses a directory that already holds a run.
           ignore: dotted keys that may differ from an earlier run, since they change no result, such as
             ``("progress",)``.
+          rewrite: write config.yaml anew where options of ``ignore`` say how much is asked for, so that it says what
+            the results are of.
 
         Raises:
           ConfigError: the directory holds another run (each differing key is named), or one of other inputs (each
@@ -93,7 +96,7 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             if inputs is not None and not (path / INPUTS).exists():  # before config.yaml, which no run has without it
                 run.write_json(INPUTS, inputs)
-            if not (path / "config.yaml").exists():
+            if rewrite or not (path / "config.yaml").exists():
                 content = {"ntkjax": _version("ntkjax"), **wanted}
                 run.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             run.write_json("versions.json", versions() | {"seeds": _seeds(wanted["config"])})

@@ -29,6 +29,7 @@ FILES = {
     "adapt": ("domain", "pool", "test", "dev"),
     "verify": ("data", "domain"),
     "stability": ("data", "test", "pool"),
+    "validate": ("domain", "pool", "test"),
     "doctor": ("data",),
 }
 """The data of every command that refuses other inputs, by flag."""
@@ -49,6 +50,8 @@ FLAGS = {
                "--bootstrap", "10", "--cross-examples", "0", "--sketch-size", "8", "--max-signs", "1", "--skip-warmup"],
     "stability": ["--n", "4", "--probe", "3", "--test-n", "4", "--pool-n", "4", "--ranks", "2", "--kernels",
                   "sum_logits", "--full-learning-rates", "--formulas", "--at", "1", "--seeds", "1", *TRAIN],
+    "validate": ["--subsets", "4", "--reseeds", "0", "--leave-in", "0", "--methods", "length", "--bootstrap", "10",
+                 *TRAIN],
     "doctor": ["--n", "2", "--dtypes", "float32"],
 }  # fmt: skip
 RESULT = {"select": "selection.json", "finetune": "finetune.json", "evaluate": "evaluation.json"}
@@ -228,7 +231,7 @@ def test_every_command_and_every_file_it_reads_is_looked_at(begun):
     """A new command, or a new flag for files, has to be added to the table above."""
     with_out = {name for name in COMMANDS if "out" in get_type_hints(load_command(name).config)}
     assert with_out - {"replay"} == FILES.keys() | ELSEWHERE.keys()
-    no_files = {"arms", "kernels", "formulas", "lora_targets"}
+    no_files = {"arms", "methods", "kernels", "formulas", "lora_targets"}
     for command, flags in FILES.items():
         hints = get_type_hints(load_command(command).config)
         assert {name for name, hint in hints.items() if hint == tuple[str, ...]} - no_files == set(flags), command

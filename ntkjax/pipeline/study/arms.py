@@ -18,7 +18,20 @@ EQUAL = "domain-only-equal-steps"
 RANDOM = "random"
 """The domain and pool examples drawn uniformly."""
 
-Kind = Literal["base", "domain-only", "domain-only-equal-steps", "selected"]
+Kind = Literal["base", "domain-only", "domain-only-equal-steps", "selected", "given"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Pool rows that an arm trains on without choosing them.
+
+    Attributes:
+      rows: of the pool as the grid holds it (without duplicates), ascending.
+      domain: whether the domain's training examples are trained on as well.
+    """
+
+    rows: tuple[int, ...]
+    domain: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Arm:
       warmup: what happens before the choice; None: nothing, as for methods that do not look at the model.
       parameters: what is fine-tuned.
       rates: learning rates to choose from on dev.
+      given: the pool rows of an arm of kind ``given``.
     """
 
     label: str
@@ -43,17 +57,23 @@ class Arm:
     warmup: TrainConfig | None
     parameters: Literal["lora", "all"]
     rates: tuple[float, ...]
+    given: Given | None = None
 
     @property
     def uses_budget(self) -> bool:
         """Whether the arm is another one for another budget."""
-        return self.kind in ("selected", EQUAL)
+        return self.kind in ("selected", "given", EQUAL)
+
+    @property
+    def uses_domain(self) -> bool:
+        """Whether the domain's training examples are trained on."""
+        return self.given is None or self.given.domain
 
     def steps(self, domain: int, budget: int) -> int:
         """Optimiser steps: those of a run over domain and budget, for every arm but ``domain-only``."""
         if self.train.steps is not None:
             return self.train.steps
-        examples = domain if self.kind == DOMAIN else domain + budget
+        examples = (domain if self.uses_domain else 0) + (0 if self.kind == DOMAIN else budget)
         return max(1, round(self.train.epochs * math.ceil(examples / self.train.batch_size)))
 
     def config(self, rate: float, steps: int) -> TrainConfig:

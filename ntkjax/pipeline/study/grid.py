@@ -232,6 +232,9 @@ class Grid:
         domain = self.training_set(task).tokens.fingerprint
         train = _train_dict(self.train_config(task, rate))
         own = {"parameters": arm.parameters, "seed": task.seed, "domain": domain, "train": train}
+        if arm.given is not None:
+            rows = digest(list(arm.given.rows))[:16]
+            own["given"] = {"pool": data.pool.tokens.fingerprint, "rows": rows, "domain": arm.given.domain}
         if arm.select is not None and data.useful is not None:  # precision at N is kept with the run
             own["truth"] = digest(np.flatnonzero(data.useful).tolist())[:16]
         # How many steps there are says what kind an arm without chosen data is.

@@ -204,10 +204,12 @@ class Runner:
         grid, data = self.grid, self.grid.data(task)
         self._ask(task, rate, folder)
         chosen = self._chosen(task, folder)
-        domain, auxiliary = grid.training_set(task), None
-        if task.arm.select is not None:
-            rows = np.asarray(read_json(folder / "selection.json")["selected"], np.int64)
-            auxiliary = data.pool.subset(np.sort(rows))
+        domain, auxiliary, given = grid.training_set(task), None, task.arm.given
+        if task.arm.select is not None or given is not None:
+            rows = read_json(folder / "selection.json")["selected"] if given is None else given.rows
+            auxiliary = data.pool.subset(np.sort(np.asarray(rows, np.int64)))
+        if auxiliary is not None and not task.arm.uses_domain:
+            domain, auxiliary = auxiliary, None
         config = grid.train_config(task, rate)
         result = train_on(
             grid.model_of(task.arm), grid.start(task.arm, task.seed), domain, auxiliary, config,

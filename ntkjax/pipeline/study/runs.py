@@ -56,10 +56,11 @@ class Run:
 
 def collect(runner: Runner) -> list[Run]:
     """Every wanted run in order, from what is on disk; nothing is computed."""
-    return [_collected(runner, task) for task in runner.grid.tasks()]
+    return [collected(runner, task) for task in runner.grid.tasks()]
 
 
-def _collected(runner: Runner, task: Task) -> Run:
+def collected(runner: Runner, task: Task) -> Run:
+    """What there is of one run on disk."""
     rate = runner.known_rate(task)
     if rate is None:
         return Run(task, "left")
@@ -71,15 +72,15 @@ def _collected(runner: Runner, task: Task) -> Run:
     return Run(task, "left", folder, rate)
 
 
-def do_all(runner: Runner, run: RunDir, tasks: Sequence[Task], *, bar: bool) -> None:
+def do_all(runner: Runner, run: RunDir, tasks: Sequence[Task], *, bar: bool, command: str = "study") -> None:
     """Bring every task to its end; each is a line of the run directory's metrics.jsonl. A task that fails is recorded,
     and the others go on.
 
     Args:
-      bar: one progress bar over all tasks.
+      bar: one progress bar over all tasks, called after the ``command``.
     """
     failed, memory = 0, Memory()
-    with tqdm(tasks, disable=not bar, unit="run", desc="study") as shown:
+    with tqdm(tasks, disable=not bar, unit="run", desc=command) as shown:
         for task in shown:
             memory.spare()
             shown.set_postfix_str(

@@ -1,0 +1,1 @@
+"""``ntkjax validate``: do the scores predict what training on the examples does?"""
