@@ -3,7 +3,8 @@
 The same examples are computed alone (each at its exact length in a batch of its own, whose other rows are filler),
 padded (the same at the longest length), batched (all rows of one batch) and reordered (that batch from its last row to
 its first), in every dtype and at every precision of matrix products that JAX has for the backend. The mathematics of
-all of them is the same, so each is compared with one reference: float32 at the highest precision, alone.
+all of them is the same, so each is compared with one reference: float32 at the highest precision, alone (or as the
+first of the layouts that are asked for has it).
 
 Each length, dtype and precision compiles programs of its own, which takes almost all of the time: hence few lengths.
 """
@@ -57,7 +58,8 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
 }
 """Backend: the values of ``jax_default_matmul_precision`` that differ there. Elsewhere (CPUs) there is one."""
 
-LAYOUTS = ("alone", "padded", "batched", "reordered")
+Layout = Literal["alone", "padded", "batched", "reordered"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 QUANTITIES = ("logits", "gradient", "scores")
 
 TEXTS = (
@@ -82,6 +84,8 @@ class DoctorConfig:
     """Dtypes of the weights to check; the reference is float32 in any case."""
     n: int = 4
     """Examples of --data that are computed."""
+    layouts: tuple[Layout, ...] = LAYOUTS
+    """How they lie; the first is that of the reference. batched alone compiles one length only: for many examples."""
     kernel: KernelName = "loss"
     lora_rank: int = 8
     """Rank of the adapters whose gradients and scores are computed; both factors are drawn at random."""
@@ -94,6 +98,8 @@ class DoctorConfig:
     def __post_init__(self):
         if not self.dtypes:
             raise ConfigError(f"--dtypes: found none; expected some of {', '.join(get_args(Dtype))}")
+        if not self.layouts:
+            raise ConfigError(f"--layouts: found none; expected some of {', '.join(LAYOUTS)}")
         parse(self.kernel)
         if self.n < 2:
             raise ConfigError(f"--n is {self.n}: expected at least 2 examples, so that there is something to batch")
@@ -111,7 +117,7 @@ class Diagnosis:
       device: kind and backend of the device.
       rows: one for each dtype, precision and layout: ``dtype``, ``precision``, ``layout``, ``bar``, ``agrees``;
         ``differences``, from the reference by quantity, relative to its largest value; ``spearman`` of the scores.
-        Against the reference, float32 at the highest precision with every example alone, which is no row.
+        Against the reference, float32 at the highest precision in the first layout, which is no row.
       remedies: one line for each row that does not agree.
     """
 
@@ -140,8 +146,9 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
         inputs = inputs_of(model, config.model_options("float32"), data=loaded)
         run = RunDir.create(config.out, "doctor", config, inputs=inputs)
     rows, precisions = [], PRECISIONS.get(jax.default_backend(), ("default",))
-    first = ("float32", precisions[-1], "alone")
-    others = [(dtype, *setting) for dtype in dict.fromkeys(config.dtypes) for setting in settings(precisions)]
+    first = ("float32", precisions[-1], config.layouts[0])
+    every = list(settings(precisions, config.layouts))
+    others = [(dtype, *setting) for dtype in dict.fromkeys(config.dtypes) for setting in every]
     asked = [first, *(setting for setting in others if setting != first)]
     for dtype, precision, layout in tqdm(asked, desc="doctor", disable=not progress, unit="setting"):
         if dtype != loaded_as:
@@ -160,17 +167,21 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
     failed = [row for row in rows if asked_in_full(row) and not row["agrees"]]
     if failed:
         raise UserError(
-            f"{config.model}: float32 results on {device} differ from float32 at the highest precision, one example "
-            f"at a time, by more than {BARS['float32']:g} of the largest value: {', '.join(map(title, failed))}; "
-            f"expected agreement. {' '.join(result.remedies)}\n\n{to_markdown(table(result))}"
+            f"{config.model}: float32 results on {device} differ from float32 at the highest precision, "
+            f"{config.layouts[0]}, by more than {BARS['float32']:g} of the largest value: "
+            f"{', '.join(map(title, failed))}; expected agreement. {' '.join(result.remedies)}\n\n"
+            f"{to_markdown(table(result))}"
         )
     return result
 
 
-def settings(precisions: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(precision, layout) of every row of a dtype: all layouts as commands run them, one batch at other precisions."""
+def settings(precisions: tuple[str, ...], layouts: tuple[Layout, ...]) -> Iterator[tuple[str, str]]:
+    """(precision, layout) of every row of a dtype: all layouts as commands run them, one at other precisions, that of
+    one batch where it is among them.
+    """
+    one = "batched" if "batched" in layouts else layouts[0]
     for precision in precisions:
-        yield from ((precision, layout) for layout in (LAYOUTS if precision == "default" else ("batched",)))
+        yield from ((precision, layout) for layout in (layouts if precision == "default" else (one,)))
 
 
 def examples(config: DoctorConfig, model: LanguageModel) -> tuple[TokenisedDataset, Loaded | None]:
@@ -304,7 +315,7 @@ def describe(config: DoctorConfig, result: Diagnosis) -> str:
     return "\n".join(
         [
             to_markdown(table(result)),
-            f"{result.device}. Digits that agree with float32 at the highest precision, one example at a time: "
+            f"{result.device}. Digits that agree with float32 at the highest precision, examples {config.layouts[0]}: "
             "-log10(max difference / largest value).",
             *result.remedies,
             f"{agree} of {len(result.rows)} rows agree within their bars; float32 is as asked for.",

@@ -41,6 +41,17 @@ def mixed_rows(monkeypatch):
     jax.clear_caches()
 
 
+def test_one_layout_has_its_own_reference():
+    assert list(doctor.settings(("default", "highest"), ("batched",))) == [
+        ("default", "batched"),
+        ("highest", "batched"),
+    ]
+    assert list(doctor.settings(("default", "highest"), doctor.LAYOUTS))[-1] == ("highest", "batched")
+    assert list(doctor.settings(("default", "highest"), ("alone", "padded")))[-1] == ("highest", "alone")
+    with pytest.raises(ConfigError, match="--layouts: found none; expected some of alone"):
+        doctor.DoctorConfig(model="m", layouts=())
+
+
 def row(precision: str = "default", layout: str = "batched", dtype: str = "float32", worst: float = 1e-6) -> dict:
     differences = dict.fromkeys(doctor.QUANTITIES, 1e-7) | {"logits": worst}
     bar = doctor.BARS[dtype]
