@@ -1,9 +1,9 @@
 """Preconditioned directions: s_j = <P^-1 g_bar, g_j>, from the same forward-mode pass.
 
 Whatever is linear in g_j is one directional derivative, so an influence function or an Adam-weighted alignment changes
-the direction and nothing else: P is estimated once on the domain, P^-1 g_bar takes the place of g_bar. Both P here are
-made of the gradients g_i of the domain's loss, one for each of the M examples (mean NLL of its response), so they
-depend neither on how the examples are batched nor on any layer's structure:
+the direction and nothing else: P is estimated once on the domain, P^-1 g_bar takes the place of g_bar. Every P here is
+made of the gradients g_i of the domain's loss, one for each of the M examples (mean NLL of its response), so it
+depends neither on how the examples are batched nor on any layer's structure:
 
 ``adam``   P = diag(sqrt(v)) + eps,  v = g_bar^2 + (1/M sum_i g_i^2 - g_bar^2) / n        (elementwise)
 
@@ -19,6 +19,15 @@ depend neither on how the examples are batched nor on any layer's structure:
            2024, arXiv 2406.17748). K-FAC proper takes A from a layer's inputs and S from its output gradients, token
            by token; these factors need only per-example gradients, which any function (params, batch) has, and count
            what the tokens of an example have in common. A vector is a matrix of one row: its block is exact.
+
+``ekfac``  P = H + lambda I,  H = block diagonal of (U_L x U_R) diag(s) (U_L x U_R)^T,  U_L [m, m], U_R [n, n] the
+           eigenvectors of the same L and R,  s_ab = 1/M sum_i (U_L^T G_i U_R)_ab^2  [m, n]
+
+           the eigenvalues l_a r_b / t of ``kfac`` measured anew in its own eigenbasis, from one more pass over the
+           gradients (EK-FAC: George et al., 2018, arXiv 1806.03884, section 3; U there of K-FAC's A and S). s is the
+           diagonal of the Fisher's block in that basis, so H is, of all matrices that are diagonal in it, the nearest
+           to the block in Frobenius norm, K-FAC's among them; it is the block itself where that is diagonal in it. Its
+           trace is that of ``kfac``: 1/M sum_i |G_i|^2.
 
 The inverse is that of H + lambda I itself, in the eigenbasis of both factors: (U_L x U_R) diag(1 / (l r / t + lambda))
 (U_L x U_R)^T, not of the factored damping (A + pi sqrt(lambda) I) x (S + sqrt(lambda) / pi I) that K-FAC inverts.
@@ -43,7 +52,9 @@ from ntkjax.ntk.features import group_rows, per_example_gradients, pieces
 from ntkjax.ntk.rows import NonFiniteError, iterate, one_a_row, real_rows
 from ntkjax.types import Params, as_pytree_fn
 
-PreconditionerName = Literal["none", "adam", "kfac"]
+PreconditionerName = Literal["none", "adam", "kfac", "ekfac"]
+PASSES: dict[str, int] = {"none": 0, "adam": 1, "kfac": 1, "ekfac": 2}
+"""How often each of them takes the gradients of the domain's examples."""
 ADAM_BATCH, ADAM_EPS = 16, 1e-8  # the batch size of training; Adam's own epsilon
 DAMPING = 0.1
 MAX_SIDE = 4096  # a longer side of a matrix (a vocabulary, say) has a diagonal factor
@@ -69,7 +80,7 @@ class AdamPreconditioner:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KroneckerPreconditioner:
-    """u -> (H + lambda I)^-1 u, H block diagonal, each block (L x R) / t held as eigenvalues and eigenvectors.
+    """u -> (H + lambda I)^-1 u, H block diagonal, each block held as eigenvalues and eigenvectors.
 
     Attributes:
       blocks: one `Block` for each leaf of the parameters, in tree order.
@@ -88,19 +99,21 @@ class KroneckerPreconditioner:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Eigenvalues [s, m], [s, n] of L / sqrt(t) and R / sqrt(t) of the s matrices of a leaf, and their eigenvectors
-    [s, m, m], [s, n, n], columns; None for a side with a diagonal factor."""
+    """H of the s matrices [m, n] of a leaf.
 
-    values: tuple[Any, Any]
+    Attributes:
+      curvature: its eigenvalues [s, m, n], l_a r_b / t or those of ``ekfac``.
+      vectors: U_L [s, m, m] and U_R [s, n, n], columns; None for a side with a diagonal factor (U = I).
+    """
+
+    curvature: Any
     vectors: tuple[Any, Any]
 
     def solve(self, u: Float[Array, "c ..."], damping: Float[Array, ""]) -> Float[Array, "c ..."]:
         """(H + lambda I)^-1 u."""
-        (left, right), (a, b) = self.values, self.vectors
-        turned = _turn(u.reshape(u.shape[0], *left.shape, right.shape[1]), a, b, inverse=False)
-        curvature = left[:, :, None] * right[:, None, :]
-        turned = turned / (curvature + damping)[None].astype(u.dtype)
-        return _turn(turned, a, b, inverse=True).reshape(u.shape)
+        turned = _turn(u.reshape(u.shape[0], *self.curvature.shape), *self.vectors, inverse=False)
+        turned = turned / (self.curvature + damping)[None].astype(u.dtype)
+        return _turn(turned, *self.vectors, inverse=True).reshape(u.shape)
 
 
 def _turn(u: Float[Array, "c s m n"], a: Any, b: Any, *, inverse: bool) -> Float[Array, "c s m n"]:
@@ -125,22 +138,29 @@ def _factor(matrices: Float[Array, "B s m n"], side: int, max_side: int) -> Floa
     return jnp.einsum(equation, matrices, matrices, precision=jax.lax.Precision.HIGHEST)
 
 
-def _adam_sums(gradients: Params) -> dict[str, Params]:
+def _adam_sums(gradients: Params, basis: None) -> dict[str, Params]:
     over = lambda f: jax.tree.map(lambda g: jnp.sum(f(g), axis=0), gradients)
     return {"first": over(lambda g: g), "second": over(lambda g: g * g)}
 
 
-def _kfac_sums(gradients: Params, max_side: int) -> list[list[Array]]:
+def _kfac_sums(gradients: Params, basis: None, max_side: int) -> list[list[Array]]:
     matrices = [_as_matrices(leaf) for leaf in jax.tree.leaves(gradients)]
     return [[_factor(g, side, max_side) for side in (0, 1)] for g in matrices]
 
 
+def _ekfac_sums(gradients: Params, basis: list[tuple[Any, Any]]) -> list[Float[Array, "s m n"]]:
+    """sum_i (U_L^T G_i U_R)^2 of every leaf."""
+    matrices = [_as_matrices(leaf) for leaf in jax.tree.leaves(gradients)]
+    turned = [_turn(g, *vectors, inverse=False) for g, vectors in zip(matrices, basis, strict=True)]
+    return [jnp.sum(g * g, axis=0) for g in turned]
+
+
 @functools.partial(jax.jit, static_argnames="sums")
-def _sum_batch(sums: Callable, loss_fn: Callable, params: Params, batch: Any) -> tuple[Any, Array]:
+def _sum_batch(sums: Callable, basis: Any, loss_fn: Callable, params: Params, batch: Any) -> tuple[Any, Array]:
     """(sums over the real rows' gradients, whether all of them are finite)."""
     found, real = per_example_gradients(loss_fn, params, batch), jnp.asarray(batch.index) >= 0
     mask = lambda g: jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, jnp.zeros((), g.dtype))
-    total = sums(jax.tree.map(mask, found))
+    total = sums(jax.tree.map(mask, found), basis)
     return total, jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(total)]).all()
 
 
@@ -155,12 +175,18 @@ def _kfac_sums_up_to(max_side: int) -> Callable:
 
 
 def _mean_over(
-    sums: Callable, loss_fn: Callable, params: Params, batches: Iterable, memory_budget: int, progress: bool | str
+    sums: Callable,
+    loss_fn: Callable,
+    params: Params,
+    batches: Iterable,
+    memory_budget: int,
+    progress: bool | str,
+    basis: Any = None,
 ) -> Any:
-    """1/M of the sums over all real rows, the gradients of ``memory_budget`` bytes at a time."""
+    """1/M of ``sums(gradients, basis)`` over all real rows, the gradients of ``memory_budget`` bytes at a time."""
     loss_fn, total, count, checks = as_pytree_fn(loss_fn), None, 0, []
     for piece in _cut(loss_fn, params, iterate(one_a_row(batches), progress, "curvature"), memory_budget):
-        found, finite = _sum_batch(sums, loss_fn, params, piece)
+        found, finite = _sum_batch(sums, basis, loss_fn, params, piece)
         total = found if total is None else _add(total, found)
         rows = real_rows(piece)
         checks.append((rows[rows >= 0], finite))
@@ -230,13 +256,42 @@ def kfac(
       NonFiniteError, UserError: as for `adam`.
     """
     if not damping > 0:
-        raise ConfigError(f"kfac: damping must be above 0, got {damping}")
+        raise ConfigError(f"damping must be above 0, got {damping}")
     found = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
     trace = float(sum(np.sum(np.asarray(_traces(factors[0]), np.float64)) for factors in found))
     if trace == 0:
-        raise ConfigError("kfac: the gradient of the loss is 0 for every example, so there is no curvature to invert")
+        raise ConfigError("the gradient of the loss is 0 for every example, so there is no curvature to invert")
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     return KroneckerPreconditioner([_block(*factors) for factors in found], jnp.asarray(damping * trace / size))
+
+
+def ekfac(
+    loss_fn: Callable,
+    params: Params,
+    batches: Iterable,
+    *,
+    damping: float = DAMPING,
+    max_side: int = MAX_SIDE,
+    memory_budget: int = 1 << 30,
+    progress: bool | str = False,
+) -> KroneckerPreconditioner:
+    """`kfac` with its eigenvalues measured in its eigenbasis (see the module), from a second pass over ``batches``.
+
+    Source: arXiv 1806.03884, section 3. Open there and chosen by us: damping is relative to the mean curvature, as for
+    `kfac`, and lambda is the same number. Both passes are over the same examples.
+
+    Args:
+      batches: re-iterable.
+      damping, max_side: as for `kfac`; along a side without eigenvectors U is the identity.
+
+    Raises:
+      ConfigError, NonFiniteError, UserError: as for `kfac`.
+    """
+    options = {"memory_budget": memory_budget, "progress": progress}
+    first = kfac(loss_fn, params, batches, damping=damping, max_side=max_side, **options)
+    basis = [block.vectors for block in first.blocks]
+    found = _mean_over(_ekfac_sums, loss_fn, params, batches, basis=basis, **options)
+    return dataclasses.replace(first, blocks=[Block(s, vectors) for s, vectors in zip(found, basis)])
 
 
 def _traces(factor: Float[Array, "s ..."]) -> Float[Array, " s"]:
@@ -245,11 +300,11 @@ def _traces(factor: Float[Array, "s ..."]) -> Float[Array, " s"]:
 
 @jax.jit
 def _block(left: Float[Array, "s ..."], right: Float[Array, "s ..."]) -> Block:
-    """Both factors over sqrt(t), decomposed; 0 where no gradient ever reached the matrix."""
+    """Both factors over sqrt(t), decomposed; H = 0 where no gradient ever reached the matrix."""
     trace = _traces(left)
     root = jnp.sqrt(jnp.where(trace > 0, trace, jnp.ones_like(trace)))
-    parts = [_decompose(factor, root) for factor in (left, right)]
-    return Block((parts[0][0], parts[1][0]), (parts[0][1], parts[1][1]))
+    (rows, a), (columns, b) = (_decompose(factor, root) for factor in (left, right))
+    return Block(rows[:, :, None] * columns[:, None, :], (a, b))
 
 
 def _decompose(factor: Float[Array, "s ..."], root: Float[Array, " s"]) -> tuple[Array, Array | None]:
@@ -271,7 +326,7 @@ def build_preconditioner(
     """The preconditioner of that name, P^-1 as a function of trees of leaves [c, ...]; None for ``none``.
 
     Raises:
-      ConfigError: another name; see `adam` and `kfac` for the rest.
+      ConfigError: another name; see `adam`, `kfac` and `ekfac` for the rest.
     """
     if name not in get_args(PreconditionerName):
         raise ConfigError(f"precondition is {name!r}; expected one of {', '.join(get_args(PreconditionerName))}")
@@ -279,4 +334,5 @@ def build_preconditioner(
         return None
     if name == "adam":
         return adam(loss_fn, params, batches, progress=progress)
-    return kfac(loss_fn, params, batches, damping=damping, progress=progress)
+    fit = {"kfac": kfac, "ekfac": ekfac}[name]
+    return fit(loss_fn, params, batches, damping=damping, progress=progress)

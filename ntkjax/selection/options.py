@@ -157,7 +157,7 @@ class DampingOptions(Options):
     """The damping of a Kronecker-factored curvature."""
 
     damping: float = DAMPING
-    """lambda over the mean curvature (precondition=kfac, curvature=kfac, method=quad)."""
+    """lambda over the mean curvature (precondition=kfac or ekfac, curvature=kfac or ekfac, method=quad)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +171,8 @@ class PreconditionOptions(DampingOptions):
 
     precondition: PreconditionerName = "none"
     """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
-    of the domain's loss; adam: divided by the root of its mean squared batch gradient. Same pass over the pool."""
+    of the domain's loss; ekfac: its eigenvalues measured by one more pass over the domain; adam: divided by the root
+    of the mean squared batch gradient. Same pass over the pool."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,7 @@
 """Preconditioned directions against explicit matrices (H + lambda I)^-1 from jax.jacobian."""
 
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.tree_util import Partial
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk import kernel_scores
 from ntkjax.ntk.metrics import spearman
-from ntkjax.ntk.precondition import adam, build_preconditioner, kfac
+from ntkjax.ntk.precondition import PASSES, PreconditionerName, adam, build_preconditioner, ekfac, kfac
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import Batch
 
@@ -85,8 +86,75 @@ def test_kfac_is_exact_where_the_fisher_is_a_kronecker_product(x64):
     np.testing.assert_allclose(flat_rows(found)[0], np.linalg.solve(fisher + damping * np.eye(len(u)), u), rtol=1e-9)
 
 
+def block_fisher(g, params):
+    """The empirical Fisher of gradients g [M, P] without what is between two leaves."""
+    whole, fisher = g.T @ g / len(g), np.zeros((g.shape[1],) * 2)
+    for block in blocks_of(params):
+        fisher[np.ix_(block, block)] = whole[np.ix_(block, block)]
+    return fisher
+
+
+def held(precondition, params):
+    """H of a preconditioner as a matrix [P, P], from the columns of its inverse, all at once."""
+    leaves, structure = jax.tree.flatten(params)
+    one = np.eye(sum(leaf.size for leaf in leaves))
+    columns = [one[:, block].reshape(-1, *leaf.shape) for block, leaf in zip(blocks_of(params), leaves)]
+    inverse = flat_rows(precondition(structure.unflatten([jnp.asarray(leaf) for leaf in columns])))
+    return np.linalg.inv(inverse) - float(precondition.damping) * one
+
+
+def test_ekfac_is_exact_where_the_fisher_is_diagonal_in_the_eigenbasis(x64):
+    """Gradients c_ab p_a q_b^T, p and q orthonormal: the Fisher is diag(c^2) / M in their basis, whatever c is. K-FAC,
+    which has the means of c^2 over rows and columns alone, is not exact there."""
+    rng = np.random.default_rng(0)
+    p, q = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 3))
+    c = rng.uniform(0.5, 2, size=(4, 3))
+    params, batch, u = {"w": jnp.asarray(rng.normal(size=(4, 3)))}, grid(), rng.normal(size=12)
+
+    def loss(params, batch):
+        a, b = jnp.asarray(batch.tokens).T
+        return jnp.asarray(c)[a, b] * jnp.einsum("ib,io,ob->b", jnp.asarray(p)[:, a], params["w"], jnp.asarray(q)[:, b])
+
+    damping = 0.03 * (c**2).mean() / 12
+    basis = np.kron(p, q)
+    exact = basis @ ((basis.T @ u) / ((c**2).ravel() / 12 + damping))
+    solved = {fit: flat_rows(fit(loss, params, [batch], damping=0.03)(as_tree(params, u)))[0] for fit in (kfac, ekfac)}
+    np.testing.assert_allclose(solved[ekfac], exact, rtol=1e-10)
+    assert relative(solved[kfac], exact) > 0.01
+
+
+def test_ekfac_is_nearer_to_the_blocks_of_the_fisher_than_kfac(x64, toy):
+    """And its eigenvalues are the diagonal of the Fisher's blocks in its basis, so its trace is theirs."""
+    loss, params = Partial(nll_of, Partial(toy.hidden_fn)), toy.init(3, jnp.float64)
+    domain = toy.sequences(ROWS, 1)
+    exact = block_fisher(flat_rows(toy.jacobian(loss, params, toy.collate(domain, range(ROWS)))), params)
+    found = {fit: held(fit(loss, params, toy.batches(domain, 7)), params) for fit in (kfac, ekfac)}
+    off = {fit: np.linalg.norm(h - exact) for fit, h in found.items()}
+    assert off[ekfac] < off[kfac]
+    np.testing.assert_allclose([np.trace(h) for h in found.values()], np.trace(exact), rtol=1e-9)
+    # what is left over is orthogonal to H itself: <F - H, H> = 0 for the nearest of a linear space that holds H
+    assert abs(np.vdot(exact - found[ekfac], found[ekfac])) < 1e-9 * np.vdot(exact, exact)
+
+
+def test_every_name_says_how_many_passes_it_takes(toy, case):
+    loss, params, domain, _ = case
+    assert set(PASSES) == set(get_args(PreconditionerName))
+
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    for name, passes in PASSES.items():
+        plan = Counted(toy.batches(domain, 8))
+        build_preconditioner(name, loss, params, plan)
+        assert plan.passes == passes
+
+
 def kronecker_fisher(g, params):
-    """H of the module, explicitly: a block for each leaf, L x R / t (all leaves of the toy model are matrices)."""
+    """H of ``kfac``, explicitly: a block for each leaf, L x R / t (all leaves of the toy model are matrices)."""
     fisher = np.zeros((g.shape[1],) * 2)
     for block, leaf in zip(blocks_of(params), jax.tree.leaves(params)):
         matrices = g[:, block].reshape(len(g), *leaf.shape)
@@ -96,7 +164,18 @@ def kronecker_fisher(g, params):
     return fisher
 
 
-@pytest.mark.parametrize("name", ["adam", "kfac"])
+def eigenvalue_corrected_fisher(g, params):
+    """H of ``ekfac``, explicitly: U diag(U^T F U) U^T for each leaf's block F of the Fisher, U = U_L x U_R."""
+    fisher = block_fisher(g, params)
+    for block, leaf in zip(blocks_of(params), jax.tree.leaves(params)):
+        matrices = g[:, block].reshape(len(g), *leaf.shape)
+        left, right = np.einsum("bik,bjk->ij", matrices, matrices), np.einsum("bki,bkj->ij", matrices, matrices)
+        basis, at = np.kron(np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]), np.ix_(block, block)
+        fisher[at] = basis @ np.diag(np.diag(basis.T @ fisher[at] @ basis)) @ basis.T
+    return fisher
+
+
+@pytest.mark.parametrize("name", ["adam", "kfac", "ekfac"])
 def test_scores_are_the_products_with_the_explicit_preconditioned_direction(toy, x64, name):
     loss, domain = Partial(nll_of, Partial(toy.hidden_fn)), toy.sequences(ROWS, 1)
     output_fn, params = toy.output("all", jnp.float64)
@@ -115,7 +194,7 @@ def test_scores_are_the_products_with_the_explicit_preconditioned_direction(toy,
         second = g.mean(axis=0) ** 2 + g.var(axis=0) / 16
         inverse = np.diag(1 / (np.sqrt(second) + 1e-8))
     else:
-        fisher = kronecker_fisher(g, params)
+        fisher = {"kfac": kronecker_fisher, "ekfac": eigenvalue_corrected_fisher}[name](g, params)
         inverse = np.linalg.inv(fisher + 0.1 * np.trace(fisher) / len(fisher) * np.eye(len(fisher)))
     features = flat_rows(toy.jacobian(output_fn, params, toy.collate(pool, range(11))))
     for column, mean in enumerate(means):
@@ -124,7 +203,7 @@ def test_scores_are_the_products_with_the_explicit_preconditioned_direction(toy,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adam", "kfac"])
+@pytest.mark.parametrize("name", ["adam", "kfac", "ekfac"])
 def test_single_precision_scores_are_those_of_double_precision(toy, case, name):
     """An inverse with damping 0.1 amplifies single precision's rounding: 1e-4, where plain scores hold 1e-5."""
     output_fn, domain = toy.output("all")[0], toy.sequences(ROWS, 1)
@@ -155,7 +234,7 @@ def test_influence_scores_follow_those_of_the_explicit_fisher(toy, case, damping
     assert spearman(found, exact) > max(least, spearman(features @ mean, exact) + 0.02)
 
 
-@pytest.mark.parametrize("fit", [adam, kfac])
+@pytest.mark.parametrize("fit", [adam, kfac, ekfac])
 def test_batches_fillers_and_memory_do_not_matter(toy, case, fit):
     loss, params, domain, g = case
     whole = fit(loss, params, [toy.collate(domain, range(ROWS))])
@@ -194,12 +273,19 @@ def test_a_long_side_has_a_diagonal_factor(x64):
     expected = np.linalg.solve(fisher + 0.1 * np.trace(fisher) / 18 * np.eye(18), u)
     found = kfac(loss, params, [batch], max_side=5)(as_tree(params, u))
     np.testing.assert_allclose(flat_rows(found)[0], expected, rtol=1e-9)
+    # ekfac: the basis I x U_R
+    g, basis = x.reshape(10, 18), np.kron(np.eye(6), np.linalg.eigh(right)[1])
+    fisher = basis @ np.diag(((g @ basis) ** 2).mean(axis=0)) @ basis.T
+    expected = np.linalg.solve(fisher + 0.1 * np.trace(fisher) / 18 * np.eye(18), u)
+    found = ekfac(loss, params, [batch], max_side=5)(as_tree(params, u))
+    np.testing.assert_allclose(flat_rows(found)[0], expected, rtol=1e-9)
 
 
-def test_parameters_that_no_gradient_reaches_stay_finite(toy, case):
+@pytest.mark.parametrize("fit", [kfac, ekfac])
+def test_parameters_that_no_gradient_reaches_stay_finite(toy, case, fit):
     loss, params, domain, _ = case
     params = params | {"unused": jnp.ones((3, 2))}
-    found = kfac(loss, params, toy.batches(domain, 8))
+    found = fit(loss, params, toy.batches(domain, 8))
     u = jax.tree.map(lambda p: jnp.ones((1, *p.shape)), params)
     np.testing.assert_allclose(found(u)["unused"], 1 / found.damping, rtol=1e-5)
 
@@ -207,7 +293,7 @@ def test_parameters_that_no_gradient_reaches_stay_finite(toy, case):
 def test_errors_say_what_to_do(toy, case):
     loss, params, domain, _ = case
     plan = toy.batches(domain, 8)
-    with pytest.raises(ConfigError, match="one of none, adam, kfac"):
+    with pytest.raises(ConfigError, match="one of none, adam, kfac, ekfac"):
         build_preconditioner("newton", loss, params, plan)
     with pytest.raises(ConfigError, match="damping must be above 0"):
         kfac(loss, params, plan, damping=0.0)

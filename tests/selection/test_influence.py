@@ -32,9 +32,10 @@ def test_adam_divides_by_the_root_of_the_mean_squared_batch_gradient(given):
     np.testing.assert_allclose(chosen.scores, pool @ (mean / (np.sqrt(second) + 1e-8)), rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_ntk_with_the_loss_kernel_and_a_preconditioner(make):
-    one = METHODS["influence"](**OPTIONS)(make())
-    other = METHODS["ntk"](kernel="loss", precondition="kfac", **OPTIONS)(make())
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_it_is_ntk_with_the_loss_kernel_and_a_preconditioner(make, curvature):
+    one = METHODS["influence"](curvature=curvature, **OPTIONS)(make())
+    other = METHODS["ntk"](kernel="loss", precondition=curvature, **OPTIONS)(make())
     np.testing.assert_array_equal(one.scores, other.scores)
     assert one.diagnostics == other.diagnostics
 

@@ -66,7 +66,7 @@ def test_sketched_scores_follow_the_exact_ones(sketch, make):
     assert not np.array_equal(exact.scores, sketched.scores)
 
 
-@pytest.mark.parametrize("precondition", ["adam", "kfac"])
+@pytest.mark.parametrize("precondition", ["adam", "kfac", "ekfac"])
 def test_a_preconditioner_changes_the_direction_and_nothing_else(precondition, make):
     from ntkjax.ntk.precondition import build_preconditioner
 

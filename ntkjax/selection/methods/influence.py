@@ -15,7 +15,7 @@ from ntkjax.selection.gradients import Stage1Selector
 from ntkjax.selection.methods.ntk import NtkSelector, check_precondition
 from ntkjax.selection.options import DampingOptions, DirectionOptions, Stage1Options, check_choice
 
-CurvatureName = Literal["kfac", "adam"]
+CurvatureName = Literal["kfac", "ekfac", "adam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class InfluenceOptions(DirectionOptions, Stage1Options, DampingOptions):
     """Options of ``influence``."""
 
     curvature: CurvatureName = "kfac"
-    """kfac: P = H + lambda I; adam: P = diag(sqrt(v)) + eps, the step sizes that Adam would take on the domain."""
+    """kfac: P = H + lambda I; ekfac: H's eigenvalues measured by one more pass over the domain; adam: P = diag(sqrt(v))
+    + eps, the step sizes that Adam would take on the domain."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

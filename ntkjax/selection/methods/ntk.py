@@ -21,7 +21,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KernelFunctions, build, parse
-from ntkjax.ntk.precondition import build_preconditioner
+from ntkjax.ntk.precondition import PASSES, build_preconditioner
 from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores, score_directions
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
@@ -108,8 +108,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
         gradient = FORWARD + 2 * outputs  # one backward pass for each output
         sample = sizes.pool / sizes.rows * min(self.pool_sample, sizes.rows)
         before = sizes.stage1(self.stage1) + gradient * (sizes.domain + sample)
-        if self.precondition != "none":
-            before += TRAIN * sizes.domain
+        before += TRAIN * PASSES[self.precondition] * sizes.domain
         if self.scores == "sketch":
             return before + gradient * sizes.scored
         groups = 1

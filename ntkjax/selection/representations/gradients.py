@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.kernels import KERNELS, parse
+from ntkjax.ntk.precondition import PASSES
 from ntkjax.selection.base import SelectionProblem
 from ntkjax.selection.cost import FORWARD, TRAIN, Sizes
 from ntkjax.selection.gradients import Candidates, find_candidates, gradient_features
@@ -84,9 +85,9 @@ class Gradients(GradientFeatureOptions, Representation):
         )
 
     def forward_tokens(self, sizes: Sizes) -> float:
-        """A backward pass for each output and theta, and one more over the domain for the curvature."""
+        """A backward pass for each output and theta, and those over the domain for the curvature."""
         gradient = FORWARD + 2 * parse(self.kernel).outputs(sizes.width)
-        curvature = 0 if self.precondition == "none" else TRAIN * sizes.domain
+        curvature = TRAIN * PASSES[self.precondition] * sizes.domain
         points = sizes.checkpoints if self.uses_checkpoints else 1
         return sizes.stage1(self.stage1) + points * (gradient * (sizes.domain + sizes.scored) + curvature)
 
