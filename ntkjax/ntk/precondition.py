@@ -29,6 +29,9 @@ depends neither on how the examples are batched nor on any layer's structure:
            to the block in Frobenius norm, K-FAC's among them; it is the block itself where that is diagonal in it. Its
            trace is that of ``kfac``: 1/M sum_i |G_i|^2.
 
+``cg``     P = F + lambda I,  F = 1/M sum_i g_i g_i^T, whole, by conjugate gradients (`ntkjax.ntk.conjugate`): the
+           yardstick of the two above, at a pass over the domain for each iteration and direction
+
 The inverse is that of H + lambda I itself, in the eigenbasis of both factors: (U_L x U_R) diag(1 / (l r / t + lambda))
 (U_L x U_R)^T, not of the factored damping (A + pi sqrt(lambda) I) x (S + sqrt(lambda) / pi I) that K-FAC inverts.
 lambda = ``damping`` x tr H / P, the mean curvature over all P trained parameters.
@@ -48,13 +51,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.ntk.conjugate import ConjugateGradients, conjugate_gradients
 from ntkjax.ntk.features import group_rows, per_example_gradients, pieces
 from ntkjax.ntk.rows import NonFiniteError, iterate, one_a_row, real_rows
 from ntkjax.types import Params, as_pytree_fn
 
-PreconditionerName = Literal["none", "adam", "kfac", "ekfac"]
-PASSES: dict[str, int] = {"none": 0, "adam": 1, "kfac": 1, "ekfac": 2}
-"""How often each of them takes the gradients of the domain's examples."""
+PreconditionerName = Literal["none", "adam", "kfac", "ekfac", "cg"]
+PASSES: dict[str, int] = {"none": 0, "adam": 1, "kfac": 1, "ekfac": 2, "cg": 1}
+"""How often each of them takes the gradients of the domain's examples, before any direction is solved for."""
+CG_ITERATIONS = 100
+CG_TOLERANCE = 1e-3
 ADAM_BATCH, ADAM_EPS = 16, 1e-8  # the batch size of training; Adam's own epsilon
 DAMPING = 0.1
 MAX_SIDE = 4096  # a longer side of a matrix (a vocabulary, say) has a diagonal factor
@@ -141,6 +147,10 @@ def _factor(matrices: Float[Array, "B s m n"], side: int, max_side: int) -> Floa
 def _adam_sums(gradients: Params, basis: None) -> dict[str, Params]:
     over = lambda f: jax.tree.map(lambda g: jnp.sum(f(g), axis=0), gradients)
     return {"first": over(lambda g: g), "second": over(lambda g: g * g)}
+
+
+def _cg_sums(gradients: Params, basis: None) -> list[Float[Array, ""]]:
+    return [jnp.sum(g * g) for g in jax.tree.leaves(gradients)]
 
 
 def _kfac_sums(gradients: Params, basis: None, max_side: int) -> list[list[Array]]:
@@ -259,10 +269,8 @@ def kfac(
         raise ConfigError(f"damping must be above 0, got {damping}")
     found = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
     trace = float(sum(np.sum(np.asarray(_traces(factors[0]), np.float64)) for factors in found))
-    if trace == 0:
-        raise ConfigError("the gradient of the loss is 0 for every example, so there is no curvature to invert")
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return KroneckerPreconditioner([_block(*factors) for factors in found], jnp.asarray(damping * trace / size))
+    lam = _damping(trace, damping, params)
+    return KroneckerPreconditioner([_block(*factors) for factors in found], jnp.asarray(lam))
 
 
 def ekfac(
@@ -294,6 +302,50 @@ def ekfac(
     return dataclasses.replace(first, blocks=[Block(s, vectors) for s, vectors in zip(found, basis)])
 
 
+def cg(
+    loss_fn: Callable,
+    params: Params,
+    batches: Iterable,
+    *,
+    damping: float = DAMPING,
+    iterations: int = CG_ITERATIONS,
+    tolerance: float = CG_TOLERANCE,
+    memory_budget: int = 1 << 30,
+    progress: bool | str = False,
+) -> ConjugateGradients:
+    """The whole Fisher (see `ntkjax.ntk.conjugate`) of ``loss_fn(params, batch) -> [B]`` on ``batches``.
+
+    lambda = ``damping`` x tr F / P is the number that it is for `kfac` and `ekfac`; tr F takes a pass of its own.
+
+    Args:
+      batches: re-iterable; they are held on the device.
+      iterations, tolerance: of each solve: it stops at a residual of ``tolerance`` |u|, or after ``iterations`` steps.
+
+    Raises:
+      ConfigError: an option out of range; no curvature at all (every gradient is 0).
+      NonFiniteError, UserError: as for `adam`.
+    """
+    if not (damping > 0 and iterations >= 1 and 0 < tolerance < 1):
+        raise ConfigError(
+            "cg: expected damping above 0, at least one iteration and a tolerance between 0 and 1; got damping "
+            f"{damping}, iterations {iterations}, tolerance {tolerance}"
+        )
+    batches = list(one_a_row(batches))
+    mean = _mean_over(_cg_sums, loss_fn, params, batches, memory_budget, progress)
+    lam = _damping(float(sum(float(square) for square in mean)), damping, params)
+    count = sum(int((real_rows(batch) >= 0).sum()) for batch in batches)
+    return conjugate_gradients(
+        loss_fn, params, batches, count=count, damping=lam, iterations=iterations, tolerance=tolerance
+    )
+
+
+def _damping(trace: float, damping: float, params: Params) -> float:
+    """lambda = ``damping`` x tr H / P."""
+    if trace == 0:
+        raise ConfigError("the gradient of the loss is 0 for every example, so there is no curvature to invert")
+    return damping * trace / sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
 def _traces(factor: Float[Array, "s ..."]) -> Float[Array, " s"]:
     return jnp.sum(factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2), axis=1)
 
@@ -321,12 +373,14 @@ def build_preconditioner(
     batches: Iterable,
     *,
     damping: float = DAMPING,
+    iterations: int = CG_ITERATIONS,
+    tolerance: float = CG_TOLERANCE,
     progress: bool | str = False,
 ) -> Callable[[Params], Params] | None:
     """The preconditioner of that name, P^-1 as a function of trees of leaves [c, ...]; None for ``none``.
 
     Raises:
-      ConfigError: another name; see `adam`, `kfac` and `ekfac` for the rest.
+      ConfigError: another name; see `adam`, `kfac`, `ekfac` and `cg` for the rest.
     """
     if name not in get_args(PreconditionerName):
         raise ConfigError(f"precondition is {name!r}; expected one of {', '.join(get_args(PreconditionerName))}")
@@ -334,5 +388,8 @@ def build_preconditioner(
         return None
     if name == "adam":
         return adam(loss_fn, params, batches, progress=progress)
+    if name == "cg":
+        options = {"iterations": iterations, "tolerance": tolerance}
+        return cg(loss_fn, params, batches, damping=damping, progress=progress, **options)
     fit = {"kfac": kfac, "ekfac": ekfac}[name]
     return fit(loss_fn, params, batches, damping=damping, progress=progress)

@@ -366,10 +366,12 @@ class KernelScores:
     Attributes:
       scores: [rows, R]; column 0 is the domain, the others the reference sets, NaN where not computed.
       gram: [R, R] inner products of the sets' mean gradients (estimated from features on the sketch path).
+      residual: |P x - u| / |u|, the largest over the directions u, where P^-1 u is solved for by iteration; else None.
     """
 
     scores: np.ndarray
     gram: np.ndarray
+    residual: float | None = None
 
     def contrast(self, reference: int = 1) -> Float[np.ndarray, " rows"]:
         """<g_bar - (<g_bar, p> / <p, p>) p, g_j>: the domain's direction without what it shares with the reference p.
@@ -409,7 +411,8 @@ def kernel_scores(
       references: further example sets; each adds a column of scores on the same pass.
       sketch: for ``sketch``; default ``RademacherSketch()`` (K = 8192, seed 0).
       precondition: for ``forward``: P^-1, symmetric, as a function of trees of leaves [c, ...] (see
-        `ntkjax.ntk.precondition`). All inner products are then a^T P^-1 b, the Gram matrix's too.
+        `ntkjax.ntk.precondition`). All inner products are then a^T P^-1 b, the Gram matrix's too. One that has
+        ``residual(u, x) -> [c]`` solves by iteration, and is asked how well it did.
       store: a `RowStore` of width ``1 + len(references)``, or None; a second run skips what it holds.
       microbatch, memory_budget: see `ntkjax.ntk.features.gradient_features`; forward mode has no use for them.
       progress: show progress bars; a string is the description of the pass over the pool.
@@ -421,11 +424,11 @@ def kernel_scores(
     """
     kernel, sets, bars = as_kernel(kernel), [domain_batches, *references], progress is not False
     if method == "forward":
-        along, gram = score_directions(kernel, params, sets, precondition=precondition, progress=bars)
+        along, gram, residual = _solved(kernel, params, sets, precondition, bars)
         scores = scores_along(
             kernel, params, along, pool_batches, rows=rows, store=store, memory_budget=memory_budget, progress=progress
         )
-        return KernelScores(scores, gram)
+        return KernelScores(scores, gram, residual)
     if method != "sketch":
         raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")
     if precondition is not None:
@@ -451,9 +454,21 @@ def score_directions(
 
     Arguments and errors as in `kernel_scores`.
     """
+    along, gram, _ = _solved(kernel, params, sets, precondition, progress)
+    return along, gram
+
+
+def _solved(
+    kernel: Kernel | Callable, params: Params, sets: Sequence[Iterable], precondition: Any, progress: bool | str
+) -> tuple[list[Direction], np.ndarray, float | None]:
+    """`score_directions`, and the largest residual where they are solved for by iteration (None elsewhere)."""
     means = [mean_direction(kernel, params, examples, progress=progress) for examples in sets]
     along = [_preconditioned(precondition, mean) for mean in means]
-    return along, np.array([[tree_dot(a, b) for b in means] for a in along])
+    gram = np.array([[tree_dot(a, b) for b in means] for a in along])
+    measure = getattr(precondition, "residual", None)
+    if measure is None:
+        return along, gram, None
+    return along, gram, float(max(measure(u.outputs, x.outputs).max() for u, x in zip(means, along)))
 
 
 def _preconditioned(precondition: Callable[[Params], Params] | None, direction: Direction) -> Direction:

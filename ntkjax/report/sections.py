@@ -17,6 +17,7 @@ READINGS = {
     "the score is not about this domain",
     "mean_response_tokens_offered": "of the whole pool",
     "mean_response_tokens_chosen": "far from the pool's: the score favours short or long responses",
+    "cg_residual": "|(H + lambda I) x - u| / |u| of the worst direction u: how exactly conjugate gradients solved",
     "negative_share": "share of the pool that would push the domain's outputs the other way",
 }
 """How to read the numbers of a selection's diagnostics; others are shown without a reading."""

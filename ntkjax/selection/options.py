@@ -4,7 +4,7 @@ The options of a method are a frozen dataclass in the method's file that inherit
 line inherit from all of them (`ntkjax.pipeline.options.SelectorOptions`), so that an option stands once, with its help
 in the string below it: one that several methods have belongs here. Order of bases where a class has several of them:
 `KernelOptions`, `DirectionOptions`, `AdamOptions`, `SketchOptions`, `Stage1Options`, `PreconditionOptions` (or
-`DampingOptions`), `ClusterOptions`.
+`DampingOptions`), `CgOptions`, `ClusterOptions`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tyro.conf import arg
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.ntk.kronecker import KroneckerSketch
-from ntkjax.ntk.precondition import DAMPING, PreconditionerName
+from ntkjax.ntk.precondition import CG_ITERATIONS, CG_TOLERANCE, DAMPING, PreconditionerName
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.ntk.sparse import SparseSketch
 
@@ -154,10 +154,10 @@ class DirectionOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class DampingOptions(Options):
-    """The damping of a Kronecker-factored curvature."""
+    """The damping of a curvature."""
 
     damping: float = DAMPING
-    """lambda over the mean curvature (precondition=kfac or ekfac, curvature=kfac or ekfac, method=quad)."""
+    """lambda over the mean curvature (precondition or curvature one of kfac, ekfac, cg; method=quad)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,12 +171,29 @@ class PreconditionOptions(DampingOptions):
 
     precondition: PreconditionerName = "none"
     """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
-    of the domain's loss; ekfac: its eigenvalues measured by one more pass over the domain; adam: divided by the root
-    of the mean squared batch gradient. Same pass over the pool."""
+    of the domain's loss; ekfac: its eigenvalues measured by one more pass over the domain; cg: H the whole Fisher,
+    by conjugate gradients (slow); adam: divided by the root of the mean squared batch gradient. Same pass over the
+    pool."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("precondition", self.precondition, PreconditionerName)
+
+
+@dataclasses.dataclass(frozen=True)
+class CgOptions(Options):
+    """Where conjugate gradients stop."""
+
+    cg_iterations: int = CG_ITERATIONS
+    """Steps of conjugate gradients for each direction, at most (precondition=cg, curvature=cg)."""
+    cg_tolerance: float = CG_TOLERANCE
+    """Stop at a residual |(H + lambda I) x - u| of this times |u|; the report says what was reached."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "cg_iterations")
+        if not 0 < self.cg_tolerance < 1:
+            raise ConfigError(f"cg_tolerance must be between 0 and 1, got {self.cg_tolerance}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

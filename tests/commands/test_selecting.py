@@ -200,6 +200,16 @@ def test_every_gradient_method_writes_a_selection(method, files, tmp_path):
         assert found.diagnostics["checkpoint_steps"] == [3, 6]
 
 
+@pytest.mark.slow
+def test_an_unconverged_solve_is_told(files, tmp_path, capsys):
+    """On a language model, the pool's rows packed; what is printed and what is kept."""
+    flags = ("--method", "influence", "--curvature", "cg", "--skip-warmup", "--packing", "on", "--cg-iterations", "1")
+    assert select(files, tmp_path / "run", *flags, "--pool-sample", "4", "--stage1", "off") == 0
+    assert "conjugate gradients did not converge" in " ".join(capsys.readouterr().out.split())
+    found = read_selection(tmp_path / "run").diagnostics
+    assert found["cg_residual"] > 1e-3 and not found["cg_converged"]
+
+
 @pytest.mark.parametrize("method", ["less", "g2is"])
 def test_methods_that_look_at_the_warm_up_need_one(method, files, tmp_path, capsys):
     assert select(files, tmp_path / "run", "--skip-warmup", "--method", method) == 2

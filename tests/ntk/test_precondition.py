@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk import kernel_scores
 from ntkjax.ntk.metrics import spearman
-from ntkjax.ntk.precondition import PASSES, PreconditionerName, adam, build_preconditioner, ekfac, kfac
+from ntkjax.ntk.precondition import PASSES, PreconditionerName, adam, build_preconditioner, cg, ekfac, kfac
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import Batch
 
@@ -151,6 +151,38 @@ def test_every_name_says_how_many_passes_it_takes(toy, case):
         plan = Counted(toy.batches(domain, 8))
         build_preconditioner(name, loss, params, plan)
         assert plan.passes == passes
+
+
+def test_conjugate_gradients_are_the_solution_with_the_whole_fisher(x64, toy):
+    """Batches of several shapes, or with fillers; two directions at once; against numpy.linalg.solve."""
+    loss, params = Partial(nll_of, Partial(toy.hidden_fn)), toy.init(3, jnp.float64)
+    domain, rng = toy.sequences(ROWS, 1), np.random.default_rng(0)
+    g = flat_rows(toy.jacobian(loss, params, toy.collate(domain, range(ROWS))))
+    fisher = g.T @ g / ROWS
+    damped = fisher + 0.1 * np.trace(fisher) / len(fisher) * np.eye(len(fisher))
+    u = np.stack([g.mean(axis=0), rng.normal(size=g.shape[1])])
+    two = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(as_tree(params, row) for row in u))
+    apply = jax.jit(lambda solver, direction: solver(direction))
+    shapes = [toy.collate(domain[a:b], range(a, b)) for a, b in ((0, 5), (5, 10), (10, ROWS))]
+    for plan in (toy.batches(domain, 7), shapes):
+        found = cg(loss, params, plan, iterations=200, tolerance=1e-12)
+        x = apply(found, two)
+        assert relative(flat_rows(x), np.linalg.solve(damped, u.T).T) < 1e-8
+        assert np.all(found.residual(two, x) < 1e-11)
+    assert len(found.structures) == len({batch.tokens.shape for batch in shapes}) > 1
+    # stopped early: the residual is that of what was reached
+    short = cg(loss, params, toy.batches(domain, 7), iterations=2, tolerance=1e-12)
+    x = apply(short, two)
+    off = np.linalg.norm(flat_rows(x) @ damped - u, axis=1) / np.linalg.norm(u, axis=1)
+    np.testing.assert_allclose(short.residual(two, x), off, rtol=1e-8)
+    assert np.all(off > 1e-3)
+    assert short.residual(jax.tree.map(jnp.zeros_like, two), jax.tree.map(jnp.zeros_like, x)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("options", [{"damping": 0.0}, {"iterations": 0}, {"tolerance": 0.0}])
+def test_conjugate_gradients_refuse_what_cannot_be(case, toy, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        cg(case[0], case[1], toy.batches(case[2], 8), **options)
 
 
 def kronecker_fisher(g, params):
@@ -293,7 +325,7 @@ def test_parameters_that_no_gradient_reaches_stay_finite(toy, case, fit):
 def test_errors_say_what_to_do(toy, case):
     loss, params, domain, _ = case
     plan = toy.batches(domain, 8)
-    with pytest.raises(ConfigError, match="one of none, adam, kfac, ekfac"):
+    with pytest.raises(ConfigError, match="one of none, adam, kfac, ekfac, cg"):
         build_preconditioner("newton", loss, params, plan)
     with pytest.raises(ConfigError, match="damping must be above 0"):
         kfac(loss, params, plan, damping=0.0)

@@ -32,6 +32,20 @@ def test_adam_divides_by_the_root_of_the_mean_squared_batch_gradient(given):
     np.testing.assert_allclose(chosen.scores, pool @ (mean / (np.sqrt(second) + 1e-8)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("iterations, converged", [(50, True), (1, False)])
+def test_conjugate_gradients_say_what_they_reached(given, iterations, converged):
+    domain, pool = gradients(0, 7), gradients(1, 20)
+    options = {"curvature": "cg", "damping": 0.2, "cg_iterations": iterations, "cg_tolerance": 1e-4} | OPTIONS
+    chosen = METHODS["influence"](**options)(given(domain, pool, 4))
+    fisher = domain.T @ domain / 7
+    damped = fisher + 0.2 * np.trace(fisher) / 6 * np.eye(6)
+    expected = pool @ np.linalg.solve(damped, domain.mean(axis=0))
+    assert np.allclose(chosen.scores, expected, rtol=1e-3, atol=1e-3) == converged
+    assert chosen.diagnostics["cg_converged"] == converged
+    assert (chosen.diagnostics["cg_residual"] <= 1e-4) == converged
+    assert ("did not converge" in chosen.diagnostics.get("cg_warning", "")) != converged
+
+
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
 def test_it_is_ntk_with_the_loss_kernel_and_a_preconditioner(make, curvature):
     one = METHODS["influence"](curvature=curvature, **OPTIONS)(make())
@@ -52,7 +66,7 @@ def test_it_finds_a_group_that_noise_hides_from_the_plain_score(given):
     assert np.sum(METHODS["random"]()(problem).selected < 10) < 5
 
 
-@pytest.mark.parametrize("bad", [{"pool_sample": 0}, {"damping": 0.0}, {"direction": "cosine"}])
+@pytest.mark.parametrize("bad", [{"pool_sample": 0}, {"damping": 0.0}, {"direction": "cosine"}, {"cg_tolerance": 1.0}])
 def test_what_cannot_be_is_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         METHODS["influence"](**bad)

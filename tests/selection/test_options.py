@@ -23,6 +23,8 @@ DEFAULTS = {
         "sketch_size": 8192,
         "precondition": "none",
         "damping": 0.1,
+        "cg_iterations": 100,
+        "cg_tolerance": 0.001,
         "stage1": "on",
         "prefilter_factor": 4,
         "pool_sample": 512,
@@ -33,6 +35,8 @@ DEFAULTS = {
     "influence": {
         "curvature": "kfac",
         "damping": 0.1,
+        "cg_iterations": 100,
+        "cg_tolerance": 0.001,
         "direction": "raw",
         "stage1": "on",
         "prefilter_factor": 4,
@@ -123,7 +127,8 @@ OF_EVERY_METHOD = {
 }
 
 FLAGS = """
-adam adapter aggregation algorithm arms-per-round buckets classifier-sample classifier-share core-share curvature
+adam adapter aggregation algorithm arms-per-round buckets cg-iterations cg-tolerance classifier-sample
+classifier-share core-share curvature
 damping dedup.mode dedup.shingle dedup.threshold direction diversity diversity-factor diversity-kernel domain
 domain-clusters domain-groups dry-run dtype entropy-high entropy-keep entropy-low exploration graph-edges
 graph-features graph-nodes graph-steps gumbel kernel lora-alpha lora-rank lora-targets loss-turns max-length mesh

@@ -437,6 +437,7 @@ def test_what_it_asks_of_the_model_is_asked_by_its_representation():
     ({"algorithm": "uot", "similarity": "product"}, "needs similarity cosine"),
     ({"trajectory": "adam", "kernel": "trace"}, "kernel of one output"),
     ({"trajectory": "adam", "precondition": "kfac"}, "scaled already"),
+    ({"precondition": "cg"}, "every example would be solved for"),
     ({"uot_epsilon": 0.0}, "uot_epsilon must be above 0"),
     ({"uot_pool": float("inf")}, "uot_pool must be above 0 and finite"),
     ({"nearest": -1}, "nearest must be at least 0"),

@@ -13,18 +13,18 @@ from ntkjax.selection.cost import Sizes
 from ntkjax.selection.directional import Directional
 from ntkjax.selection.gradients import Stage1Selector
 from ntkjax.selection.methods.ntk import NtkSelector, check_precondition
-from ntkjax.selection.options import DampingOptions, DirectionOptions, Stage1Options, check_choice
+from ntkjax.selection.options import CgOptions, DampingOptions, DirectionOptions, Stage1Options, check_choice
 
-CurvatureName = Literal["kfac", "ekfac", "adam"]
+CurvatureName = Literal["kfac", "ekfac", "cg", "adam"]
 
 
 @dataclasses.dataclass(frozen=True)
-class InfluenceOptions(DirectionOptions, Stage1Options, DampingOptions):
+class InfluenceOptions(DirectionOptions, Stage1Options, DampingOptions, CgOptions):
     """Options of ``influence``."""
 
     curvature: CurvatureName = "kfac"
-    """kfac: P = H + lambda I; ekfac: H's eigenvalues measured by one more pass over the domain; adam: P = diag(sqrt(v))
-    + eps, the step sizes that Adam would take on the domain."""
+    """kfac: P = H + lambda I; ekfac: H's eigenvalues measured by one more pass over the domain; cg: H whole, by
+    conjugate gradients (slow); adam: P = diag(sqrt(v)) + eps, the step sizes that Adam would take on the domain."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

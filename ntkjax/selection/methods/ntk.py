@@ -33,6 +33,7 @@ from ntkjax.selection.directional import Directional
 from ntkjax.selection.gradients import Candidates, Stage1Selector, domain_features, find_candidates, scatter
 from ntkjax.selection.options import (
     SKETCHES,
+    CgOptions,
     ClusterOptions,
     DirectionOptions,
     KernelOptions,
@@ -60,7 +61,9 @@ def check_precondition(name: str, scores: str, direction: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class NtkOptions(KernelOptions, DirectionOptions, SketchOptions, Stage1Options, PreconditionOptions, ClusterOptions):
+class NtkOptions(
+    KernelOptions, DirectionOptions, SketchOptions, Stage1Options, PreconditionOptions, CgOptions, ClusterOptions
+):
     """Options of ``ntk``, NTK-Selector (arXiv 2511.07380): the defaults are the paper's but for the sketch."""
 
     scores: ScoreMethod = "forward"
@@ -115,6 +118,8 @@ class NtkSelector(NtkOptions, Stage1Selector):
         if self.aggregation == "clusters":
             groups, before = self.domain_clusters, before + gradient * sizes.domain
         tangents = (groups + 1) * outputs
+        if self.precondition == "cg":  # a forward-mode and a reverse product for each iteration, at most
+            before += (2 * FORWARD + TRAIN) * self.cg_iterations * tangents * sizes.domain
         passes = gradient if groups + 1 >= MANY else math.ceil(tangents / MAX_TANGENTS) + tangents
         norms = gradient if self.direction == "cosine" else 0
         return before + (passes + norms) * sizes.scored
@@ -148,6 +153,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             store=self.store(problem, "scores", width=len(domain) + 1),
             progress=problem.progress and "score pool",
         )
+        report = report | self.solved(scored.residual)
         by_group = self.along(scored, problem, kernel, candidates)
         return by_group.max(axis=1), np.asarray(scored.scores[:, -1], np.float64), report
 
@@ -202,6 +208,19 @@ class NtkSelector(NtkOptions, Stage1Selector):
             store=self.store(problem, "norms", width=1),
             progress=problem.progress and "gradient norms",
         )
+
+    def solved(self, residual: float | None) -> dict[str, Any]:
+        """What conjugate gradients reached, in words where that is not what was asked for."""
+        if residual is None:
+            return {}
+        found: dict[str, Any] = {"cg_residual": residual, "cg_converged": bool(residual <= self.cg_tolerance)}
+        if not found["cg_converged"]:
+            found["cg_warning"] = (
+                f"conjugate gradients did not converge: a residual of {residual:.1e} |u| after at most "
+                f"{self.cg_iterations} iterations in the precision of the parameters, and {self.cg_tolerance:.1e} |u| "
+                "was asked for; raise --cg-iterations or --damping, or ask for less with a higher --cg-tolerance"
+            )
+        return found
 
     def sample(self, problem: SelectionProblem) -> np.ndarray:
         """The pool rows whose mean gradient stands for the pool's."""
@@ -266,6 +285,8 @@ class NtkSelector(NtkOptions, Stage1Selector):
             problem.params,
             problem.domain.batches(token_budget=problem.gradient_budget),
             damping=self.damping,
+            iterations=self.cg_iterations,
+            tolerance=self.cg_tolerance,
             progress=problem.progress and "curvature of the domain loss",
         )
 
@@ -275,6 +296,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             return None
         # A contrast is taken from the same rows as the raw score: the direction is no part of what they depend on.
         unused = {"direction"} | ({"aggregation", "domain_clusters"} if self.aggregation == "mean" else set())
+        unused |= set() if self.precondition == "cg" else {"cg_iterations", "cg_tolerance"}
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         manifest = {**problem.manifest, **options, "n": problem.n, "seed": problem.seed, "rows": name}
         path: Path = problem.work_dir / name

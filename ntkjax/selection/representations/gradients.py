@@ -31,6 +31,11 @@ class GradientFeatureOptions(KernelOptions, GradientOptions, PreconditionOptions
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("trajectory", self.trajectory, TrajectoryName)
+        if self.precondition == "cg":
+            raise ConfigError(
+                "precondition cg with representation gradients: every example would be solved for by itself, and no "
+                "residual reported; use precondition ekfac or kfac, or --method ntk --precondition cg"
+            )
         if self.trajectory != "adam":
             return
         if not parse(self.kernel).kind.single:
