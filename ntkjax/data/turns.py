@@ -164,12 +164,13 @@ def _end_of_calls(chat: Chat, k: int, after: str) -> tuple[int, bool]:
 def header_end(chat: Chat, k: int, before: str) -> int:
     """Where the header of turn ``k`` ends in ``before``, the rendering up to the turn's text.
 
-    That is where the generation prompt ends. A template whose generation prompt goes on (opens the reasoning, say) or
-    which writes earlier messages differently as long as they are the last is compared from the end of the message
-    before on.
+    That is where the generation prompt ends, or where the two part if that goes on (opens the reasoning, say). A
+    template that writes earlier messages differently as long as they are the last is compared from the end of the
+    message before.
     """
     try:
         prompt = chat.apply(chat.messages[:k], add_generation_prompt=True)
+        written = prompt if before.startswith(prompt) else chat.apply(chat.messages[:k])
     except DataError:  # the conversation up to there is refused, as the template refuses no message at all
         return len(before)
     if before.startswith(prompt):
@@ -178,7 +179,10 @@ def header_end(chat: Chat, k: int, before: str) -> int:
     ours, theirs = before.rfind(said), prompt.rfind(said)
     if not said or ours < 0 or theirs < 0:
         return len(before)
-    ours, theirs = ours + len(said), theirs + len(said)
+    if shared_prefix(before, prompt) >= shared_prefix(written, prompt):
+        ours = theirs = 0  # all messages are written alike; what was said may stand in the generation prompt too
+    else:
+        ours, theirs = ours + len(said), theirs + len(said)
     shared = before[ours : ours + shared_prefix(before[ours:], prompt[theirs:])]
     if ours + len(shared) < len(before):  # not within a tag, which may be another one
         shared = _UNFINISHED_TAG.sub("", shared)

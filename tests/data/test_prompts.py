@@ -243,3 +243,16 @@ def test_words_that_are_the_mark_of_turns(toy_tokenizer):
     text = render_text(tokenizer, example)
     assert [text.text[a:b] for a, b in text.trained] == [f"{words[0]}<|end|>", f"{''.join(words)}<|end|>"]
     assert not text.apart and text.turns_lost == 0
+
+
+@pytest.mark.parametrize("said", ["</think>", "<think>", "assistant", "Hi"])
+def test_words_that_stand_in_the_generation_prompt_too(toy_tokenizer, said):
+    """A turn that ends as the next generation prompt does is no reason to take the one for the other."""
+    template = (
+        "{% for m in messages %}{{ '<|' ~ m['role'] ~ '|>' ~ m['content'] ~ '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think></think>' }}{% endif %}"
+    )
+    tokenizer = with_template(toy_tokenizer, template)
+    context = ({"role": "assistant", "content": said}, {"role": "assistant", "content": "Well"})
+    text = render_text(tokenizer, Example("r", "s", "", context, "Hi"))
+    assert [text.text[start:end] for start, end in text.trained] == [f"{said}<|end|>", "Well<|end|>", "Hi<|end|>"]
