@@ -122,7 +122,7 @@ def load(config: ValidateConfig, *, progress: bool) -> Setting:
         raise ConfigError(
             f"the pool has {rows} examples without duplicates, of which a subset takes {size} (--alpha "
             f"{config.alpha:g}); expected at least 10, and subsets that are neither empty nor the pool; give more pool "
-            "files"
+            "files, or another --alpha"
         )
     return Setting(config, grid, inputs, config.n or max(1, rows // 10), size)
 
