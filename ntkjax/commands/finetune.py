@@ -81,7 +81,8 @@ def describe(config: Any, result: Any) -> str:
     early = " (stopped early)" if result.stopped_early else ""
     speed = f"{result.tokens_per_second:.0f} tokens/s, {result.clipped_steps} steps clipped"
     said = f"{result.steps} steps{early}, weights of step {result.best_step}, {speed}"
-    return f"{reading_of_run(config, 'finetune.json')}\n{said}\nweights: {Path(config.out) / kept}"
+    merged = f", merged {Path(config.out) / 'merged'}" if config.merge and kept == "adapter" else ""
+    return f"{reading_of_run(config, 'finetune.json')}\n{said}\nweights: {Path(config.out) / kept}{merged}"
 
 
 COMMAND = Command(FinetuneConfig, finetune, describe)

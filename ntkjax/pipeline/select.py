@@ -77,6 +77,7 @@ def choose(
     selector = make_selector(options)
     check_size(settings.n, len(pool))  # before the warm-up, which takes time
     check_warmup(options, given=warmup is not None)
+    selector.check_installed()
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(warmup, TrainConfig):
         keep = needs_checkpoints(options)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ntkjax.data import Records
-from ntkjax.errors import DataError
+from ntkjax.errors import DataError, UserError
 from ntkjax.files import read_json, write_json, write_lines, written_file, written_folder
 from ntkjax.pipeline.load import Loaded
 from ntkjax.selection import Selection
@@ -267,9 +267,9 @@ def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) ->
 
 
 def read_selection(out: Path) -> Selection:
-    """What ``write_selection`` wrote into ``out``."""
+    """What ``write_selection`` wrote into ``out``. Raises as `read_scores`."""
     content = read_json(out / "selection.json")
-    table = pq.read_table(out / "scores.parquet", columns=["score", "votes", "rank"])
+    table = read_scores(out, ["score", "votes", "rank"])
     column = lambda name, fill: table[name].fill_null(fill).to_numpy()
     votes = None if table["votes"].null_count == len(table) else column("votes", 0)
     return Selection(
@@ -280,3 +280,19 @@ def read_selection(out: Path) -> Selection:
         votes=votes,
         diagnostics=content["diagnostics"],
     )
+
+
+def read_scores(out: Path, columns: Sequence[str]) -> pa.Table:
+    """These columns of the scores.parquet that ``write_selection`` wrote into ``out``.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    path = out / "scores.parquet"
+    remedy = f"remove {out / 'selection.json'} and run the command again, or use a new output directory"
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {remedy}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as Parquet ({error}); {remedy}") from None

@@ -228,6 +228,10 @@ class Selector(abc.ABC):
         """The names of its options that count, the others being what they are: all, unless it says otherwise."""
         return {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    def check_installed(self) -> None:
+        """Asked before the warm-up, which takes time. ConfigError: a package that it needs is not installed."""
+        return None
+
     @property
     def no_parts(self) -> str | None:
         """Why its scores have no parts by token, in a few words; None: `directional` gives what they are made of."""

@@ -218,6 +218,10 @@ class Representation(abc.ABC):
         """Whether it looks at the epochs of the warm-up."""
         return False
 
+    def check_installed(self) -> None:
+        """Raise ConfigError where a package that it needs is not installed."""
+        return None
+
     def candidates(self, problem: SelectionProblem) -> Candidates:
         """The pool rows that it is asked for: all, unless it says otherwise."""
         return Candidates(np.arange(len(problem.pool)))

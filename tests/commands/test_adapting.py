@@ -126,6 +126,7 @@ def test_finetune_then_evaluate_against_the_base(files, tmp_path, capsys):
     assert main(["evaluate", *common, "--test", files.test, "--out", str(tmp_path / "base")]) == 0
     train = ["--domain", files.domain, "--auxiliary", files.pool, "--dev", files.dev, "--out", str(tmp_path / "tuned")]
     assert main(["finetune", *common, *train, "--lora-rank", "2", *QUICK[4:10], "--merge"]) == 0
+    assert f"adapter, merged {tmp_path / 'tuned' / 'merged'}\n" in capsys.readouterr().out
     adapter = ["--adapter", str(tmp_path / "tuned" / "adapter"), "--against", str(tmp_path / "base")]
     assert main(["evaluate", *common, *adapter, "--test", files.test, "--out", str(tmp_path / "after")]) == 0
     content = json.loads((tmp_path / "after" / "evaluation.json").read_text())

@@ -124,6 +124,21 @@ def test_other_inputs_are_refused(run, files, tmp_path, capsys):
     assert not (moved / "explain").exists()
 
 
+def test_a_damaged_table_is_named_and_made_again(files, tmp_path, capsys):
+    flags = ["--method", "length", "--skip-warmup"]
+    out = select(files, tmp_path / "run", *flags)
+    whole = pq.read_table(out / "scores.parquet")
+    (out / "scores.parquet").write_bytes(b"x")
+    assert main(["explain", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out}/scores.parquet: not readable as Parquet" in said and f"remove {out}/selection.json" in said
+    (out / "selection.json").unlink()
+    select(files, out, *flags)
+    assert pq.read_table(out / "scores.parquet").equals(whole)
+    assert main(["explain", str(out / "selected.jsonl")]) == 2
+    assert "is a file; expected a run directory" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_another_adapter_is_found_by_the_scores(run, tmp_path, capsys):
     from safetensors.numpy import load_file, save_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_a_stopped_selection_goes_on_to_the_same_end(selected, files, tmp_path, 
 def test_a_changed_command_is_refused(selected, files, capsys):
     assert select(files, selected, "--kernel", "loss") == 2
     assert "kernel" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named_before_the_warm_up(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    out = tmp_path / "run"
+    assert select(files, out, "--method", "parts", "--representation", "sentence") == 2
+    assert 'pip install "ntkjax[sentence]"' in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_whole_pool_and_sketch_agree_in_order(files, tmp_path):

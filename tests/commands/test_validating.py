@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -22,12 +23,12 @@ import ntkjax
 import ntkjax.pipeline.study.runner as study_run
 from ntkjax.cli import main
 from ntkjax.commands.validate.command import judge
-from ntkjax.commands.validate.config import ValidateConfig
+from ntkjax.commands.validate.config import ValidateConfig, impossible, scores_of
 from ntkjax.commands.validate.flip import flip
 from ntkjax.commands.validate.measures import auc, ceiling, lds, predictions, tenths
 from ntkjax.data import read_records
 from ntkjax.errors import ConfigError
-from ntkjax.pipeline.options import ModelOptions
+from ntkjax.pipeline.options import ModelOptions, SelectorOptions
 
 OPTIONS = {"seed": 0, "samples": 100}
 
@@ -364,6 +365,25 @@ def test_scores_that_need_the_warm_up_are_named_without_it(files, tmp_path):
     assert main([*words, "--methods", "less,length"]) == 0
     (row,) = results(tmp_path / "out")["unjudged"]
     assert row["score"] == "less" and "--skip-warmup" in row["why"]
+
+
+def test_a_method_that_has_no_use_for_kernels_is_scored_once():
+    options = SelectorOptions(stage1="off", representation="ngrams")
+    inputs = {"model": ModelOptions("m"), "domain": ("d",), "pool": ("p",), "test": ("t",), "out": "o"}
+    config = ValidateConfig(**inputs, methods=("parts",), select=options, skip_warmup=True)
+    assert [arm.label for arm in scores_of(config)] == ["parts"]
+    config = dataclasses.replace(config, methods=("parts,loss-drop",), select=SelectorOptions(stage1="off"))
+    arms = scores_of(config)
+    assert [arm.label for arm in arms] == ["parts (sum_logits)", "parts (loss)", "loss-drop"]
+    assert impossible(config, arms[0]) is None and "--skip-warmup" in str(impossible(config, arms[2]))
+
+
+def test_what_cannot_be_flipped_or_is_no_list_is_said_before_anything_is_scored(files, tmp_path, capsys):
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps({"useful_ids": "cube-1"}))
+    for flags, said in ((("--flip", "0.001"), "asks for 0 of"), (("--truth", str(truth)), "is 'cube-1'")):
+        assert main(argv(files, tmp_path / "out", *flags, "--dry-run")) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_help_shows_the_defaults_of_this_command(capsys):

@@ -59,6 +59,8 @@ def test_perplexity(make, nlls):
     assert high.selected.tolist() == order[::-1][:5].tolist() and low.selected.tolist() == order[:5].tolist()
     assert set(middle.selected.tolist()) < set(order[9:15].tolist())  # of 24: five of the six in the middle
     assert middle.diagnostics["lowest_nll_chosen"] > nll[order[8]]
+    between = (nll[order[11]] + nll[order[12]]) / 2  # of 24 there is no one in the middle
+    assert middle.diagnostics["median_nll_offered"] == pytest.approx(between, rel=1e-6)
 
 
 def test_loss_drop(make, nlls):

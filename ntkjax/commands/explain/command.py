@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from tyro.conf import Positional
 
 from ntkjax.commands.base import Command
@@ -21,6 +20,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.files import write_jsonl
 from ntkjax.pipeline.load import Loaded, load_data
 from ntkjax.pipeline.run_dir import RunDir
+from ntkjax.pipeline.selection_io import read_scores
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection import SelectionProblem
 
@@ -161,7 +161,7 @@ def answer(config: ExplainConfig, *, progress: bool = True) -> Explained:
 def _answers(run: Run, queries: Loaded, rows: np.ndarray, cosines: np.ndarray) -> list[Answer]:
     """With what scores.parquet and the pool's files say of each row."""
     wanted = np.unique(rows[rows >= 0])
-    table = pq.read_table(run.path / "scores.parquet", columns=["id", "score", "selected", "source", "file", "line"])
+    table = read_scores(run.path, ["id", "score", "selected", "source", "file", "line"])
     facts = dict(zip(wanted.tolist(), table.take(wanted).to_pylist()))
     records = read_records(list(run.config.pool), on_bad_record=run.config.data.on_bad_record)
     places = _places(records, {(fact["file"], fact["line"], fact["id"]) for fact in facts.values()})

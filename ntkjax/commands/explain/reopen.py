@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from ntkjax.commands import load_command
 from ntkjax.data import Records
@@ -20,7 +19,7 @@ from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import Loaded, load_data, load_model, trained_parameters
 from ntkjax.pipeline.run_dir import INPUTS, Inputs, input_changes, load_run
 from ntkjax.pipeline.select import make_selector, problem_of
-from ntkjax.pipeline.selection_io import read_selection
+from ntkjax.pipeline.selection_io import read_scores, read_selection
 from ntkjax.pipeline.warmup import warm_up
 from ntkjax.selection import Selection, SelectionProblem, Selector
 from ntkjax.types import Params
@@ -69,6 +68,8 @@ def reopen(path: str | Path, *, progress: bool) -> Run:
       ConfigError: no finished run of ``select``; a model, an adapter or domain files that are not those of the run.
     """
     path = Path(path)
+    if path.is_file():
+        raise ConfigError(f"{path}: is a file; expected a run directory of ntkjax {SELECT}, with its config.yaml")
     command, content = load_run(path)
     if command != SELECT:
         raise ConfigError(
@@ -123,7 +124,7 @@ def read_pool(run: Run) -> Loaded:
 
 def kept_rows(path: Path, records: Records) -> np.ndarray:
     """int64: which ``records`` the rows of scores.parquet are, which stand in the same order."""
-    table = pq.read_table(path / "scores.parquet", columns=["id", "file", "line"]).to_pydict()
+    table = read_scores(path, ["id", "file", "line"]).to_pydict()
     files, lines = records.locations(np.arange(len(records)))
     there = zip(map(str, records.ids), files, lines.tolist())
     kept, wanted = [], zip(table["id"], table["file"], table["line"])

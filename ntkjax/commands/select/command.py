@@ -73,7 +73,7 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
     pool = load_data(config.pool, model, config.data)
-    make_selector(config.select)
+    make_selector(config.select).check_installed()
     check_warmup(config.select, given=not config.skip_warmup)
     check_size(config.n, len(pool))
     held_out = read_held_out(config.data, test=config.test)

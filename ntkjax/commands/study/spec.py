@@ -136,7 +136,8 @@ _OWN = ("label", "method", "train", "warmup", "parameters", "learning_rates")
 
 
 _CROSSED = {"representations": REPRESENTATIONS, "algorithms": ALGORITHMS}
-"""Keys of an entry that stand for one entry for each of their values (``all``: each of the table)."""
+"""Keys of an entry that stand for one entry for each of their values (``all``: each of the table, once where two names
+stand for the same)."""
 
 
 def _pairs(entry: Any, where: str) -> list[Any]:
@@ -151,7 +152,7 @@ def _pairs(entry: Any, where: str) -> list[Any]:
         name, given = key.removesuffix("s"), entry[key]
         if name in entry:
             raise ConfigError(f"{where}: {key} beside {name}; give one of the two")
-        values = list(_CROSSED[key]) if given == ALL else given if isinstance(given, list | tuple) else [given]
+        values = _distinct(_CROSSED[key]) if given == ALL else given if isinstance(given, list | tuple) else [given]
         if not values:
             raise ConfigError(f"{where}: {key}: expected at least one of {', '.join(_CROSSED[key])}")
         lists.append([(name, value) for value in values])
@@ -160,6 +161,10 @@ def _pairs(entry: Any, where: str) -> list[Any]:
         label = f"{entry.get('label', PARTS)} ({', '.join(str(value) for _, value in pair)})"
         made.append({**rest, **dict(pair), "label": label})
     return made
+
+
+def _distinct(table: dict[str, type[Any]]) -> list[str]:
+    return [name for i, name in enumerate(table) if table[name] not in list(table.values())[:i]]
 
 
 def _method(entry: Any, where: str) -> dict[str, Any]:
@@ -174,7 +179,8 @@ def _method(entry: Any, where: str) -> dict[str, Any]:
     options = {name: value for name, value in entry.items() if name not in _OWN}
     unknown = [str(name) for name in options if name not in known]
     if unknown:
-        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}. Valid keys: {', '.join([*_OWN, *known])}")
+        valid = ", ".join([*_OWN, *_CROSSED, *known])
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}. Valid keys: {valid}")
     made = {name: entry[name] for name in _OWN if name in entry}
     made.setdefault("method", made.get("label"))
     made.setdefault("label", made["method"])

@@ -11,7 +11,8 @@ from ntkjax.errors import ConfigError
 from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.pipeline.cost import uses_model
-from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_method, has_option
+from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_method
+from ntkjax.pipeline.select import make_selector
 from ntkjax.pipeline.study.arms import Arm
 from ntkjax.pipeline.warmup import needs_checkpoints
 from ntkjax.selection import METHODS
@@ -129,7 +130,8 @@ def scores_of(config: ValidateConfig) -> tuple[Arm, ...]:
     """One arm for each score: a method, or a method with one of the kernels."""
     made = []
     for method in config.method_names:
-        kernels = config.kernels if has_option(method, "kernel") else ()
+        used = make_selector(dataclasses.replace(config.select, method=method)).used_options()
+        kernels = config.kernels if "kernel" in used else ()
         for kernel in kernels or (None,):
             chosen = {} if kernel is None else {"kernel": kernel}
             options = dataclasses.replace(config.select, method=method, **chosen)
@@ -145,4 +147,6 @@ def impossible(config: ValidateConfig, arm: Arm) -> str | None:
     assert arm.select is not None
     if config.skip_warmup and needs_checkpoints(arm.select):
         return "looks at the epochs of the warm-up, and --skip-warmup leaves none"
+    if config.skip_warmup and make_selector(arm.select).uses_start:
+        return "looks at the model before and after the warm-up, and --skip-warmup leaves none"
     return None

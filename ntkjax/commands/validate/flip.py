@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
-from ntkjax.data import Records
+from ntkjax.data import Example, Records
 from ntkjax.errors import ConfigError
 from ntkjax.files import write_jsonl
 from ntkjax.rng import numpy_rng
@@ -38,24 +39,8 @@ def flip(records: Records, share: float, template: str, *, seed: int, path: Path
       ConfigError: fewer records than that have an answer which their response gives, and another one to take.
     """
     examples = list(records)
-    of_source: dict[str, set[str]] = {}
-    for example in examples:
-        if example.answer is not None:
-            of_source.setdefault(example.source, set()).add(example.answer)
-    others = [
-        sorted(set(example.choices or of_source.get(example.source, ())) - {example.answer})
-        if example.answer is not None and template.format(example.answer) in example.response
-        else []
-        for example in examples
-    ]
+    others, wanted = other_answers(examples, share, template)
     able = np.asarray([bool(found) for found in others])
-    wanted = round(share * len(examples))
-    if not 1 <= wanted < able.sum():
-        raise ConfigError(
-            f"--flip {share:g} asks for {wanted} of {len(examples)} answers, and {int(able.sum())} examples have an "
-            f"answer that their response gives as {template.format('ANSWER')!r} and another one to take; expected "
-            "from 1 to one fewer than these. Give another share, --answer-template, or data with the field answer"
-        )
     rng = numpy_rng(seed, "validate", "flip")
     chosen = np.zeros(len(examples), bool)
     chosen[rng.permutation(np.flatnonzero(able))[:wanted]] = True
@@ -66,3 +51,26 @@ def flip(records: Records, share: float, template: str, *, seed: int, path: Path
         examples[row] = dataclasses.replace(example, response=response, answer=new)
     write_jsonl(path, (example.to_json() for example in examples))
     return Flipped(chosen, able)
+
+
+def other_answers(examples: Iterable[Example], share: float, template: str) -> tuple[list[list[str]], int]:
+    """(the answers that each example could get in the place of its own, how many are flipped). Raises as `flip`."""
+    examples = list(examples)
+    of_source: dict[str, set[str]] = {}
+    for example in examples:
+        if example.answer is not None:
+            of_source.setdefault(example.source, set()).add(example.answer)
+    others = [
+        sorted(set(example.choices or of_source.get(example.source, ())) - {example.answer})
+        if example.answer is not None and template.format(example.answer) in example.response
+        else []
+        for example in examples
+    ]
+    able, wanted = sum(map(bool, others)), round(share * len(examples))
+    if not 1 <= wanted < able:
+        raise ConfigError(
+            f"--flip {share:g} asks for {wanted} of {len(examples)} answers, and {able} examples have an "
+            f"answer that their response gives as {template.format('ANSWER')!r} and another one to take; expected "
+            "from 1 to one fewer than these. Give another share, --answer-template, or data with the field answer"
+        )
+    return others, wanted

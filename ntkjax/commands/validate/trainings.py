@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from ntkjax.commands.validate.config import ValidateConfig, scores_of
+from ntkjax.commands.validate.flip import other_answers
 from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError
 from ntkjax.pipeline.evaluate import shot_records
@@ -93,7 +94,8 @@ def load(config: ValidateConfig, *, progress: bool) -> Setting:
     """Read model and data, look for duplicates, check sizes.
 
     Raises:
-      UserError: unusable model or data. ConfigError: a test set that is part of the domain; a pool too small.
+      UserError: unusable model or data. ConfigError: a test set that is part of the domain; a pool too small;
+        fewer answers than are to be flipped.
     """
     files = lambda names: tuple(Source(name) for name in names)
     out = Path(config.out)
@@ -122,8 +124,11 @@ def load(config: ValidateConfig, *, progress: bool) -> Setting:
         raise ConfigError(
             f"the pool has {rows} examples without duplicates, of which a subset takes {size} (--alpha "
             f"{config.alpha:g}); expected at least 10, and subsets that are neither empty nor the pool; give more pool "
-            "files"
+            "files, or another --alpha"
         )
+    if config.flip:  # scores take long, and what can be flipped is known before
+        flipped = grid.domains[DOMAIN].pool if config.flip_in == "pool" else grid.domains[DOMAIN].train
+        other_answers(flipped.records, config.flip, config.evaluation.answer_template)
     return Setting(config, grid, inputs, config.n or max(1, rows // 10), size)
 
 

@@ -373,9 +373,12 @@ def _domain_data(
 def _useful(path: str, pool: Loaded) -> Bool[np.ndarray, " N"]:
     wanted = "expected JSON with useful_ids, a list of ids of the pool"
     try:
-        useful = set(map(str, read_json(path, remedy=wanted)["useful_ids"]))
+        listed = read_json(path, remedy=wanted)["useful_ids"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: {wanted} ({error!r})") from None
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: {wanted}; useful_ids is {listed!r:.60}")
+    useful = set(map(str, listed))
     of_pool = np.asarray([str(name) in useful for name in pool.records.ids])
     if not of_pool.any():
         raise UserError(f"{path}: none of its {len(useful)} useful_ids is in the pool; is it the truth of another one?")

@@ -92,6 +92,10 @@ class PartsSelector(PartsOptions, Selector):
         parts = (self.made_representation(), self.made_algorithm())
         return own | {field.name for part in parts for field in dataclasses.fields(part)}  # type: ignore[arg-type]
 
+    def check_installed(self) -> None:
+        """That of its representation."""
+        self.made_representation().check_installed()
+
     @property
     def uses_model(self) -> bool:
         """Whether its representation does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
 from scipy.stats import rankdata
 
 from ntkjax.selection.base import Selection, SelectionProblem, select_top
@@ -45,7 +46,7 @@ class PerplexitySelector(PerplexityOptions, ForwardMethod):
         chosen = select_top("perplexity", scores, problem.n)
         report = {
             "perplexity": self.perplexity,
-            "median_nll_offered": float(sorted(nll)[len(nll) // 2]),
+            "median_nll_offered": float(np.median(nll)),
             "lowest_nll_chosen": float(nll[chosen.selected].min()),
             "highest_nll_chosen": float(nll[chosen.selected].max()),
         }

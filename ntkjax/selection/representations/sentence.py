@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,10 @@ from ntkjax.selection.shared import open_shared
 
 BATCH = 64
 """Texts that are encoded at a time."""
+MISSING = (
+    "--representation sentence needs the package sentence-transformers, which is not installed; pip install "
+    '"ntkjax[sentence]", or choose --representation embeddings or ngrams'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Sentence(SentenceOptions, Representation):
     """
 
     uses_model: ClassVar[bool] = False
+
+    def check_installed(self) -> None:
+        """Raise ConfigError where the package is not installed."""
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise ConfigError(MISSING)
 
     @property
     def embeds_pool(self) -> bool:
@@ -75,10 +85,7 @@ def load_encoder(name: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigError(
-            "representation sentence needs the package sentence-transformers, which is not installed "
-            f'({error}); pip install "ntkjax[sentence]", or choose representation embeddings or ngrams'
-        ) from error
+        raise ConfigError(f"{MISSING} ({error})") from error
     try:
         return SentenceTransformer(name)
     except (OSError, ValueError) as error:
