@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -78,12 +78,17 @@ class UnbalancedTransport(UotOptions, Algorithm):
             keep = 1.0 if self.uot_domain is None else self.uot_domain / (self.uot_domain + self.uot_epsilon)
             updated = -self.uot_epsilon * keep * (sums - math.log(rows))
             change, potential, passes = float(np.abs(updated - potential).max()), updated, passes + 1
-        report = {
+        report: dict[str, Any] = {
             "uot_iterations": passes,
             "uot_converged": change <= TOLERANCE * self.uot_epsilon,
             "uot_mass": float(scores.sum()),
             "uot_effective_rows": effective(scores),
         }
+        if not report["uot_converged"]:
+            report["uot_warning"] = (
+                f"unbalanced transport did not converge in {passes} passes: a dual potential still moves by "
+                f"{change / self.uot_epsilon:.1e} eps; raise --uot-epsilon or --uot-iterations"
+            )
         return Choice(scores, zeros=int(np.max(zeros)), report=report)
 
 
