@@ -378,7 +378,7 @@ def _rendered(
         at = bisect_right(stops, character)
         if at < len(ids) and ids[at] in added and offsets[at][0] < character:
             return at + 1 + len(prefix), 0  # an added token that takes the blanks behind it
-        return at + len(prefix), int(0 < at < len(stops) and stops[at - 1] < character)
+        return at + len(prefix), int(at < len(stops) and (stops[at - 1] if at else 0) < character)
 
     tokens = [*prefix, *ids, *([end] if text.add_end else [])]
     start, _ = first(text.response_start)

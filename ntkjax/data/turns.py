@@ -176,17 +176,35 @@ def header_end(chat: Chat, k: int, before: str) -> int:
     if before.startswith(prompt):
         return len(prompt)
     said = str(chat.messages[k - 1]["content"]).strip() if k else ""
-    ours, theirs = before.rfind(said), prompt.rfind(said)
-    if not said or ours < 0 or theirs < 0:
+    messages = prompt[: shared_prefix(written, prompt)]
+    # What was said may stand in the header and in the generation prompt too: it is the last one among the messages.
+    count = messages.count(said) if said else 0
+    ours, theirs = _end_of(before, said, count), _end_of(prompt, said, count)
+    if ours is None or theirs is None:
         return len(before)
-    if shared_prefix(before, prompt) >= shared_prefix(written, prompt):
-        ours = theirs = 0  # all messages are written alike; what was said may stand in the generation prompt too
-    else:
-        ours, theirs = ours + len(said), theirs + len(said)
+    if shared_prefix(before, prompt) >= len(messages):
+        ours = theirs = 0  # all messages are written alike
+    elif _ends_in(before[ours:], prompt[len(messages) :]):
+        return len(before)  # something stands between the last message and the generation prompt
     shared = before[ours : ours + shared_prefix(before[ours:], prompt[theirs:])]
     if ours + len(shared) < len(before):  # not within a tag, which may be another one
         shared = _UNFINISHED_TAG.sub("", shared)
     return ours + len(shared)
+
+
+def _end_of(text: str, part: str, count: int) -> int | None:
+    """Where the ``count``-th ``part`` of ``text`` ends; None where there are fewer, or for a count of 0."""
+    at = 0
+    for _ in range(count):
+        if (found := text.find(part, at)) < 0:
+            return None
+        at = found + len(part)
+    return at or None
+
+
+def _ends_in(text: str, start: str) -> bool:
+    """Whether ``text`` ends in what ``start`` begins with, blanks alone not counted."""
+    return any(start.startswith(text[at:]) for at in range(len(text.rstrip())))
 
 
 def _end_of_turn(tokenizer: Any, before: str, after: str) -> int | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+from transformers import AutoTokenizer
 
+from ntkjax.assets import tiny_lm_path
 from ntkjax.data import Example, render, render_prompt
 from ntkjax.data.prompts import end_token, render_beginning, render_text, stop_tokens
 from ntkjax.data.turns import MARK
@@ -235,6 +237,14 @@ def test_a_call_alone_that_is_not_written_is_refused(toy_tokenizer, template, fi
         render(with_template(toy_tokenizer, template), example)
 
 
+def test_a_border_within_the_first_token_is_counted():
+    """A header of one blank, and a tokenizer that has a token for the blank and the letter behind it."""
+    tokenizer = with_template(AutoTokenizer.from_pretrained(tiny_lm_path()), "{{ ' ' ~ messages[-1].content }}<|end|>")
+    rendered = render(tokenizer, Example("r", "s", "Why?", None, "Hi"))
+    assert tokenizer.convert_ids_to_tokens(rendered.tokens) == ["\u0120H", "i", "<|end|>"]
+    assert rendered.trained == [(0, 3)] and rendered.response_start == 0 and rendered.crossing == 1
+
+
 def test_words_that_are_the_mark_of_turns(toy_tokenizer):
     words = [MARK, "\ue0000\ue001"]
     tokenizer = with_template(toy_tokenizer, TEMPLATE_CHATML)
@@ -245,13 +255,13 @@ def test_words_that_are_the_mark_of_turns(toy_tokenizer):
     assert not text.apart and text.turns_lost == 0
 
 
+@pytest.mark.parametrize("last", ["", "{{ eos_token }}"])
 @pytest.mark.parametrize("said", ["</think>", "<think>", "assistant", "Hi"])
-def test_words_that_stand_in_the_generation_prompt_too(toy_tokenizer, said):
+def test_words_that_stand_in_the_generation_prompt_too(toy_tokenizer, said, last):
     """A turn that ends as the next generation prompt does is no reason to take the one for the other."""
     template = (
-        "{% for m in messages %}{{ '<|' ~ m['role'] ~ '|>' ~ m['content'] ~ '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|><think></think>' }}{% endif %}"
-    )
+        "{% for m in messages %}{{ '<|' ~ m['role'] ~ '|>' ~ m['content'] ~ '<|end|>' }}{% endfor %}" + last
+    ) + "{% if add_generation_prompt %}{{ '<|assistant|><think></think>' }}{% endif %}"
     tokenizer = with_template(toy_tokenizer, template)
     context = ({"role": "assistant", "content": said}, {"role": "assistant", "content": "Well"})
     text = render_text(tokenizer, Example("r", "s", "", context, "Hi"))
