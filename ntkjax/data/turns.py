@@ -21,7 +21,7 @@ from ntkjax.errors import DataError
 TEMPLATE_DATE = "26 Jul 2024"  # the default of the Llama 3 templates
 MARK = "\ue000mark\ue001"
 """Stands for a message's text: private-use characters, which no template tests for. See `Chat.mark`."""
-OPENING_TAG = re.compile(r"<[^<>|\s]+>\s*\Z")
+OPENING_TAG = re.compile(r"<[^<>|/\s][^<>|\s]*>\s*\Z")
 """An opening tag at the end of a generation prompt, such as ``<think>``."""
 _UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
