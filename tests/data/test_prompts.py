@@ -247,7 +247,8 @@ def test_a_border_within_the_first_token_is_counted():
 
 def test_a_closing_tag_of_the_user_opens_no_reasoning(toy_tokenizer):
     """The template renders nothing of this response: it is put behind the prompt, and not found in the user's words."""
-    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}\n{% endfor %}"
+    said = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"
+    template = "{% for m in messages %}" + said + "\n{% endfor %}"
     example = Example("r", "s", "</think>", None, "</think>")
     text = render_text(with_template(toy_tokenizer, template), example)
     assert text.apart and [text.text[start:end] for start, end in text.trained] == ["</think>"]
