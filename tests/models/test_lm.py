@@ -181,8 +181,8 @@ def test_unknown_outputs_positions_dtypes_and_tokens_are_refused():
         model.output("hiden")
     with pytest.raises(ConfigError, match=r"first.*response"):
         model.output("nll", "first")
-    with pytest.raises(ConfigError, match=r"int8.*bfloat16"):
-        init_lm(CONFIG, seed=0, dtype="int8")
+    with pytest.raises(ConfigError, match=r"int4.*bfloat16"):
+        init_lm(CONFIG, seed=0, dtype="int4")
     with pytest.raises(ConfigError, match="JAX_ENABLE_X64"):
         init_lm(CONFIG, seed=0, dtype="float64")
     for tokens in ([[1, 37]], [[-1, 2]]):
