@@ -207,7 +207,9 @@ def judge(
         if not np.isnan(accuracies).any():
             row["lds_accuracy"] = lds(accuracies.mean(axis=0), members, values, **options)
         rows.append(row)
-    rows.sort(key=lambda row: -np.nan_to_num(row["lds"]["value"], nan=-2))  # undefined ones last
+    defined = [row for row in rows if not np.isnan(row["lds"]["value"])]
+    undefined = [row for row in rows if np.isnan(row["lds"]["value"])]
+    rows = sorted(defined, key=lambda row: -row["lds"]["value"]) + undefined
     means = losses.mean(axis=0)
     spread = {"mean": float(means.mean()), "sd": float(means.std(ddof=1)), "least": float(means.min()),
               "most": float(means.max())}  # fmt: skip
