@@ -200,7 +200,8 @@ def test_the_real_model_stops_when_the_time_is_over_and_goes_on(load, real_layou
     stages = (dataclasses.replace(script.STAGES[0], sizes=(8,)), dataclasses.replace(script.STAGES[1], sizes=(8,)))
     monkeypatch.setattr(script, "STAGES", stages)
     e = script.Experiment(
-        data=data, model=model, minutes=0.2, budgets=(6,), dev_size=6, learning_rates=(2e-3,), epochs=1, max_length=64,
+        data=data, model=model, last="selection", minutes=0.2, budgets=(6,),
+        dev_size=6, learning_rates=(2e-3,), epochs=1, max_length=64,
         out=tmp_path / "runs",
     )  # fmt: skip
     script.main(e)
