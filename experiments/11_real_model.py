@@ -53,12 +53,16 @@ class Stage:
     sizes: tuple[int, ...] = (100,)
     methods: int = len(METHODS)
     seeds: int = 3
+    every_budget: bool = True
+    """All of --budgets, or the first alone."""
 
 
 STAGES = (
-    Stage("steps", methods=0, seeds=1),  # base, domain-only, equal steps, random: the first question
-    Stage("selection", methods=3, seeds=1),
-    Stage("seeds", methods=3),
+    Stage(
+        "steps", methods=0, seeds=1, every_budget=False
+    ),  # the first question: the arms of any study
+    Stage("selection", methods=3, seeds=1, every_budget=False),
+    Stage("seeds", methods=3, every_budget=False),
     Stage("finance-100"),
     Stage("finance", sizes=(100, 50, 400)),
     Stage("all", domains=("finance", "legal", "medical"), sizes=(100, 50, 400)),
@@ -111,7 +115,7 @@ def content(e: Experiment, stage: Stage) -> dict[str, Any]:
     return made | {
         "title": "Is it the data or the steps?",
         "methods": list(METHODS[: stage.methods]),
-        "budgets": list(e.budgets if stage.name not in ("steps", "selection", "seeds") else e.budgets[:1]),
+        "budgets": list(e.budgets if stage.every_budget else e.budgets[:1]),
         "seeds": stage.seeds,
         "learning_rates": list(e.learning_rates),
     }

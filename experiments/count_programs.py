@@ -41,9 +41,8 @@ class Count(logging.Handler):
 
 def count(arguments: list[str]) -> tuple[Count, int]:
     """(what was compiled, exit code) of a command."""
-    handler, loggers = Count(), [logging.getLogger("jax")]
-    for logger in loggers:
-        logger.addHandler(handler)
+    handler = Count()
+    logging.getLogger("jax").addHandler(handler)
     with jax.log_compiles():
         return handler, main(arguments)
 

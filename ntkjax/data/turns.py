@@ -170,11 +170,11 @@ def header_end(chat: Chat, k: int, before: str) -> int:
     """
     try:
         prompt = chat.apply(chat.messages[:k], add_generation_prompt=True)
-        written = prompt if before.startswith(prompt) else chat.apply(chat.messages[:k])
+        if before.startswith(prompt):
+            return len(prompt)
+        written = chat.apply(chat.messages[:k])
     except DataError:  # the conversation up to there is refused, as the template refuses no message at all
         return len(before)
-    if before.startswith(prompt):
-        return len(prompt)
     said = str(chat.messages[k - 1]["content"]).strip() if k else ""
     messages = prompt[: shared_prefix(written, prompt)]
     # What was said may stand in the header and in the generation prompt too: it is the last one among the messages.
@@ -204,7 +204,7 @@ def _end_of(text: str, part: str, count: int) -> int | None:
 
 def _ends_in(text: str, start: str) -> bool:
     """Whether ``text`` ends in what ``start`` begins with, blanks alone not counted."""
-    return any(start.startswith(text[at:]) for at in range(len(text.rstrip())))
+    return any(start.startswith(text[at:]) for at in range(max(0, len(text) - len(start)), len(text.rstrip())))
 
 
 def _end_of_turn(tokenizer: Any, before: str, after: str) -> int | None:

@@ -30,8 +30,7 @@ def save_merged(
     model's dtype (kernels held in 8 or 4 bits: to that of the rest). Weights go to model.safetensors, or to
     shards of at most ``max_shard_size`` bytes and an index. config.json keeps what the model was loaded from
     and is read by transformers v4 and v5. Tokenizer files, and generation_config.json where the source
-    directory has one, are written too. The host holds one
-    shard at a time.
+    directory has one, are written too. The host holds one shard at a time.
 
     Raises CheckpointError naming the file that cannot be written; nothing half-written is left then.
     """

@@ -213,7 +213,7 @@ def _load_params(
             leaves[path], leaves[scale_path(path)] = _load_quantised(spec, *stored, tensors, mesh, rule)
         elif path in table:
             leaves[path] = _load_leaf(spec, path, shape, table[path], tensors, mesh, rule)
-        elif path not in leaves and not is_scale(path):
+        elif not is_scale(path):
             leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, spec.config.split(path), rule)
     counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(spec, info.name))
     parameters = sum(int(np.prod(flat[path].shape)) for path in table)

@@ -1,7 +1,7 @@
 """Frozen weights in 8 or 4 bits: the kernel of a linear layer as small integers, and one scale for each output and TILE
 of its inputs.
 
-The arrays, their rounding and its inverse are qwix's. A kernel is made 16 bits wide again layer by layer, inside the
+The arrays, their rounding and its inverse are qwix's. A kernel is made floating-point again layer by layer, inside the
 scan over layers, so that no second copy of the model is ever held.
 """
 

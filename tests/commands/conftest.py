@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -41,6 +45,27 @@ def rows(kind: str, count: int, pool: bool = False) -> list[dict]:
         row["response"] = f"{reason}So the answer is {answer}."
         made.append(row if pool else row | {"answer": answer, "choices": CHOICES})
     return made
+
+
+@pytest.fixture
+def stopped() -> Callable[[Any, str, int], AbstractContextManager[None]]:
+    """``with stopped(module, name, at):``: the ``at``-th call of ``module.name`` is stopped as by Ctrl-C."""
+
+    @contextlib.contextmanager
+    def within(module: Any, name: str, at: int):
+        real, seen = getattr(module, name), []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            seen.append(1)
+            if len(seen) == at:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, stop)
+            yield
+
+    return within
 
 
 @pytest.fixture(scope="session")

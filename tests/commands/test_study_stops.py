@@ -24,20 +24,11 @@ from ntkjax.selection import METHODS, Selector
 # -- stopped, and gone on --
 
 
-def test_a_study_stopped_at_many_points_ends_the_same(study, done, files, tmp_path):
+def test_a_study_stopped_at_many_points_ends_the_same(study, done, files, stopped, tmp_path):
     """Stopped in turn in an evaluation, a training, before a result is written, in a selection and a warm-up."""
     out, less = tmp_path / "out", {"seeds": 1, "methods": [study.ALIGNMENT]}
     for name, at in (("evaluate_on", 4), ("train_on", 2), ("write_json", 3), ("choose", 1), ("warm_up", 1)):
-        real, seen = getattr(study_run, name), []
-
-        def stop(*args, real=real, seen=seen, at=at, **kwargs):
-            seen.append(1)
-            if len(seen) == at:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(study_run, name, stop)
+        with stopped(study_run, name, at):
             assert study.run(files, tmp_path, **less) == 130, name
         assert not (out / "results.json").exists()
     assert study.run(files, tmp_path, "--report-only", **less) == 0

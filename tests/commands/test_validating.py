@@ -226,19 +226,10 @@ def buckets(out: Path, run: str) -> tuple[int, ...]:
     return tuple(json.loads((out / "runs" / run / "asked.json").read_text())["key"]["train"]["buckets"])
 
 
-def test_a_run_stopped_at_many_points_ends_the_same(validated, files, tmp_path):
+def test_a_run_stopped_at_many_points_ends_the_same(validated, files, stopped, tmp_path):
     out = tmp_path / "out"
     for name, at in (("choose", 2), ("evaluate_on", 2), ("train_on", 4), ("write_json", 5), ("evaluate_on", 7)):
-        real, seen = getattr(study_run, name), []
-
-        def stop(*args, real=real, seen=seen, at=at, **kwargs):
-            seen.append(1)
-            if len(seen) == at:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(study_run, name, stop)
+        with stopped(study_run, name, at):
             assert main(argv(files, out)) == 130, name
         assert not (out / "results.json").exists()
     assert main(argv(files, out)) == 0

@@ -5,8 +5,9 @@ A new algorithm is one file in this folder and one line in the table.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from ntkjax.selection.tables import load_table
 
 TABLE = {
     "mean": "mean.Mean",
@@ -21,10 +22,5 @@ TABLE = {
 """Name of the algorithm, as ``--algorithm`` takes it: module in this folder and class."""
 
 
-def _load(where: str) -> type[Any]:
-    module, _, name = where.partition(".")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-
-
-ALGORITHMS: dict[str, type[Any]] = {name: _load(where) for name, where in TABLE.items()}
+ALGORITHMS: dict[str, type[Any]] = load_table(__name__, TABLE)
 """Name of the algorithm: its class, a frozen dataclass of its options (`ntkjax.selection.parts.Algorithm`)."""

@@ -6,11 +6,11 @@ A new method is one file in this folder and one line in the table. Its options b
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from ntkjax.selection.base import Selector
 from ntkjax.selection.options import Options
+from ntkjax.selection.tables import load_table
 
 TABLE = {
     "ntk": "ntk.NtkSelector",
@@ -38,12 +38,7 @@ TABLE = {
 """Name of the method, as ``--method`` takes it: module in this folder and class."""
 
 
-def _load(where: str) -> type[Any]:
-    module, _, name = where.partition(".")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-
-
-METHODS: dict[str, type[Any]] = {name: _load(where) for name, where in TABLE.items()}
+METHODS: dict[str, type[Any]] = load_table(__name__, TABLE)
 """Name of the method: its class, a frozen dataclass of its options that is called with a ``SelectionProblem``."""
 
 
