@@ -58,9 +58,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(
-        "steps", methods=0, seeds=1, every_budget=False
-    ),  # the first question: the arms of any study
+    Stage("steps", methods=0, seeds=1, every_budget=False),  # the first question: the arms of any study
     Stage("selection", methods=3, seeds=1, every_budget=False),
     Stage("seeds", methods=3, every_budget=False),
     Stage("finance-100"),
