@@ -3,8 +3,9 @@ brings, and does any selection beat random at equal steps?
 
 Commands: make real-model
           # one GPU, the most telling arms first; a process for each domain, since one leaves the device idle
-          for domain in finance legal medical; do XLA_PYTHON_CLIENT_MEM_FRACTION=.3 python experiments/11_real_model.py \\
-              --data ../shared/data --dtype bfloat16 --minutes 8 --domains $domain & done; wait
+          export XLA_PYTHON_CLIENT_MEM_FRACTION=.3
+          for domain in finance legal medical; do python experiments/11_real_model.py --data ../shared/data \\
+              --dtype bfloat16 --minutes 8 --domains $domain & done; wait
           python experiments/11_real_model.py --data ../shared/data --minutes 600 --last size-100 \\
               --pool-size 1000 --test-size 200 --budgets 200                        # two CPU cores
 Hardware: one GPU for the whole grid; two CPU cores for one domain of 100 examples.

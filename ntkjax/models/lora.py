@@ -169,15 +169,15 @@ def adapted_half(
 ) -> Float[Array, "N O"]:
     """x W + scale (x A) B with x and W in 16 bits, A and B in float32: [N, out] in the dtype of x.
 
-    One product, [x, x A] [W; scale B], whose sum is taken in float32 and rounded once; x A, scale B and, in derivatives,
-    their tangents are rounded to 16 bits before it, so that an adapter keeps its relative precision however small it is
-    beside W (W + scale A B in 16 bits would lose it). The tangent with ``joined``, for forward mode alone:
+    With ``joined``, for forward mode alone, one product, [x, x A] [W; scale B], whose sum is taken in float32 and
+    rounded once. x A, scale B and, in derivatives, their tangents are rounded to 16 bits before it, so that an adapter
+    keeps its relative precision however small it is beside W (W + scale A B in 16 bits would lose it). The tangent:
 
         [dx, dx A + x dA, x A] [W; scale B; scale dB].
 
-    Without it, the sum of these products, which reverse mode transposes; the gradients of A and B are summed in float32,
-    rounded to 16 bits and given as float32, as those of torch under autocast are. There is no float32 array of size
-    N x out, and no product with float32 operands, for which a GPU's matrix unit runs at a fifteenth of its rate.
+    Without it, the sums of these products, which reverse mode transposes; the gradients of A and B are summed in
+    float32, rounded to 16 bits and given as float32, as those of torch under autocast are. There is no float32 array of
+    size N x out, and no product with float32 operands, for which a GPU has no matrix unit.
     """
     low, b = half_product(x, a.astype(x.dtype)), (scale * b).astype(x.dtype)
     if joined:
