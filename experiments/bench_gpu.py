@@ -47,6 +47,7 @@ from ntkjax.ntk.features import gradient_features
 from ntkjax.ntk.kernel import as_kernel
 from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.types import Batch
@@ -174,7 +175,7 @@ def step_of(what: str, model: LanguageModel, batch: Batch, sketch_size: int) -> 
         return lambda: add_direction(kernel, params, batch, zero)
     if what == "features":
         sketch = RademacherSketch(sketch_size, 0)
-        return lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4))
+        return lambda: gradient_features(output, params, [batch], sketch, rows=Pass(rows, microbatch=min(rows, 4)))
     # A bare machine may lack what training needs beside (orbax): then this pass alone fails.
     from ntkjax.training.config import TrainConfig
     from ntkjax.training.optimiser import AdamW
