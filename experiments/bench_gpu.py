@@ -47,6 +47,7 @@ from ntkjax.ntk.features import gradient_features
 from ntkjax.ntk.kernel import as_kernel
 from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.types import Batch
@@ -177,7 +178,9 @@ def step_of(
         return tuple(functools.partial(f, kernel, params, batch, zero) for f in (add_direction, add_direction.lower))
     if what == "features":
         sketch = RademacherSketch(sketch_size, 0)
-        return lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4)), None
+        return lambda: gradient_features(
+            output, params, [batch], sketch, rows=Pass(rows, microbatch=min(rows, 4))
+        ), None
     # A bare machine may lack what training needs beside (orbax): then this pass alone fails.
     from ntkjax.training.config import TrainConfig
     from ntkjax.training.optimiser import AdamW
