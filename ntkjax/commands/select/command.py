@@ -141,4 +141,4 @@ def describe(config: Any, result: Any) -> str:
     return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{reading_of_run(config, 'data.json')}\n{chosen}"
 
 
-COMMAND = Command(SelectConfig, select, describe, divides=True, dry_run=forecast)
+COMMAND = Command(SelectConfig, select, describe, divides=True, spans=True, dry_run=forecast)
