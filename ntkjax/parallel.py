@@ -37,8 +37,8 @@ _barriers = itertools.count()
 
 
 def parse_mesh(text: str) -> tuple[int | None, int, int]:
-    """(data, fsdp, model) of ``data=4,fsdp=2,model=2``, or of ``4,2`` and ``4x2`` for data=4,model=2. An axis that is not
-    named has size 1; data that is not named, and ``auto``, are None: all devices that are left.
+    """(data, fsdp, model) of ``data=4,fsdp=2,model=2``, or of ``4,2`` and ``4x2`` for data=4,model=2. An axis that is
+    not named has size 1; data that is not named, and ``auto``, are None: all devices that are left.
 
     Raises:
       ConfigError: anything else.
@@ -54,8 +54,8 @@ def parse_mesh(text: str) -> tuple[int | None, int, int]:
     in_order = [name for name in AXES if name in sizes] == list(sizes) and len(sizes) == len(parts)
     if not sizes or not in_order or any(int(size) == 0 for size in sizes.values()):
         raise ConfigError(
-            f"mesh {text!r}: expected data=D,fsdp=F,model=M (any of them, in this order) with whole numbers from 1 (4,2 "
-            "and 4x2 are short for data=4,model=2), or auto for all devices on data"
+            f"mesh {text!r}: expected data=D,fsdp=F,model=M (any of them, in this order) with whole numbers from 1 "
+            "(4,2 and 4x2 are short for data=4,model=2), or auto for all devices on data"
         )
     data = sizes.get(DATA)
     return None if data is None else int(data), int(sizes.get(FSDP, 1)), int(sizes.get(MODEL, 1))
@@ -137,8 +137,8 @@ def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, split: Split, r
 
     ``tensor``: ``split.model`` is split over "model" and ``split.data`` over "fsdp". ``fully-sharded``: ``split.data``
     is split over "data" as well, so that a device holds 1 / (data x fsdp x model) of the weights and gathers a layer
-    when it comes to it. A model's family declares the split of each parameter. Raises ConfigError where an axis does not
-    divide.
+    when it comes to it. A model's family declares the split of each parameter. Raises ConfigError where an axis does
+    not divide.
     """
     if rule not in ("tensor", "fully-sharded"):
         raise ConfigError(f"weights {rule!r}: expected tensor or fully-sharded")
@@ -188,12 +188,12 @@ def _gather(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def rows_here(mesh: Mesh | None, rows: int) -> slice:
-    """The rows of a batch of ``rows`` that this process must read: all of them without other processes on the mesh, else
-    from the first to the last that its devices hold."""
+    """The rows of a batch of ``rows`` that this process must read: all of them without other processes on the mesh,
+    else from the first to the last that its devices hold."""
     if mesh is None or not spans_processes(mesh):
         return slice(0, rows)
-    places = _row_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
-    bounds = [place[0].indices(rows) for place in places if place is not None]
+    sharding: Any = _row_sharding(mesh, rows)
+    bounds = [place[0].indices(rows) for place in sharding.addressable_devices_indices_map((rows,)).values()]
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
@@ -228,7 +228,7 @@ def shard_batch(batch: Any, mesh: Mesh | None, *, rows: int | None = None, index
         total, first = count * each, held.start * each
         sharding, leaf = _row_sharding(mesh, total), np.asarray(leaf)
 
-        def part(place: tuple[slice, ...]) -> np.ndarray:
+        def part(place: Any) -> np.ndarray:
             start, stop, _ = place[0].indices(total)
             return leaf[start - first : stop - first]
 
@@ -348,8 +348,8 @@ def everyone(number: int) -> list[int]:
 
 
 def broadcast(tree: Any) -> Any:
-    """The arrays of process 0 on every process, bit for bit, placed as each process has its own ``tree``. What lies on a
-    mesh over several processes is the same on all of them, and stays as it is."""
+    """The arrays of process 0 on every process, bit for bit, placed as each process has its own ``tree``. What lies on
+    a mesh over several processes is the same on all of them, and stays as it is."""
     if process()[1] == 1 or all(not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return tree
     from jax.experimental import multihost_utils

@@ -216,11 +216,13 @@ class Reading:
 
     def sharding(self, spec: ModelSpec, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
         """Where the parameter at ``path`` goes; None without a mesh."""
-        return None if self.mesh is None else weight_sharding(path, shape, self.mesh, spec.config.split(path), self.rule)
+        return (
+            None if self.mesh is None else weight_sharding(path, shape, self.mesh, spec.config.split(path), self.rule)
+        )
 
     def tensor(self, name: str, source: Source, sharding: NamedSharding | None) -> Array:
-        """The tensor ``name``, or of a shared one the part of ``source``, as it lies in the file: on its devices, of each
-        of which the bytes are read that it holds."""
+        """The tensor ``name``, or of a shared one the part of ``source``, as it lies in the file, on its devices. Read
+        are the bytes that the devices of this process hold."""
         info = self.tensors[name]
         if not info.is_float:
             raise CheckpointError(
@@ -235,7 +237,7 @@ class Reading:
             return jax.device_put(self._read(info, places, (slice(None),) * len(shape)))
         parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share what was read
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             key = tuple(axis.indices(size) for axis, size in zip(index, shape))
             if key not in parts:
                 parts[key] = self._read(info, places, index)

@@ -53,7 +53,7 @@ class TensorInfo:
         dtype = _DTYPES[self.dtype]
         part = [np.arange(size) for size in self.shape] if part is None else part
         values = np.empty([len(places) for places in part], dtype)
-        flat, at = memoryview(values.reshape(-1).view(np.uint8)), 0
+        flat, at = values.reshape(-1).view(np.uint8).data, 0
         with self.file.open("rb", buffering=0) as stream:
             for first, count in _runs(self.shape, part):
                 size = count * dtype.itemsize
@@ -81,7 +81,7 @@ def read_into(stream: BinaryIO, start: int, view: memoryview) -> None:
 
 
 def _runs(shape: tuple[int, ...], part: Sequence[Int[np.ndarray, "_"]]) -> Iterator[tuple[int, int]]:
-    """(first, count): the runs of neighbours in a row-major array of ``shape`` that the places ``part`` are, in order."""
+    """(first, count): the runs of neighbours that the places ``part`` of a row-major array of ``shape`` form."""
     whole = len(shape)  # axes from here on are taken whole, so that each place of the axis before is one run
     while whole > 0 and len(part[whole - 1]) == shape[whole - 1] and np.all(np.diff(part[whole - 1]) == 1):
         whole -= 1

@@ -50,8 +50,8 @@ def warm_up(
     checkpoints: bool = False,
 ) -> WarmUp:
     """theta fine-tuned on the domain, OUT/warmup and OUT/adapter written; in a job of several processes the first one
-    trains and the others receive, on a mesh over all of them they train together. A warm-up that OUT holds is read back;
-    one that was killed goes on.
+    trains and the others receive, on a mesh over all of them they train together. A warm-up that OUT holds is read
+    back; one that was killed goes on.
 
     Args:
       params: theta before.
