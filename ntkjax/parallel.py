@@ -192,8 +192,8 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
     else from the first to the last that its devices hold."""
     if mesh is None or not spans_processes(mesh):
         return slice(0, rows)
-    sharding: Any = _row_sharding(mesh, rows)
-    bounds = [place[0].indices(rows) for place in sharding.addressable_devices_indices_map((rows,)).values()]
+    places = list(_row_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values())
+    bounds = [place[0].indices(rows) for place in places if place]
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
@@ -205,7 +205,8 @@ def _row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
             f"a batch of {rows} rows does not divide over {' x '.join(names)}={parts} devices; the nearest that does "
             f"has {-(-rows // parts) * parts} (give batches filler rows with index -1)"
         )
-    return NamedSharding(mesh, PartitionSpec(names if len(names) > 1 else names[0]) if names else PartitionSpec())
+    over = names[0] if len(names) == 1 else names
+    return NamedSharding(mesh, PartitionSpec(over) if over else PartitionSpec())
 
 
 def shard_batch(batch: Any, mesh: Mesh | None, *, rows: int | None = None, index: np.ndarray | None = None) -> Any:

@@ -52,7 +52,7 @@ def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(data, model, near)
 
 
 def test_a_mesh_of_three_axes_that_does_not_fit_names_all_three():
-    with pytest.raises(ConfigError, match="data=2 x fsdp=3 x model=1 needs 6 .* data=2, fsdp=4, model=1"):
+    with pytest.raises(ConfigError, match=r"data=2 x fsdp=3 x model=1 needs 6 .* data=2, fsdp=4, model=1"):
         make_mesh(data=2, fsdp=3, devices=need(8))
 
 
@@ -63,7 +63,7 @@ def test_weights_are_split_over_fsdp_and_rows_over_data_and_fsdp():
     assert where("embed/weight", (64, 32)) == PartitionSpec("model", "fsdp")
     assert where("layers/attention/q/lora_a", (2, 32, 4)) == where("norm/scale", (32,)) == PartitionSpec()
     assert shard_batch(np.zeros((8, 3)), mesh).sharding.spec == PartitionSpec(("data", "fsdp"))
-    with pytest.raises(ConfigError, match="6 rows does not divide over data x fsdp=4 devices; .* has 8"):
+    with pytest.raises(ConfigError, match=r"6 rows does not divide over data x fsdp=4 devices; .* has 8"):
         shard_batch(np.zeros((6, 3)), mesh)
 
 
