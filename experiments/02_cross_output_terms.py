@@ -2,7 +2,10 @@
 
 Command:  python experiments/02_cross_output_terms.py
           python experiments/02_cross_output_terms.py --model ../shared/models/cot-lm-7m --data ../shared/data
-Hardware: 4 CPU cores, no accelerator.
+          python experiments/02_cross_output_terms.py --model real --data ../shared/data --examples 4 --seeds 1 \\
+              --memory-gib 24                                                       # a GPU; `make real-model` first
+Hardware: 4 CPU cores, no accelerator; one GPU for the model named real, whose gradients of D = 576 hidden units take 11
+          GB an example at rank 16, and two are held (--lora-rank 2 for less).
 Runtime:  the synthetic heads and the embedded model 8 minutes on two busy cores; the real one (V = 4,096, D = 256, 7 M
           parameters) 6 minutes on 4 cores with --examples 2, longer with more.
 Expect:   experiments/README.md, "Cross-output terms".
@@ -42,7 +45,7 @@ from ntkjax.data import TokenisedDataset, concat
 from ntkjax.models import LanguageModel
 from ntkjax.ntk import KernelFunctions, build, kernel_matrix
 from ntkjax.ntk.agreement import agreement
-from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines, cross_terms, hidden_products
+from ntkjax.ntk.cross_terms import CrossTerms, Products, cross_output_cosines, cross_terms, hidden_products
 from ntkjax.report.kernels import against_size, cosine_histogram
 from ntkjax.report.tables import to_markdown
 from ntkjax.rng import numpy_rng
@@ -62,6 +65,19 @@ class Experiment:
     """Folder with finance/ and pool/, for a checkpoint."""
     examples: int = 16
     seeds: int = 3
+    outputs: int = 4096
+    """Most outputs of a group that are compared, all pairs of them: a uniform sample where the group has more."""
+    lora_rank: int = 16
+    max_length: int = 256
+    """Of a checkpoint's data, in tokens."""
+    domain_size: int | None = None
+    """Most domain examples, for a checkpoint: the warm-up and the choice of examples see the first ones alone."""
+    learning_rate: float = 2e-3
+    """Of a checkpoint's warm-up."""
+    all_parameters: bool = True
+    """Compare outputs by the gradients of all parameters too."""
+    memory_gib: float = 1.0
+    """Gradients of all parameters held: they bound how many outputs are compared."""
 
 
 # -- 1 and 2: synthetic heads --
@@ -176,13 +192,17 @@ def load(experiment: Experiment) -> Task:
         warmup = TrainConfig(epochs=DEMO.warmup_epochs, learning_rate=DEMO.learning_rate, max_buckets=1)
     else:
         assert experiment.data is not None, "--data names the folder with finance/ and pool/"
-        name, path, longest = Path(experiment.model).name, experiment.model, 256
+        name, path, longest = Path(experiment.model).name, experiment.model, experiment.max_length
         files = (experiment.data / "finance" / "train.jsonl", experiment.data / "pool" / "cot-01.jsonl")
-        warmup = TrainConfig(epochs=1, learning_rate=2e-3, max_buckets=3)
-    model = ntkjax.load_lm(path, lora=ntkjax.LoraConfig(rank=16))
+        warmup = TrainConfig(epochs=1, learning_rate=experiment.learning_rate, max_buckets=3)
+    # alpha / rank is 2 at every rank, as the paper's 32 / 16
+    lora = ntkjax.LoraConfig(rank=experiment.lora_rank, alpha=2.0 * experiment.lora_rank)
+    model = ntkjax.load_lm(path, lora=lora)
     domain, pool = (
         ntkjax.tokenise(ntkjax.read_records([str(file)]), model.tokenizer, max_length=longest) for file in files
     )
+    if experiment.model is not None and experiment.domain_size is not None:
+        domain = domain.subset(np.arange(min(experiment.domain_size, len(domain))))
     rng, half = numpy_rng(0, "experiment 2 examples"), experiment.examples // 2
     pick = lambda tokens: tokens.subset(rng.choice(len(tokens), half, replace=False))
     counts = np.zeros(model.config.vocab_size, np.int64)
@@ -198,8 +218,9 @@ def batches(tokens: TokenisedDataset) -> Any:
     return tokens.batches(token_budget=max(longest, len(tokens) * longest // 2), max_buckets=2)
 
 
-def lora_terms(task: Task, params: Any) -> dict[str, CrossTerms]:
-    """All pairs of outputs, and those among parts of the vocabulary, from the same D passes."""
+def lora_terms(task: Task, params: Any, outputs: int) -> dict[str, CrossTerms]:
+    """Pairs of outputs, and of those among parts of the vocabulary, from the same D passes: cosines of all pairs of a
+    group of at most ``outputs``, else of those of a uniform sample of it; cross terms and trace of the whole group."""
     weight = np.asarray(task.model.head_fn({}))
     products = list(
         hidden_products(task.model.hidden_fn, params, batches(task.examples), width=weight.shape[1], progress="LoRA")
@@ -210,24 +231,45 @@ def lora_terms(task: Task, params: Any) -> dict[str, CrossTerms]:
         "tokens not in the data": weight[~task.seen],
         "all outputs, centred": weight - weight.mean(axis=0),
     }
-    return {name: cross_terms(products, rows) for name, rows in groups.items() if len(rows) > 1}
+    rng = numpy_rng(0, "experiment 2 outputs")
+    sample = lambda rows: rows if len(rows) <= outputs else rows[rng.choice(len(rows), outputs, replace=False)]
+    return {name: whole_sums(cross_terms(products, sample(w), vocab=len(w)), products, w) for name, w in groups.items()
+            if len(w) > 1}  # fmt: skip
 
 
-def model_rows(task: Task, seeds: int) -> Iterator[tuple[str, str, list[CrossTerms]]]:
+def whole_sums(found: CrossTerms, products: list[Products], weight: np.ndarray) -> CrossTerms:
+    """``found`` with the sums over all outputs W, which need no sample: sum_kl (W A W^T)_kl = (W^T 1)^T A (W^T 1), and
+    the trace <W^T W, A>."""
+    rows = weight.astype(np.float64)
+    total, gram = rows.sum(axis=0), rows.T @ rows
+    own = lambda a: float(np.sum(gram * a))
+    cross = lambda a: float(total @ a @ total) - own(a)
+    within, between = [a for a, _ in products], [b for _, b in products if b is not None]
+    sums = {"own": own, "cross": cross}
+    values = {f"{name}{suffix}": np.asarray([of(a) for a in part]) for name, of in sums.items()
+              for suffix, part in (("", within), ("_between", between))}  # fmt: skip
+    return dataclasses.replace(found, **values)
+
+
+def model_rows(task: Task, experiment: Experiment) -> Iterator[tuple[str, str, list[CrossTerms]]]:
     """(parameters, group of outputs, one `CrossTerms` for each seed)."""
-    model = task.model
-    fresh = [lora_terms(task, model.fresh_lora(seed)) for seed in range(seeds)]
+    model, seeds = task.model, experiment.seeds
+    terms = lambda params: lora_terms(task, params, experiment.outputs)
+    fresh = [terms(model.fresh_lora(seed)) for seed in range(seeds)]
     for group in fresh[0]:
         yield "LoRA, fresh", group, [f[group] for f in fresh]
     warm = []
     for seed in range(seeds):
         trained = fit(model.nll_fn, model.fresh_lora(seed), task.domain, task.warmup, seed=seed).params
-        warm.append(lora_terms(task, trained))
+        warm.append(terms(trained))
     for group in warm[0]:
         yield "LoRA, warmed up", group, [w[group] for w in warm]
+    if not experiment.all_parameters:
+        return
     functions = KernelFunctions(model.hidden_fn, model.head_fn)
     found = [
         cross_output_cosines(functions, model.select_params(NOT_LORA), batches(task.examples), seed=seed,
+                             outputs=experiment.outputs, memory_budget=int(experiment.memory_gib * (1 << 30)),
                              progress="all parameters")
         for seed in range(seeds)
     ]  # fmt: skip
@@ -281,7 +323,7 @@ def language_model(experiment: Experiment) -> None:
     """Part 3."""
     task = load(experiment)
     rows, histograms, means = [], {}, {}
-    for parameters, group, seeds in model_rows(task, experiment.seeds):
+    for parameters, group, seeds in model_rows(task, experiment):
         row = {"parameters": parameters, "outputs_compared": group, **combined(seeds)}
         rows.append(row)
         if group != "all outputs, centred" and parameters != "LoRA, fresh":

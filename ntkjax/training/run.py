@@ -66,17 +66,16 @@ class Run:
         nll_fn: Callable,
         params: Params,
         train: TrainingData,
-        dev: TrainingData | None,
         config: TrainConfig,
         plan: EpochPlan,
+        *,
+        dev: TrainingData | None,
         folder: Path | None,
         extra_metrics: Callable | None,
-        mesh: jax.sharding.Mesh | None,
-        packing: bool = False,
     ):
         self.nll_fn, self.train_data, self.dev, self.config, self.plan = nll_fn, train, dev, config, plan
         self.folder, self.extra_metrics = folder, extra_metrics
-        self.mesh = mesh
+        self.mesh = mesh = getattr(train, "mesh", None)
         row_multiple = data_parallel(mesh)
         self.dtypes = leaf_dtypes(params)
         self.optimiser = AdamW.of(config)
@@ -88,7 +87,7 @@ class Run:
         self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
-        of: Callable[..., Any] = RowPadding.of if packing else Padding.of
+        of: Callable[..., Any] = RowPadding.of if getattr(train, "packing", False) else Padding.of
         self.padding = of(plan.lengths, config, row_multiple)
         self.dev_padding = None if dev is None else of(np.asarray(dev.lengths), config, row_multiple)
         self.steps_per_epoch = plan.steps_per_epoch

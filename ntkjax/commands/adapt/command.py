@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import arg
 
-from ntkjax.commands.adapt.report import NTK, choices_line, difference_rows, failure_rows, method_rows, write_adaptation
+from ntkjax.commands.adapt.report import NTK, difference_rows, failure_rows, method_rows, write_adaptation
 from ntkjax.commands.base import Command
 from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError, UserError
@@ -43,6 +43,7 @@ from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import FAILURE, Runner
 from ntkjax.pipeline.study.runs import Run, alone, collect, do_all, forget_failures
 from ntkjax.pipeline.study.spec import DomainSpec, StudySpec
+from ntkjax.pipeline.study.tables import choices_line
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
@@ -233,7 +234,8 @@ def describe(config: Any, result: Any) -> str:
     """The table of methods, differences, failures and the report's path."""
     results = result.results
     differences = difference_rows(results, [metric.name for metric in METRICS.values() if metric.headline])
-    parts = [to_markdown(method_rows(results)), to_markdown(differences), *filter(None, [choices_line(results)])]
+    parts = [to_markdown(method_rows(results)), to_markdown(differences)]
+    parts += filter(None, [choices_line(results["examples"])])
     if results["failures"]:
         parts.append("Failed (the same command tries again):\n" + to_markdown(failure_rows(results)))
     parts += [summary(results["duplicates"]), reading(results["data"])]
