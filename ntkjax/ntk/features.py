@@ -17,6 +17,7 @@ from ntkjax.errors import UserError
 from ntkjax.ntk.kernel import Kernel, as_kernel, feature_vector
 from ntkjax.ntk.rows import NonFiniteError, Pass, one_a_row, real_rows
 from ntkjax.ntk.sketch import Sketch
+from ntkjax.parallel import to_host
 from ntkjax.types import ArrayLike, Params
 
 MAX_GROUP = 1024  # rows: by then the cost of the signs is spread thin enough
@@ -156,7 +157,7 @@ def mean_features(
     run = Pass(0, None, microbatch, memory_budget, progress)
     groups = _feature_groups(as_kernel(kernel), params, run.over(one_a_row(batches), "mean features"), sketch, run)
     for index, features in groups:
-        values = np.asarray(features)[index >= 0]
+        values = to_host(features)[index >= 0]
         bad += index[index >= 0][~np.isfinite(values).all(axis=1)].tolist()
         total, count = total + values.sum(axis=0, dtype=np.float64), count + len(values)
     if bad:

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.parallel import to_host
 
 MAX_BAD_ROWS = 64
 
@@ -163,7 +164,7 @@ class _RowSink:
         assert again is not None
         self.suspects, self.again = [], None
         for index, values in again(suspects):
-            self.write(index, np.asarray(values))
+            self.write(index, to_host(values))
         self.again = again
 
     def check(self) -> None:
@@ -209,10 +210,10 @@ def collect_rows(
             in_flight.append((index, values))
             if len(in_flight) > 1:
                 index, values = in_flight.popleft()
-                sink.write(index, np.asarray(values))
+                sink.write(index, to_host(values))
         while in_flight:
             index, values = in_flight.popleft()
-            sink.write(index, np.asarray(values))
+            sink.write(index, to_host(values))
         sink.try_again()
     except BaseException:
         if store is not None:  # keep finished work, but let the first error be the one that is seen

@@ -57,5 +57,6 @@ def embed_both(
             width=width,
             dtype=dtype,
             manifest={**problem.manifest, "rows": name},
+            together=problem.together,
         )
     return domain, run(problem.pool, store, "embed pool")

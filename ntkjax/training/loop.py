@@ -18,7 +18,7 @@ from ntkjax.training.mixture import EpochPlan
 from ntkjax.training.optimiser import AdamW, adam_moments
 from ntkjax.training.result import FitResult
 from ntkjax.training.run import CHECKPOINTS, METRICS, Run
-from ntkjax.training.step import cast_like, init_state, leaf_dtypes
+from ntkjax.training.step import cast_like, init_state, leaf_dtypes, on_mesh
 from ntkjax.training.trackers import TRACKERS, check_tracker
 from ntkjax.types import Params, as_pytree_fn
 
@@ -103,8 +103,10 @@ def saved_state(
       CheckpointError: no checkpoint of that step (the steps there are named), or a damaged one.
     """
     state = init_state(params, AdamW.of(config))
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(state.params) if not x.is_fully_addressable), None)
+    state, _ = on_mesh(state, mesh)
     like = {"params": state.params, "opt_state": state.opt_state} | ({"best": state.params} if dev else {})
-    checkpoints = Checkpoints(Path(out_dir) / CHECKPOINTS, None)
+    checkpoints = Checkpoints(Path(out_dir) / CHECKPOINTS, None, together=mesh is not None)
     try:
         if step not in checkpoints.steps():
             found = ", ".join(map(str, checkpoints.steps())) or "none"

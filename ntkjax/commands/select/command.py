@@ -14,7 +14,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.pipeline.cost import forward_tokens
 from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
 from ntkjax.pipeline.inputs import inputs_of
-from ntkjax.pipeline.load import load_data, load_model, trained_parameters
+from ntkjax.pipeline.load import load_data, load_model, trained_parameters, weights_read
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -90,7 +90,8 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     theta, warmup = trained_parameters(model, config.model), None if config.skip_warmup else config.warmup
     result = choose(model, theta, domain, pool, config.select, settings, warmup=warmup)
     asides = {name: {"records": records.report} for name, records in held_out.items()}
-    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report(), **asides})
+    reports = {"domain": domain.report(), "pool": pool.report(), **asides}
+    run.write_json("data.json", reports | weights_read(model))
     return result
 
 
@@ -141,4 +142,4 @@ def describe(config: Any, result: Any) -> str:
     return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{reading_of_run(config, 'data.json')}\n{chosen}"
 
 
-COMMAND = Command(SelectConfig, select, describe, divides=True, dry_run=forecast)
+COMMAND = Command(SelectConfig, select, describe, divides=True, spans=True, dry_run=forecast)

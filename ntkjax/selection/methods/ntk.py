@@ -317,4 +317,5 @@ class NtkSelector(NtkOptions, Stage1Selector):
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         manifest = {**problem.manifest, **options, "n": problem.n, "seed": problem.seed, "rows": name}
         path: Path = problem.work_dir / name
-        return RowStore.open(path, rows=len(problem.pool), width=width, dtype=np.float32, manifest=manifest)
+        shared: dict[str, Any] = {"manifest": manifest, "together": problem.together}
+        return RowStore.open(path, rows=len(problem.pool), width=width, dtype=np.float32, **shared)
