@@ -167,7 +167,8 @@ def test_a_replay_that_was_stopped_goes_on_and_computes_nothing_twice(fresh, fil
 @pytest.mark.slow
 def test_as_a_function_with_warm_up_and_all_parameters(files, tmp_path):
     options = {"model": files.model, "data": files.pool, "n": 8, "m": 1, "seeds": 2, "bootstrap": 10,
-               "max_signs": 0.0, "cross_examples": 0, "max_length": 40, "precondition": (), "progress": False}  # fmt: skip
+               "max_signs": 0.0, "cross_examples": 0, "max_length": 40, "progress": False}  # fmt: skip
+    options["precondition"] = ()
     warm = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2}
     found = ntkjax.verify(**options, n_full=0, lora_rank=2, warmup=warm, out=tmp_path / "lora")
     assert list(found.results["columns"]) == ["lora"] and found.results["warmed_up"]

@@ -1,8 +1,9 @@
 """Scores of the loss kernel along preconditioned directions, against the whole Fisher inverted exactly.
 
 The kernel matrix of the loss, which the ladder has, gives the exact solution
-(`ntkjax.ntk.precondition.explicit_scores`). Each preconditioner is built and its scores are taken as `select --kernel loss --precondition P` takes them, with the
-sample's domain as the domain and its other examples as the pool.
+(`ntkjax.ntk.precondition.explicit_scores`). Each preconditioner is built, and its scores are taken, as
+`select --kernel loss --precondition P` does it, with the sample's domain as the domain and its other examples as the
+pool.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ NOTES = (
     "trace is sum_logits / V, exactly. The `centred_trace` here is computed so.",
     "Sketched kernels marked `law` are drawn from the Wishart law that a Gaussian sketch of the kernel matrix has, "
     "those marked `signs` from Rademacher signs applied to the gradients.",
-    "Preconditioned scores: those of the loss kernel along P^-1 g_bar, g_bar and P from the sample's domain alone. With "
-    "so few examples the Fisher has as few directions with curvature, and a block or a diagonal holds many more.",
+    "Preconditioned scores: those of the loss kernel along P^-1 g_bar, g_bar and P from the sample's domain alone. "
+    "With so few examples the Fisher has as few directions with curvature, and a block or a diagonal holds many more.",
     "Intervals resample the examples of one sample and say nothing about other data or models; with few draws their "
     "standard deviation is itself uncertain.",
 )
