@@ -433,10 +433,10 @@ class TaskResult:
             table, interval = self.table(name), None
             if table is not None and np.isclose(table.mean(), value, rtol=1e-6, atol=1e-9):
                 whole = right_or_wrong(table)
-                found = wilson_interval(int(table.sum()), table.size, level=level) if whole else bootstrap_mean(
+                bounds = wilson_interval(int(table.sum()), table.size, level=level) if whole else bootstrap_mean(
                     table, level=level, seed=seed
                 )  # fmt: skip
-                interval = [found.low, found.high]
+                interval = [bounds.low, bounds.high]
             metrics[name] = {"value": value, "interval": interval}
         return {"n": self.n, "level": level, "metrics": metrics}
 

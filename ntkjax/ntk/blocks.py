@@ -210,9 +210,9 @@ def _pairing(how: Backend, fn: Kernel, params: Params, traced: bool, a: Block) -
 
     def values(b: Block) -> np.ndarray:
         other = ready if a is b else how.prepare(fn, params, b)
-        found = np.asarray(how.combine(fn, params, ready, other, traced), np.float64)
-        axes = (a.rows, b.rows, a.outputs, b.outputs)[: found.ndim]
-        return found[tuple(slice(axis.stop - axis.start) for axis in axes)]
+        block = np.asarray(how.combine(fn, params, ready, other, traced), np.float64)
+        axes = (a.rows, b.rows, a.outputs, b.outputs)[: block.ndim]
+        return block[tuple(slice(axis.stop - axis.start) for axis in axes)]
 
     return values
 

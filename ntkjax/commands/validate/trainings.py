@@ -54,11 +54,11 @@ class Setting:
     def members(self) -> Bool[np.ndarray, "m N"]:
         """Which pool rows each subset holds. Subset k is drawn by the seed and k alone: more subsets leave it as it
         is."""
-        found = np.zeros((self.config.subsets, len(self.pool)), bool)
-        for k, row in enumerate(found):
+        table = np.zeros((self.config.subsets, len(self.pool)), bool)
+        for k, row in enumerate(table):
             rng = numpy_rng(self.config.seed, "validate", "subset", k)
             row[rng.permutation(len(self.pool))[: self.size]] = True
-        return found
+        return table
 
     def score_tasks(self) -> list[Task]:
         """One task for each score; what it chooses is not asked for."""
