@@ -127,7 +127,19 @@ class StudyCase(Case):
 COMMON = ["--lora-rank", "2", "--token-budget", "512"]
 SELECT = [*COMMON, "--n", "5", "--warmup.batch-size", "4", "--warmup.learning-rate", "1e-3"]
 TUNE = [*COMMON, "--train.batch-size", "6", "--train.steps", "3", "--train.learning-rate", "1e-3"]
-ADAPT = [*COMMON, "--n", "5", "--seeds", "1", "--warmup.batch-size", "4", "--train.batch-size", "4", "--train.epochs", "1"]
+ADAPT = [
+    *COMMON,
+    "--n",
+    "5",
+    "--seeds",
+    "1",
+    "--warmup.batch-size",
+    "4",
+    "--train.batch-size",
+    "4",
+    "--train.epochs",
+    "1",
+]
 EVALUATE = [*COMMON, "--generation", "--max-new-tokens", "8"]
 
 
