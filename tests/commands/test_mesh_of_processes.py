@@ -287,6 +287,17 @@ def test_a_checkpoint_of_all_processes_is_restored_elsewhere_bit_for_bit(two, wo
         assert said["same"] == everywhere and said["as_asked"] == everywhere, mesh
 
 
+def test_a_run_of_two_processes_goes_on_with_one(two, files):
+    name = "finetune, all, packed"
+    out = two["out"] / name
+    before = read_safetensors(out / "merged" / "model.safetensors")
+    assert main(CASES[name].argv(files, out)) == 0  # all steps are taken: what is written comes from the checkpoint
+    after = read_safetensors(out / "merged" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for tensor, value in before.items():
+        np.testing.assert_array_equal(after[tensor], value, err_msg=tensor)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
