@@ -29,8 +29,11 @@ from ntkjax.types import (
     valid_mask,
 )
 
-OUTPUTS = ("apply", "hidden", "sum_logits", "nll", "entropy", "embed", "weighted_embed", "states", "head")
-BY_POSITION = ("hidden", "sum_logits", "nll", "entropy")
+OUTPUTS = (
+    *("apply", "hidden", "sum_logits", "nll", "entropy", "margin", "error"),
+    *("embed", "weighted_embed", "states", "head"),
+)
+BY_POSITION = ("hidden", "sum_logits", "nll", "entropy", "margin", "error")
 """Outputs that are the mean over positions of something that is linear in what a kernel makes of it."""
 POSITIONS = ("response", "all", "last")
 
@@ -239,6 +242,26 @@ def token_entropy(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"])
     return _sliced(piece, spec.config.vocab_size, states)
 
 
+def token_margin(
+    spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """log(p / (1 - p)), p = p(token t+1 | tokens up to t), at position t, [B, T]; the last column is meaningless.
+
+    As z_y - log sum_{v != y} e^z_v for the logits z and the next token y, exact where p is near 1. Logits as in
+    token_nll.
+    """
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+
+    def piece(states, targets):
+        logits = project(spec, weights, states)
+        own = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        others = jnp.where(own, jnp.full((), -jnp.inf, logits.dtype), logits)
+        return chosen - jax.nn.logsumexp(others, axis=-1)
+
+    return _sliced(piece, spec.config.vocab_size, states, targets)
+
+
 def _sliced(piece: Callable[..., Array], vocab: int, *arrays: Array) -> Float[Array, "B T"]:
     """``piece`` of arrays [B, T, ...], at once, or slice after slice of T where [B, T, vocab] would be large."""
     rows, length = arrays[0].shape[:2]
@@ -305,9 +328,13 @@ class ModelFn:
             return sums(states, mask, batch)
         if self.kind == "apply":
             return pooled_logits(self.spec, weights, states, mask, batch)
-        by_token = {"nll": token_nll, "entropy": token_entropy, "sum_logits": token_sum}[self.kind]
-        inputs = (states, tokens) if self.kind == "nll" else (states,)
-        return sums(by_token(self.spec, weights, *inputs), mask, batch)
+        if self.kind in ("entropy", "sum_logits"):
+            by_token = {"entropy": token_entropy, "sum_logits": token_sum}[self.kind]
+            return sums(by_token(self.spec, weights, states), mask, batch)
+        if self.kind == "nll":
+            return sums(token_nll(self.spec, weights, states, tokens), mask, batch)
+        margin = token_margin(self.spec, weights, states, tokens)
+        return sums(margin if self.kind == "margin" else jax.nn.sigmoid(-margin), mask, batch)
 
     def before_pooling(self) -> ModelFn:
         """See `ntkjax.types.before_pooling`; of the outputs that are a mean over positions."""

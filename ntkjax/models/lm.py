@@ -125,8 +125,8 @@ class LanguageModel:
         return chosen
 
     def output(self, kind: str, positions: str = "response") -> ModelFn:
-        """The function ``kind`` ("apply", "hidden", "sum_logits", "nll", "entropy", "embed", "weighted_embed",
-        "states", "head") over ``positions``.
+        """The function ``kind`` ("apply", "hidden", "sum_logits", "nll", "entropy", "margin", "error", "embed",
+        "weighted_embed", "states", "head") over ``positions``.
         """
         return model_fn(self.params, self.spec, kind, positions)
 
@@ -171,6 +171,16 @@ class LanguageModel:
     def entropy_fn(self) -> ModelFn:
         """(params, batch) -> mean entropy of the prediction over S(x) in nats [B]."""
         return self.output("entropy")
+
+    @property
+    def margin_fn(self) -> ModelFn:
+        """(params, batch) -> mean over S(x) of log(p / (1 - p)), p the probability of the next token [B]."""
+        return self.output("margin")
+
+    @property
+    def error_fn(self) -> ModelFn:
+        """(params, batch) -> mean over S(x) of 1 - p, p the probability of the next token [B]."""
+        return self.output("error")
 
     def logits(self, token_ids: Int[Array | np.ndarray, "B T"] | list) -> Float[Array, "B T V"]:
         """Logits of every position, float32 or better [B, T, V]. UserError for a token outside the vocabulary."""

@@ -72,6 +72,15 @@ def top_n_overlap(a: np.ndarray, b: np.ndarray, n: int) -> float:
     return len(np.intersect1d(top_n(a, n), top_n(b, n))) / n
 
 
+def relative_error(a: np.ndarray, e: np.ndarray, *, scaled: bool = False) -> float:
+    """|a - e| / |e|, NaN where e is 0; ``scaled``: min over c of |c a - e| / |e|, what no choice of scale mends."""
+    a, e = _pair(a, e)
+    size, own = np.linalg.norm(e), a @ a
+    if size == 0 or (scaled and own == 0):
+        return float("nan")
+    return float(np.linalg.norm((a @ e / own if scaled else 1.0) * a - e) / size)
+
+
 def bootstrap_interval(
     statistic: Callable[..., float],
     *arrays: np.ndarray,

@@ -48,7 +48,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.conjugate import ConjugateGradients, conjugate_gradients
@@ -342,9 +342,13 @@ def cg(
 
 def _damping(trace: float, damping: float, params: Params) -> float:
     """lambda = ``damping`` x tr H / P."""
+    return _lambda(trace, damping, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
+
+
+def _lambda(trace: float, damping: float, parameters: int) -> float:
     if trace == 0:
         raise ConfigError("the gradient of the loss is 0 for every example, so there is no curvature to invert")
-    return damping * trace / sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return damping * trace / parameters
 
 
 def _traces(factor: Float[Array, "s ..."]) -> Float[Array, " s"]:
@@ -365,6 +369,34 @@ def _decompose(factor: Float[Array, "s ..."], root: Float[Array, " s"]) -> tuple
         return factor / root[:, None], None
     values, vectors = jnp.linalg.eigh(factor / root[:, None, None])
     return jnp.maximum(values, 0), vectors  # a factor is positive semi-definite: below 0 is rounding
+
+
+def explicit_scores(
+    kernel: Float[np.ndarray, "n n"], domain_rows: Int[np.ndarray, " M"], *, damping: float, parameters: int
+) -> tuple[Float[np.ndarray, " scored"], float]:
+    """(<(F + lambda I)^-1 g_bar, g_j> for every row outside the domain, in order; lambda): what ``cg`` solves for.
+
+    From the kernel matrix of the loss alone, K_ij = <g_i, g_j>, in float64 and without iterations: as
+    (J^T J / M + lambda I)^-1 J^T = J^T (J J^T / M + lambda I)^-1 for the Jacobian J [M, P] of the domain,
+
+        s_j = K_jD (K_DD + M lambda I)^-1 1,    lambda = damping x tr F / P,    tr F = tr K_DD / M
+
+    Args:
+      kernel: K, symmetric.
+      domain_rows: D, the M rows of the domain.
+      damping: lambda over tr F / P.
+      parameters: P.
+
+    Raises:
+      ConfigError: ``damping`` not above 0, or no curvature at all.
+    """
+    kernel, domain = np.asarray(kernel, np.float64), np.asarray(domain_rows)
+    if not damping > 0:
+        raise ConfigError(f"damping must be above 0, got {damping}")
+    own = kernel[np.ix_(domain, domain)]
+    lam, count = _lambda(float(np.trace(own)) / len(domain), damping, parameters), len(domain)
+    weights = np.linalg.solve(own + count * lam * np.eye(count), np.ones(count))
+    return np.delete(kernel, domain, axis=0)[:, domain] @ weights, lam
 
 
 def build_preconditioner(

@@ -174,6 +174,8 @@ def problem_of(
         pool_texts=pool.records.texts,
         weighted_embed_fn=model.output("weighted_embed"),
         entropy_fn=model.entropy_fn,
+        margin_fn=model.margin_fn,
+        error_fn=model.error_fn,
         sample_fn=Sampler(model, params, pool.tokens),
         sum_logits_fn=model.sum_logits_fn,
         states_fn=model.states_fn,

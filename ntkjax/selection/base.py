@@ -126,6 +126,8 @@ class SelectionProblem:
       sum_logits_fn: as in `ntkjax.ntk.KernelFunctions`; None where the outputs are W h.
       states_fn: ``(params, batch) -> [R, T, D]`` final hidden state of every token, R rows of tokens; None where there
         is none.
+      margin_fn, error_fn: ``(params, batch) -> [B]`` mean over S(x) of log(p / (1 - p)) and of 1 - p, p the probability
+        of the next token; None where there are none.
       start_params: theta before the warm-up; None where there was none.
     """
 
@@ -152,6 +154,8 @@ class SelectionProblem:
     sum_logits_fn: Callable | None = None
     states_fn: Callable | None = None
     start_params: Params | None = None
+    margin_fn: Callable | None = None
+    error_fn: Callable | None = None
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))

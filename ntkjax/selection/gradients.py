@@ -173,7 +173,7 @@ def gradient_features(
     problem: SelectionProblem,
     candidates: Int[np.ndarray, " C"],
     *,
-    kernel: str = "loss",
+    kernel: str | Kernel = "loss",
     sketch: str,
     size: int,
     checkpoint: WarmupCheckpoint | None = None,
@@ -189,7 +189,8 @@ def gradient_features(
 
     Args:
       candidates: rows of the pool.
-      kernel: a name of `ntkjax.ntk.kernels.parse`; g the gradients of its outputs, sketched into one phi.
+      kernel: a name of `ntkjax.ntk.kernels.parse`, or a kernel, whose name must tell it from all others; g the
+        gradients of its outputs, sketched into one phi.
       sketch: a name of `SKETCHES`, drawn from the problem's seed. size: K.
       checkpoint: theta (and Adam's moments) to use; None: the problem's ``params``.
       adam: Adam's step in the place of the pool's gradients, with the moments of ``checkpoint``.
@@ -201,7 +202,7 @@ def gradient_features(
         head whose gradient the kernel does not hold.
       NonFiniteError: rows whose gradient is NaN or infinite; the others are kept.
     """
-    if adam and (checkpoint is None or not parse(kernel).kind.single):
+    if adam and (checkpoint is None or isinstance(kernel, Kernel) or not parse(kernel).kind.single):
         single = " or ".join(name for name, kind in KERNELS.items() if kind.single)
         raise ConfigError(
             f"Adam's update of gradients needs a warm-up checkpoint and a kernel of one output "
@@ -238,11 +239,14 @@ class _Features:
     sketch: Any
 
     @classmethod
-    def of(cls, problem: SelectionProblem, name: str, sketch: Sketch, checkpoint: WarmupCheckpoint | None) -> _Features:
+    def of(
+        cls, problem: SelectionProblem, kernel: str | Kernel, sketch: Sketch, checkpoint: WarmupCheckpoint | None
+    ) -> _Features:
         """Those of the domain."""
         params = problem.params if checkpoint is None else checkpoint.params
-        functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
-        kernel = build(name, functions, params, seed=problem.seed)
+        if not isinstance(kernel, Kernel):
+            functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn, problem.sum_logits_fn)
+            kernel = build(kernel, functions, params, seed=problem.seed)
         return cls(problem, problem.domain, "domain-gradients", kernel, params, sketch)
 
     def preconditioned(self, name: str, damping: float) -> _Features:

@@ -157,7 +157,7 @@ class DampingOptions(Options):
     """The damping of a curvature."""
 
     damping: float = DAMPING
-    """lambda over the mean curvature (precondition or curvature one of kfac, ekfac, cg; method=quad)."""
+    """lambda over the mean curvature (precondition or curvature one of kfac, ekfac, cg; method=quad, trak)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from ntkjax.commands.verify.config import VerifyConfig
 from ntkjax.commands.verify.sample import draw_sample
 from ntkjax.ntk import kernel_matrix
 from ntkjax.ntk.agreement import METRICS
+from ntkjax.ntk.precondition import PreconditionerName
 
 QUICK = [
     *("--n", "10", "--n-domain", "3", "--n-full", "6", "--m", "2", "--seeds", "2", "--bootstrap", "10"),
+    *("--damping", "0.1", "1e6"),
     *("--lora-rank", "2", "--cross-examples", "3", "--sketch-size", "64", "--max-signs", "1.2e5", "--max-length", "40"),
 ]
 RUNGS = (*("trace", "centred_trace", "spectral:2", "centred_spectral:2", "hutchinson:2", "sum_logits", "loss"),)
@@ -120,6 +123,32 @@ def test_what_is_written(fresh):
     assert sizes["all"]["parameters"] > sizes["lora"]["parameters"] > 0
 
 
+def test_preconditioners_are_measured_against_the_explicit_solution(fresh, files):
+    kernels, found = np.load(fresh / "kernels.npz"), results(fresh)
+    table = {(r["precondition"], r["damping"]): r for r in found["preconditioners"]}
+    assert list(table) == [(name, damping) for damping in (0.1, 1e6) for name in get_args(PreconditionerName)]
+    drawn = [json.loads(p.read_text())["draw"] for p in sorted(fresh.glob("rows/lora/*/preconditioned.json"))]
+    assert len(drawn) == 2 and all(row["draws"] == 2 and row["scored"] == 7 for row in table.values())
+    losses = kernels["lora/loss"]
+    for draw, matrix in zip(drawn, losses):
+        plain = matrix[:3, 3:].mean(axis=0)
+        np.testing.assert_allclose(draw["0.1"]["scores"]["none"], plain, rtol=1e-3, atol=1e-5 * np.abs(plain).max())
+        # lambda so large that P is lambda I: every direction is g_bar but for scale
+        assert draw["1000000.0"]["lambda"] == pytest.approx(1e7 * draw["0.1"]["lambda"])
+        exact = np.array(draw["1000000.0"]["scores"]["exact"]) * draw["1000000.0"]["lambda"]
+        np.testing.assert_allclose(exact, plain, rtol=2e-3, atol=2e-3 * np.abs(plain).max())
+    for name in ("kfac", "ekfac", "cg"):
+        assert table[name, 1e6]["relative_error"] < 1e-2 and table[name, 1e6]["score_spearman"] > 0.9
+    assert table["cg", 0.1]["residual"] is not None and table["kfac", 0.1]["residual"] is None
+    assert table["cg", 0.1]["relative_error"] < 0.01 and table["cg", 0.1]["score_spearman"] == pytest.approx(1)
+    # every other P is another matrix at this damping
+    assert all(table[name, 0.1]["relative_error"] > 0.05 for name in ("none", "adam", "kfac", "ekfac"))
+    text = (fresh / "ladder.md").read_text()
+    assert "whole Fisher inverted exactly" in text and "| ekfac" in text
+    assert len(list(csv.DictReader((fresh / "preconditioners.csv").open()))) == 10
+    assert "tab:preconditioners" in (fresh / "ladder.tex").read_text()
+
+
 def test_a_replay_that_was_stopped_goes_on_and_computes_nothing_twice(fresh, files, tmp_path, monkeypatch):
     import ntkjax.commands.verify.command as command
 
@@ -139,6 +168,7 @@ def test_a_replay_that_was_stopped_goes_on_and_computes_nothing_twice(fresh, fil
 def test_as_a_function_with_warm_up_and_all_parameters(files, tmp_path):
     options = {"model": files.model, "data": files.pool, "n": 8, "m": 1, "seeds": 2, "bootstrap": 10,
                "max_signs": 0.0, "cross_examples": 0, "max_length": 40, "progress": False}  # fmt: skip
+    options["precondition"] = ()
     warm = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2}
     found = ntkjax.verify(**options, n_full=0, lora_rank=2, warmup=warm, out=tmp_path / "lora")
     assert list(found.results["columns"]) == ["lora"] and found.results["warmed_up"]
@@ -161,6 +191,7 @@ BAD = {
     "too few to score": (["--n-domain", "7"], ["n_domain", "at least 4"]),
     "top above the scored": (["--top", "7"], ["top", "1 to 6"]),
     "no seeds": (["--seeds", "0"], ["seeds must be at least 1"]),
+    "no damping": (["--damping", "0"], ["damping must be", "above 0"]),
     "no memory": (["--memory-gib", "0"], ["memory_gib"]),
     "a sample that is too small": (["--n-full", "3"], ["n_full must be 0 or at least 6"]),
     "missing file": (["--data", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),

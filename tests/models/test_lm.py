@@ -52,7 +52,7 @@ def log_probabilities(model, batch):
 def test_outputs_are_the_formulas():
     model, batch = model_with_b(), make_batch()
     logits, logp = np.asarray(model.logits(batch.tokens)), log_probabilities(model, batch)
-    kinds = ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed", "states")
+    kinds = ("apply", "hidden", "nll", "entropy", "margin", "error", "embed", "weighted_embed", "states")
     fns = {kind: model.output(kind) for kind in kinds}
     fns |= {"all": model.output("nll", "all"), "last": model.output("hidden", "last")}
     got = jax.jit(lambda fns, batch: {kind: fn({}, batch) for kind, fn in fns.items()})(fns, batch)
@@ -68,6 +68,9 @@ def test_outputs_are_the_formulas():
         np.testing.assert_allclose(got["nll"][i], -logp[i, at, batch.tokens[i, at + 1]].mean(), atol=1e-5)
         entropy = -(np.exp(logp[i, at]) * logp[i, at]).sum(-1)
         np.testing.assert_allclose(got["entropy"][i], entropy.mean(), atol=1e-5)
+        p = np.exp(logp[i, at, batch.tokens[i, at + 1]])
+        np.testing.assert_allclose(got["margin"][i], np.log(p / (1 - p)).mean(), atol=1e-5)
+        np.testing.assert_allclose(got["error"][i], (1 - p).mean(), atol=1e-6)
         every = np.arange(n - 1)
         np.testing.assert_allclose(got["all"][i], -logp[i, every, batch.tokens[i, every + 1]].mean(), atol=1e-5)
         np.testing.assert_allclose(got["last"][i], states[i, n - 2], atol=1e-5)
@@ -101,7 +104,20 @@ def test_entropy_of_a_prediction_that_knows_nothing_and_of_one_that_knows_all(mo
     np.testing.assert_allclose(sliced, whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["apply", "hidden", "nll", "entropy", "embed", "weighted_embed"])
+def test_margins_stay_finite_where_a_prediction_is_certain(monkeypatch):
+    """log(p / (1 - p)) grows with the logits where p rounds to 1; the same a slice of T at a time."""
+    model, batch = model_with_b(), make_batch()
+    scaled = lambda by: model.with_params({"head": {"kernel": by * model.params["head"]["kernel"]}})
+    steep = [np.asarray(run(scaled(by).margin_fn, {}, batch), np.float64) for by in (500.0, 1000.0)]
+    assert np.abs(steep[1]).max() > 100
+    np.testing.assert_allclose(steep[1], 2 * steep[0], rtol=0.02, atol=1)
+    whole = np.asarray(run(model.margin_fn, {}, batch))
+    monkeypatch.setattr(functions, "MAX_LOGITS", 3 * 37 * 3)
+    sliced = jax.jit(lambda fn, batch: fn({}, batch))(model.margin_fn, batch)
+    np.testing.assert_allclose(sliced, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["apply", "hidden", "nll", "entropy", "margin", "error", "embed", "weighted_embed"])
 def test_padding_order_and_company_do_not_matter(kind):
     fn = model_with_b().output(kind)
     together = np.asarray(run(fn, {}, make_batch()))

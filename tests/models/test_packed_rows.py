@@ -74,7 +74,9 @@ EVERY = [kind for kind in OUTPUTS if kind not in ("states", "head")]
 
 
 @pytest.mark.parametrize(
-    ("kinds", "cap", "sliced"), [(EVERY, None, False), (["nll", "entropy"], None, True), (["apply", "nll"], 0.5, False)]
+    ("kinds", "cap", "sliced"),
+    [(EVERY, None, False), (["nll", "entropy", "margin"], None, True), (["apply", "nll"], 0.5, False)],
+    [(EVERY, None, False), (["nll", "entropy", "margin"], None, True), (["apply", "nll"], 0.5, False)],
 )
 def test_every_output_pools_by_example(monkeypatch, x64, kinds, cap, sliced):
     monkeypatch.setattr(functions, "forward", no_layers)
@@ -144,7 +146,7 @@ def test_empty_slots_give_exactly_zero(monkeypatch):
     batch = data.batches(token_budget=512, packing=True)[0]
     empty = np.asarray(batch.index) < 0
     assert empty.any()
-    for kind in ("apply", "hidden", "nll", "entropy", "embed", "weighted_embed"):
+    for kind in ("apply", "hidden", "nll", "entropy", "margin", "error", "embed", "weighted_embed"):
         found = np.asarray(run(model.output(kind), batch))
         assert np.all(found[empty] == 0) and np.all(np.isfinite(found))
 

@@ -12,7 +12,16 @@ from jax.tree_util import Partial
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk import ForwardScorer, kernel_scores
 from ntkjax.ntk.metrics import spearman
-from ntkjax.ntk.precondition import PASSES, PreconditionerName, adam, build_preconditioner, cg, ekfac, kfac
+from ntkjax.ntk.precondition import (
+    PASSES,
+    PreconditionerName,
+    adam,
+    build_preconditioner,
+    cg,
+    ekfac,
+    explicit_scores,
+    kfac,
+)
 from ntkjax.ntk.rows import NonFiniteError
 from ntkjax.types import Batch
 
@@ -84,6 +93,23 @@ def test_kfac_is_exact_where_the_fisher_is_a_kronecker_product(x64):
     u = rng.normal(size=g.shape[1])
     found = kfac(loss, params, [batch], damping=0.03)(as_tree(params, u))
     np.testing.assert_allclose(flat_rows(found)[0], np.linalg.solve(fisher + damping * np.eye(len(u)), u), rtol=1e-9)
+
+
+def test_explicit_scores_are_those_of_the_inverted_fisher(case, x64):
+    """K_jD (K_DD + M lambda I)^-1 1 against (G_D^T G_D / M + lambda I)^-1 g_bar for every other row."""
+    _, _, _, g = case
+    domain = np.array([3, 0, 7, 11, 12])
+    fisher, rest = g[domain].T @ g[domain] / len(domain), np.delete(g, domain, axis=0)
+    for damping in (0.1, 30.0):
+        lam = damping * np.trace(fisher) / len(fisher)
+        along = np.linalg.solve(fisher + lam * np.eye(len(fisher)), g[domain].mean(axis=0))
+        found, used = explicit_scores(g @ g.T, domain, damping=damping, parameters=g.shape[1])
+        assert used == pytest.approx(lam)
+        np.testing.assert_allclose(found, rest @ along, rtol=1e-8, atol=1e-10 * np.abs(rest @ along).max())
+    with pytest.raises(ConfigError, match="damping"):
+        explicit_scores(g @ g.T, domain, damping=0.0, parameters=3)
+    with pytest.raises(ConfigError, match="no curvature"):
+        explicit_scores(np.zeros((4, 4)), np.arange(2), damping=0.1, parameters=3)
 
 
 def block_fisher(g, params):

@@ -50,6 +50,24 @@ def entropy_fn(params, batch):
     return pooled(-jnp.sum(jnp.exp(logp) * logp, axis=-1, keepdims=True), predict_mask(batch))[:, 0]
 
 
+def margins(params, batch):
+    """log(p / (1 - p)) of the next token at every position but the last, and which count."""
+    logp = jax.nn.log_softmax(states(params, batch) @ params["head"].T, axis=-1)[:, :-1]
+    chosen = jnp.take_along_axis(logp, batch.tokens[:, 1:, None], axis=-1)
+    return chosen - jnp.log1p(-jnp.exp(chosen)), predict_mask(batch)[:, :-1]
+
+
+def margin_fn(params, batch):
+    """Mean over S(x) of log(p / (1 - p))."""
+    return pooled(*margins(params, batch))[:, 0]
+
+
+def error_fn(params, batch):
+    """Mean over S(x) of 1 - p."""
+    found, mask = margins(params, batch)
+    return pooled(1 - jax.nn.sigmoid(found), mask)[:, 0]
+
+
 def sum_of_logits(params, batch):
     return (hidden_fn(params, batch) @ params["head"].T).sum(axis=1)
 
@@ -80,6 +98,7 @@ def make(n=5, rows=24, **changes):
         "token_budget": 64, "domain": dataset(6, 1), "pool": dataset(rows, 2),
         "domain_texts": texts(6, 1), "pool_texts": texts(rows, 2), "weighted_embed_fn": embed_fn,
         "checkpoints": tuple(checkpoints), "entropy_fn": entropy_fn, "states_fn": states,
+        "margin_fn": margin_fn, "error_fn": error_fn,
         "start_params": checkpoints[0].params,
     }  # fmt: skip
     return SelectionProblem(**{**fields, **changes})

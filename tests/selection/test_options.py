@@ -43,6 +43,7 @@ DEFAULTS = {
         "pool_sample": 512,
     },
     "less": {"sketch": "sparse", "sketch_size": 8192, "stage1": "on", "prefilter_factor": 4, "adam": "on"},
+    "trak": {"sketch": "sparse", "sketch_size": 8192, "stage1": "on", "prefilter_factor": 4, "damping": 0.1},
     "g2is": {
         "sketch": "sparse",
         "sketch_size": 8192,

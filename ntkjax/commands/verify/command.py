@@ -3,7 +3,7 @@
 One sample of examples, part of it the domain, and on it every kernel of `ntkjax.ntk.kernels.KERNELS`, with all
 parameters and with LoRA, and each of them sketched. Every kernel is compared with the exact trace of the same
 parameters, with the kernel that it approximates, which isolates the error of that one step, and with the centred trace,
-the part that can change the loss.
+the part that can change the loss. Preconditioners are compared with the whole Fisher inverted exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ntkjax.commands.base import Command
 from ntkjax.commands.verify.comparisons import compare
 from ntkjax.commands.verify.config import VerifyConfig
 from ntkjax.commands.verify.kernels import KernelSuite
-from ntkjax.commands.verify.report import cross_table, table, write_report
+from ntkjax.commands.verify.report import PRECONDITIONED, cross_table, preconditioner_table, table, write_report
 from ntkjax.commands.verify.sample import check_sizes, draw_sample
 from ntkjax.files import write_npz
 from ntkjax.pipeline.inputs import inputs_of
@@ -36,7 +36,8 @@ class Verification:
     """What `verify` found; ``results`` is the content of results.json.
 
     Attributes:
-      results: ``ladder`` (one row for each kernel and reference), ``cross_terms``, ``curves``, ``noise``, sizes, times.
+      results: ``ladder`` (one row for each kernel and reference), ``cross_terms``, ``preconditioners``, ``curves``,
+        ``noise``, sizes, times.
       kernels: ``COLUMN/KERNEL`` -> matrices [draws, n, n], as in kernels.npz.
     """
 
@@ -94,7 +95,10 @@ def describe(config: Any, result: Any) -> str:
         rows = [row for row in table(result.results, "top", column) if "sketched" not in row["rung"]]
         title = "All parameters" if column == "all" else "LoRA"
         parts.append(f"{title}, against the exact trace\n\n{to_markdown(rows, shown)}")
-    parts += [to_markdown(cross_table(result.results)), reading(result.results["data"])]
+    parts.append(to_markdown(cross_table(result.results)))
+    if result.results["preconditioners"]:
+        parts.append(f"{PRECONDITIONED}\n\n{to_markdown(preconditioner_table(result.results))}")
+    parts += [reading(result.results["data"])]
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ntkjax.commands.verify.config import VerifyConfig
 from ntkjax.commands.verify.kernels import CENTRED_TRACE, TRACE, ParameterSet, passes
+from ntkjax.commands.verify.preconditioners import preconditioner_rows
 from ntkjax.ntk.agreement import agreement, ranks_by_row, selected_counts, weighted_pearson
 from ntkjax.ntk.cross_terms import CrossTerms, cross_ratio
 from ntkjax.ntk.kernels import KERNELS, parse
@@ -35,7 +36,8 @@ def step_of(approximation: str) -> str | None:
 
 
 def compare(config: VerifyConfig, subsets: list[ParameterSet], *, progress: bool) -> dict[str, Any]:
-    """The content of results.json: ``ladder``, ``cross_terms``, ``curves``, ``noise`` and the sizes."""
+    """The content of results.json: ``ladder``, ``cross_terms``, ``preconditioners``, ``curves``, ``noise`` and the
+    sizes."""
     tasks = [task for subset in subsets for task in comparisons(config, subset, subsets)]
     ladder = [task.run(config) for task in tqdm(tasks, desc="compare kernels", disable=not progress, unit="comparison")]
     return {
@@ -54,6 +56,12 @@ def compare(config: VerifyConfig, subsets: list[ParameterSet], *, progress: bool
         "warmed_up": not config.skip_warmup,
         "ladder": ladder,
         "cross_terms": [cross_row(config, subset) for subset in subsets],
+        "preconditioners": [
+            row
+            for c in subsets
+            if c.preconditioned
+            for row in preconditioner_rows(config, c.name, c.preconditioned, top_of(config, c))
+        ],
         "curves": [row for subset in subsets for row in curve_rows(config, subset)],
         "noise": [row for subset in subsets for row in noise_rows(config, subset)],
     }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, get_args
 
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
+from ntkjax.ntk.precondition import DAMPING, PreconditionerName
 from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.training import TrainConfig
 
@@ -50,6 +51,11 @@ class VerifyConfig:
     cross_outputs: int = 2048
     """Most outputs compared with each other, a uniform sample of the vocabulary; fewer where their gradients do not fit
     into memory_gib and the head is trained."""
+    precondition: tuple[PreconditionerName, ...] = get_args(PreconditionerName)
+    """Preconditioners whose scores by the loss kernel are compared with those of the whole Fisher, inverted exactly;
+    none: leave that out."""
+    damping: tuple[float, ...] = (DAMPING,)
+    """lambda over the mean curvature tr F / P, for these comparisons; each value makes a set of them."""
     bootstrap: int = 200
     """Resamples of the examples behind each interval."""
     memory_gib: float = 1.0
@@ -68,6 +74,8 @@ class VerifyConfig:
                 raise ConfigError(f"{name} must be 0 or at least {6 if name == 'n_full' else 2}, got {value}")
         if not self.m or min(self.m) < 1:
             raise ConfigError(f"m must be one or more numbers of outputs from 1, got {list(self.m)}")
+        if self.precondition and not (self.damping and min(self.damping) > 0):
+            raise ConfigError(f"damping must be one or more numbers above 0, got {list(self.damping)}")
         if self.memory_gib <= 0:
             raise ConfigError(f"memory_gib must be above 0, got {self.memory_gib}")
         if not 1 <= self.domain_count <= self.n - 4:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ntkjax.commands.verify.config import VerifyConfig
+from ntkjax.commands.verify.preconditioners import LOSS, Draw, preconditioned_scores
 from ntkjax.commands.verify.sample import Sample
 from ntkjax.data import TokenisedDataset
 from ntkjax.files import read_json
@@ -47,6 +48,7 @@ class ParameterSet:
       sketched: name -> two independent sketches for every draw [2, draws, n, n], and how they were made.
       curves: kernel with a size -> {m: matrices [draws, n, n]}.
       cross: cross-output cosines, one for each seed.
+      preconditioned: scores along preconditioned directions, one for each seed; of the trained parameters alone.
       parameters, vocab, width: sizes.
     """
 
@@ -58,6 +60,7 @@ class ParameterSet:
     sketched: dict[str, tuple[np.ndarray, str]] = dataclasses.field(default_factory=dict)
     curves: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
     cross: list[CrossTerms] = dataclasses.field(default_factory=list)
+    preconditioned: list[Draw] = dataclasses.field(default_factory=list)
     parameters: int = 0
     vocab: int = 0
     width: int = 0
@@ -118,8 +121,9 @@ class KernelSuite:
             for name, sizes in draws[0]["curves"].items()
         }
         cross = [draw["cross"] for draw in draws if draw["cross"] is not None]
-        sizes = {name: draws[0][name] for name in ("parameters", "vocab", "width")}
-        return dataclasses.replace(subset, kernels=kernels, sketched=sketched, curves=curves, cross=cross, **sizes)
+        found = {"kernels": kernels, "sketched": sketched, "curves": curves, "cross": cross}
+        found["preconditioned"] = [draw["preconditioned"] for draw in draws if draw["preconditioned"] is not None]
+        return dataclasses.replace(subset, **found, **{n: draws[0][n] for n in ("parameters", "vocab", "width")})
 
     # -- the weights --
 
@@ -179,6 +183,7 @@ class KernelSuite:
             "curves": curves,
             "sketched": sketched,
             "cross": self._cross(subset, checkpoint, tokens, seed),
+            "preconditioned": self._preconditioned(subset, checkpoint, tokens, kernels[LOSS], parameters),
             "parameters": parameters,
             "vocab": int(vocab),
             "width": int(width),
@@ -337,6 +342,44 @@ class KernelSuite:
             progress=self.progress and f"{subset.name}, {checkpoint.key}: cross-output cosines",
         )
         self.run.write_json(str(file.relative_to(self.run.path)), dataclasses.asdict(found) | {"manifest": manifest})
+        return found
+
+    # -- preconditioned directions --
+
+    def _preconditioned(
+        self,
+        subset: ParameterSet,
+        checkpoint: Checkpoint,
+        tokens: TokenisedDataset,
+        matrix: np.ndarray,
+        parameters: int,
+    ) -> Draw | None:
+        """The scores by each preconditioner where these are the parameters that are trained; kept as JSON."""
+        config, domain = self.config, subset.domain
+        if not config.precondition or subset.name != config.model.parameters:
+            return None
+        manifest = self._manifest(subset, checkpoint, tokens, domain=domain, damping=list(config.damping),
+                                  precondition=list(config.precondition))  # fmt: skip
+        file = self.run.path / "rows" / subset.name / checkpoint.key / "preconditioned.json"
+        if file.exists():
+            content = read_json(file)
+            if content["manifest"] == manifest:
+                return content["draw"]
+        began, rows = time.monotonic(), np.arange(len(tokens))
+        found = preconditioned_scores(
+            config,
+            checkpoint.functions,
+            checkpoint.params,
+            matrix,
+            self._batches(tokens.subset(rows[:domain])),
+            self._batches(tokens.subset(rows[domain:])),
+            sizes=(domain, len(tokens) - domain),
+            parameters=parameters,
+            progress=self.progress,
+        )
+        self.run.write_json(str(file.relative_to(self.run.path)), {"manifest": manifest, "draw": found})
+        self.run.log(column=subset.name, point=checkpoint.key, kernel="loss, preconditioned", examples=len(tokens),
+                     seconds=time.monotonic() - began)  # fmt: skip
         return found
 
 

@@ -38,6 +38,8 @@ NOTES = (
     "trace is sum_logits / V, exactly. The `centred_trace` here is computed so.",
     "Sketched kernels marked `law` are drawn from the Wishart law that a Gaussian sketch of the kernel matrix has, "
     "those marked `signs` from Rademacher signs applied to the gradients.",
+    "Preconditioned scores: those of the loss kernel along P^-1 g_bar, g_bar and P from the sample's domain alone. "
+    "With so few examples the Fisher has as few directions with curvature, and a block or a diagonal holds many more.",
     "Intervals resample the examples of one sample and say nothing about other data or models; with few draws their "
     "standard deviation is itself uncertain.",
 )
@@ -50,6 +52,8 @@ def write_report(run: RunDir, results: Mapping[str, Any], kernels: Mapping[str, 
         run.write_text(f"{name}.csv", to_csv(results[name]))
     plain = [{k: v for k, v in row.items() if "histogram" not in k} for row in results["cross_terms"]]
     run.write_text("cross_terms.csv", to_csv(plain))
+    if results["preconditioners"]:
+        run.write_text("preconditioners.csv", to_csv(results["preconditioners"]))
     run.write_text("ladder.md", markdown(results))
     run.write_text("ladder.tex", latex(results))
     plots = draw(results, kernels)
@@ -116,6 +120,25 @@ def cross_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+PRECONDITIONED = "Preconditioned scores against the whole Fisher inverted exactly"
+
+
+def preconditioner_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each preconditioner and damping, formatted."""
+    return [
+        {
+            "precondition": row["precondition"],
+            "damping": f"{row['damping']:g}",
+            "Spearman, scores": spread(row, "score_spearman"),
+            "top-N overlap": spread(row, "top_n_overlap", digits=2),
+            "relative error": spread(row, "relative_error"),
+            "at the best scale": spread(row, "relative_error_scaled"),
+            "CG residual": "" if row["residual"] is None else f"{row['residual']:.1e}",
+        }
+        for row in results["preconditioners"]
+    ]
+
+
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """(column, against, rows) of every table there is something for, dearest parameters first."""
     for column in results["columns"]:
@@ -142,7 +165,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = ["# How good is each kernel?", _sizes(results), READING]
     for column, against, rows in _tables(results):
         parts += [f"## {_heading(column, against)}", f"Reference: {AGAINST[against]}.", to_markdown(rows)]
-    parts += ["## Cross terms", to_markdown(cross_table(results)), *(f"- {note}" for note in NOTES)]
+    parts += ["## Cross terms", to_markdown(cross_table(results))]
+    if results["preconditioners"]:
+        parts += [f"## {PRECONDITIONED}", to_markdown(preconditioner_table(results))]
+    parts += ["## Notes", *(f"- {note}" for note in NOTES)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -158,6 +184,8 @@ def latex(results: Mapping[str, Any]) -> str:
         if against in ("top", "step", "centred")
     ]
     parts.append(to_latex(cross_table(results), caption="Cross terms between outputs.", label="tab:cross"))
+    if results["preconditioners"]:
+        parts.append(to_latex(preconditioner_table(results), caption=f"{PRECONDITIONED}.", label="tab:preconditioners"))
     return "\n".join(parts)
 
 
@@ -297,6 +325,8 @@ def page(run: RunDir, results: Mapping[str, Any], plots: Mapping[str, tuple[byte
     sections += [Heading("Cross terms"), Table(cross_table(results))]
     if "cross-output-cosines.png" in plots:
         sections.append(figure("cross-output-cosines.png"))
+    if results["preconditioners"]:
+        sections += [Heading(PRECONDITIONED), Table(preconditioner_table(results))]
     versions = read_json(run.path / "versions.json")
     known = [{"what": k, "version": str(v)} for k, v in versions.items() if v is not None and k != "seeds"]
     sections += [Heading("Made with"), Details("Versions and hardware", (Table(known),)), Heading("Notes")]

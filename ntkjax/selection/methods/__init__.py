@@ -17,6 +17,7 @@ TABLE = {
     "gradient-cosine": "gradient_cosine.GradientCosineSelector",
     "influence": "influence.InfluenceSelector",
     "less": "less.LessSelector",
+    "trak": "trak.TrakSelector",
     "g2is": "g2is.G2isSelector",
     "embedding": "embedding.EmbeddingSelector",
     "perplexity": "perplexity.PerplexitySelector",
