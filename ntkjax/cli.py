@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, command = next((n, c) for n, c in commands.items() if type(config) is c.config)
         keep_programs()
         _, count = start()
-        meshed = command.spans and config.model.mesh is not None  # pyright: ignore[reportAttributeAccessIssue]
+        model = getattr(config, "model", None)  # a study names it in its file
+        meshed = command.spans and (model is None or model.mesh is not None)
         if count > 1 and not (command.divides or meshed):
             mesh = ", or give --mesh (such as --mesh auto) to run on the devices of all" if command.spans else ""
             raise ConfigError(f"{name} runs in one process, and this job has {count}; start one{mesh}")

@@ -29,7 +29,7 @@ from ntkjax.models.names import Source, is_buffer, sources
 from ntkjax.models.quantised import is_scale, quantised, scale_path
 from ntkjax.models.real import REAL, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
-from ntkjax.parallel import put, weight_sharding, weights_over_rows
+from ntkjax.parallel import everyone, process, put, spans_processes, weight_sharding, weights_over_rows
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = "tokenizer_config.json"
@@ -253,6 +253,18 @@ class Reading:
 
         return jax.make_array_from_callback(shape, sharding, part)
 
+    def same(self, first: TensorInfo, second: TensorInfo) -> bool:
+        """Whether two tensors are equal; on a mesh over several processes each compares its share of their rows."""
+        if first.shape != second.shape:
+            return False
+        together = spans_processes(self.mesh)
+        index, count = process() if together else (0, 1)
+        rows, *others = (np.arange(size) for size in first.shape)
+        parts = [info.read([rows[index::count], *others]) for info in (first, second)]
+        self.bytes_read += sum(part.nbytes for part in parts)
+        equal = np.array_equal(*parts)
+        return all(everyone(equal)) if together else equal
+
     def _read(self, info: TensorInfo, places: list[np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
         found = info.read([axis[chosen] for axis, chosen in zip(places, index)])
         self.bytes_read += found.nbytes
@@ -262,7 +274,7 @@ class Reading:
 def _load_params(spec: ModelSpec, reading: Reading, where: str, seed: int) -> tuple[dict, LoadReport]:
     flat, table, tensors = paths(param_shapes(spec)), sources(spec), reading.tensors
     table = _as_named_there(spec, table, tensors)
-    _check_names(spec, table, tensors, where)
+    _check_names(spec, table, reading, where)
     _check_shapes(flat, table, tensors)
     leaves = {}
     for path, shape in flat.items():
@@ -297,8 +309,9 @@ def _as_named_there(spec: ModelSpec, table: dict[str, Source], tensors: dict[str
     return {path: bare(source) for path, source in table.items()}
 
 
-def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo], where: str) -> None:
+def _check_names(spec: ModelSpec, table: dict[str, Source], reading: Reading, where: str) -> None:
     """No tensor may be missing, and none may be left over."""
+    tensors = reading.tensors
     needed = {name for source in table.values() for name in source.names().values()}
     missing = sorted(needed - tensors.keys())
     head = family_of(spec.config.family).tensors["head/kernel"] + ".weight"
@@ -316,7 +329,7 @@ def _check_names(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, T
     unused = sorted(name for name in tensors.keys() - needed if not is_buffer(spec, name))
     if unused == [head] and spec.config.tied:
         embedding = tensors[table["embed/weight"].name]
-        if not np.array_equal(tensors[head].read(), embedding.read()):
+        if not reading.same(tensors[head], embedding):
             raise CheckpointError(
                 f"{where}: tensor {head!r} differs from {embedding.name!r}, although config.json "
                 "ties them (tie_word_embeddings): set it to false to use both"

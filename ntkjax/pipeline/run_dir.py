@@ -28,7 +28,7 @@ from ntkjax.pipeline.inputs import INPUTS, Inputs, check_inputs
 from ntkjax.pipeline.versions import package_version, versions
 from ntkjax.store import differences, flatten
 
-LAYOUT = ("packing", "tracker")
+LAYOUT = ("packing", "tracker", "mesh", "weights")
 """Options of any group that change no result, or by rounding alone, so that a run goes on under others."""
 
 

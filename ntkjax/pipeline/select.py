@@ -8,7 +8,7 @@ from typing import Any
 
 from ntkjax.errors import ConfigError
 from ntkjax.models import LanguageModel
-from ntkjax.parallel import describe_mesh, is_primary
+from ntkjax.parallel import barrier, describe_mesh, is_primary, spans_processes
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of
@@ -72,7 +72,10 @@ def choose(
       ConfigError: a method that looks at the warm-up, and none to look at.
     """
     out, seed, progress = settings.out, settings.seed, settings.progress
-    if (out / "selection.json").exists():
+    chosen_before = (out / "selection.json").exists()
+    if spans_processes(model.mesh):
+        barrier("selection to be made")  # all have looked before the first writes it
+    if chosen_before:
         return read_selection(out)
     selector = make_selector(options)
     check_size(settings.n, len(pool))  # before the warm-up, which takes time
@@ -103,6 +106,8 @@ def choose(
     result = described(chosen, pool.tokens)
     if is_primary():
         write_selection(out, result, pool, settings.selected_format)
+    if spans_processes(model.mesh):
+        barrier("selection made")
     return result
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.models import LanguageModel, save_adapter
-from ntkjax.parallel import broadcast, is_primary, spans_processes
+from ntkjax.parallel import barrier, broadcast, is_primary, spans_processes
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import SelectorOptions, part_of
 from ntkjax.selection import METHODS
@@ -73,6 +73,7 @@ def warm_up(
         if model.lora_config is not None:
             save_adapter(out / "adapter", model, warmed)
         states = [saved_state(folder, step, params, config) for step in ends]
+    barrier("warmed up")  # what the first process wrote may be read
     warmed, states = broadcast((warmed, states))
     return WarmUp(warmed, tuple(map(WarmupCheckpoint, *zip(*states), epoch_rates(config, ends), ends)) if ends else ())
 

@@ -17,8 +17,9 @@ class MetricsLog:
     them on the disk, and its byte count in a checkpoint says which of them belong to that checkpoint.
     """
 
-    def __init__(self, path: Path | None, keep_bytes: int = 0):
-        """Open ``path``, keep its first ``keep_bytes`` bytes and drop the rest (steps to be run again).
+    def __init__(self, path: Path | None, keep_bytes: int = 0, *, writes: bool = True):
+        """Open ``path``, keep its first ``keep_bytes`` bytes and drop the rest (steps to be run again). ``writes``
+        False: only read them, where another process of the job writes.
 
         Raises:
           CheckpointError: the file holds fewer bytes than the checkpoint wrote, or a kept line is not JSON.
@@ -29,6 +30,8 @@ class MetricsLog:
         if path is None:
             return
         self.history = _kept_lines(path, keep_bytes)
+        if not writes:
+            return
         self._file = path.open("ab", buffering=0)
         self._file.truncate(keep_bytes)
 

@@ -118,7 +118,7 @@ class Run:
                 self.progress = Progress(**saved)
             primary = jax.process_index() == 0
             with self._writing():
-                self.log = MetricsLog(self.folder / METRICS if primary else None, self.progress.metrics_bytes)
+                self.log = MetricsLog(self.folder / METRICS, self.progress.metrics_bytes, writes=primary)
                 if primary and not self.finished:
                     settings = dataclasses.asdict(self.config)
                     name, step = self.config.tracker, self.progress.step

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ntkjax.errors import CheckpointError, ConfigError, UserError
-from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm
+from ntkjax.models import LoraConfig, ModelConfig, init_lm, load_lm, safetensors_file
 from ntkjax.models.lm import paths
 from ntkjax.models.load import check_ids, ids_beyond, read_config
 from ntkjax.models.names import sources
+from ntkjax.parallel import make_mesh
 
 QWEN3 = ModelConfig(
     family="qwen3", vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
@@ -108,6 +110,47 @@ def test_dtype_auto_is_the_config_s_then_the_file_s(tmp_path):
     assert loaded.params["norm"]["scale"].dtype == jnp.float32
     with pytest.raises(ConfigError, match="int4"):
         load_lm(tmp_path, dtype="int4")
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_what_is_spread_over_a_mesh_is_read_once_and_arrives_in_its_place(name, tmp_path):
+    model = write(tmp_path, dataclasses.replace(CONFIGS[name], vocab_size=32))
+    loaded = load_lm(tmp_path, lora=None, mesh=make_mesh(data=2, fsdp=2, model=2, devices=jax.devices()[:8]))
+    kernel = loaded.params["layers"]["attention"]["q"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    for path, value in paths(model.params).items():
+        np.testing.assert_array_equal(paths(loaded.params)[path], value, err_msg=path)
+    assert loaded.report.bytes_read == loaded.report.weight_bytes == sum(v.nbytes for v in hf_tensors(model).values())
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (3, 4, 5)])
+def test_of_a_part_of_a_tensor_no_other_byte_is_read(shape, tmp_path, monkeypatch):
+    rng, counted, read_into = np.random.default_rng(0), [], safetensors_file.read_into
+    whole = rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+    save_file({"before": np.ones(3, np.float32), "it": whole}, tmp_path / "model.safetensors")
+    info = safetensors_file.read_header(tmp_path / "model.safetensors")["it"]
+
+    def counting(stream, first, view):
+        counted.append(len(view))
+        read_into(stream, first, view)
+
+    monkeypatch.setattr(safetensors_file, "read_into", counting)
+    np.testing.assert_array_equal(info.read(), whole)
+    assert counted == [whole.nbytes]  # in one piece
+    for _ in range(50):
+        part = [np.sort(rng.choice(size, rng.integers(0, size + 1), replace=False)) for size in shape]
+        counted.clear()
+        np.testing.assert_array_equal(info.read(part), whole[np.ix_(*part)])
+        assert sum(counted) == whole[np.ix_(*part)].nbytes
+
+
+def test_a_file_that_ends_early_is_told(tmp_path):
+    save_file({"it": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    info = safetensors_file.read_header(tmp_path / "model.safetensors")["it"]
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(info.stop - 4)
+    with pytest.raises(CheckpointError, match="ends before the tensors that it names"):
+        info.read()
 
 
 def test_buffers_are_ignored_and_a_repeated_tied_head_is_accepted(tmp_path):

@@ -28,6 +28,7 @@ from ntkjax.evaluation import METRICS, Outcome
 from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.files import read_json
+from ntkjax.parallel import is_primary
 from ntkjax.pipeline.compare import compare_methods, paired_runs, summarise_method
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
@@ -118,7 +119,7 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
     Raises:
       UserError: unusable model, data or options; the base model cannot be evaluated, or every run fails; a full disk.
     """
-    began = time.monotonic()
+    began, progress = time.monotonic(), progress and is_primary()
     check_tracker(config.train.tracker, config.warmup.tracker)
     RunDir.check(config.out, "adapt", config)
     grid, run = _load(config, progress)
@@ -138,7 +139,8 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
             outcomes |= {arm.label: of_arm} if of_arm else {}
         results: dict[str, Any] = {**_results(grid, runs, outcomes), "wall_seconds": time.monotonic() - began}
         run.write_json("results.json", results)
-        write_adaptation(run.path, results)
+        if is_primary():
+            write_adaptation(run.path, results)
     selected = {int(seed): np.asarray(content["selected"]) for seed, content in results["selections"].items()}
     return Adaptation(results, {name: list(of_seed.values()) for name, of_seed in outcomes.items()}, selected)
 
@@ -230,4 +232,4 @@ def describe(config: Any, result: Any) -> str:
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
-COMMAND = Command(AdaptConfig, adapt, describe)
+COMMAND = Command(AdaptConfig, adapt, describe, spans=True)

@@ -18,6 +18,7 @@ from ntkjax.commands.study.results import analyse, long_rows
 from ntkjax.commands.study.spec import read_study
 from ntkjax.commands.study.tables import choices_lines, failure_table, main_table
 from ntkjax.errors import ConfigError
+from ntkjax.parallel import is_primary, process
 from ntkjax.pipeline.deduplicate import summary
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -122,6 +123,11 @@ def run_study(
     own = ("study", "out", "list", "retry_failed", "report_only")
     check_tracker(spec.train.tracker, *([spec.warmup.tracker] if spec.warmup else []))
     RunDir.check(out, "study", config, ignore=own)
+    if process()[1] > 1 and (spec.model is None or spec.model.mesh is None):
+        raise ConfigError(
+            f"{where}: study runs in one process, and this job has {process()[1]}; start one, or give model: "
+            "{mesh: auto} to run on the devices of all"
+        )
     runner = Runner(grid_of(spec, out, where))
     if listing:
         return Study(out, collect(runner), {})
@@ -133,7 +139,7 @@ def run_study(
         if retry_failed:
             forget_failures(out)
         if not report_only:
-            do_all(runner, run, runner.grid.tasks(), bar=progress)
+            do_all(runner, run, runner.grid.tasks(), bar=progress and is_primary())
         return _report(runner, run, settings)
 
 
@@ -154,7 +160,8 @@ def _report(runner: Runner, run: RunDir, settings: str) -> Study:
         name: summary(grid.reports[f"{name} duplicates"]).replace("\n", "; ") for name in grid.domains
     }
     run.write_json("results.json", results)
-    write_study(run.path, results, long_rows(runner, runs), title=grid.spec.title, settings=settings)
+    if is_primary():
+        write_study(run.path, results, long_rows(runner, runs), title=grid.spec.title, settings=settings)
     return Study(run.path, runs, results)
 
 
@@ -171,4 +178,4 @@ def describe(config: Any, result: Any) -> str:
     return "\n".join(parts) + f"\n{done}\nreport: {Path(config.out) / 'report.html'}"
 
 
-COMMAND = Command(StudyConfig, study, describe)
+COMMAND = Command(StudyConfig, study, describe, spans=True)

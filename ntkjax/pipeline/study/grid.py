@@ -18,6 +18,7 @@ from ntkjax.files import read_json
 from ntkjax.fingerprint import digest
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
+from ntkjax.parallel import barrier, is_primary
 from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
 from ntkjax.pipeline.evaluate import shot_records
@@ -338,8 +339,10 @@ def _embedded_or_given(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[s
     sizes = dataclasses.asdict(spec.embedded)
     seed = sizes.pop("task_seed")
     folder = out / "data" / f"task-{digest(sizes, seed)[:8]}"
-    if not (folder / "truth.json").exists():  # the last file; another process may be reading what is there
+    # truth.json is the last file; another process may be reading what is there
+    if is_primary() and not (folder / "truth.json").exists():
         write_planted_task(folder, seed, **sizes)
+    barrier("embedded task")
     split = lambda name: (Source(str(folder / "domain" / f"{name}.jsonl")),)
     domain = DomainSpec(split("train"), split("dev"), split("test"), truth=str(folder / "truth.json"))
     return options, {"shop": domain}, (Source(str(folder / "pool.jsonl")),)

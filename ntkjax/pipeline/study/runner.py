@@ -1,5 +1,5 @@
 """One run after the other: warm-up, selection, learning rates, fine-tuning, evaluation; each kept and found again by
-the hash of what it depends on.
+the hash of what it depends on. On a mesh over several processes all of them do every run together.
 
 ::
 
@@ -30,6 +30,7 @@ from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.metrics import means
 from ntkjax.files import read_json, write_json
 from ntkjax.models import LanguageModel
+from ntkjax.parallel import barrier, is_primary, process
 from ntkjax.pipeline.cost import selection_cost, training_cost
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on
@@ -60,18 +61,34 @@ def recorded(folder: Path, work: Callable[[], Any], *, done: str) -> Any:
     """
     if (folder / FAILURE).exists() and not (folder / done).exists():
         raise RunFailed(read_json(folder / FAILURE)["message"])
+    barrier(f"begin {folder.name}")  # all processes have looked before one writes
     try:
         return work()
     except RunFailed as error:
-        write_json(folder / FAILURE, {"kind": "stands on a failure", "message": str(error)})
+        written(folder / FAILURE, {"kind": "stands on a failure", "message": str(error)})
         raise
     except Exception as error:
-        if _of_the_environment(error):
-            raise
+        if _of_the_environment(error) or (process()[1] > 1 and not isinstance(error, UserError)):
+            raise  # of several processes one alone may have failed: the job ends
         trace = None if isinstance(error, UserError) else traceback.format_exc()
         message = str(error) or type(error).__name__
-        write_json(folder / FAILURE, {"kind": type(error).__name__, "message": message, "traceback": trace})
+        written(folder / FAILURE, {"kind": type(error).__name__, "message": message, "traceback": trace})
         raise RunFailed(message) from error
+
+
+def written(path: Path, content: Any, *, replace: bool = True) -> None:
+    """`write_json` by the first process of the job; when it returns all of them may read the file. ``replace`` False
+    leaves a file that is there."""
+    if is_primary() and (replace or not path.exists()):
+        write_json(path, content)
+    barrier(f"{path.parent.name}/{path.name}")
+
+
+def removed(folder: Path) -> None:
+    """The folder removed, if it is there, by the first process of the job."""
+    if is_primary():
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier(f"{folder.parent.name}/{folder.name}")
 
 
 def _of_the_environment(error: BaseException | None) -> bool:
@@ -107,7 +124,7 @@ class Runner:
         if not (folder / RESULT).exists():
             recorded(folder, lambda: self._finish(task, rate, folder), done=RESULT)
             for trial in self.trials(task).values():
-                shutil.rmtree(trial / "training" / "checkpoints", ignore_errors=True)
+                removed(trial / "training" / "checkpoints")
         return folder
 
     def trials(self, task: Task) -> dict[float, Path]:
@@ -140,8 +157,7 @@ class Runner:
         problems = "; ".join(f"{rate:g}: {read_json(folder / FAILURE)['message']}" for rate, folder in trials.items())
         message = f"no learning rate could be trained with seed {first.seed} ({problems})"
         failure = self.run_folder(task, task.arm.rates[0]) / FAILURE
-        if not failure.exists():  # that of a trial says more
-            write_json(failure, {"kind": "tuning", "message": message})
+        written(failure, {"kind": "tuning", "message": message}, replace=False)  # that of a trial says more
         raise RunFailed(message)
 
     def known_rate(self, task: Task) -> float | None:
@@ -175,13 +191,13 @@ class Runner:
             result = read_json(folder / TRAINED)
             measured = self._evaluated(grid.model_of(task.arm), fitted.params, task, folder)
             result |= measured | {"seconds": result["seconds"] | measured["seconds"]}
-        write_json(folder / RESULT, result)
-        shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)
+        written(folder / RESULT, result)
+        removed(folder / "training" / "checkpoints")
 
     def _ask(self, task: Task, rate: float, folder: Path) -> None:
         condition = dataclasses.asdict(task.condition)
         asked = {**condition, "arm": task.arm.label, "kind": task.arm.kind, "seed": task.seed, "learning_rate": rate}
-        write_json(folder / "asked.json", asked | {"key": self.grid.run_key(task, rate)})
+        written(folder / "asked.json", asked | {"key": self.grid.run_key(task, rate)})
 
     def _chosen(self, task: Task, folder: Path) -> dict[str, Any]:
         """The selection of a run as its result.json holds it, and a copy of what it chose."""
@@ -189,7 +205,7 @@ class Runner:
             return {}
         selection, made = self.selection(task)
         content = read_json(made / "selection.json")
-        write_json(folder / "selection.json", {**content, "folder": str(made.relative_to(self.grid.out))})
+        written(folder / "selection.json", {**content, "folder": str(made.relative_to(self.grid.out))})
         data, timing, domain = self.grid.data(task), read_json(made / "study.json"), self.grid.training_set(task)
         warm = task.arm.warmup and self.grid.warmup_config(task)
         config = self.grid.model.config
@@ -225,7 +241,7 @@ class Runner:
             "passes": chosen.get("passes", {}) | {"training": cost},
             "curve": [[line["step"], line["loss"]] for line in result.history if "loss" in line],
         }
-        write_json(folder / TRAINED, content)
+        written(folder / TRAINED, content)
         return result
 
     def _evaluated(self, model: LanguageModel, params: Params, task: Task, folder: Path) -> dict[str, Any]:
@@ -265,9 +281,8 @@ class Runner:
             start, domain, pool = grid.start_of_selection(task.seed), grid.training_set(task), grid.data(task).pool
             began = time.monotonic()
             chosen = choose(grid.model, start, domain, pool, options, settings, warmup=warmed)
-            if not (folder / "study.json").exists():
-                timing = {"selection": time.monotonic() - began} | seconds
-                write_json(folder / "study.json", {"seconds": timing, "key": key})
+            timing = {"selection": time.monotonic() - began} | seconds
+            written(folder / "study.json", {"seconds": timing, "key": key}, replace=False)
             return chosen
 
         return recorded(folder, work, done="study.json"), folder

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome, read_outcomes
 from ntkjax.files import read_json
+from ntkjax.parallel import barrier, is_primary
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.study.grid import Condition, Task
 from ntkjax.pipeline.study.runner import FAILURE, OUTCOMES, RESULT, RunFailed, Runner
@@ -108,18 +109,23 @@ def condition_name(condition: Condition | Mapping[str, Any]) -> str:
 
 def forget_failures(out: Path) -> None:
     """Remove what says that runs, selections and warm-ups failed, so that they are tried again from where they are."""
-    for kind in ("runs", "selections", "warmups"):
+    for kind in ("runs", "selections", "warmups") if is_primary() else ():
         for failure in (out / kind).glob(f"*/{FAILURE}"):
             failure.unlink()
+    barrier("failures forgotten")
 
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the system releases whatever becomes of this process.
+    """Hold the directory's lock, which the system releases whatever becomes of this process. Of a job that works here
+    together the first process holds it.
 
     Raises:
       UserError: another process holds it.
     """
+    if not is_primary():
+        yield
+        return
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
