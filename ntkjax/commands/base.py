@@ -23,6 +23,8 @@ class Command:
       divides: whether the processes of one job (jax.distributed) divide its work; otherwise it runs in one.
       dry_run: ``dry_run(config, progress=...) -> result``: what runs instead where the config has ``dry_run`` True;
         None for a command without it.
+      grid: ``grid(config) -> Grid``: of a command that compares arms, its grid (`ntkjax.pipeline.study.grid`) with
+        model and data loaded and nothing computed; None for the others.
     """
 
     config: type
@@ -30,6 +32,7 @@ class Command:
     describe: Callable[[Any, Any], str]
     divides: bool = False
     dry_run: Callable[..., Any] | None = None
+    grid: Callable[[Any], Any] | None = None
 
     def start(self, config: Any, *, progress: bool = True) -> Any:
         """Do the work, or the dry run where the config asks for it."""
