@@ -15,6 +15,7 @@ import ntkjax
 from ntkjax.cli import main
 from ntkjax.commands.select.forecast import Forecast
 from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.pipeline.select import make_selector
 from ntkjax.pipeline.selection_io import read_selection
 from ntkjax.selection import METHODS
 
@@ -139,7 +140,9 @@ def test_every_method_is_forecast(method, files):
     """From the same count as in a study's tables, the speed of a forward pass measured here."""
     found = dry_run(files, method=method)
     phases = {phase.name: phase for phase in found.phases}
-    assert phases.pop("warm up").examples == 2 * 12 and found.pool_examples == 40
+    warm = phases.pop("warm up", None)  # of those that look at the model
+    assert (warm is not None) == make_selector(SelectorOptions(method=method)).uses_model
+    assert (warm is None or warm.examples == 2 * 12) and found.pool_examples == 40
     if method in ("random", "length", "dsir"):
         assert not phases
     elif method != "ntk":
@@ -199,14 +202,25 @@ def test_every_option_of_a_method_is_a_flag_with_the_same_default(method):
     assert own.items() <= flags.items()
 
 
-@pytest.mark.parametrize("method", ["gradient-cosine", "influence", "less", "g2is"])
+@pytest.mark.parametrize("method", ["gradient-cosine", "influence", "less", "trak", "g2is"])
 def test_every_gradient_method_writes_a_selection(method, files, tmp_path):
     out, flags = tmp_path / "run", ("--method", method, "--sketch-size", "64", "--warmup.epochs", "2")
     assert select(files, out, *flags) == 0
     found = read_selection(out)
     assert found.method == method and len(set(found.selected.tolist())) == 5 and found.scored.sum() == 20
-    if method == "less":
+    if method in ("less", "trak"):
         assert found.diagnostics["checkpoint_steps"] == [3, 6]
+
+
+def test_a_method_that_never_looks_at_the_model_is_not_warmed_up_for(files, tmp_path):
+    for name, flags, warm in (("words", (), False), ("then-gradients", ("--diversity", "d-optimal"), True)):
+        out = tmp_path / name
+        assert select(files, out, "--method", "dsir", *flags) == 0
+        assert (out / "warmup").exists() == (out / "adapter").exists() == warm
+    options = {"model": files.model, "domain": files.domain, "pool": files.pool, "n": 5, "lora_rank": 2}
+    found = ntkjax.select(method="dsir", out=str(tmp_path / "dry"), dry_run=True, progress=False, **options)
+    assert "warm up" not in {phase.name for phase in found.phases}
+    assert ntkjax.explain(run=str(tmp_path / "words"), k=0, progress=False).counts["chosen"] == (5, 5)
 
 
 @pytest.mark.slow
@@ -219,7 +233,7 @@ def test_an_unconverged_solve_is_told(files, tmp_path, capsys):
     assert found["cg_residual"] > 1e-3 and not found["cg_converged"]
 
 
-@pytest.mark.parametrize("method", ["less", "g2is"])
+@pytest.mark.parametrize("method", ["less", "trak", "g2is"])
 def test_methods_that_look_at_the_warm_up_need_one(method, files, tmp_path, capsys):
     assert select(files, tmp_path / "run", "--skip-warmup", "--method", method) == 2
     assert "leave out --skip-warmup" in capsys.readouterr().err

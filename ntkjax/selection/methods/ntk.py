@@ -52,6 +52,7 @@ from ntkjax.selection.options import (
     Stage1Options,
     check_choice,
 )
+from ntkjax.selection.parts import named_parts
 from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
@@ -142,6 +143,8 @@ class NtkSelector(NtkOptions, Stage1Selector):
             scores, pool_mean_scores, report = self.score(problem, candidates.rows)
             chosen = select_top("ntk", scores, problem.n, votes=candidates.counts, pool_mean_scores=pool_mean_scores)
         options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition", "aggregation")}
+        similarity = "cosine" if self.direction == "cosine" else "product"
+        options |= named_parts("gradients", self.aggregation, similarity)
         return dataclasses.replace(chosen, diagnostics=options | report | candidates.report())
 
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
