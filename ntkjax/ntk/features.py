@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import UserError
 from ntkjax.ntk.kernel import Kernel, as_kernel, feature_vector
-from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, one_a_row, real_rows
+from ntkjax.ntk.rows import NonFiniteError, Progress, collect_rows, iterate, one_a_row, real_rows
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.types import ArrayLike, Params
 
@@ -126,7 +126,7 @@ def gradient_features(
     store: Any = None,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
     read: bool = True,
 ) -> Float[np.ndarray, "rows K"]:
     """phi_j = Pi g(x_j) for every row of ``batches``: [rows, K]; rows that no batch holds are NaN.
@@ -168,7 +168,7 @@ def mean_features(
     *,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, " K"]:
     """1/M sum_i phi_i over the real rows, float64 [K], without keeping the features."""
     total, count, bad = 0.0, 0, []
@@ -202,7 +202,7 @@ def feature_products(
     store: Any = None,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, "rows R"]:
     """<phi_j, d_r> for every row and R sketched ``directions`` [R, K], without keeping the features: [rows, R].
 
@@ -230,7 +230,7 @@ def squared_norms(
     store: Any = None,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, " rows"]:
     """|g(x_j)|^2 = k(x_j, x_j) for every row of ``batches``, NaN where no batch holds it; |phi_j|^2 with a ``sketch``.
 

@@ -28,7 +28,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, alone, collect_rows, iterate, one_a_row, real_rows, title
+from ntkjax.ntk.rows import NonFiniteError, Progress, alone, bar_of, collect_rows, iterate, one_a_row, real_rows
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
@@ -89,7 +89,7 @@ def _all_finite(tree: Any) -> Array:
 
 
 def mean_direction(
-    kernel: Kernel | Callable, params: Params, batches: Iterable, *, progress: bool | str = False
+    kernel: Kernel | Callable, params: Params, batches: Iterable, *, progress: Progress = False
 ) -> Direction:
     """g_bar = 1/M sum_i g(x_i) over the real rows of ``batches`` (filler rows, index -1, do not count).
 
@@ -121,7 +121,7 @@ def mean_direction(
     return _divide(total, jnp.asarray(count))
 
 
-def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, progress: bool | str = False) -> Params:
+def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, progress: Progress = False) -> Params:
     """g_bar = 1/M sum_i dF(x_i)/dtheta of one output ``F(params, batch) -> [B]``: a pytree like ``params``.
 
     The case m = 1 of `mean_direction`, which see.
@@ -205,7 +205,7 @@ def directional_scores(
     *,
     rows: int,
     store: Any = None,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, "rows m"]:
     """s_jc = <u_c, dF(x_j)/dtheta> for every row of ``batches`` and each of m directions u_c of one output F.
 
@@ -242,7 +242,7 @@ def scores_along(
     rows: int,
     store: Any = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, "rows R"]:
     """s_jr = <u_r, g(x_j)> = sum_c <u_rc, grad F_c(x_j)> + <u_r,head, sqrt(c_h) h(x_j)> for R `Direction` u_r.
 
@@ -255,7 +255,7 @@ def scores_along(
     if len(directions) >= MANY:
         return gradient_features(
             kernel, params, batches, InnerProducts(stacked), rows=rows, store=store, memory_budget=memory_budget,
-            progress=progress and title(progress, "scores"),
+            progress=bar_of(progress, "scores"),
         )  # fmt: skip
 
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
@@ -271,7 +271,7 @@ def scores_by_position(
     directions: Sequence[Direction],
     batches: Iterable,
     *,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Iterator[tuple[int, Float[np.ndarray, "T R"]]]:
     """(row, its scores by position s_jtr [T_j, R]) for every real row of ``batches`` and R `Direction` u_r.
 
@@ -396,7 +396,7 @@ def kernel_scores(
     store: Any = None,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> KernelScores:
     """s_j = 1/M sum_i k(x_i, x_j) for every pool row, by either path.
 
@@ -422,7 +422,8 @@ def kernel_scores(
         gradient the kernel does not hold.
       NonFiniteError: naming the rows whose score is NaN or infinite.
     """
-    kernel, sets, bars = as_kernel(kernel), [domain_batches, *references], progress is not False
+    kernel, sets = as_kernel(kernel), [domain_batches, *references]
+    bars = dataclasses.replace(bar_of(progress), title=None)
     if method == "forward":
         along, gram, residual = _solved(kernel, params, sets, precondition, bars)
         scores = scores_along(
@@ -448,7 +449,7 @@ def score_directions(
     sets: Sequence[Iterable],
     *,
     precondition: Callable[[Params], Params] | None = None,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> tuple[list[Direction], Float[np.ndarray, "R R"]]:
     """(u_r = P^-1 g_bar_r for each of R example sets, g_bar_r^T P^-1 g_bar_s): along u_r are the scores of set r.
 
@@ -459,7 +460,7 @@ def score_directions(
 
 
 def _solved(
-    kernel: Kernel | Callable, params: Params, sets: Sequence[Iterable], precondition: Any, progress: bool | str
+    kernel: Kernel | Callable, params: Params, sets: Sequence[Iterable], precondition: Any, progress: Progress
 ) -> tuple[list[Direction], np.ndarray, float | None]:
     """`score_directions`, and the largest residual where they are solved for by iteration (None elsewhere)."""
     means = [mean_direction(kernel, params, examples, progress=progress) for examples in sets]

@@ -44,7 +44,7 @@ def row_values(
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
         return ((np.asarray(batch.index), apply(fn, params, batch)) for batch in batches)
 
-    found = of(iterate(batches, problem.progress and what, what, store))
+    found = of(iterate(batches, problem.bar(what), what, store))
     again = alone(batches, of, rows)
     return np.asarray(collect_rows(found, rows=rows, store=store, what=what, again=again), np.float64)
 

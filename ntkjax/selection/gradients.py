@@ -254,7 +254,7 @@ class _Features:
                 "gradient, so it cannot be preconditioned; hold the head fixed (lora), or use kernel sum_logits or loss"
             )
         batches = self.problem.domain.batches(token_budget=self.problem.gradient_budget)
-        progress = self.problem.progress and "curvature of the domain loss"
+        progress = self.problem.bar("curvature of the domain loss")
         solve = build_preconditioner(
             name, self.problem.nll_fn, self.params, batches, damping=damping, progress=progress
         )
@@ -297,7 +297,7 @@ class _Features:
             rows=len(self.data),
             store=store,
             read=store is None,
-            progress=self.problem.progress and self.kind.replace("-", " "),
+            progress=self.problem.bar(self.kind.replace("-", " ")),
         )
 
 

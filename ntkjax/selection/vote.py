@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.errors import UserError
-from ntkjax.ntk.rows import alone, collect_rows, iterate
+from ntkjax.ntk.rows import Progress, alone, collect_rows, iterate
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 CHUNK = 4096
@@ -63,7 +63,7 @@ def embed(
     *,
     rows: int,
     store: Any = None,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Callable[[np.ndarray], Float[np.ndarray, "b D"]]:
     """Embed every row of ``batches``; gives a function from row numbers [b] to embeddings [b, D].
 

@@ -151,7 +151,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             sketch=self.make_sketch(problem),
             precondition=self.preconditioner(problem),
             store=self.store(problem, "scores", width=len(domain) + 1),
-            progress=problem.progress and "score pool",
+            progress=problem.bar("score pool"),
         )
         report = report | self.solved(scored.residual)
         by_group = self.along(scored, problem, kernel, candidates)
@@ -183,7 +183,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             problem.params,
             [*domain, sample] if self.direction == "contrast" else domain,
             precondition=self.preconditioner(problem),
-            progress=problem.progress,
+            progress=problem.bar(),
         )
         if self.direction == "raw":
             return Directional(kernel, tuple(along), tuple(np.diagonal(gram).tolist()))
@@ -206,7 +206,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             rows=len(problem.pool),
             sketch=self.make_sketch(problem),
             store=self.store(problem, "norms", width=1),
-            progress=problem.progress and "gradient norms",
+            progress=problem.bar("gradient norms"),
         )
 
     def solved(self, residual: float | None) -> dict[str, Any]:
@@ -287,7 +287,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             damping=self.damping,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
-            progress=problem.progress and "curvature of the domain loss",
+            progress=problem.bar("curvature of the domain loss"),
         )
 
     def store(self, problem: SelectionProblem, name: str, *, width: int) -> RowStore | None:
