@@ -210,12 +210,17 @@ class Gguf:
       paired_rows: the rows of a head's queries and keys are in the order in which rotary positions turn neighbours,
         rows 2i and 2i + 1, and not rows i and i + head_dim / 2 as in a checkpoint (llama.cpp: ``permute``).
       fields: fields of ModelShape that no key says.
+      more: further fields of ModelShape, from the file's keys (each with "ARCHITECTURE." in front of it) and the fields
+        that are known already, rotary positions among them. keys: those that it reads besides the common ones, without
+        the architecture's name.
     """
 
     architecture: str
     tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     paired_rows: bool = False
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    more: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
