@@ -201,6 +201,8 @@ def _mean_over(
         rows = real_rows(piece)
         checks.append((rows[rows >= 0], finite))
         count += len(checks[-1][0])
+        if len(checks) > 1:
+            jax.block_until_ready(checks[-2][1])  # one batch in flight: what is told of the pass is not ahead of it
     if count == 0:
         raise UserError("curvature of no examples: expected at least one row with index >= 0")
     bad = [row for rows, finite in checks if not finite for row in rows.tolist()]

@@ -62,7 +62,8 @@ Told = Callable[[str, int, Mapping[str, float]], None]
 """``told(title, new, numbers)``, called every `TELL_SECONDS` or a little later, and at the end of a pass: ``new``
 examples are done since the last call. Numbers: ``examples`` done so far (those of a store not counted), ``seconds``
 since the pass began, and, where batches say how long their examples are, ``tokens_per_second`` since the last call,
-compilation included. A batch is done when the pass asks for the next one: an accelerator may still be at work on it."""
+compilation included. A batch counts as done when the pass asks for the next one: the device may still be at work on it,
+and not on one before."""
 
 
 @dataclasses.dataclass(frozen=True)

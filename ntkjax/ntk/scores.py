@@ -110,7 +110,8 @@ def mean_direction(
     for batch in iterate(batches, progress, "mean gradient"):
         if total is None:
             total = zero = zero_direction(kernel, params, batch)
-        total = add_direction(kernel, params, batch, total)
+        before, total = total, add_direction(kernel, params, batch, total)
+        jax.block_until_ready(before)  # one batch in flight: what is told of the pass is not ahead of it
         count += int((real_rows(batch) >= 0).sum())
     if count == 0:
         raise UserError("mean gradient of no examples: expected at least one row with index >= 0")

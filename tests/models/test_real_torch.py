@@ -27,6 +27,16 @@ DOMAIN, POOL, LONGEST = 16, 10, 200
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other by spinning: on two cores with other work an example took minutes with two of
+    them, and 2.3 seconds of one core with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def directory() -> Path:
     with pytest.MonkeyPatch.context() as patch:
