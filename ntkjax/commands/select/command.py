@@ -25,7 +25,7 @@ from ntkjax.report.tables import to_markdown
 from ntkjax.selection import Selection
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
-from ntkjax.training.trackers import check_tracker
+from ntkjax.training.trackers import TrackerName, check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class SelectConfig:
     """Time a few batches, print what the selection would take, and do nothing else."""
     skip_warmup: bool = False
     """Score with the parameters as they are, without warming up on the domain."""
+    tracker: TrackerName = "none"
     data: Annotated[DataOptions, arg(name="")] = DataOptions()
     select: Annotated[SelectorOptions, arg(name="")] = SelectorOptions()
     dedup: DedupOptions = DedupOptions()
@@ -73,7 +74,7 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
       UserError: unusable model, data or options; scores that are not finite; a full disk.
     """
     check_used(config.select)
-    check_tracker(config.warmup.tracker)
+    check_tracker(config.tracker, config.warmup.tracker)
     RunDir.check(config.out, "select", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
@@ -90,8 +91,9 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     run.tell("selection.json", progress)
     deduplicated.write(run)
     settings = ChoiceSettings(
-        config.n, config.seed, config.data, run.path, selected_format=config.selected_format, progress=progress
-    )
+        config.n, config.seed, config.data, run.path, selected_format=config.selected_format, progress=progress,
+        tracker=config.tracker,
+    )  # fmt: skip
     theta = trained_parameters(model, config.model)
     warmup = config.warmup if config.warms_up else None
     result = choose(model, theta, domain, pool, config.select, settings, warmup=warmup)

@@ -161,7 +161,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             rows=Pass(
                 len(problem.pool),
                 self.store(problem, "scores", width=len(domain) + 1),
-                progress=problem.progress and "score pool",
+                progress=problem.bar("score pool"),
             ),
             references=[*domain[1:], sample],
             scorer=self.scorer(problem),
@@ -196,7 +196,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             problem.params,
             [*domain, sample] if self.direction == "contrast" else domain,
             precondition=self.preconditioner(problem),
-            progress=problem.progress,
+            progress=problem.bar(),
         )
         if self.direction == "raw":
             return Directional(kernel, tuple(along), tuple(np.diagonal(gram).tolist()))
@@ -219,7 +219,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             rows=Pass(
                 len(problem.pool),
                 self.store(problem, "norms", width=1),
-                progress=problem.progress and "gradient norms",
+                progress=problem.bar("gradient norms"),
             ),
             sketch=self.make_sketch(problem),
         )
@@ -307,7 +307,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             damping=self.damping,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
-            progress=problem.progress and "curvature of the domain loss",
+            progress=problem.bar("curvature of the domain loss"),
         )
 
     def store(self, problem: SelectionProblem, name: str, *, width: int) -> RowStore | None:
