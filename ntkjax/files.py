@@ -109,8 +109,8 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> Path:
-    """Write ``content`` as JSON (see `plain` for arrays and NaN), whole or not at all; gives the path. Raises as
-    `written_file`.
+    """Write ``content`` as JSON (see `plain` for arrays and NaN), whole or not at all; gives the
+    path. Raises as `written_file`.
     """
     return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 

@@ -158,6 +158,19 @@ def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, split: Split, r
     return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
 
+def weights_over_rows(mesh: Mesh | None, rule: str = "tensor") -> Mesh | None:
+    """``mesh`` where weights are split over an axis that splits rows too; else None."""
+    if mesh is None:
+        return None
+    axes = _row_axes(mesh)
+    return mesh if axes and (rule == "fully-sharded" or FSDP in axes) else None
+
+
+def split_rows(x: Array, mesh: Mesh | None) -> Array:
+    """``x`` [B, ...] held to its place by rows, inside a jitted function; as it comes without a mesh."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x.shape[0]))
+
+
 def put(array: Array | np.ndarray, path: str, mesh: Mesh | None, split: Split, rule: str = "tensor") -> Array:
     """The parameter on its devices: by ``weight_sharding``, or on the default device without a mesh."""
     if mesh is None:

@@ -41,6 +41,8 @@ def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def of_moved(args: tuple, moved: dict[int, Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
         """``fn`` as a function of the leaves of ``args`` that have a tangent, and these leaves, by number."""
+        # Leaves that do not move are constants of the function, so that no derivative is taken by them: most weights of
+        # a model with LoRA, positions and masks.
         leaves, tree = jax.tree.flatten(args)
         merged = lambda some: fn(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
         return merged, {i: leaves[i] for i in moved}
@@ -56,13 +58,15 @@ def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
     def _(size: int, batched: Sequence[Any], args: tuple, moved: dict[int, Any]) -> tuple[Any, Any]:
         if any(jax.tree.leaves(batched[0])):  # the primal pass has the axis too
             axes = jax.tree.map(lambda yes: 0 if yes else None, tuple(batched))
-            found = jax.vmap(push, in_axes=axes, axis_size=size)(args, moved)
-            return found, jax.tree.map(lambda _: True, found)
+            both = jax.vmap(push, in_axes=axes, axis_size=size)(args, moved)
+            return both, jax.tree.map(lambda _: True, both)
+        # The tangents alone have the axis: one linearisation at the primal, and its linear part for each of them. The
+        # structure returned says so to vmap: the value has no axis, its tangents have one.
         value, along = jax.linearize(*of_moved(args, moved))
         turn = lambda i: jax.tree.map(lambda yes, leaf: leaf[i] if yes else leaf, batched[1], moved)
         tangents = [along(turn(i)) for i in range(size)]
-        found = value, jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
-        return found, (jax.tree.map(lambda _: False, found[0]), jax.tree.map(lambda _: True, found[1]))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
+        return (value, stacked), (jax.tree.map(lambda _: False, value), jax.tree.map(lambda _: True, stacked))
 
     def rule(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         # With symbolic_zeros a leaf that does not move comes as a marker instead of an array of zeros.

@@ -99,7 +99,7 @@ def _paper_selections(
 ) -> dict[int, np.ndarray]:
     """What the paper's own setting (sum_logits, stage 1 on) chooses for each seed; nothing is trained on it."""
     base = adapt_config(config, settings, paths)
-    found = {}
+    selections = {}
     for seed in range(config.seeds):
         chosen = select(
             SelectConfig(
@@ -115,8 +115,8 @@ def _paper_selections(
             ),
             progress=progress,
         )
-        found[seed] = chosen.selected
-    return found
+        selections[seed] = chosen.selected
+    return selections
 
 
 def _precision(
@@ -126,8 +126,8 @@ def _precision(
     ids = list(truth["skill_of"])  # in the order of the pool
     share = lambda rows: float(np.mean([ids[i] in useful for i in rows]))
     seeds = next(iter(chosen.values()))
-    found = {method: [share(rows) for rows in of_seed.values()] for method, of_seed in chosen.items()}
-    return found | {RANDOM: [share(random_rows(len(ids), n, seed)) for seed in seeds]}
+    shares = {method: [share(rows) for rows in of_seed.values()] for method, of_seed in chosen.items()}
+    return shares | {RANDOM: [share(random_rows(len(ids), n, seed)) for seed in seeds]}
 
 
 def precision_table(precision: Mapping[str, list[float]], useful_share: float, n: int) -> NamedTable:

@@ -154,11 +154,11 @@ def doctor(config: DoctorConfig, *, progress: bool = True) -> Diagnosis:
         if dtype != loaded_as:
             loaded_as = dtype
             model = load_model(config.model_options(dtype), seed=config.seed)
-        found = measure(model, data, config, precision, layout)
+        digits = measure(model, data, config, precision, layout)
         if (dtype, precision, layout) == first:
-            reference = found
+            reference = digits
         else:
-            rows.append({"dtype": dtype, "precision": precision, "layout": layout} | compared(found, reference, dtype))
+            rows.append({"dtype": dtype, "precision": precision, "layout": layout} | compared(digits, reference, dtype))
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     result = Diagnosis(device, rows, [remedy(row, rows) for row in rows if not row["agrees"]])
     if run is not None:
@@ -239,15 +239,15 @@ def measure(
     try:
         with jax.default_matmul_precision(precision):
             logits = ((real_rows(batch), _values(last, params, batch)) for batch in batches)
-            found = {"logits": collect_rows(logits, rows=rows, what="logits")}
+            measured = {"logits": collect_rows(logits, rows=rows, what="logits")}
             kernel = build(config.kernel, functions, params, seed=config.seed)
             mean = mean_direction(kernel, params, batches)
             leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(mean.outputs)]
-            found["gradient"] = np.concatenate(leaves)
-            found["scores"] = scores_along(kernel, params, [mean], batches, rows=rows)[:, 0]
+            measured["gradient"] = np.concatenate(leaves)
+            measured["scores"] = scores_along(kernel, params, [mean], batches, rows=rows)[:, 0]
     except NonFiniteError as error:
         raise UserError(f"{config.model}, {model.spec.dtype}, {precision}, {layout}: {error}") from error
-    return {name: np.asarray(values, np.float64) for name, values in found.items()}
+    return {name: np.asarray(values, np.float64) for name, values in measured.items()}
 
 
 @jax.jit
@@ -255,13 +255,13 @@ def _values(fn: Any, params: Params, batch: Batch) -> Array:
     return fn(params, batch)
 
 
-def compared(found: dict[str, np.ndarray], reference: dict[str, np.ndarray], dtype: str) -> dict[str, Any]:
+def compared(measured: dict[str, np.ndarray], reference: dict[str, np.ndarray], dtype: str) -> dict[str, Any]:
     """The numbers of a row: max |x - reference| / max |reference| by quantity, Spearman of the scores."""
     differences = {
-        name: float(np.max(np.abs(found[name] - reference[name])) / max(float(np.max(np.abs(reference[name]))), 1e-300))
-        for name in QUANTITIES
+        name: float(np.max(np.abs(measured[name] - wanted)) / max(float(np.max(np.abs(wanted))), 1e-300))
+        for name, wanted in ((name, reference[name]) for name in QUANTITIES)
     }
-    ranks = spearman(found["scores"], reference["scores"])
+    ranks = spearman(measured["scores"], reference["scores"])
     agrees = max(differences.values()) <= BARS[dtype]
     return {"bar": BARS[dtype], "agrees": agrees, "differences": differences, "spearman": ranks}
 

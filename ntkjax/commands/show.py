@@ -20,8 +20,8 @@ from ntkjax.pipeline.reading import reading
 
 @dataclasses.dataclass(frozen=True)
 class ShowConfig:
-    """Show the tokens of records and which of them are learned: S(x), the positions that loss and scores are taken
-    over."""
+    """Show the tokens of records and which of them are learned: S(x), the positions that loss and
+    scores are taken over."""
 
     model: str
     """Hugging Face directory, hub id or `real`; only its tokenizer and config.json are read."""

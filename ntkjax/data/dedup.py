@@ -133,10 +133,10 @@ class Duplicates:
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """``{"pool in test": {"exact": 3, ...}, ...}``: rows by where they were found again and how."""
-        found: dict[str, Counter] = {}
+        kinds_of: dict[str, Counter] = {}
         for p in self.pairs:
-            found.setdefault(f"{p.name} in {p.of}", Counter())[p.kind] += 1
-        return {where: dict(sorted(kinds.items())) for where, kinds in found.items()}
+            kinds_of.setdefault(f"{p.name} in {p.of}", Counter())[p.kind] += 1
+        return {where: dict(sorted(kinds.items())) for where, kinds in kinds_of.items()}
 
 
 def find_duplicates(
@@ -345,8 +345,8 @@ class _Buckets:
                 bucket.append(row)
 
     def candidates(self, keys: list[int], firsts: list[int]) -> set[int]:
-        found = {row for table, key in zip(self.tables, keys) if key for row in table.get(key, ())}
-        return found | self.rows.intersection(firsts)
+        sharing = {row for table, key in zip(self.tables, keys) if key for row in table.get(key, ())}
+        return sharing | self.rows.intersection(firsts)
 
 
 class _Matcher:
@@ -421,11 +421,11 @@ class _Matcher:
         first = int(self.starts[-2])
         for row in self._bar(np.flatnonzero(self._linked()), progress):
             keys, firsts = self._row(row)
-            found = self._best(row, others.candidates(keys, firsts) | kept.candidates(keys, firsts))
-            yield from found
+            pairs = self._best(row, others.candidates(keys, firsts) | kept.candidates(keys, firsts))
+            yield from pairs
             if row < first:
                 others.add(row, keys)
-            elif not found:
+            elif not pairs:
                 kept.add(row, keys)
         self.crowded = others.crowded + kept.crowded
 
@@ -458,7 +458,7 @@ class _Matcher:
         for place in apart.keys() - best.keys():
             where = f"{self.names[self._place(row)]} in {self.names[place]}"
             self.apart.setdefault(where, Counter())[apart[place][1]] += 1
-        return [self._pair(row, other, *found) for _, (found, other) in sorted(best.items())]
+        return [self._pair(row, other, *match) for _, (match, other) in sorted(best.items())]
 
     def _place(self, row: int) -> int:
         """Which set a row lies in."""
@@ -478,9 +478,9 @@ class _Matcher:
         why = None
         if similarity >= self.settings.threshold:
             sides = zip(mine.sides, theirs.sides, zip(mine.hashes, theirs.hashes))
-            found = [difference(x, y, changed_words(x, y, h, self.settings.shingle)) for x, y, h in sides]
+            differing = [difference(x, y, changed_words(x, y, h, self.settings.shingle)) for x, y, h in sides]
             named = {"words": "other question", "numbers": "other numbers"}
-            why = named[found[0]] if found[0] else "other response" if any(found) else None
+            why = named[differing[0]] if differing[0] else "other response" if any(differing) else None
         return 0, similarity, why
 
     def _sides(self, row: int) -> tuple[str, ...]:
@@ -502,7 +502,7 @@ class _Matcher:
         yield from tqdm(rows.tolist(), desc=what, disable=not progress, unit="example")
 
 
-def report(found: Duplicates, ids: Mapping[str, Any], settings: DedupSettings) -> dict[str, Any]:
+def report(duplicates: Duplicates, ids: Mapping[str, Any], settings: DedupSettings) -> dict[str, Any]:
     """Plain JSON values: settings, sizes, counts, and every pair with ids; ``ids``: of every set, by row."""
     bands, rows = settings.banding
     return {
@@ -510,11 +510,11 @@ def report(found: Duplicates, ids: Mapping[str, Any], settings: DedupSettings) -
         "bands": bands,
         "rows_per_band": rows,
         "chance_of_a_candidate_at_the_threshold": 1 - (1 - settings.threshold**rows) ** bands,
-        "examples": found.sizes,
-        "repeated": found.sizes[POOL] - len(found.kept),
-        "counts": found.counts,
-        "apart": found.apart,
-        "crowded": found.crowded,
+        "examples": duplicates.sizes,
+        "repeated": duplicates.sizes[POOL] - len(duplicates.kept),
+        "counts": duplicates.counts,
+        "apart": duplicates.apart,
+        "crowded": duplicates.crowded,
         "pairs": [
             {
                 "set": p.name,
@@ -524,6 +524,6 @@ def report(found: Duplicates, ids: Mapping[str, Any], settings: DedupSettings) -
                 "of_id": str(ids[p.of][p.of_row]),
                 "similarity": round(p.similarity, 4),
             }
-            for p in found.pairs
+            for p in duplicates.pairs
         ],
     }

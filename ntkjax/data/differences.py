@@ -104,11 +104,11 @@ class Words:
     def of(cls, text: str) -> Words:
         """The words of ``text`` and their sentences."""
         words, sentences, sentence, plain = [], [], 0, _plain(text)
-        for found in _PIECE.finditer(plain):
-            if found.lastgroup == "end":
+        for piece in _PIECE.finditer(plain):
+            if piece.lastgroup == "end":
                 sentence += 1
             else:
-                words.append(sys.intern(found[0]))  # words repeat: a text in memory is a list of references
+                words.append(sys.intern(piece[0]))  # words repeat: a text in memory is a list of references
                 sentences.append(sentence)
         return cls(words, sentences) if words else cls(plain.split(), [0] * len(plain.split()))
 

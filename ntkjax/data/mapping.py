@@ -178,8 +178,8 @@ def prepare(
         )
         report = made.with_suffix(".json")
         if not (made.exists() and report.exists()):
-            found = _write(source, made, skip)
-            write_json(report, found, indent=None)
+            written = _write(source, made, skip)
+            write_json(report, written, indent=None)
         paths.append(str(made))
         reports.append({"path": source.path, "file": str(made), **read_json(report, error=DataError)})
     return paths, reports
@@ -258,13 +258,13 @@ def _raw(source: Source) -> Iterator[tuple[tuple[str, str], int, Any]]:
     """((name of the data, name that no other part of it has), line or row from 1, record) of every record."""
     if source.path.startswith(HUB_FILE):
         inside = Path(source.path).with_suffix("").parts[-3:]
-        found = [(str(_hub_file(source)), inside[-1], "-".join(inside))]
+        files = [(str(_hub_file(source)), inside[-1], "-".join(inside))]
     elif is_hub_id(source.path):
         name, _, config = source_name(source.path), *source.path.partition(":")[1:]
-        found = [(source.path, name, "-".join(filter(None, (name, config, source.split))))]
+        files = [(source.path, name, "-".join(filter(None, (name, config, source.split))))]
     else:
-        found = [(path, source_name(path), source_name(path)) for path in list_sources(source.path, source.split)]
-    for path, name, part in found:
+        files = [(path, source_name(path), source_name(path)) for path in list_sources(source.path, source.split)]
+    for path, name, part in files:
         for row, value in iter_source(path, source.split, source.revision):
             yield (name, part), row, value
 
@@ -275,14 +275,14 @@ def _hub_file(source: Source) -> Path:
 
     owner, name, *inside = source.path.removeprefix(HUB_FILE).split("/")
     try:
-        found = hf_hub_download(f"{owner}/{name}", "/".join(inside), repo_type="dataset", revision=source.revision)
+        cached = hf_hub_download(f"{owner}/{name}", "/".join(inside), repo_type="dataset", revision=source.revision)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{source.path}: the hub did not give this file ({reason}); check the path, the revision and the "
             "connection, or download it and give the path of the file"
         ) from error
-    return Path(found)
+    return Path(cached)
 
 
 def fill(template: str, record: Mapping[str, Any], known: Mapping[str, str] | None = None) -> str:
@@ -307,15 +307,15 @@ def fields_of(template: str) -> list[str]:
     Raises:
       ConfigError: a brace without its partner, or with nothing in it.
     """
-    found = []
+    fields = []
     for match in _PIECE.finditer(template):
         if match[0] in ("{", "}") or (match[1] is not None and not match[1].strip()):
             raise ConfigError(
                 f"template {template!r}: expected field names in braces, like {{question}}; {{{{ is a brace"
             )
         if match[1] is not None:
-            found.append(match[1])
-    return found
+            fields.append(match[1])
+    return fields
 
 
 def value_at(record: Mapping[str, Any], name: str) -> Any:

@@ -48,14 +48,14 @@ def is_trained(message: Mapping[str, Any]) -> bool:
 
 def unused_fields(messages: list[Message], name: str) -> list[str]:
     """Names of the fields of messages, ``messages[].field``, that only a chat template may read."""
-    found: dict[str, None] = {}
+    unused: dict[str, None] = {}
     for message in messages:
         for key, value in message.items():
             # weight and train say what is trained of an assistant; of others nothing is, whatever they say.
             settled = key in ("weight", "train") and (message["role"] == "assistant" or not value)
             if key not in ("role", "content") and not settled:
-                found[f"{name}[].{key}"] = None
-    return list(found)
+                unused[f"{name}[].{key}"] = None
+    return list(unused)
 
 
 def _message(item: Any, name: str, k: int, filled: bool) -> Message:
@@ -136,30 +136,30 @@ def calls_a_tool(fields: Mapping[str, Any]) -> bool:
 def _parsed_calls(text: str) -> list[Any] | None:
     """The calls that a ShareGPT function_call message writes as JSON; None where it is none."""
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    calls = found if isinstance(found, list) else [found]
+    calls = parsed if isinstance(parsed, list) else [parsed]
     good = all(isinstance(c, dict) and set(c) == {"name", "arguments"} and isinstance(c["name"], str) for c in calls)
     return [{"type": "function", "function": call} for call in calls] if calls and good else None
 
 
 def _calls(value: Any, where: str) -> list[Any]:
     """The tool calls of a message: a list of objects, or the JSON text of one."""
-    found = value
+    parsed = value
     if isinstance(value, str):
         try:
-            found = json.loads(value)
+            parsed = json.loads(value)
         except (ValueError, RecursionError):
-            found = None
-    if not isinstance(found, list) or not all(isinstance(call, Mapping) and call for call in found):
+            parsed = None
+    if not isinstance(parsed, list) or not all(isinstance(call, Mapping) and call for call in parsed):
         detail = " with an item that is no call" if isinstance(value, list) else ""
         raise RecordProblem(
             f"{where} is {kind_of(value)}{detail}",
             'a list of calls, [{"type": "function", "function": {"name": ..., "arguments": {...}}}], or its JSON text',
             "write the calls so, or remove the record",
         )
-    return found
+    return parsed
 
 
 def _check_switch(value: Any, key: str, where: str) -> None:

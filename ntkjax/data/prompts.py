@@ -275,7 +275,7 @@ def _as_marked(
     if rendered.apart or not getattr(chat.tokenizer, "is_fast", False):
         return rendered, earlier
     try:
-        found = chat.tokenizer.apply_chat_template(
+        encoded = chat.tokenizer.apply_chat_template(
             chat.messages,
             tokenize=True,
             return_dict=True,
@@ -288,7 +288,7 @@ def _as_marked(
             f"record {chat.example.id!r}: the chat template begins with an assistant's turn of no text, marked by "
             "{% generation %}; expected text before or inside the mark; give the turn text, or leave it out"
         ) from error
-    marks = [span for span, inside in zip(found["offset_mapping"], found["assistant_masks"]) if inside]
+    marks = [span for span, inside in zip(encoded["offset_mapping"], encoded["assistant_masks"]) if inside]
 
     def narrowed(span: tuple[int, int]) -> list[tuple[int, int]]:
         starts = [start for start, stop in marks if span[0] < stop and start < span[1]]

@@ -212,13 +212,13 @@ class Records:
     def _places(self, chosen: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
         """For rows of this view the position of their file in the report's list, and the column ``name``."""
         part, row = self.part[chosen], self.row[chosen]
-        files, found = np.zeros(len(chosen), np.int64), np.zeros(len(chosen), np.int64)
+        files, places = np.zeros(len(chosen), np.int64), np.zeros(len(chosen), np.int64)
         offsets = self.report.get("file_offsets", [0])
         for number in np.unique(part).tolist():
             here, table = part == number, self.tables[number]
             files[here] = np.asarray(table.take("file", row[here]), np.int64) + offsets[number]
-            found[here] = table.take(name, row[here])
-        return files, found
+            places[here] = table.take(name, row[here])
+        return files, places
 
     @cached_property
     def fingerprint(self) -> str:
@@ -251,12 +251,12 @@ class Records:
             part, row = self.part[indices], self.row[indices]
             if len(self.tables) == 1:
                 return self.tables[0].take(name, row)
-            found = np.empty(len(indices), dtype=object)
+            column = np.empty(len(indices), dtype=object)
             for number, table in enumerate(self.tables):
                 here = part == number
                 if here.any():
-                    found[here] = table.take(name, row[here])
-            return found.tolist()
+                    column[here] = table.take(name, row[here])
+            return column.tolist()
 
         return TextColumn(len(self), gather)
 

@@ -99,10 +99,10 @@ def lay_out(
     slots = max(MIN_SLOTS, base // TOKENS_A_SLOT)
     while True:
         layout = RowLayout(fixed, rows, slots)
-        found = first_fit(lengths, fixed, slots)
-        if slots >= base or not _starved(lengths, layout, *found):
-            layout = dataclasses.replace(layout, rows=_enough(layout, found[1], row_multiple))
-            return layout, _batches(layout, *found)
+        fitted = first_fit(lengths, fixed, slots)
+        if slots >= base or not _starved(lengths, layout, *fitted):
+            layout = dataclasses.replace(layout, rows=_enough(layout, fitted[1], row_multiple))
+            return layout, _batches(layout, *fitted)
         slots *= 2
 
 

@@ -259,19 +259,19 @@ def _chat(messages: list[Message], name: str, optional: bool, used: frozenset[st
 
 def _tools(value: Any, filled: bool) -> list[Any] | None:
     """The tools of a record: a list, or the JSON text of one; None where there are none."""
-    found = value
+    parsed = value
     if isinstance(value, str):
         try:
-            found = json.loads(value) if value.strip() else []
+            parsed = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError):
-            found = None
-    if not isinstance(found, list):
+            parsed = None
+    if not isinstance(parsed, list):
         raise RecordProblem(
             f"'tools' is {kind_of(value)}{' that is no JSON list' if isinstance(value, str) else ''}",
             "a list of tools, or the JSON text of one",
             "mend it, or rename the column if it is about something else",
         )
-    return storable(found, "tools", filled) or None
+    return storable(parsed, "tools", filled) or None
 
 
 def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] | None]:

@@ -63,13 +63,13 @@ def _expand(source: str, split: str) -> list[str]:
         raise DataError("the path of the data is empty; expected a file, directory or hub id; check the variable it "
                         "comes from")  # fmt: skip
     if folder:
-        found = sorted(_inside(path, split, itertools.count(1), path))
-        if not found:
+        files = sorted(_inside(path, split, itertools.count(1), path))
+        if not files:
             raise DataError(
                 f"{source}: no data in this directory; expected files ending in {suffixes()}, or what "
                 f"Dataset.save_to_disk writes ({', '.join(_SAVED)} and Arrow files); check the path"
             )
-        return found
+        return files
     if not path.is_file():
         raise DataError(f"{source}: no such file or directory; expected data; check the spelling, or give a hub id "
                         "like owner/name")  # fmt: skip
@@ -115,10 +115,10 @@ def _entries(folder: Path) -> list[Path]:
 
 def _split_of(folder: Path, split: str) -> Path:
     """The folder of one split of a saved DatasetDict."""
-    found = sorted(path for path in folder.iterdir() if is_saved(path))
-    chosen = [path for path in found if path.name == split] or found
+    folders = sorted(path for path in folder.iterdir() if is_saved(path))
+    chosen = [path for path in folders if path.name == split] or folders
     if len(chosen) != 1:
-        names = ", ".join(str(path) for path in found) or "none"
+        names = ", ".join(str(path) for path in folders) or "none"
         raise DataError(f"{folder}: a saved DatasetDict without a split {split!r} (its splits: {names}); expected "
                         "one; give the path of the split's folder")  # fmt: skip
     return chosen[0]

@@ -149,9 +149,9 @@ def _end_of_calls(chat: Chat, k: int, after: str) -> tuple[int, bool]:
     following = chat.messages[k + 1]["content"] if k + 1 < len(chat.messages) else ""
     limit = after.find(following) if following and following in after else len(after)
     known = "|".join(map(re.escape, sorted(turn_ends(chat.tokenizer).known)))
-    found = re.compile(known).search(after, 0, limit) if known else None
-    if found is not None:
-        return found.end(), True
+    match = re.compile(known).search(after, 0, limit) if known else None
+    if match is not None:
+        return match.end(), True
     added = [(after.index(name), -len(name), name) for name in _added_texts(chat.tokenizer) if name in after[:limit]]
     if not added:
         return len(after[:limit].rstrip()), False
@@ -210,11 +210,11 @@ def _ends_in(text: str, start: str) -> bool:
 def _end_of_turn(tokenizer: Any, before: str, after: str) -> int | None:
     """Length of ``after``, what follows a turn's text, up to and with the token that ends it; None: none is written."""
     known = turn_ends(tokenizer).known
-    found = re.match(rf"\s*(?:{'|'.join(map(re.escape, known))})", after) if known else None
-    if found is None:
+    match = re.match(rf"\s*(?:{'|'.join(map(re.escape, known))})", after) if known else None
+    if match is None:
         other = _written_end(tokenizer, before, after, ())
-        found = None if other is None else re.match(rf"\s*{re.escape(other)}", after)
-    return None if found is None else found.end()
+        match = None if other is None else re.match(rf"\s*{re.escape(other)}", after)
+    return None if match is None else match.end()
 
 
 def _written_end(tokenizer: Any, before: str, after: str, openings: tuple[str, ...]) -> str | None:

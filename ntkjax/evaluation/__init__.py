@@ -5,7 +5,7 @@ from ntkjax.evaluation.comparison import compare, compare_seeds, paired_values
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll, summarise_nll
 from ntkjax.evaluation.metrics import METRICS, Metric, values
-from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
+from ntkjax.evaluation.options import Batching, EvaluationOptions, EvaluationSettings
 from ntkjax.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
 from ntkjax.evaluation.run import Evaluation, evaluate_model
 from ntkjax.evaluation.significance import (
@@ -23,6 +23,7 @@ from ntkjax.evaluation.summary import summarise
 
 __all__ = [
     "METRICS",
+    "Batching",
     "ChoiceScores",
     "Evaluation",
     "EvaluationOptions",

@@ -44,9 +44,9 @@ _NAMES_IN_CAPITALS = frozenset(("it", "us"))
 
 
 def fold_typography(answer: str) -> str:
-    """The answer in one typography: canonical Unicode (NFC), plain quotes, hyphens, digits and blanks, blank runs as
-    one blank, without what stands around it (quotes, ``**`` or `````, the brackets of a label "(B)", the full stop of
-    the sentence).
+    """The answer in one typography: canonical Unicode (NFC), plain quotes, hyphens, digits and blanks, blank runs
+    as one blank, without what stands around it (quotes, ``**`` or `````, the brackets of a label "(B)", the full
+    stop of the sentence).
 
     Compatibility forms are kept apart (10³ is not 103), but for ligatures and full-width forms. Never empty where the
     answer is not blank.
@@ -142,16 +142,16 @@ def find_choices(answer: str, choices: Sequence[str]) -> list[int]:
     """
     for form in _FORMS:
         wanted = form(answer)
-        found = [c for c, choice in enumerate(choices) if form(choice) == wanted]
-        if found:
-            return found[:1] if len({choices[c] for c in found}) == 1 else found
+        same = [c for c, choice in enumerate(choices) if form(choice) == wanted]
+        if same:
+            return same[:1] if len({choices[c] for c in same}) == 1 else same
     return []
 
 
 def match_choice(answer: str, choices: Sequence[str]) -> int | None:
     """Index of the choice that the answer is; None where it is none of them, or could be several."""
-    found = find_choices(answer, choices)
-    return found[0] if len(found) == 1 else None
+    same = find_choices(answer, choices)
+    return same[0] if len(same) == 1 else None
 
 
 def count_answers(answers: Iterable[tuple[str, Sequence[str] | None]]) -> dict[str, int]:
@@ -168,10 +168,10 @@ def count_answers(answers: Iterable[tuple[str, Sequence[str] | None]]) -> dict[s
         key = normalise_answer(answer)
         alone = all(choice == answer or normalise_answer(choice) != key for choice in choices or ())
         counts.setdefault((alone, key if alone else answer), Counter())[answer] += 1
-    found: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for of in counts.values():
-        found[min(of, key=lambda text: (-of[text], text))] += of.total()
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+        totals[min(of, key=lambda text: (-of[text], text))] += of.total()
+    return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
 
 
 # -- reading --
@@ -206,8 +206,8 @@ def answer_marker(answer_template: str) -> str:
 
 
 def default_pattern(answer_template: str) -> str:
-    """Regular expression for what follows the template's marker, up to the end of the line or of the text, as the
-    group ``sentence``.
+    """Regular expression for what follows the template's marker, up to the end of the line or of the text,
+    as the group ``sentence``.
 
     Case and the amount of blank space do not matter. Where in the line the answer ends is no matter for a regular
     expression: see `last_answer` and `read_choice`.
@@ -240,10 +240,10 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def _last_place(text: str, pattern: re.Pattern[str]) -> str | None:
     """Group 1 of the last match: the answer and, of a group ``sentence``, the rest of its line."""
-    found = None
+    last = None
     for match in pattern.finditer(text):
-        found = match
-    return None if found is None else found.group(1)
+        last = match
+    return None if last is None else last.group(1)
 
 
 def last_answer(text: str, pattern: re.Pattern[str]) -> str | None:
@@ -313,21 +313,21 @@ def read_choice(text: str, pattern: re.Pattern[str], choices: Sequence[str]) -> 
     if place is None or answer is None:
         return None
     line = _plain_characters(place)
-    found: list[tuple[int, int, int]] = []
+    matches: list[tuple[int, int, int]] = []
     whole = match_choice(answer, choices)
     if whole is not None:
-        found.append((len(fold_typography(answer)), 0, whole))
+        matches.append((len(fold_typography(answer)), 0, whole))
     for looseness, form in enumerate((fold_typography, lambda text: fold_typography(text).casefold())):
         forms = [form(choice) for choice in choices]
         start = line if looseness == 0 else line.casefold()
         for c, choice in enumerate(forms):
             twin = any(other == choice and choices[k] != choices[c] for k, other in enumerate(forms))
             if not twin and choice and _stands(start, choice, looseness > 0):
-                found.append((len(choice), -looseness, c))
-    if not found:
+                matches.append((len(choice), -looseness, c))
+    if not matches:
         return None
-    longest = max(entry[:2] for entry in found)
-    best = {entry[2] for entry in found if entry[:2] == longest}
+    longest = max(entry[:2] for entry in matches)
+    best = {entry[2] for entry in matches if entry[:2] == longest}
     return min(best) if len({choices[c] for c in best}) == 1 else None
 
 

@@ -106,10 +106,10 @@ def score(
             batch, predictor, target = _collate(
                 [rows[i] for i in planned.indices], planned.rows, planned.length, scored[planned.length]
             )
-            found, best = (np.asarray(x) for x in token_scores(states_fn, head_fn, params, batch, predictor, target))
+            logprobs, best = (np.asarray(x) for x in token_scores(states_fn, head_fn, params, batch, predictor, target))
             for r, i in enumerate(planned.indices):
                 own = slice(0, len(rows[i][1]))
-                answers[i] = (float(found[r, own].astype(np.float64).sum()), bool(best[r, own].all()))
+                answers[i] = (float(logprobs[r, own].astype(np.float64).sum()), bool(best[r, own].all()))
             bar.update(len(planned.indices))
     return answers
 
@@ -337,17 +337,17 @@ class Answers:
         )  # fmt: skip
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        found = self._score([(context, continuation) for _, context, continuation in requests])
-        for (texts, _, _), answer in zip(requests, found, strict=True):
+        answers = self._score([(context, continuation) for _, context, continuation in requests])
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
+        return answers
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, from that of its windows."""
         texts = [request.args[0] for request in requests]
         windows = [rolling_windows(self.tok_encode(t), self.prefix_token_id, self.max_length) for t in texts]
-        found = iter(self._score([window for own in windows for window in own]))
-        totals = [sum(next(found)[0] for _ in own) for own in windows]
+        scores = iter(self._score([window for own in windows for window in own]))
+        totals = [sum(next(scores)[0] for _ in own) for own in windows]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
@@ -361,11 +361,11 @@ class Answers:
         for kind in dict.fromkeys(wanted):
             own = [i for i, other in enumerate(wanted) if other == kind]
             self.cut += sum(len(prompts[i]) > self.max_length - kind.new_tokens for i in own)
-            found = continuations(
+            generated = continuations(
                 self.model, self.params, [prompts[i] for i in own], kind, max_length=self.max_length,
                 token_budget=self.token_budget, seed=self.seed, progress=self.progress,
             )  # fmt: skip
-            for i, text in zip(own, found, strict=True):
+            for i, text in zip(own, generated, strict=True):
                 texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return texts
@@ -414,8 +414,8 @@ class TaskResult:
 
     def table(self, metric: str) -> np.ndarray | None:
         """The samples' values of ``METRIC,FILTER``, float64 [n]; None where not every sample has a number."""
-        found = [sample["metrics"].get(metric.split(",")[0]) for sample in self._of(metric)]
-        return None if not found or None in found else np.asarray(found, np.float64)
+        sampled = [sample["metrics"].get(metric.split(",")[0]) for sample in self._of(metric)]
+        return None if not sampled or None in sampled else np.asarray(sampled, np.float64)
 
     def ids(self, metric: str) -> list[str]:
         """Document and hash of the samples of ``METRIC,FILTER``."""
@@ -433,10 +433,10 @@ class TaskResult:
             table, interval = self.table(name), None
             if table is not None and np.isclose(table.mean(), value, rtol=1e-6, atol=1e-9):
                 whole = right_or_wrong(table)
-                found = wilson_interval(int(table.sum()), table.size, level=level) if whole else bootstrap_mean(
+                bounds = wilson_interval(int(table.sum()), table.size, level=level) if whole else bootstrap_mean(
                     table, level=level, seed=seed
                 )  # fmt: skip
-                interval = [found.low, found.high]
+                interval = [bounds.low, bounds.high]
             metrics[name] = {"value": value, "interval": interval}
         return {"n": self.n, "level": level, "metrics": metrics}
 
@@ -469,20 +469,20 @@ def run_tasks(
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     lm = cls(model, params, max_length=max_length, token_budget=token_budget, seed=seed, progress=progress)
-    found = simple_evaluate(
+    output = simple_evaluate(
         model=lm, tasks=tasks.tasks, task_manager=tasks.manager, num_fewshot=options.task_shots,
         limit=options.task_limit, apply_chat_template=options.task_chat_template,
         fewshot_as_multiturn=options.task_chat_template, bootstrap_iters=0, log_samples=True,
     )  # fmt: skip
-    assert found is not None
+    assert output is not None
     results = [
         TaskResult(
             task=name,
-            n=int(found["n-samples"].get(name, {}).get("effective", 0)),
+            n=int(output["n-samples"].get(name, {}).get("effective", 0)),
             values=_values(result),
-            samples=[_sample(sample) for sample in found["samples"].get(name, ())],
+            samples=[_sample(sample) for sample in output["samples"].get(name, ())],
         )
-        for name, result in found["results"].items()
+        for name, result in output["results"].items()
     ]
     return [result for result in results if result.values], {"cut": lm.cut}
 
@@ -495,12 +495,12 @@ def task_digests(names: Sequence[str]) -> dict[str, str]:
       UserError: lm-eval is not installed, or a file is not there.
     """
     harness()
-    found = {"lm-eval": metadata.version("lm_eval")}
+    digests = {"lm-eval": metadata.version("lm_eval")}
     for name in names:
         if name.endswith((".yaml", ".yml")):
             for path in _files_of(Path(name)):
-                found[str(path)] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    return found
+                digests[str(path)] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return digests
 
 
 def _files_of(task: Path) -> Iterator[Path]:
@@ -545,20 +545,20 @@ def load_tasks(options: TaskOptions) -> Tasks:
     loaded: list = []
     for name in names:
         try:
-            found = manager.load(name)
+            content = manager.load(name)
         except Exception as error:  # whatever its data set's loader raises: nothing was computed yet
             raise UserError(
                 f"--tasks: {name}: lm-eval cannot load it ({type(error).__name__}: {error}); expected the name of a "
                 "task or a YAML file of one, with data that can be read here; see `lm_eval ls tasks`"
             ) from error
-        for task_name, task in found["tasks"].items():
+        for task_name, task in content["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise UserError(
                     f"--tasks: {task_name} runs code that the model writes, or reads images; expected a task of text "
                     "alone; leave it out, or run it with lm_eval"
                 )
-        groups = [*found.get("groups", {}).values()]
-        loaded += groups[:1] or [*found["tasks"].values()]  # the first group holds the others
+        groups = [*content.get("groups", {}).values()]
+        loaded += groups[:1] or [*content["tasks"].values()]  # the first group holds the others
     return Tasks(manager, loaded)
 
 
@@ -605,14 +605,14 @@ def read_results(folder: Path) -> tuple[list[TaskResult], dict[str, int]]:
     Raises:
       UserError: no such folder, or a damaged file.
     """
-    found = read_json(Path(folder) / "results.json", remedy="run the tasks again with evaluate --tasks")
+    content = read_json(Path(folder) / "results.json", remedy="run the tasks again with evaluate --tasks")
     results = []
-    for entry in found["tasks"]:
+    for entry in content["tasks"]:
         with (Path(folder) / entry["samples"]).open(encoding="utf-8") as file:
             samples = [json.loads(line) for line in file]
         values = {name: float(value) for name, value in entry["values"].items()}
         results.append(TaskResult(entry["task"], entry["n"], values, samples))
-    return results, found["counts"]
+    return results, content["counts"]
 
 
 def compare_tasks(

@@ -101,16 +101,16 @@ class Metric:
           UserError: a value that is not finite.
         """
         if callable(self.of):
-            found = self.of(outcome if isinstance(outcome, Outcome) else Outcome(**outcome))
+            number = self.of(outcome if isinstance(outcome, Outcome) else Outcome(**outcome))
         else:
-            found = outcome.get(self.of) if isinstance(outcome, Mapping) else getattr(outcome, self.of)
-        if found is not None and not math.isfinite(found):
+            number = outcome.get(self.of) if isinstance(outcome, Mapping) else getattr(outcome, self.of)
+        if number is not None and not math.isfinite(number):
             name = outcome["id"] if isinstance(outcome, Mapping) else outcome.id
             raise UserError(
-                f"example {name!r}: {self.label} is {found}, not finite; expected a number, or None where there is "
+                f"example {name!r}: {self.label} is {number}, not finite; expected a number, or None where there is "
                 "none; correct the metric, or evaluate again"
             )
-        return None if found is None else float(found)
+        return None if number is None else float(number)
 
     def better(self, value: float) -> float:
         """``value``, or its negative where lower is better: the larger the better."""
@@ -147,14 +147,14 @@ def headline(has: Callable[[str], bool]) -> Metric | None:
 
 def values(outcomes: Sequence[Outcome], metric: Metric) -> np.ndarray | None:
     """The metric of every example that has it, float64 [n]; None where no example has."""
-    found = [value for value in map(metric.value, outcomes) if value is not None]
-    return np.asarray(found, np.float64) if found else None
+    numbers = [value for value in map(metric.value, outcomes) if value is not None]
+    return np.asarray(numbers, np.float64) if numbers else None
 
 
 def means(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """The mean of every metric that the outcomes have."""
-    found = {name: values(outcomes, metric) for name, metric in METRICS.items()}
-    return {name: float(table.mean()) for name, table in found.items() if table is not None}
+    tables = {name: values(outcomes, metric) for name, metric in METRICS.items()}
+    return {name: float(table.mean()) for name, table in tables.items() if table is not None}
 
 
 def right_or_wrong(table: np.ndarray) -> bool:

@@ -38,6 +38,21 @@ class EvaluationOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class Batching:
+    """How examples are put into batches. The length decides what is cut; the rest changes results by rounding alone.
+
+    Attributes:
+      max_length: longest sequence, tokens; prompts are cut from the left to fit and the cuts counted.
+      token_budget: tokens in a batch, padding included.
+      packing: several examples a row, in likelihood and choices.
+    """
+
+    max_length: int
+    token_budget: int
+    packing: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskOptions:
     """Tasks of lm-evaluation-harness (the extra lm-eval) that are run on the model."""
 

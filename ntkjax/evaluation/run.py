@@ -14,16 +14,10 @@ from tqdm import tqdm
 from ntkjax.data.encode import tokenise, tokenizer_digest
 from ntkjax.errors import UserError
 from ntkjax.evaluation.answers import compile_pattern, default_pattern
-from ntkjax.evaluation.choices import (
-    ChoiceScores,
-    check_template,
-    gold_choice,
-    pick,
-    score_choices,
-)
+from ntkjax.evaluation.choices import ChoiceScores, check_template, gold_choice, pick, score_choices
 from ntkjax.evaluation.generation import GeneratedAnswer, generate_answers, gold_answer
 from ntkjax.evaluation.likelihood import ResponseNLL, response_nll
-from ntkjax.evaluation.options import EvaluationSettings
+from ntkjax.evaluation.options import Batching, EvaluationSettings
 from ntkjax.evaluation.outcomes import Outcome, OutcomeLog
 from ntkjax.evaluation.shots import ShotRecords, Shots, check_separable, draw_shots
 from ntkjax.evaluation.summary import summarise
@@ -46,9 +40,7 @@ def evaluate_model(
     records: Any,
     settings: EvaluationSettings = EvaluationSettings(),
     *,
-    max_length: int,
-    token_budget: int,
-    packing: bool = False,
+    batching: Batching,
     path: str | Path | None = None,
     shots: Shots | None = None,
     seed: int = 0,
@@ -59,9 +51,7 @@ def evaluate_model(
     Args:
       model: a `LanguageModel`. params: any subset of its parameter tree, overlaid on its weights.
       records: `Records`. settings: what is measured.
-      max_length: longest sequence, tokens; prompts are cut from the left to fit and the cuts counted.
-      token_budget: tokens in a batch, padding included.
-      packing: several examples a row, in likelihood and choices.
+      batching: how they are put into batches.
       path: outcomes as JSON lines; written as the run goes, and a run that was cut off goes on where it
         stopped. A path that holds finished outcomes of the same settings and weights is read back instead.
       shots: what `draw_shots` drew for these settings and records; None: it is drawn here.
@@ -80,7 +70,7 @@ def evaluate_model(
         if settings.generation:
             check_separable(shots, model.tokenizer)
         records = ShotRecords(records, shots.examples, model.tokenizer)
-    decides = dataclasses.asdict(settings) | {"max_length": max_length, "answer_pattern": pattern}
+    decides = dataclasses.asdict(settings) | {"max_length": batching.max_length, "answer_pattern": pattern}
     # What was drawn decides, not how; an evaluation without shots is the same as before there were any.
     decides |= {"shots": None if shots is None else {"ids": shots.report()["ids"], "content": shots.fingerprint}}
     del decides["shots_from"], decides["on_bad_record"]
@@ -95,7 +85,7 @@ def evaluate_model(
     outcomes = log.finished
     if outcomes is None:
         bases, choice_rows, response_rows = _bases(records, pattern)
-        job = _Job(model, params, records, bases, log, settings, max_length, token_budget, packing, progress)
+        job = _Job(model, params, records, bases, log, settings, batching, progress)
         _check_any(settings, choice_rows, response_rows, len(records))
         if settings.choices is not False:
             job.choices(choice_rows)
@@ -117,9 +107,7 @@ class _Job:
     bases: list[Outcome]
     log: OutcomeLog
     settings: EvaluationSettings
-    max_length: int
-    token_budget: int
-    packing: bool
+    batching: Batching
     progress: bool
 
     def choices(self, rows: list[int]) -> None:
@@ -128,11 +116,9 @@ class _Job:
                 self.model,
                 self.params,
                 self.records,
-                max_length=self.max_length,
-                token_budget=self.token_budget,
                 answer_template=self.settings.answer_template,
                 rows=todo,
-                packing=self.packing,
+                **dataclasses.asdict(self.batching),
             )
 
         self._run("choices", rows, run, lambda scores, base: _choice_piece(scores, base, self.records[scores.row]))
@@ -141,14 +127,13 @@ class _Job:
         self._likelihood_from_choices(rows)
 
         def run(todo: list[int]) -> Iterator[list[ResponseNLL]]:
-            dataset = tokenise(
-                self.records, self.model.tokenizer, max_length=self.max_length, loss_turns=self.settings.loss_turns
-            )
+            longest, turns = self.batching.max_length, self.settings.loss_turns
+            dataset = tokenise(self.records, self.model.tokenizer, max_length=longest, loss_turns=turns)
             return response_nll(
                 self.model,
                 self.params,
-                dataset.packed(self.packing),
-                token_budget=self.token_budget,
+                dataset.packed(self.batching.packing),
+                token_budget=self.batching.token_budget,
                 indices=np.asarray(todo, dtype=np.int64),
             )
 
@@ -160,7 +145,7 @@ class _Job:
         Not where the prompt was cut, since choices are cut to fit the longest of them, nor where earlier turns count.
         """
         scored, known = self.log.pieces.get("choices", {}), self.log.done("likelihood")
-        found = {}
+        known_nll = {}
         for row in rows:
             piece, base = scored.get(row), self.bases[row]
             if piece is None or row in known or piece["dropped_choices"]:
@@ -171,9 +156,9 @@ class _Job:
             if example.response in texts and not (earlier and self.settings.loss_turns == "all"):
                 c = texts.index(example.response)
                 tokens = piece["logprob_tokens"][c]
-                found[row] = {"nll": -piece["logprobs"][c] / tokens, "nll_tokens": tokens}
-        if found:
-            self.log.add("likelihood", found)
+                known_nll[row] = {"nll": -piece["logprobs"][c] / tokens, "nll_tokens": tokens}
+        if known_nll:
+            self.log.add("likelihood", known_nll)
 
     def generation(self, rows: list[int], pattern: str | None) -> None:
         def run(todo: list[int]) -> Iterator[list[GeneratedAnswer]]:
@@ -181,8 +166,8 @@ class _Job:
                 self.model,
                 self.params,
                 self.records,
-                max_length=self.max_length,
-                token_budget=self.token_budget,
+                max_length=self.batching.max_length,
+                token_budget=self.batching.token_budget,
                 max_new_tokens=self.settings.max_new_tokens,
                 answer_template=self.settings.answer_template,
                 answer_pattern=pattern,
@@ -234,9 +219,9 @@ def _check_any(settings: EvaluationSettings, choice_rows: list[int], response_ro
 
 
 def _records_fingerprint(records: Any) -> str:
-    found = getattr(records, "fingerprint", None)
-    if found is not None:
-        return str(found)
+    fingerprint = getattr(records, "fingerprint", None)
+    if fingerprint is not None:
+        return str(fingerprint)
     hasher = hashlib.blake2b(digest_size=16)
     for row in range(len(records)):
         example = records[row]
@@ -247,8 +232,7 @@ def _records_fingerprint(records: Any) -> str:
 def _finite(values: Any, what: str, base: Outcome) -> None:
     if not np.all(np.isfinite(values)):
         raise UserError(
-            f"example {base.id!r}: {what} is {values}, not finite; the weights or the number format are "
-            f"broken "
+            f"example {base.id!r}: {what} is {values}, not finite; the weights or the number format are broken "
             "(did training diverge? try a lower learning rate, or float32)"
         )
 

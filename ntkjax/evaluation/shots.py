@@ -103,10 +103,10 @@ def with_shots(example: Example, shots: Sequence[Example], tokenizer: Any) -> Ex
     turns: list[dict[str, Any]] = []
     for shot in shots:
         messages = shot.conversation()
-        found = _leading_system(messages)
-        if found and [m["content"] for m in found] != [m["content"] for m in system]:
+        leading = _leading_system(messages)
+        if leading and [m["content"] for m in leading] != [m["content"] for m in system]:
             raise DataError(
-                f"shot {shot.id!r}: its system message {found[0]['content']!r} is not that of the question "
+                f"shot {shot.id!r}: its system message {leading[0]['content']!r} is not that of the question "
                 f"{example.id!r}; expected the same or none; remove it from the file of --shots-from, or add it to the "
                 "test data"
             )
@@ -117,7 +117,7 @@ def with_shots(example: Example, shots: Sequence[Example], tokenizer: Any) -> Ex
             )
         turns += [
             {**message, "weight": 0} if message["role"] == "assistant" else message
-            for message in messages[len(found) :]
+            for message in messages[len(leading) :]
         ]
     return dataclasses.replace(example, messages=(*system, *turns, *own[len(system) :]))
 

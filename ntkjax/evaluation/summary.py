@@ -40,12 +40,12 @@ def summarise(outcomes: Sequence[Outcome], *, level: float = 0.95, seed: int = 0
             "accuracy_interval": generation["accuracy_interval"],
             "accuracy_kind": "generated",
         }
-    found = {name: summarise_metric(outcomes, metric, level=level, seed=seed) for name, metric in METRICS.items()}
+    metrics = {name: summarise_metric(outcomes, metric, level=level, seed=seed) for name, metric in METRICS.items()}
     return {
         "n": len(outcomes),
         **head,
         "level": level,
-        "metrics": {name: entry for name, entry in found.items() if entry is not None},
+        "metrics": {name: entry for name, entry in metrics.items() if entry is not None},
         "choices": choices,
         "likelihood": summarise_likelihood(outcomes, level=level, seed=seed),
         "generation": generation,

@@ -60,8 +60,8 @@ class Dispatch:
 
     def combine(self, y: Float[Array, "C M D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
         """sum_j weights[n, j] y_j, y_j the row of token n's j-th expert, in float32 or better."""
-        found = at_least_float32(y).reshape(-1, y.shape[-1])[self.rows]
-        return jnp.einsum("nkd,nk->nd", found, weights.astype(found.dtype), precision=precision_of(found.dtype))
+        routed = at_least_float32(y).reshape(-1, y.shape[-1])[self.rows]
+        return jnp.einsum("nkd,nk->nd", routed, weights.astype(routed.dtype), precision=precision_of(routed.dtype))
 
 
 def block_shape(pairs: int, experts: int) -> tuple[int, int]:
@@ -99,8 +99,8 @@ def block_product(
     expert: Int[Array, " C"],
     read: Callable[[Any], Array] = lambda w: w,
 ) -> Float[Array, "C M O"]:
-    """x_c W_e for each block c and its expert e, accumulated and returned in float32 or better. W is cast to the dtype
-    of x.
+    """x_c W_e for each block c and its expert e, accumulated and returned in float32 or better. W is cast to
+    the dtype of x.
 
     Args:
       w: the experts' weights [experts, in, out], or the arrays [experts, ...] of which ``read`` makes those of some

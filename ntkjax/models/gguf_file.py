@@ -191,9 +191,9 @@ def _placed(parser: _Parser, entries: list[_Entry], alignment: Any) -> dict[str,
     if not isinstance(alignment, int) or alignment < 1:
         raise parser.fail(f"key 'general.alignment' is {alignment!r}, not a number of bytes")
     begin = -(-parser.stream.tell() // alignment) * alignment
-    found: dict[str, GgufTensor] = {}
+    tensors: dict[str, GgufTensor] = {}
     for name, shape, number, offset in entries:
-        if name in found:
+        if name in tensors:
             raise parser.fail(f"tensor {name!r} is there twice")
         known = {kind.value: kind for kind in GGMLQuantizationType}
         label = known[number].name if number in known else f"number {number}"
@@ -209,5 +209,5 @@ def _placed(parser: _Parser, entries: list[_Entry], alignment: Any) -> dict[str,
         stop = start + math.prod(shape) // block * size
         if stop > parser.size:
             raise parser.fail(f"it has {parser.size} bytes and tensor {name!r} ends at {stop} (truncated?)")
-        found[name] = GgufTensor(parser.path, name, label, shape, start, stop)
-    return found
+        tensors[name] = GgufTensor(parser.path, name, label, shape, start, stop)
+    return tensors

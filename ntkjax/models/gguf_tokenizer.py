@@ -233,12 +233,12 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     if len(scores) != len(vocabulary.tokens):
         raise vocabulary.fail("scores", f"has {len(scores)} entries for {len(vocabulary.tokens)} tokens")
     ids = vocabulary.ids
-    found: list[tuple[float, str, str]] = []
+    merges: list[tuple[float, str, str]] = []
     for text, token in ids.items():
         halves = [(text[:k], text[k:]) for k in range(1, len(text)) if text[:k] in ids and text[k:] in ids]
-        found += [(-scores[token], *pair) for pair in sorted(halves, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
+        merges += [(-scores[token], *pair) for pair in sorted(halves, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
     first: Callable[[tuple[float, str, str]], float] = lambda merge: merge[0]
-    return [(left, right) for _, left, right in sorted(found, key=first)]
+    return [(left, right) for _, left, right in sorted(merges, key=first)]
 
 
 def _add_special(tokenizer: Tokenizer, vocabulary: _Vocabulary, roles: set[int]) -> None:
@@ -268,10 +268,10 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: _Vocabulary, bos: int | None, eo
 def _chat_template(file: GgufFile) -> str | list[dict[str, str]] | None:
     """The template, or several with their names as tokenizer_config.json holds them; None where there is none."""
     default, names = file.fields.get("tokenizer.chat_template"), file.fields.get("tokenizer.chat_templates", [])
-    found = {} if default is None else {"default": default}
-    found |= {name: file.fields.get(f"tokenizer.chat_template.{name}") for name in names}
-    if wrong := [name for name, text in found.items() if not isinstance(text, str)]:
+    templates = {} if default is None else {"default": default}
+    templates |= {name: file.fields.get(f"tokenizer.chat_template.{name}") for name in names}
+    if wrong := [name for name, text in templates.items() if not isinstance(text, str)]:
         raise file.fail(f"the chat template {wrong[0]!r} is no text; convert the model again")
-    if not found or set(found) == {"default"}:
+    if not templates or set(templates) == {"default"}:
         return default
-    return [{"name": name, "template": text} for name, text in found.items()]
+    return [{"name": name, "template": text} for name, text in templates.items()]

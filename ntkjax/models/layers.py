@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.models.attention import attend, shares_tangents
@@ -23,6 +24,7 @@ from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.experts import Dispatch, block_product, dispatch, route
 from ntkjax.models.lora import LoraConfig, adapted, adapted_half, half_product, lora_delta
 from ntkjax.models.quantised import FORMATS, restored, tiles
+from ntkjax.parallel import split_rows, weight_sharding
 from ntkjax.tangents import unbatched_tangents
 from ntkjax.types import at_least_float32, float32_or_better, precision_of
 
@@ -37,6 +39,8 @@ class ModelSpec:
       attention: one of `ntkjax.models.attention.IMPLEMENTATIONS` but "auto".
       forward_mode: the code is differentiated by ``jax.jvp`` alone (`ntkjax.types.forward_mode`).
       quantised: one of `ntkjax.models.quantised.FORMATS`, in which the kernels of the blocks are held; None: ``dtype``.
+      gathered_on: the mesh whose axes that split rows split weights too; a layer's weights are gathered over these when
+        it is computed. None: they are used as they lie.
     """
 
     config: ModelConfig
@@ -46,6 +50,7 @@ class ModelSpec:
     attention: str = "xla"
     forward_mode: bool = False
     quantised: str | None = None
+    gathered_on: Mesh | None = None
 
     def linears(self) -> tuple[str, ...]:
         """Paths of the linear layers inside a block: "attention/q", ..., "mlp/down"."""
@@ -614,6 +619,25 @@ def make_context(
     )
 
 
+def gathered(state: Any, spec: ModelSpec) -> Any:
+    """One layer's parameters, split over "model" alone.
+
+    Where rows of a batch and weights are split over one axis, a product contracts over that axis or leaves it in the
+    result: left to itself the compiler moves the activations of every product instead of the weights of a layer, once.
+    """
+    mesh = spec.gathered_on
+    if mesh is None:
+        return state
+
+    def whole(path: tuple, leaf: Array) -> Array:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        split = spec.config.split("/".join(["layers", *(name for name in names if name != "value")]))
+        place = weight_sharding("/".join(names), leaf.shape, mesh, dataclasses.replace(split, data=None))
+        return jax.lax.with_sharding_constraint(leaf, place)
+
+    return jax.tree_util.tree_map_with_path(whole, state)
+
+
 def scan_layers(
     block: nnx.Module,
     x: Float[Array, "B T D"],
@@ -625,8 +649,8 @@ def scan_layers(
     graph, stacked = nnx.split(block)
 
     def one(carry, state, cached, own, context):
-        layer: Any = nnx.merge(graph, state)
-        return layer(carry, context.of_layer(own), cached)
+        layer: Any = nnx.merge(graph, gathered(state, spec))
+        return layer(split_rows(carry, spec.gathered_on), context.of_layer(own), cached)
 
     if spec.forward_mode and not shares_tangents(spec.attention):
         one = unbatched_tangents(one)

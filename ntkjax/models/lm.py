@@ -20,7 +20,7 @@ from ntkjax.models.functions import ModelFn, model_fn, overlay, param_shapes
 from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lora import LoraConfig, init_lora_a, lora_subset
 from ntkjax.models.quantised import COMPUTED_IN, FORMATS, quantised, scale_path
-from ntkjax.parallel import put
+from ntkjax.parallel import put, weights_over_rows
 from ntkjax.rng import numpy_rng
 from ntkjax.types import Params
 
@@ -311,7 +311,9 @@ def init_lm(
     `ntkjax.models.attention.IMPLEMENTATIONS`; ConfigError for another.
     """
     floating, held = check_dtype(dtype)
-    spec = ModelSpec(config, lora, floating, remat, resolve(attention, mesh))
+    spec = ModelSpec(
+        config, lora, floating, remat, resolve(attention, mesh), gathered_on=weights_over_rows(mesh, weights)
+    )
     flat = paths(param_shapes(spec))
     fresh = lambda path, shape: put(init_leaf(spec, path, shape, seed), path, mesh, config.split(path), weights)
     leaves = {path: fresh(path, shape) for path, shape in flat.items()}

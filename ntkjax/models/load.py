@@ -29,7 +29,7 @@ from ntkjax.models.names import Source, is_buffer, sources
 from ntkjax.models.quantised import is_scale, quantised, scale_path
 from ntkjax.models.real import REAL, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
-from ntkjax.parallel import everyone, process, put, spans_processes, weight_sharding
+from ntkjax.parallel import everyone, process, put, spans_processes, weight_sharding, weights_over_rows
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = "tokenizer_config.json"
@@ -78,7 +78,15 @@ def load_lm(
             "tensors"
         )
     floating, held = _resolve_dtype(dtype, hf_config, tensors)
-    spec = ModelSpec(config, lora, floating, remat, resolve(attention, mesh), quantised=held)
+    spec = ModelSpec(
+        config,
+        lora,
+        floating,
+        remat,
+        resolve(attention, mesh),
+        quantised=held,
+        gathered_on=weights_over_rows(mesh, weights),
+    )
     if lora is not None:
         lora.matches(spec.linears())
     params, report = _load_params(spec, Reading(tensors, mesh, weights), str(directory), seed)

@@ -1,5 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + scale (x A) B, A [in, r], B [r, out], kept in float32
-or better.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + scale (x A) B, A [in, r], B [r, out], kept
+in float32 or better.
 """
 
 from __future__ import annotations

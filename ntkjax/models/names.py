@@ -76,54 +76,54 @@ def sources(spec: ModelSpec) -> dict[str, Source]:
 
 def _shares(family: Family, config: ModelConfig, linears: tuple[str, ...]) -> dict[str, Share]:
     """The part of each linear layer that shares its tensor with others."""
-    found: dict[str, Share] = {}
+    shares: dict[str, Share] = {}
     for names in _by_module(family, linears).values():
         widths = [config.linears[name][1] for name in names]
         groups = config.num_kv_heads if family.fused_by_head else 1
         total, start = sum(widths), 0
         for name, width in zip(names, widths) if len(names) > 1 else ():
-            found[f"layers/{name}"] = Share(start, width // groups, total, groups)
+            shares[f"layers/{name}"] = Share(start, width // groups, total, groups)
             start += width // groups
-    return found
+    return shares
 
 
 def _by_module(family: Family, linears: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """A block's tensors, "model.layers.{}.mlp.up_proj", and the linear layers in each, in the block's order."""
-    found: dict[str, tuple[str, ...]] = {}
+    names_of: dict[str, tuple[str, ...]] = {}
     for name in linears:
         tensor = family.tensors[f"layers/{name}"]
-        found[tensor] = (*found.get(tensor, ()), name)
-    return found
+        names_of[tensor] = (*names_of.get(tensor, ()), name)
+    return names_of
 
 
 def modules(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     """PEFT's modules of a layer, "self_attn.q_proj" or with "{}" for the expert "mlp.experts.{}.up_proj", and the
     linear layers that each holds side by side.
     """
-    found = _by_module(family_of(spec.config.family), spec.linears())
-    return {_module(tensor): names for tensor, names in found.items()}
+    by_tensor = _by_module(family_of(spec.config.family), spec.linears())
+    return {_module(tensor): names for tensor, names in by_tensor.items()}
 
 
 def every_module() -> Mapping[str, tuple[str, ...]]:
     """As ``modules``, of all families."""
-    found: dict[str, tuple[str, ...]] = {}
+    every: dict[str, tuple[str, ...]] = {}
     for family in FAMILIES.values():
         linears = tuple(
             path.removeprefix("layers/")
             for path in family.tensors
             if path.startswith(("layers/attention/", "layers/mlp/")) and not path.endswith("_norm")
         )
-        found |= {_module(tensor): names for tensor, names in _by_module(family, linears).items()}
-    return found
+        every |= {_module(tensor): names for tensor, names in _by_module(family, linears).items()}
+    return every
 
 
 def module_columns(spec: ModelSpec, module: str) -> Int[np.ndarray, " outputs"]:
     """Places in a module's outputs of its linear layers' outputs, these one after the other."""
-    found = _shares(family_of(spec.config.family), spec.config, spec.linears())
+    shares = _shares(family_of(spec.config.family), spec.config, spec.linears())
     names = modules(spec)[module]
     if len(names) == 1:
         return np.arange(spec.config.linears[names[0]][1])
-    return np.concatenate([found[f"layers/{name}"].columns() for name in names])
+    return np.concatenate([shares[f"layers/{name}"].columns() for name in names])
 
 
 def layer_prefix(spec: ModelSpec) -> str:
@@ -141,7 +141,7 @@ def is_buffer(spec: ModelSpec, name: str) -> bool:
 
 
 def _leaves(tree: dict, where: str = "") -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, value in tree.items():
-        found |= _leaves(value, f"{where}{name}/") if isinstance(value, dict) else {where + name: value.shape}
-    return found
+        shapes |= _leaves(value, f"{where}{name}/") if isinstance(value, dict) else {where + name: value.shape}
+    return shapes

@@ -108,11 +108,11 @@ def agreement(
     groups = [roles.scored] if roles.domain is None else [roles.domain, roles.scored]
     resamples = resample(rng, first.shape[1], samples, groups)
     weights = np.concatenate([np.ones((1, first.shape[1])), resamples])
-    found = [statistics(a, e, weights, roles) for a, e in zip(first, second)]
+    entries = [statistics(a, e, weights, roles) for a, e in zip(first, second)]
     result: dict[str, float] = {}
     undefined = np.zeros(samples, bool)
     for name in METRICS:
-        values = np.stack([entry[name] for entry in found])  # [S, 1 + samples]
+        values = np.stack([entry[name] for entry in entries])  # [S, 1 + samples]
         means = values.mean(axis=0)
         undefined |= np.isnan(means[1:]) & ~np.isnan(means[0])
         result[name] = float(means[0])
@@ -137,7 +137,7 @@ def statistics(
     with np.errstate(divide="ignore", invalid="ignore"):
         aa, ee = product(a, a), product(e, e)
         cos = product(a, e) / np.sqrt(aa * ee)
-        found = {
+        values = {
             "cos_f": cos,
             "frobenius_error": np.sqrt(np.maximum(0.0, 1.0 - cos * cos)),
             "cka": _cka(a, e, weights),
@@ -149,10 +149,10 @@ def statistics(
         }
     of_a, of_e = weighted_scores(a, weights, roles), weighted_scores(e, weights, roles)
     counts = weights[:, roles.scored]
-    found["score_spearman"] = weighted_pearson(ranks_by_row(of_a, counts), ranks_by_row(of_e, counts), counts)
+    values["score_spearman"] = weighted_pearson(ranks_by_row(of_a, counts), ranks_by_row(of_e, counts), counts)
     shared = np.minimum(selected_counts(of_a, counts, roles.top), selected_counts(of_e, counts, roles.top))
-    found["top_n_overlap"] = shared.sum(axis=1) / roles.top
-    return found
+    values["top_n_overlap"] = shared.sum(axis=1) / roles.top
+    return values
 
 
 def weighted_scores(
@@ -189,12 +189,12 @@ def mean_ranks(values: Float[np.ndarray, " P"], weights: Float[np.ndarray, "B P"
 def ranks_by_row(values: Float[np.ndarray, "B p"], weights: Float[np.ndarray, "B p"]) -> Float[np.ndarray, "B p"]:
     """`mean_ranks` where every row has values of its own: sum_k w_k [v_k < v_j] + (1 + sum_k w_k [v_k = v_j]) / 2."""
     size = max(1, CHUNK // values.shape[1] ** 2)
-    found = []
+    parts = []
     for start in range(0, len(values), size):
         v, w = values[start : start + size], weights[start : start + size]
         below, equal = v[:, None, :] < v[:, :, None], v[:, None, :] == v[:, :, None]
-        found.append(np.einsum("bjk,bk->bj", below, w) + (1 + np.einsum("bjk,bk->bj", equal, w)) / 2)
-    ranks = np.concatenate(found)
+        parts.append(np.einsum("bjk,bk->bj", below, w) + (1 + np.einsum("bjk,bk->bj", equal, w)) / 2)
+    ranks = np.concatenate(parts)
     return np.where(np.isfinite(values).all(axis=1, keepdims=True), ranks, np.nan)
 
 
@@ -246,7 +246,7 @@ def _groups(
 def _cka(a: np.ndarray, e: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """CKA under B weight vectors, a chunk of them at a time."""
     size, n = max(1, CHUNK // a.size), len(a)
-    found = []
+    parts = []
     for start in range(0, len(weights), size):
         w = weights[start : start + size]
         pairs = w[:, :, None] * w[:, None, :]
@@ -256,8 +256,8 @@ def _cka(a: np.ndarray, e: np.ndarray, weights: np.ndarray) -> np.ndarray:
         norms = [dot(x, x) for x in left]
         whole = [np.einsum("bij,ij,ij->b", pairs, x, x) for x in (a, e)]
         varies = (norms[0] > NOTHING**2 * whole[0]) & (norms[1] > NOTHING**2 * whole[1])
-        found.append(np.where(varies, dot(left[0], left[1]) / np.sqrt(norms[0] * norms[1]), np.nan))
-    return np.concatenate(found)
+        parts.append(np.where(varies, dot(left[0], left[1]) / np.sqrt(norms[0] * norms[1]), np.nan))
+    return np.concatenate(parts)
 
 
 def _without_means(

@@ -132,8 +132,8 @@ def _neural_tangents_block(
         return rows, jnp.broadcast_to(selectors, (count_rows(rows), *selectors.shape))
 
     kernel = neural_tangents.empirical_ntk_fn(selected, traced=traced, implementation=implementation)
-    found = kernel(wide, with_selectors(a), None if b is None else with_selectors(b))
-    return found * a[1].shape[0] if traced else found  # its trace is a mean over outputs
+    block = kernel(wide, with_selectors(a), None if b is None else with_selectors(b))
+    return block * a[1].shape[0] if traced else block  # its trace is a mean over outputs
 
 
 def _neural_tangents(implementation: str) -> Backend:
@@ -210,9 +210,9 @@ def _pairing(how: Backend, fn: Kernel, params: Params, traced: bool, a: Block) -
 
     def values(b: Block) -> np.ndarray:
         other = ready if a is b else how.prepare(fn, params, b)
-        found = np.asarray(how.combine(fn, params, ready, other, traced), np.float64)
-        axes = (a.rows, b.rows, a.outputs, b.outputs)[: found.ndim]
-        return found[tuple(slice(axis.stop - axis.start) for axis in axes)]
+        block = np.asarray(how.combine(fn, params, ready, other, traced), np.float64)
+        axes = (a.rows, b.rows, a.outputs, b.outputs)[: block.ndim]
+        return block[tuple(slice(axis.stop - axis.start) for axis in axes)]
 
     return values
 
@@ -239,11 +239,11 @@ def _mirrored(values: np.ndarray) -> np.ndarray:
 def _remembered(prepare: Callable) -> Callable:
     """``prepare`` that computes each block once."""
     # By identity, because arrays have no hash; the block is kept with its result, so that no other takes its id.
-    found: dict[int, tuple[Block, Any]] = {}
+    kept: dict[int, tuple[Block, Any]] = {}
 
     def remembering(fn: Kernel, params: Params, block: Block) -> Any:
-        if id(block) not in found:
-            found[id(block)] = block, prepare(fn, params, block)
-        return found[id(block)][1]
+        if id(block) not in kept:
+            kept[id(block)] = block, prepare(fn, params, block)
+        return kept[id(block)][1]
 
     return remembering

@@ -67,23 +67,23 @@ class CrossTerms:
     def summary(self, *, seed: int = 0, samples: int = 1000) -> dict[str, float]:
         """Means over examples of the four cosines, and ``ratio`` = sum cross / sum own (``ratio_between``), each with
         ``_low`` and ``_high`` (percentile bootstrap over examples)."""
-        found: dict[str, float] = {}
+        numbers: dict[str, float] = {}
         for name in ("signed", "absolute", "signed_between", "absolute_between"):
             values = getattr(self, name)
             values = values[np.isfinite(values)]
-            found[name] = float(values.mean()) if len(values) else math.nan
+            numbers[name] = float(values.mean()) if len(values) else math.nan
             low, high = math.nan, math.nan
             if len(values) > 1:
                 low, high = bootstrap_interval(lambda v: float(v.mean()), values, seed=seed, samples=samples)
-            found |= {f"{name}_low": low, f"{name}_high": high}
+            numbers |= {f"{name}_low": low, f"{name}_high": high}
         for suffix in ("", "_between"):
             cross, own = getattr(self, f"cross{suffix}"), getattr(self, f"own{suffix}")
             share = lambda c, o: float(c.sum() / o.sum()) if o.sum() != 0 else math.nan
             name, low, high = f"ratio{suffix}", math.nan, math.nan
             if len(cross) > 1:
                 low, high = bootstrap_interval(share, cross, own, seed=seed, samples=samples)
-            found |= {name: share(cross, own), f"{name}_low": low, f"{name}_high": high}
-        return found | {"outputs": self.outputs, "vocab": self.vocab, "undefined": self.undefined}
+            numbers |= {name: share(cross, own), f"{name}_low": low, f"{name}_high": high}
+        return numbers | {"outputs": self.outputs, "vocab": self.vocab, "undefined": self.undefined}
 
 
 def cross_output_cosines(
@@ -129,7 +129,8 @@ def cross_output_cosines(
     fit, wanted = memory_budget // (2 * one), min(outputs, vocab)
     rng, trained = numpy_rng(seed, "ntk", "cross terms"), head_is_trained(head, params)
     by_width = not trained and width <= min(fit, wanted)
-    chosen = _sample(rng, vocab, wanted if by_width else min(wanted, fit))
+    # Where the products come from those of the hidden units, the number of outputs costs no memory.
+    chosen = np.sort(rng.choice(vocab, size=wanted if by_width else min(wanted, fit), replace=False))
     if len(chosen) < 2:
         raise ConfigError(
             f"cross terms need the gradients of 2 outputs of 2 examples, {4 * one:,} bytes of the memory budget of "
@@ -182,16 +183,12 @@ def cross_terms(
         previous = norms
     vocab = size if vocab is None else vocab
     up = {"cross": vocab * (vocab - 1) / max(1, size * (size - 1)), "own": vocab / max(1, size)}
-    found = {}
+    columns = {}
     for suffix, part in (("", within), ("_between", between)):
         for name in ("signed", "absolute", "cross", "own"):
-            found[name + suffix] = np.asarray(getattr(part, name)) * up.get(name, 1.0)
-        found[f"histogram{suffix}"] = part.histogram
-    return CrossTerms(**found, outputs=size, vocab=vocab, undefined=undefined)
-
-
-def _sample(rng: np.random.Generator, vocab: int, count: int) -> np.ndarray:
-    return np.sort(rng.choice(vocab, size=min(count, vocab), replace=False))
+            columns[name + suffix] = np.asarray(getattr(part, name)) * up.get(name, 1.0)
+        columns[f"histogram{suffix}"] = part.histogram
+    return CrossTerms(**columns, outputs=size, vocab=vocab, undefined=undefined)
 
 
 def _products(a: list[Params], b: list[Params]) -> np.ndarray:
@@ -281,7 +278,7 @@ def cross_ratio(
     apart = 1 - np.eye(n)
     within = lambda k: np.einsum("bi,sii->sb", weights, k)
     between = lambda k: np.einsum("bi,sij,bj->sb", weights, k * apart, weights, optimize=True)
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for suffix, part in (("", within), ("_between", between)):
         with np.errstate(divide="ignore", invalid="ignore"):
             share = part(above) / part(below)  # [draws, 1 + samples]
@@ -290,6 +287,6 @@ def cross_ratio(
             finite = means[1:][np.isfinite(means[1:])]
             low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (math.nan, math.nan)
             spread = float(values[:, 0].std(ddof=1)) if len(values) > 1 else math.nan
-            found |= {name: float(means[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
-            found[f"{name}_sd"] = spread
-    return found
+            numbers |= {name: float(means[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+            numbers[f"{name}_sd"] = spread
+    return numbers

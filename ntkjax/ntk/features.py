@@ -29,8 +29,8 @@ def per_example_gradients(output_fn: Callable, params: Params, batch: Any, *, mi
     Each row is differentiated as a batch of one, so a gradient depends on no other row. ``microbatch``
     rows at a time are in work (None: all), which bounds the memory of the backward pass.
     """
-    found = feature_vector(as_kernel(output_fn), params, batch, microbatch=microbatch)
-    return jax.tree.map(lambda leaf: leaf[:, 0], found["outputs"])
+    features = feature_vector(as_kernel(output_fn), params, batch, microbatch=microbatch)
+    return jax.tree.map(lambda leaf: leaf[:, 0], features["outputs"])
 
 
 @functools.partial(jax.jit, static_argnames="rows")

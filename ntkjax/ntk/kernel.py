@@ -98,8 +98,8 @@ def gradients(
     def of_row(row: list[Array]) -> Params:
         single = structure.unflatten([leaf[None] for leaf in row])
         values, pull = jax.vjp(lambda p: kernel.outputs(p, single)[0], params)
-        found = jax.vmap(lambda v: pull(v)[0])(jnp.asarray(selectors).astype(values.dtype))
-        return jax.tree.map(at_least_float32, found)
+        pulled = jax.vmap(lambda v: pull(v)[0])(jnp.asarray(selectors).astype(values.dtype))
+        return jax.tree.map(at_least_float32, pulled)
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     if microbatch is None:
@@ -110,9 +110,9 @@ def gradients(
 @jax.jit
 def compiled_head_features(kernel: Kernel, params: Params, x: Any) -> Float[Array, "B D"]:
     """`Kernel.head_features` of a batch, compiled."""
-    found = kernel.head_features(params, x)
-    assert found is not None
-    return found
+    features = kernel.head_features(params, x)
+    assert features is not None
+    return features
 
 
 @jax.jit
@@ -202,8 +202,8 @@ def _add(total: np.ndarray, at: slice, to: slice, block: Array, *, mirror: bool)
 
 
 def _all_head_features(kernel: Kernel, params: Params, blocks: list, count: int) -> np.ndarray:
-    found = [np.asarray(compiled_head_features(kernel, params, block), np.float64) for _, block in blocks]
-    return np.concatenate(found)[:count]
+    features = [np.asarray(compiled_head_features(kernel, params, block), np.float64) for _, block in blocks]
+    return np.concatenate(features)[:count]
 
 
 def kernel_diagonal(
@@ -216,8 +216,8 @@ def kernel_diagonal(
     total, blocks, microbatch = np.zeros(n), row_blocks(x, rows), _microbatch(rows, outputs)
     for selector in _selectors(m, outputs):
         for at, block in blocks:
-            found = gradients(kernel, params, block, selector, microbatch=microbatch)
-            squares = np.asarray(_squares(found), np.float64)
+            gradient = gradients(kernel, params, block, selector, microbatch=microbatch)
+            squares = np.asarray(_squares(gradient), np.float64)
             total[at] += squares[: at.stop - at.start]
     if kernel.head_coefficient:
         total += np.sum(_all_head_features(kernel, params, blocks, n) ** 2, axis=1)
@@ -228,8 +228,8 @@ def kernel_diagonal(
 def feature_vector(kernel: Kernel, params: Params, x: Any, *, microbatch: int | None = None) -> dict[str, Params]:
     """g(x) as a pytree: {"outputs": leaves [B, m, ...], "head": sqrt(c_h) h [B, D] where the head is trained}."""
     m = count_outputs(kernel, params, x)
-    found: dict[str, Params] = {
+    features: dict[str, Params] = {
         "outputs": gradients(kernel, params, x, np.eye(m, dtype=np.float32), microbatch=microbatch)
     }
     head = kernel.head_features(params, x)
-    return found if head is None else found | {"head": head}
+    return features if head is None else features | {"head": head}

@@ -105,13 +105,13 @@ class KroneckerSketch:
         leaves = [leaf.reshape(leaf.shape[0], -1, *(1, 1, *leaf.shape[1:])[-2:]) for leaf in leaves]
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(gradients)]
         words = self._words([(path, leaf.shape[1:]) for path, leaf in zip(paths, leaves)])
-        found = []
+        sketched = []
         for shape in {leaf.shape[2:]: None for leaf in leaves}:  # one loop for all matrices of a shape
             # leaves [B, s_i, m, n] and their words [s_i, w] -> one leaf [B, s, m, n] and words [s, w], s = sum of s_i
             parts = [(leaf, w) for leaf, w in zip(leaves, words) if leaf.shape[2:] == shape]
             stacked, drawn = (jnp.concatenate(part, axis=axis) for part, axis in zip(zip(*parts), (1, 0)))
-            found.append(self._fold(stacked, drawn))
-        return functools.reduce(jnp.add, found)
+            sketched.append(self._fold(stacked, drawn))
+        return functools.reduce(jnp.add, sketched)
 
     def _fold(self, leaf: Float[Array, "B s m n"], words: UInt32[Array, "s w"]) -> Float[Array, "B K"]:
         """sum_s vec(P_a,s G_s P_b,s^T): a loop over chunks of both sides, each added in one piece to a table that is
@@ -159,15 +159,15 @@ class KroneckerSketch:
 
     def _maps(self, words: UInt32[Array, "s w"], lengths: Sequence[int], dtype: Any) -> list[_Side]:
         """Both sides of s matrices [m, n]."""
-        found = []
+        sides = []
         for n, k in zip(lengths, self.split(*lengths)):
             # the words of this side, and those that are left for the other
             used, words = words[:, : _words_of_side(n, k)], words[:, _words_of_side(n, k) :]
             chunks = -(-n // k)
             # the first words are the chunks' shifts, the bits of the others the entries' signs
             shifts = (used[:, :chunks] % jnp.uint32(k)).astype(jnp.int32)
-            found.append(_Side(as_signs(used[:, chunks:], n, dtype), shifts, k))
-        return found
+            sides.append(_Side(as_signs(used[:, chunks:], n, dtype), shifts, k))
+        return sides
 
     def factors(self, path: str, shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
         """P_a [..., k_a, m] and P_b [..., k_b, n], as matrices, of the leaf of that path (as ``keystr`` writes it) and
@@ -217,7 +217,7 @@ class ProbedOutput:
     def lift(self, z: Float[Array, "k_a k_b"]) -> Params:
         """The adapters' factors P_a^T and Z P_b / c, a tree like ``adapters``."""
         leaves = jax.tree_util.tree_leaves_with_path(self.adapters)
-        found = []
+        factors = []
         for (path, a), (other, b) in zip(leaves[::2], leaves[1::2], strict=True):
             rank = self.sketch.left
             if path[:-1] != other[:-1] or a.shape[-1] != rank or b.shape != (*a.shape[:-2], rank, b.shape[-1]):
@@ -230,8 +230,8 @@ class ProbedOutput:
             left, right = self.sketch.factors(jax.tree_util.keystr(path[:-1]), shape, z.dtype)
             rows = z.reshape((1,) * (right.ndim - 2) + z.shape)
             right = jnp.matmul(rows, right, precision=precision_of(z.dtype)) / self.scale
-            found += [jnp.swapaxes(left, -1, -2), right]
-        return jax.tree.unflatten(jax.tree.structure(self.adapters), found)
+            factors += [jnp.swapaxes(left, -1, -2), right]
+        return jax.tree.unflatten(jax.tree.structure(self.adapters), factors)
 
     def __call__(self, z: Float[Array, "k_a k_b"], batch: Any) -> Array:
         return self.output_fn(self.lift(z), batch)

@@ -130,7 +130,7 @@ def output_grams(
     if sorted(i for p in pieces for i in np.asarray(p.index) if i >= 0) != list(range(rows)):
         raise ValueError(f"the batches must hold each of the rows 0 to {rows - 1} once")
     done = np.zeros(count, bool) if store is None else np.asarray(store.done())
-    found, todo = np.zeros((count, rows, rows)), np.flatnonzero(~done)
+    grams, todo = np.zeros((count, rows, rows)), np.flatnonzero(~done)
     bar = tqdm(
         total=count,
         initial=int(done.sum()),
@@ -148,15 +148,15 @@ def output_grams(
             # A row with a gradient that is not finite spoils its diagonal entry; the others' diagonals stay finite.
             bad = ~np.isfinite(np.einsum("cii->ci", block)).all(axis=0)
             raise NonFiniteError("gradient", np.flatnonzero(bad).tolist())
-        found[chosen] = block
+        grams[chosen] = block
         if store is not None:
             store.write(chosen, block.reshape(len(chosen), -1))
         bar.update(len(chosen))
     bar.close()
     if store is not None:
         store.flush()
-        found = np.asarray(store.read(), np.float64).reshape(count, rows, rows)
-    return found
+        grams = np.asarray(store.read(), np.float64).reshape(count, rows, rows)
+    return grams
 
 
 def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, rows: int, *, keep: bool) -> np.ndarray:
@@ -169,6 +169,8 @@ def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, 
         selectors,
         microbatch=microbatch if microbatch < len(pieces[i].index) else None,
     )
+    # With `keep` all pieces are held; without it two at a time, and the second of a pair is computed anew for each:
+    # n (n + 1) / 2 pieces of gradients in the place of n, for memory that does not grow with the rows.
     kept = {i: pull(i) for i in range(len(pieces))} if keep else {}
     total = np.zeros((len(selectors), rows, rows))
     # Pairs i <= j only; `_scatter` writes both triangles, at the dataset rows that the batches' ``index`` names.
@@ -197,14 +199,14 @@ def _pieces(batches: list, size: int) -> Iterator[Any]:
 
 def hidden_gram(hidden_fn: Callable, params: Params, batches: Iterable, *, rows: int) -> Float[np.ndarray, "rows rows"]:
     """<h(x_i), h(x_j)> of the pooled hidden states, float64."""
-    found: np.ndarray | None = None
+    states: np.ndarray | None = None
     for batch in batches:
         values = np.asarray(_hidden(hidden_fn, params, batch), np.float64)
         index = np.asarray(batch.index)
-        found = np.zeros((rows, values.shape[1])) if found is None else found
-        found[index[index >= 0]] = values[index >= 0]
-    assert found is not None
-    return found @ found.T
+        states = np.zeros((rows, values.shape[1])) if states is None else states
+        states[index[index >= 0]] = values[index >= 0]
+    assert states is not None
+    return states @ states.T
 
 
 @jax.jit

@@ -149,9 +149,9 @@ def _imports_of_old_jax() -> Callable:
 
 def _with_names(module: types.ModuleType, names: dict[str, Any]) -> types.ModuleType:
     """A module that has ``names`` and, behind them, everything that ``module`` has."""
-    found = types.ModuleType(module.__name__)
-    found.__dict__.update(names, __getattr__=lambda name: getattr(module, name))
-    return found
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update(names, __getattr__=lambda name: getattr(module, name))
+    return copy
 
 
 def _safe_map(function: Callable, *sequences: Any) -> list:

@@ -104,8 +104,8 @@ def output_kernels(
         for j, (to, other) in enumerate(right):
             g2 = kept if kept is not None else g1 if same and i == j else pull(other)
             for formula in formulas:
-                found = np.asarray(_pair_gram(g1, g2, formula), np.float64)
-                total[formula][at, :, to] = found[: at.stop - at.start, :, : to.stop - to.start]
+                pair = np.asarray(_pair_gram(g1, g2, formula), np.float64)
+                total[formula][at, :, to] = pair[: at.stop - at.start, :, : to.stop - to.start]
     return total
 
 

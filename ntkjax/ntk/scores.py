@@ -61,11 +61,11 @@ def add_direction(kernel: Kernel, params: Params, batch: Any, total: Direction) 
         return jnp.sum(jnp.where(real[:, None], values, jnp.zeros_like(values)), axis=0)
 
     values, pull = jax.vjp(summed, params)
-    found = jax.lax.map(lambda v: pull(v)[0], jnp.eye(len(values), dtype=values.dtype))
+    gradients = jax.lax.map(lambda v: pull(v)[0], jnp.eye(len(values), dtype=values.dtype))
     head = kernel.head_features(params, batch)
     if head is not None:
         head = jnp.sum(jnp.where(real[:, None], head, jnp.zeros_like(head)), axis=0)
-    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, Direction(found, head))
+    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, Direction(gradients, head))
 
 
 @jax.jit
@@ -125,8 +125,8 @@ def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, pro
 
     The case m = 1 of `mean_direction`, which see.
     """
-    found = mean_direction(output_fn, params, batches, progress=progress)
-    return jax.tree.map(lambda leaf: leaf[0], found.outputs)
+    mean = mean_direction(output_fn, params, batches, progress=progress)
+    return jax.tree.map(lambda leaf: leaf[0], mean.outputs)
 
 
 @jax.jit
@@ -175,8 +175,8 @@ def _in_turns(push: Callable[..., Array], stacked: tuple) -> Float[Array, "n *B"
     parts = []
     if turns:
         whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
-        found = jax.lax.map(lambda args: stacked_jvp(push, args), whole)
-        parts.append(found.reshape(count - rest, *found.shape[2:]))
+        pushed = jax.lax.map(lambda args: stacked_jvp(push, args), whole)
+        parts.append(pushed.reshape(count - rest, *pushed.shape[2:]))
     if rest:
         parts.append(stacked_jvp(push, jax.tree.map(lambda x: x[count - rest :], stacked)))
     return jnp.concatenate(parts)
@@ -276,8 +276,8 @@ def scores_by_position(
     apart, lengths = as_kernel(kernel).before_pooling(), lambda batch: np.asarray(batch.lengths)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
     for batch in iterate(one_a_row(batches), progress, "scores by token"):
-        found = np.asarray(score_batch(apart, params, stacked, batch))
-        for row, length, parts in zip(real_rows(batch).tolist(), lengths(batch).tolist(), found):
+        scores = np.asarray(score_batch(apart, params, stacked, batch))
+        for row, length, parts in zip(real_rows(batch).tolist(), lengths(batch).tolist(), scores):
             if row < 0:
                 continue
             if not np.isfinite(parts).all():
@@ -309,11 +309,11 @@ class ProductsByLeaf:
             return jnp.einsum("bmkp,mkp->bk", flat_g, flat_u, precision=jax.lax.Precision.HIGHEST)
 
         leaves = zip(jax.tree.leaves(gradients["outputs"]), jax.tree.leaves(self.direction.outputs), self.stacked)
-        found = [product(*leaf) for leaf in leaves]
+        products = [product(*leaf) for leaf in leaves]
         if self.direction.head is not None:
             head = jnp.matmul(gradients["head"], self.direction.head, precision=jax.lax.Precision.HIGHEST)
-            found.append(head[:, None].astype(found[0].dtype))
-        return jnp.concatenate(found, axis=1)
+            products.append(head[:, None].astype(products[0].dtype))
+        return jnp.concatenate(products, axis=1)
 
     def width(self, params: Params) -> int:
         sizes = [leaf.shape[0] if kept else 1 for leaf, kept in zip(jax.tree.leaves(params), self.stacked)]

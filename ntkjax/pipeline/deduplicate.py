@@ -65,7 +65,7 @@ def deduplicate(
     if options.mode == "off":
         return Deduplicated(pool, None)
     others = {**held_out, "domain": domain}
-    found = find_duplicates(
+    duplicates = find_duplicates(
         pool.records,
         others,
         held_out=tuple(held_out),
@@ -73,9 +73,9 @@ def deduplicate(
         progress=progress and is_primary(),
     )
     ids = {name: records.ids for name, records in {**others, POOL: pool.records}.items()}
-    kept = found.kept if options.mode == "remove" else range(len(pool))
-    content = {"mode": options.mode, "removed": len(pool) - len(kept), **report(found, ids, options.settings)}
-    return Deduplicated(pool if len(kept) == len(pool) else pool.subset(found.kept), content)
+    kept = duplicates.kept if options.mode == "remove" else range(len(pool))
+    content = {"mode": options.mode, "removed": len(pool) - len(kept), **report(duplicates, ids, options.settings)}
+    return Deduplicated(pool if len(kept) == len(pool) else pool.subset(duplicates.kept), content)
 
 
 def read_held_out(data: DataOptions, **paths: Sequence[str]) -> dict[str, Records]:

@@ -10,7 +10,7 @@ import numpy as np
 from ntkjax.data import Records, read_records
 from ntkjax.data.rows import packs
 from ntkjax.evaluation import Evaluation, evaluate_model
-from ntkjax.evaluation.options import EvaluationOptions, EvaluationSettings
+from ntkjax.evaluation.options import Batching, EvaluationOptions, EvaluationSettings
 from ntkjax.evaluation.shots import Shots
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.load import Loaded, longest, within_positions
@@ -45,16 +45,7 @@ def evaluate_on(
     """``evaluate_model`` with a command's options: accuracy of the examples that have choices and an answer, and the
     likelihood of all; with ``shots`` that are drawn already, or drawn here."""
     length = longest(model, data)
-    return evaluate_model(
-        model,
-        params,
-        test.records,
-        settings_of(options, data),
-        max_length=length,
-        token_budget=data.token_budget,
-        packing=packs(data.packing) and within_positions(np.asarray([length]), model),
-        path=path,
-        shots=shots,
-        seed=seed,
-        progress=progress,
-    )
+    packing = packs(data.packing) and within_positions(np.asarray([length]), model)
+    batching, settings = Batching(length, data.token_budget, packing), settings_of(options, data)
+    measured = {"batching": batching, "path": path, "shots": shots, "seed": seed, "progress": progress}
+    return evaluate_model(model, params, test.records, settings, **measured)

@@ -42,15 +42,15 @@ def inputs_of(model: LanguageModel, options: ModelOptions, **data: Loaded | Reco
       model: as loaded; LoRA factors count where they come from ``options.adapter``: fresh ones follow from the options.
       data: data sets by the name of their flag, before duplicates are removed; None: not given.
     """
-    found: dict[str, Mapping[str, str | None]] = {"ntkjax": {"version": package_version()}}
-    found["model"] = {f"{part} of {options.model}": value for part, value in model_digests(model).items()}
+    inputs: dict[str, Mapping[str, str | None]] = {"ntkjax": {"version": package_version()}}
+    inputs["model"] = {f"{part} of {options.model}": value for part, value in model_digests(model).items()}
     if options.adapter is not None:
         adapter = adapter_digests(model, model.lora)
-        found["adapter"] = {f"{part} of {options.adapter}": value for part, value in adapter.items()}
+        inputs["adapter"] = {f"{part} of {options.adapter}": value for part, value in adapter.items()}
     for name, loaded in data.items():
         if loaded is not None:
-            found[name] = file_digests(loaded.records if isinstance(loaded, Loaded) else loaded)
-    return found
+            inputs[name] = file_digests(loaded.records if isinstance(loaded, Loaded) else loaded)
+    return inputs
 
 
 def model_digests(model: LanguageModel) -> dict[str, str]:
@@ -76,16 +76,16 @@ def adapter_digests(model: LanguageModel, lora: Params) -> dict[str, str]:
 def file_digests(records: Records) -> dict[str, str]:
     """16 hex digits for each file that records were read from: of their content and order in it, whatever the bytes of
     the file are. A file without a usable record has those of nothing."""
-    found, offsets = {}, records.report.get("file_offsets", [0])
+    digest_of, offsets = {}, records.report.get("file_offsets", [0])
     for part, table in enumerate(records.tables):
         rows = records.row[records.part == part]
         digests = table.numbers("digest")[rows].astype("<u8")
         files = table.numbers("file")[rows] + offsets[part]
         for number in np.unique(files):
             content = blake2b(digests[files == number].tobytes(), digest_size=8)
-            found[str(records.report["files"][number])] = content.hexdigest()
+            digest_of[str(records.report["files"][number])] = content.hexdigest()
     nothing = blake2b(digest_size=8).hexdigest()
-    return {str(name): found.get(str(name), nothing) for name in records.report["files"]}
+    return {str(name): digest_of.get(str(name), nothing) for name in records.report["files"]}
 
 
 def check_inputs(path: Path, inputs: Inputs) -> None:

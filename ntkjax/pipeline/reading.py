@@ -20,8 +20,8 @@ def reading(reports: Mapping[str, Any]) -> str:
     Args:
       reports: role -> ``Loaded.report()`` (or only its ``records``); other values are left out.
     """
-    found = [(role, report) for role, report in reports.items() if isinstance(report, Mapping) and "records" in report]
-    return "\n".join(line for role, report in found for line in _lines(role, report))
+    read = [(role, report) for role, report in reports.items() if isinstance(report, Mapping) and "records" in report]
+    return "\n".join(line for role, report in read for line in _lines(role, report))
 
 
 def _lines(role: str, report: Mapping[str, Any]) -> list[str]:

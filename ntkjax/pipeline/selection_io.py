@@ -252,7 +252,7 @@ def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
 
 
 def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) -> list[dict]:
-    found = [pool.records[int(row)] for row in rows]
+    examples = [pool.records[int(row)] for row in rows]
     return [
         {
             "id": example.id,
@@ -262,7 +262,7 @@ def _shown(result: Selection, pool: Loaded, rows: Sequence[int] | np.ndarray) ->
             "prompt": example.prompt,
             "response": example.response,
         }
-        for row, example in zip(rows, found)
+        for row, example in zip(rows, examples)
     ]
 
 

@@ -159,11 +159,11 @@ def _overview(content: Explanation) -> dict[str, Any]:
 
 def _means(content: Explanation) -> list[list[list[float]] | None]:
     """For each group the mean table of its examples."""
-    found: list[list[list[float]] | None] = []
+    means: list[list[list[float]] | None] = []
     for group in range(len(content.groups)):
         tables = [e.table for e in content.examples if e.group == group and e.table is not None]
-        found.append([list(map(_short, row)) for row in np.mean(tables, axis=0)] if tables else None)
-    return found
+        means.append([list(map(_short, row)) for row in np.mean(tables, axis=0)] if tables else None)
+    return means
 
 
 def _tokens(example: ShownExample) -> list[Any]:

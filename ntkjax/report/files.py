@@ -14,8 +14,8 @@ from ntkjax.report.tables import Rows, to_csv, to_latex, to_markdown
 
 @dataclasses.dataclass(frozen=True)
 class NamedTable:
-    """A table with its heading and a text above it; ``numbers``: the same in full numbers, for CSV (None: the rows
-    themselves)."""
+    """A table with its heading and a text above it; ``numbers``: the same in full numbers, for CSV
+    (None: the rows themselves)."""
 
     heading: str
     rows: Rows

@@ -1,5 +1,5 @@
-"""The sections that several reports have, each from what it shows: what was asked, what was chosen, training, versions,
-caveats."""
+"""The sections that several reports have, each from what it shows: what was asked, what was
+chosen, training, versions, caveats."""
 
 from __future__ import annotations
 

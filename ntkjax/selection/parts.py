@@ -118,13 +118,13 @@ class Similarities:
         zeros = np.zeros(len(self.parts), np.int64)
 
         def read_all(places: np.ndarray) -> np.ndarray:
-            joined, found = self._joined([part.read(self.rows[places]) for part in self.parts])
-            zeros[:] += found
+            joined, zero = self._joined([part.read(self.rows[places]) for part in self.parts])
+            zeros[:] += zero
             return joined
 
         domain, _ = self._joined([part.domain for part in self.parts])
-        found = nearest(domain, read_all, cosine=False, **options)
-        return dataclasses.replace(found, zero_norm=int(zeros.max()))
+        neighbours = nearest(domain, read_all, cosine=False, **options)
+        return dataclasses.replace(neighbours, zero_norm=int(zeros.max()))
 
     def pool_vectors(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b K"]:
         """Vectors of pool rows whose inner products are sum_t w_t <psi_t(x_j), psi_t(x_j')>, scaled as in s_ij."""

@@ -142,10 +142,13 @@ class Run:
         running: RunningStep | None = None
         upcoming: Any = next(stream)
         with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
+            # One step runs ahead of what is read. Step k is sent to the device, batch k + 1 is built, and only then the
+            # numbers of step k - 1 are read, which waits for them: the device always has a step to do. Where an
+            # evaluation or a checkpoint is due after step k it is read too, before either, since `self.progress`, which
+            # a checkpoint holds, counts the steps that were read.
             while upcoming is not None:
                 behind, step = running, self.progress.step + (running is not None)
                 running = self.begin_step(step, *upcoming)
-                # The device has a step to do while the next batch is built and the step before is read: it never waits.
                 upcoming = next(stream, None)
                 step, last = step + 1, step + 1 == self.steps
                 due = step % self.eval_every == 0, step % self.save_every == 0

@@ -115,13 +115,12 @@ def train_step(
     def loss_fn(master: Params, rows: tuple[Batch, Array]) -> tuple[Array, tuple[Array, Array]]:
         micro, w = rows
         nll = nll_of(master, micro)
-        if (
-            reweighting is not None and accumulation == 1
-        ):  # the whole batch is here: its losses need no pass of their own
-            w = reweighting.weights(nll, counts)
+        if reweighting is not None and accumulation == 1:
+            w = reweighting.weights(nll, counts)  # the whole batch is here: its losses need no pass of their own
         return jnp.sum(w * nll), (nll, w)
 
     weights = token_mean
+    # The weights of an example depend on all losses of the batch: with several micro-batches these come first.
     if reweighting is not None and accumulation > 1:
         weights = reweighting.weights(_in_pieces(nll_of, state.params, batch, accumulation, used), counts)
     (_, (nll, weights)), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation, used)

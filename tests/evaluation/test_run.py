@@ -1,17 +1,18 @@
 """`evaluate_model` end to end: outcomes and summary by hand, and a killed run that goes on where it stopped."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.evaluation import EvaluationSettings, evaluate_model, read_outcomes, summarise
+from ntkjax.evaluation import Batching, EvaluationSettings, evaluate_model, read_outcomes, summarise
 from ntkjax.evaluation import run as module
 from ntkjax.evaluation.outcomes import Outcome
 
-SETTINGS = {"max_length": 200, "token_budget": 150, "progress": False}
+SETTINGS: dict[str, Any] = {"batching": Batching(200, 150), "progress": False}
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_likelihood_is_the_same_with_and_without_choices(stub, write_records, mo
     rows = [*yes_no(4), {**yes_no(5)[4], "response": "Because. So the answer is no."}, yes_no(6)[5]]
     rows[5]["prompt"] = "long " * 40
     records = write_records(rows)
-    limited = {**SETTINGS, "max_length": 100}
+    limited = {**SETTINGS, "batching": Batching(100, 150)}
     alone = evaluate_model(stub, {}, records, EvaluationSettings(choices=False), **limited)
     passes, real = [], module.response_nll
     monkeypatch.setattr(module, "response_nll", lambda *a, **o: passes.extend(o["indices"]) or real(*a, **o))
@@ -104,9 +105,8 @@ def test_ties_and_truncation_are_counted(toys, tokenizer, write_records):
     flat = toys.unigram_stub(tokenizer, jnp.zeros(len(tokenizer)))
     rows = [{**row, "choices": ["ab", "cd"], "answer": "cd"} for row in yes_no(3)]
     rows[0]["prompt"] = "long " * 30
-    result = evaluate_model(
-        flat, {}, write_records(rows), EvaluationSettings(likelihood=False), **{**SETTINGS, "max_length": 60}
-    )
+    limited = {**SETTINGS, "batching": Batching(60, 150)}
+    result = evaluate_model(flat, {}, write_records(rows), EvaluationSettings(likelihood=False), **limited)
     c = result.summary["choices"]
     assert (c["ties_raw"], c["ties_norm"], c["truncated_prompts"]) == (3, 3, 1)
     assert c["predicted_raw_shares"] == {"ab": 1.0} and c["accuracy_raw"] == 0.0
@@ -180,7 +180,7 @@ def test_empty_records(stub, write_records):
 
 def test_everything_with_a_real_model(model, nine, tmp_path):
     """Choices, likelihood and generation together, and the counts add up."""
-    settings = {**SETTINGS, "token_budget": 2000}
+    settings = {**SETTINGS, "batching": Batching(200, 2000)}
     wanted = EvaluationSettings(generation=True, max_new_tokens=4)
     result = evaluate_model(model, {}, nine, wanted, path=tmp_path / "o.jsonl", **settings)
     g = result.summary["generation"]
@@ -192,9 +192,9 @@ def test_everything_with_a_real_model(model, nine, tmp_path):
 
 def test_packed_rows_give_the_same_outcomes(model, nine):
     """Choices, and the likelihood of responses that are none of them."""
-    settings = {**SETTINGS, "token_budget": 1024}
+    options = [{**SETTINGS, "batching": Batching(200, 1024, packing)} for packing in (False, True)]
     wanted = EvaluationSettings(answer_template="It is {}")
-    padded, packed = (evaluate_model(model, {}, nine, wanted, packing=p, **settings).outcomes for p in (False, True))
+    padded, packed = (evaluate_model(model, {}, nine, wanted, **each).outcomes for each in options)
     for one, other in zip(padded, packed, strict=True):
         assert one.logprobs is not None and one.nll is not None
         np.testing.assert_allclose(other.logprobs, one.logprobs, rtol=5e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ import pytest
 from ntkjax.data import Example, render
 from ntkjax.data.prompts import render_prompt
 from ntkjax.errors import ConfigError, DataError
-from ntkjax.evaluation import EvaluationSettings, evaluate_model
+from ntkjax.evaluation import Batching, EvaluationSettings, evaluate_model
 from ntkjax.evaluation.generation import generate_answers
 from ntkjax.evaluation.shots import ShotRecords, Shots, check_separable, describe_shots, draw_shots, with_shots
 
 ONE = Example("one", "s", "1+1?", None, "2")
 TWO = Example("two", "s", "x", ({"role": "user", "content": "2+2?"},), "4")
 QUESTION = Example("q", "s", "3+3?", None, "6", "6", ("5", "6"))
-SETTINGS = {"max_length": 400, "token_budget": 800, "progress": False}
+SETTINGS: dict[str, Any] = {"batching": Batching(400, 800), "progress": False}
 
 
 def file_of(path, rows):
@@ -123,7 +124,8 @@ def test_too_long_is_cut_from_the_left_and_counted(toys, write_records, tmp_path
     row = {"id": "q", "prompt": "3+3?", "response": "So the answer is 6.", "answer": "6", "choices": ["5", "6"]}
     settings = EvaluationSettings(shots=3, shots_from=file_of(tmp_path / "shots.jsonl", pairs(0, 3)))
     whole = evaluate_model(model, {}, write_records([row]), settings, **SETTINGS).outcomes[0]
-    cut = evaluate_model(model, {}, write_records([row]), settings, **{**SETTINGS, "max_length": 40}).outcomes[0]
+    short = {**SETTINGS, "batching": Batching(40, 800)}
+    cut = evaluate_model(model, {}, write_records([row]), settings, **short).outcomes[0]
     assert whole.dropped_choices == 0 and cut.dropped_choices > 0
 
 

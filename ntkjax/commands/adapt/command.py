@@ -23,7 +23,6 @@ from tyro.conf import arg
 
 from ntkjax.commands.adapt.report import NTK, difference_rows, failure_rows, method_rows, write_adaptation
 from ntkjax.commands.base import Command
-from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation import METRICS, Outcome
 from ntkjax.evaluation.options import EvaluationOptions
@@ -43,7 +42,7 @@ from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
 from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import FAILURE, Runner
 from ntkjax.pipeline.study.runs import Run, alone, collect, do_all, forget_failures
-from ntkjax.pipeline.study.spec import DomainSpec, StudySpec
+from ntkjax.pipeline.study.spec import DomainSpec, sources, study_of
 from ntkjax.pipeline.study.tables import choices_line
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.base import check_size
@@ -148,21 +147,10 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
 
 def _load(config: AdaptConfig, progress: bool) -> tuple[Grid, RunDir]:
     check_used(config.select)
-    out, files = Path(config.out), lambda names: tuple(Source(name) for name in names)
-    spec = StudySpec(
-        model=config.model,
-        pool=files(config.pool),
-        domains={"domain": DomainSpec(files(config.domain), files(config.dev), files(config.test))},
-        budgets=(config.n,),
-        seeds=tuple(range(config.seed, config.seed + config.seeds)),
-        select=config.select,
-        warmup=config.warmup,
-        train=config.train,
-        data=config.data,
-        dedup=config.dedup,
-        evaluation=config.evaluation,
-        keep_weights=True,
-    )
+    out = Path(config.out)
+    domain = DomainSpec(sources(config.domain), sources(config.dev), sources(config.test))
+    seeds = tuple(range(config.seed, config.seed + config.seeds))
+    spec = study_of(config, "domain", domain, budgets=(config.n,), seeds=seeds, keep_weights=True)
     read = read_inputs(spec, out, ("train", "test", "dev"))
     check_size(config.n, len(read.pool))
     splits = read.splits["domain"]

@@ -14,7 +14,7 @@ from ntkjax.commands.base import Command
 from ntkjax.commands.explain.neighbours import Index, Links, computed_index, kept_index, link, need_index, top
 from ntkjax.commands.explain.parts import Parts, choose_shown, take_apart
 from ntkjax.commands.explain.reopen import Run, read_pool, reopen
-from ntkjax.commands.explain.report import FILES, LABELS, Found, about_links, write_found
+from ntkjax.commands.explain.report import FILES, LABELS, ExplainedRun, about_links, write_explained
 from ntkjax.data import read_records
 from ntkjax.errors import ConfigError
 from ntkjax.files import write_jsonl
@@ -115,8 +115,8 @@ def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
         directional = run.selector.directional(problem, np.sort(shown.rows))
         parts = take_apart(directional, problem, run.selection, shown.rows, run.model.spec, out)
     links = _links(config, run, problem, shown.rows, out)
-    found = Found(run, pool, shown, parts, why, links)
-    write_found(out, found)
+    explained = ExplainedRun(run, pool, shown, parts, why, links)
+    write_explained(out, explained)
     return Explained(shown.counts(), parts, why, links, [], "", out)
 
 

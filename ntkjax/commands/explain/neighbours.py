@@ -91,13 +91,13 @@ def kept_index(rows: Path, problem: SelectionProblem) -> Index | None:
 
 def need_index(rows: Path, problem: SelectionProblem) -> Index:
     """`kept_index`; ConfigError with a remedy where there is none."""
-    found = kept_index(rows, problem)
-    if found is None or len(found.rows) == 0:
+    index = kept_index(rows, problem)
+    if index is None or len(index.rows) == 0:
         raise ConfigError(
             f"{rows}: holds no features of the pool that a question could be compared with (its scores come of a "
             f"pass that keeps none). Make a run that keeps them: {FEATURES}"
         )
-    return found
+    return index
 
 
 def computed_index(problem: SelectionProblem, rows: np.ndarray, kernel: str, sketch: str, size: int) -> Index:
@@ -132,12 +132,12 @@ def top(
     """(places, cosines) of the k nearest of ``rows`` features for each question, streamed; -1 and NaN for a question
     whose feature is zero."""
     alive = np.flatnonzero(questions.any(axis=1))
-    found = np.full((len(questions), min(k, rows)), -1, np.int64)
-    cosine = np.full(found.shape, np.nan, np.float32)
+    nearest_rows = np.full((len(questions), min(k, rows)), -1, np.int64)
+    cosine = np.full(nearest_rows.shape, np.nan, np.float32)
     if len(alive):
         neighbours = nearest(questions[alive], read, rows=rows, k=k)
-        found[alive], cosine[alive] = neighbours.rows, neighbours.similarity
-    return found, cosine
+        nearest_rows[alive], cosine[alive] = neighbours.rows, neighbours.similarity
+    return nearest_rows, cosine
 
 
 def _embedded(problem: SelectionProblem) -> np.ndarray:

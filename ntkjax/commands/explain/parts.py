@@ -62,12 +62,12 @@ def choose_shown(selection: Selection, most: tuple[int, int, int], *, seed: int)
     nearly = min(most[1], len(rest))
     members = (selection.selected, rest[:nearly], rest[nearly:])
     rng = numpy_rng(seed, "explain", "shown")
-    found = []
+    picked = []
     for rows, limit in zip(members, most):
         drawn = np.sort(rng.choice(len(rows), limit, replace=False)) if len(rows) > limit else np.arange(len(rows))
-        found.append(rows[drawn])
-    groups = np.repeat(np.arange(len(GROUPS)), [len(rows) for rows in found])
-    return Shown(np.concatenate(found).astype(np.int64), groups, tuple(map(len, members)))
+        picked.append(rows[drawn])
+    groups = np.repeat(np.arange(len(GROUPS)), [len(rows) for rows in picked])
+    return Shown(np.concatenate(picked).astype(np.int64), groups, tuple(map(len, members)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ExplainedRun:
     """Everything that is written of a run.
 
     Attributes:
@@ -76,11 +76,11 @@ def _pairs(rows: np.ndarray, cosines: np.ndarray) -> list[tuple[int, float]]:
     return [(int(row), float(cosine)) for row, cosine in zip(rows, cosines) if row >= 0]
 
 
-def write_found(out: Path, found: Found) -> None:
+def write_explained(out: Path, explained: ExplainedRun) -> None:
     """All files of `FILES`; explain.html last."""
-    examples, domain = list(found.examples()), list(found.domain())
-    write_jsonl(out / "explained.jsonl", (record(found, k, example) for k, example in enumerate(examples)))
-    _write_parquet(out / "explained.parquet", found, examples)
+    examples, domain = list(explained.examples()), list(explained.domain())
+    write_jsonl(out / "explained.jsonl", (record(explained, k, example) for k, example in enumerate(examples)))
+    _write_parquet(out / "explained.parquet", explained, examples)
     names = ("id", "shown", "cosine", "chosen")
     write_jsonl(
         out / "domain.jsonl",
@@ -90,18 +90,18 @@ def write_found(out: Path, found: Found) -> None:
             for item in domain
         ),
     )
-    write_explanation(out / "explain.html", _page(found, examples, domain))
+    write_explanation(out / "explain.html", _page(explained, examples, domain))
 
 
-def record(found: Found, k: int, example: ShownExample) -> dict[str, Any]:
+def record(explained: ExplainedRun, k: int, example: ShownExample) -> dict[str, Any]:
     """One shown example as plain JSON values; numbers in full."""
-    domain_ids, parts = found.run.domain.records.ids, found.parts
+    domain_ids, parts = explained.run.domain.records.ids, explained.parts
     table = example.table
     return {
         "id": example.id,
         "source": example.source,
         "place": example.place,
-        "row": int(found.shown.rows[k]),
+        "row": int(explained.shown.rows[k]),
         "group": GROUPS[example.group],
         "score": example.score,
         "rank": example.rank,
@@ -138,19 +138,19 @@ SCHEMA = pa.schema(
 )
 
 
-def _write_parquet(path: Path, found: Found, examples: list[ShownExample]) -> None:
+def _write_parquet(path: Path, explained: ExplainedRun, examples: list[ShownExample]) -> None:
     with written_file(path) as work, pq.ParquetWriter(work, SCHEMA) as file:
         for start in range(0, len(examples), ROWS):
-            block = [record(found, start + k, example) for k, example in enumerate(examples[start : start + ROWS])]
+            block = [record(explained, start + k, example) for k, example in enumerate(examples[start : start + ROWS])]
             file.write_table(pa.Table.from_pylist(block, schema=SCHEMA))
 
 
 # -- the page --
 
 
-def _page(found: Found, examples: list[ShownExample], domain: list[DomainExample]) -> Explanation:
-    run, parts, links = found.run, found.parts, found.links
-    config, counts = run.config, found.shown.counts()
+def _page(explained: ExplainedRun, examples: list[ShownExample], domain: list[DomainExample]) -> Explanation:
+    run, parts, links = explained.run, explained.parts, explained.links
+    config, counts = run.config, explained.shown.counts()
     scored, pool = int(run.selection.scored.sum()), len(run.selection.scores)
     lead = (
         f"{Path(config.model.model).name}: {len(run.selection.selected):,} of {pool:,} pool examples chosen by "
@@ -162,7 +162,7 @@ def _page(found: Found, examples: list[ShownExample], domain: list[DomainExample
     return Explanation(
         title="Why were these examples chosen?",
         lead=lead,
-        facts=_facts(found),
+        facts=_facts(explained),
         groups=[(LABELS[name], *counts[name]) for name in GROUPS],
         scale=scale(run, parts),
         examples=examples,
@@ -171,7 +171,7 @@ def _page(found: Found, examples: list[ShownExample], domain: list[DomainExample
         modules=[] if parts is None else parts.modules,
         own=_own(parts),
         links="" if links is None else about_links(links),
-        no_parts=found.no_parts,
+        no_parts=explained.no_parts,
     )
 
 
@@ -187,19 +187,19 @@ def about_links(links: Links) -> str:
     return f"Cosine of {links.name}; pool examples among {among}."
 
 
-def _facts(found: Found) -> list[tuple[str, str]]:
-    config, parts = found.run.config, found.parts
+def _facts(explained: ExplainedRun) -> list[tuple[str, str]]:
+    config, parts = explained.run.config, explained.parts
     facts = [
-        ("run", str(found.run.path)),
+        ("run", str(explained.run.path)),
         ("model", str(config.model.model)),
-        ("method", found.run.selection.method),
+        ("method", explained.run.selection.method),
         ("domain", ", ".join(config.domain)),
         ("pool", ", ".join(config.pool)),
         ("seed", str(config.seed)),
     ]
     for name in ("kernel", "direction", "scores", "precondition", "aggregation"):
-        if name in found.run.selection.diagnostics:
-            facts.append((name, str(found.run.selection.diagnostics[name])))
+        if name in explained.run.selection.diagnostics:
+            facts.append((name, str(explained.run.selection.diagnostics[name])))
     if parts is not None:
         facts.append(("scores computed again", f"off by at most {parts.worst[0]:.1e} of the sum of their parts' sizes"))
         facts.append(("layers against tokens", f"off by at most {parts.worst[1]:.1e} of the same"))

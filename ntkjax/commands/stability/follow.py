@@ -43,8 +43,8 @@ F0_WEIGHTS = (1.0, 0.1, 0.01, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Followed:
-    """A run while it is followed."""
+class _Run:
+    """A run that is measured along its training."""
 
     study: Study
     model: LanguageModel
@@ -86,17 +86,15 @@ def follow(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str,
       arm, seed, steps, losses, ``kernels`` {name: rows of `kernel_stability`}, ``linear`` (one row an epoch),
       ``right`` {what: bool for each test question}.
     """
-    followed = _begin(study, model, arm, seed)
-    done = followed.path / "run.json"
+    run = _begin(study, model, arm, seed)
+    done = run.path / "run.json"
     if done.exists():
         return read_json(done)
-    history = _train(followed)
+    history = _train(run)
     losses = [entry["loss"] for entry in history if entry["kind"] == "train"]
     steps_per_epoch = len(losses) // study.config.epochs
-    looks = tqdm(
-        study.config.epochs_looked_at, desc=f"kernels, {followed.title}", unit="epoch", disable=not study.progress
-    )
-    seen = [_look(followed, epoch, epoch * steps_per_epoch) for epoch in looks]
+    epochs = tqdm(study.config.epochs_looked_at, desc=f"kernels, {run.title}", unit="epoch", disable=not study.progress)
+    measurements = [_measure(run, epoch, epoch * steps_per_epoch) for epoch in epochs]
     content = {
         "arm": arm.name,
         "label": arm.label,
@@ -104,16 +102,16 @@ def follow(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str,
         "steps": len(losses),
         "steps_per_epoch": steps_per_epoch,
         "losses": losses,
-        "kernels": {name: _stability(study, name, seen) for name in study.config.kernels},
-        "linear": [dict(look["linear"]) for look in seen],
-        "right": {name: seen[-1][f"right/{name}"].tolist() for name in _judged(study)},
+        "kernels": {name: _stability(study, name, measurements) for name in study.config.kernels},
+        "linear": [dict(one["linear"]) for one in measurements],
+        "right": {name: measurements[-1][f"right/{name}"].tolist() for name in _judged(study)},
     }
     if study.test is not None:
-        content["right"]["base"] = seen[0]["right/fine-tuned"].tolist()
+        content["right"]["base"] = measurements[0]["right/fine-tuned"].tolist()
     write_json(done, plain(content), indent=1)
     study.run.log(arm=arm.name, seed=seed, **{k: v for k, v in content["linear"][-1].items() if k != "epoch"})
     if not study.config.keep_checkpoints:
-        shutil.rmtree(followed.path / "training" / "checkpoints", ignore_errors=True)
+        shutil.rmtree(run.path / "training" / "checkpoints", ignore_errors=True)
     return read_json(done)
 
 
@@ -121,106 +119,106 @@ def _judged(study: Study) -> list[str]:
     return [] if study.test is None else ["fine-tuned", "linearised"]
 
 
-def _begin(study: Study, model: LanguageModel, arm: Arm, seed: int) -> _Followed:
+def _begin(study: Study, model: LanguageModel, arm: Arm, seed: int) -> _Run:
     start = model.params if arm.rank is None else model.fresh_lora(seed)
     train = study.data.subset(study.training_rows(seed))
     path = folder(study, arm, seed)
     path.mkdir(parents=True, exist_ok=True)
-    return _Followed(study, model, arm, seed, train, start, path)
+    return _Run(study, model, arm, seed, train, start, path)
 
 
-def _train(followed: _Followed) -> list[dict]:
+def _train(run: _Run) -> list[dict]:
     result = fit(
-        followed.model.nll_fn,
-        followed.start,
-        followed.train.tokens,
-        followed.config,
-        seed=followed.seed,
-        out_dir=followed.path / "training",
-        progress=followed.study.progress,
+        run.model.nll_fn,
+        run.start,
+        run.train.tokens,
+        run.config,
+        seed=run.seed,
+        out_dir=run.path / "training",
+        progress=run.study.progress,
     )
     return result.history
 
 
-def _look(followed: _Followed, epoch: int, step: int) -> dict[str, Any]:
+def _measure(run: _Run, epoch: int, step: int) -> dict[str, Any]:
     """Kernels, scores and linearised outputs after ``epoch``, from disk where they are there."""
-    file = followed.path / f"epoch-{epoch:03d}.npz"
+    file = run.path / f"epoch-{epoch:03d}.npz"
     if not file.exists():
-        params = followed.start
+        params = run.start
         if step > 0:
-            params = saved_params(followed.path / "training", step, followed.start, followed.config)
-        found = _kernels(followed, params, epoch) | _linear(followed, params, epoch, step)
-        write_npz(file, found)
+            params = saved_params(run.path / "training", step, run.start, run.config)
+        measured = _kernels(run, params, epoch) | _linear(run, params, epoch, step)
+        write_npz(file, measured)
     with np.load(file) as saved:
         arrays = {name: saved[name] for name in saved.files}
     return arrays | {"linear": json.loads(str(arrays["linear"])), "step": step}
 
 
-def _kernels(followed: _Followed, params: Params, epoch: int) -> dict[str, np.ndarray]:
+def _kernels(run: _Run, params: Params, epoch: int) -> dict[str, np.ndarray]:
     """The kernel of the probe examples, and the scores of the pool where there is one, for every name."""
-    study, model, found = followed.study, followed.model, {}
-    probe = _probe(followed)
+    study, model, tables = run.study, run.model, {}
+    probe = _probe(run)
     functions = KernelFunctions(model.hidden_fn, model.head_fn, model.nll_fn, model.sum_logits_fn)
     for name in study.config.kernels:
         kernel = build(name, functions, params, seed=study.config.seed)
         matrix = kernel_matrix(kernel, params, probe, memory_budget=study.memory_budget)
         bad = np.flatnonzero(~np.isfinite(matrix).all(axis=0))
         if bad.size:
-            raise NonFiniteError(f"{name} kernel after epoch {epoch} of {followed.title}", bad.tolist())
-        found[f"kernel/{name}"] = matrix
+            raise NonFiniteError(f"{name} kernel after epoch {epoch} of {run.title}", bad.tolist())
+        tables[f"kernel/{name}"] = matrix
         if study.pool is not None:
-            found[f"scores/{name}"] = np.asarray(
+            tables[f"scores/{name}"] = np.asarray(
                 kernel_scores(
                     kernel,
                     params,
-                    _train_batches(followed),
+                    _train_batches(run),
                     _pool_batches(study),
                     rows=len(study.pool),
                 ).scores[:, 0],
                 np.float64,
             )
-    return found
+    return tables
 
 
-def _probe(followed: _Followed) -> Batch:
-    study = followed.study
-    return followed.train.tokens.collate(np.arange(study.config.probe), length=study.probe_length())
+def _probe(run: _Run) -> Batch:
+    study = run.study
+    return run.train.tokens.collate(np.arange(study.config.probe), length=study.probe_length())
 
 
-def _train_batches(followed: _Followed) -> list[Batch]:
+def _train_batches(run: _Run) -> list[Batch]:
     """The training examples in batches whose shapes are the same for every seed, so that seeds share programs."""
-    tokens, buckets = followed.train.tokens, followed.config.buckets
+    tokens, buckets = run.train.tokens, run.config.buckets
     assert buckets is not None
-    rows = min(len(tokens), max(1, followed.study.config.reading.token_budget // buckets[-1]), 16)
-    found, which = [], np.searchsorted(buckets, tokens.lengths)
+    rows = min(len(tokens), max(1, run.study.config.reading.token_budget // buckets[-1]), 16)
+    batches, which = [], np.searchsorted(buckets, tokens.lengths)
     for place, length in enumerate(buckets):
         members = np.flatnonzero(which == place)
         parts = [members[start : start + rows] for start in range(0, len(members), rows)]
-        found += [tokens.collate(part, rows=rows, length=length) for part in parts]
-    return found
+        batches += [tokens.collate(part, rows=rows, length=length) for part in parts]
+    return batches
 
 
-def _linear(followed: _Followed, params: Params, epoch: int, step: int) -> dict[str, np.ndarray]:
+def _linear(run: _Run, params: Params, epoch: int, step: int) -> dict[str, np.ndarray]:
     """How the linearised model compares with the fine-tuned one after ``epoch``."""
-    probe, start = _probe(followed), followed.start
-    logits = CentredOutput(followed.model.apply_fn)
+    probe, start = _probe(run), run.start
+    logits = CentredOutput(run.model.apply_fn)
     row: dict[str, Any] = {"epoch": epoch, "step": step}
     row["distance"], row["relative_distance"] = parameter_distance(params, start)
     linear = evaluate(linearise(logits, start), params, probe)
     _add_error(row, "logits", evaluate(logits, start, probe), linear, evaluate(logits, params, probe))
-    found: dict[str, np.ndarray] = {}
-    test = followed.study.test
+    tables: dict[str, np.ndarray] = {}
+    test = run.study.test
     if test is not None:
-        of = _choices_of(followed, test)
-        f0, f = followed.f0_of_test, of(followed.choices, params)
-        linear = of(linearise(followed.choices, start), params)
+        of = _choices_of(run, test)
+        f0, f = run.f0_of_test, of(run.choices, params)
+        linear = of(linearise(run.choices, start), params)
         _add_error(row, "choices", f0, linear, f)
         targets = centred_targets(test.gold, test.valid)
         for name, outputs in (("fine-tuned", f), ("linearised", linear)):
-            found[f"right/{name}"] = right_answers(outputs, targets, test.valid)
-            row[f"accuracy {name}"] = float(found[f"right/{name}"].mean())
+            tables[f"right/{name}"] = right_answers(outputs, targets, test.valid)
+            row[f"accuracy {name}"] = float(tables[f"right/{name}"].mean())
         row["same answer"] = accuracy(linear, np.where(test.valid, f, -np.inf), test.valid)
-    return found | {"linear": np.array(json.dumps(plain(row)))}
+    return tables | {"linear": np.array(json.dumps(plain(row)))}
 
 
 def _add_error(row: dict[str, Any], what: str, f0: Any, linear: Any, f: Any) -> None:
@@ -228,8 +226,8 @@ def _add_error(row: dict[str, Any], what: str, f0: Any, linear: Any, f: Any) -> 
         row[f"{what} {name}"] = value
 
 
-def _choices_of(followed: _Followed, asked: Questions) -> Callable[[Any, Params], np.ndarray]:
-    budget = followed.study.config.reading.token_budget
+def _choices_of(run: _Run, asked: Questions) -> Callable[[Any, Params], np.ndarray]:
+    budget = run.study.config.reading.token_budget
     return lambda fn, params: choice_outputs(fn, params, asked.rows, token_budget=budget)
 
 
@@ -240,11 +238,11 @@ def _pool_batches(study: Study) -> Any:
     return study.pool.tokens.batches(token_budget=budget, max_buckets=study.config.train.max_buckets)
 
 
-def _stability(study: Study, name: str, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    scores = [look[f"scores/{name}"] for look in seen] if study.pool is not None else None
+def _stability(study: Study, name: str, measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    scores = [one[f"scores/{name}"] for one in measurements] if study.pool is not None else None
     rows = kernel_stability(
-        [look[f"kernel/{name}"] for look in seen],
-        [look["step"] for look in seen],
+        [one[f"kernel/{name}"] for one in measurements],
+        [one["step"] for one in measurements],
         scores=scores,
         top=study.config.top,
     )
@@ -264,17 +262,17 @@ def regress(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str
     path = study.run.path / "regression" / arm.parameters / f"seed-{seed}.json"
     if path.exists():
         return read_json(path)
-    followed, test = _begin(study, model, arm, seed), study.test
+    run, test = _begin(study, model, arm, seed), study.test
     assert test is not None
-    train = as_questions(study.config, model, followed.train.records)
+    train = as_questions(study.config, model, run.train.records)
     if train is None:
         raise ConfigError("kernel regression: no training example has choices and an answer; leave --formulas empty")
     train = train.padded(max(train.valid.shape[1], test.valid.shape[1]))
     test = test.padded(train.valid.shape[1])
     kernels = {
         where: output_kernels(
-            followed.choices,
-            followed.start,
+            run.choices,
+            run.start,
             x1,
             x2,
             formulas=study.config.formulas,
@@ -283,12 +281,12 @@ def regress(study: Study, model: LanguageModel, arm: Arm, seed: int) -> dict[str
         )
         for where, x1, x2 in (("training", train.rows, None), ("test", test.rows, train.rows))
     }
-    f0, f0_test = (_choices_of(followed, asked)(followed.choices, followed.start) for asked in (train, test))
-    found = {}
+    f0, f0_test = (_choices_of(run, asked)(run.choices, run.start) for asked in (train, test))
+    regressions = {}
     for formula in study.config.formulas:
         kernel, cross = (as_matrix(kernels[where][formula]) for where in ("training", "test"))
-        found[formula] = _regression(train, test, kernel, cross, f0, f0_test, seed)
-    content = {"parameters": arm.parameters, "seed": seed, "questions": len(train), "formulas": found}
+        regressions[formula] = _regression(train, test, kernel, cross, f0, f0_test, seed)
+    content = {"parameters": arm.parameters, "seed": seed, "questions": len(train), "formulas": regressions}
     write_json(path, plain(content), indent=1)
     return read_json(path)
 

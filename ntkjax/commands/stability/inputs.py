@@ -70,10 +70,10 @@ def _load(config: StabilityConfig, progress: bool) -> tuple[LanguageModel, Study
 
 def _test_questions(config: StabilityConfig, model: LanguageModel, asked: Loaded) -> Questions:
     records = asked.records.subset(np.arange(min(len(asked), config.test_n)))
-    found = as_questions(config, model, records)
-    if found is None:
+    questions = as_questions(config, model, records)
+    if questions is None:
         raise ConfigError(f"{', '.join(config.test)}: no example has choices and an answer, so there is no accuracy")
-    return found
+    return questions
 
 
 def as_questions(config: StabilityConfig, model: LanguageModel, records: Any) -> Questions | None:

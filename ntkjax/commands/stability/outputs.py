@@ -165,9 +165,9 @@ def choice_outputs(output_fn: Any, params: Params, rows: ChoiceRows, *, token_bu
     linearisation of it."""
     count, length = np.shape(rows.batch.tokens)
     size = min(count, max(1, token_budget // length))
-    found = []
+    parts = []
     for start in range(0, count, size):
         picked = np.minimum(np.arange(start, start + size), count - 1)
         part = jax.tree.map(lambda leaf, p=picked: leaf[p], rows)
-        found.append(np.asarray(_outputs(output_fn, params, part), np.float64)[: count - start])
-    return np.concatenate(found)
+        parts.append(np.asarray(_outputs(output_fn, params, part), np.float64)[: count - start])
+    return np.concatenate(parts)

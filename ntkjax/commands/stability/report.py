@@ -39,13 +39,13 @@ _UNITS = {"velocity": "per optimiser step", "participation_ratio": "directions"}
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation (n - 1) and 95% Student interval of the mean over seeds; the last three None for one."""
-    found = np.asarray(values, np.float64)
-    mean, n = float(found.mean()), len(found)
+    table = np.asarray(values, np.float64)
+    mean, n = float(table.mean()), len(table)
     if n < 2:
-        return {"mean": mean, "sd": None, "low": None, "high": None, "per_seed": found.tolist()}
-    sd = float(found.std(ddof=1))
+        return {"mean": mean, "sd": None, "low": None, "high": None, "per_seed": table.tolist()}
+    sd = float(table.std(ddof=1))
     half = float(scipy.stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
-    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "per_seed": found.tolist()}
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "per_seed": table.tolist()}
 
 
 def summarise(study: Study, runs: list[dict], regressions: list[dict]) -> tuple[list[dict], dict[str, Any]]:
@@ -98,8 +98,8 @@ def _summary(rows: list[dict]) -> list[dict]:
 
 def _without_right(entry: Mapping[str, Any]) -> dict[str, Any]:
     formulas = {
-        name: {k: v for k, v in found.items() if k != "right"} | {"accuracy": float(np.mean(found["right"]))}
-        for name, found in entry["formulas"].items()
+        name: {k: v for k, v in regression.items() if k != "right"} | {"accuracy": float(np.mean(regression["right"]))}
+        for name, regression in entry["formulas"].items()
     }
     return {**entry, "formulas": formulas}
 
@@ -135,13 +135,13 @@ def _find(results: Mapping[str, Any], arm: str, kernel: str, metric: str, epoch:
     return next((row for row in results["summary"] if all(row[k] == v for k, v in wanted.items())), None)
 
 
-def _cell(found: Mapping[str, Any] | None, *, percent: bool = False) -> str | None:
+def _cell(entry: Mapping[str, Any] | None, *, percent: bool = False) -> str | None:
     """Mean ± sd with digits that suit the number."""
-    if found is None:
+    if entry is None:
         return None
     if percent:
-        return format_spread(found["mean"], found["sd"], percent=True)
-    mean, sd = found["mean"], found["sd"]
+        return format_spread(entry["mean"], entry["sd"], percent=True)
+    mean, sd = entry["mean"], entry["sd"]
     if mean != 0 and not 1e-3 <= abs(mean) < 1e4:
         return f"{mean:.2e}" if sd is None else f"{mean:.2e} ± {sd:.1e}"
     return format_spread(mean, sd, digits=3 if abs(mean) < 10 else 1)
@@ -204,12 +204,12 @@ def regression_rows(results: Mapping[str, Any]) -> list[dict]:
     """What cross-validation chose for every regression."""
     rows = []
     for entry in results["regressions"]:
-        for name, found in entry["formulas"].items():
+        for name, regression in entry["formulas"].items():
             row = {"parameters": entry["parameters"], "seed": entry["seed"], "kernel": name}
-            row |= {"n λ / mean diagonal": found["relative_ridge"], "weight of f₀": found["f0_weight"]}
-            row |= {"at the edge of the grid": found["at_edge"]}
+            row |= {"n λ / mean diagonal": regression["relative_ridge"], "weight of f₀": regression["f0_weight"]}
+            row |= {"at the edge of the grid": regression["at_edge"]}
             for key in ("cross_validated", "train_accuracy", "accuracy"):
-                row[f"{key.replace('_', ' ')} (%)"] = f"{100 * found[key]:.1f}"
+                row[f"{key.replace('_', ' ')} (%)"] = f"{100 * regression[key]:.1f}"
             rows.append(row)
     return rows
 
@@ -259,14 +259,14 @@ def plots(results: Mapping[str, Any]) -> dict[str, bytes]:
 def _tables(results: Mapping[str, Any]) -> list[tuple[str, str, str, list[dict]]]:
     """(file, heading, text, rows) of every table that has rows."""
     last = f"After {results['epochs']} epochs, against the kernel before training. {SPREAD}"
-    found = [
+    tables = [
         ("stability", "Does the kernel stay where it was?", last, kernel_rows(results)),
         ("linearised", "The linearised model", f"At the fine-tuned parameters. {SPREAD}", linear_rows(results)),
         ("accuracy", "Kernel regression against fine-tuning", f"Accuracy. {SPREAD}", accuracy_rows(results)),
         ("differences", "Differences", "Paired, over seeds and questions.", difference_rows(results)),
         ("regression", "What cross-validation chose", "On the training questions alone.", regression_rows(results)),
     ]
-    return [entry for entry in found if entry[3]]
+    return [entry for entry in tables if entry[3]]
 
 
 def write_report(run: RunDir, rows: list[dict], results: Mapping[str, Any]) -> None:

@@ -34,13 +34,13 @@ MOST_SOURCES = 12
 
 
 def trial_rows(runner: Runner) -> list[dict[str, Any]]:
-    """Every learning rate that was tried: condition, arm, rate, dev loss, whether it was chosen; failures with their
-    message."""
+    """Every learning rate that was tried: condition, arm, rate, dev loss, whether it was chosen;
+    failures with their message."""
     rows, first = [], runner.grid.spec.seeds[0]
     for task in runner.grid.tasks():
         if task.seed != first or len(task.arm.rates) < 2 or task.arm.kind == BASE:
             continue
-        best = runner.known_rate(task)
+        best, lowest, highest = runner.known_rate(task), min(task.arm.rates), max(task.arm.rates)
         for rate, folder in runner.trials(task).items():
             row = dataclasses.asdict(task.condition) | {"arm": task.arm.label, "learning_rate": rate, "dev_loss": None}
             if (folder / TRAINED).exists():
@@ -49,12 +49,8 @@ def trial_rows(runner: Runner) -> list[dict[str, Any]]:
                 row |= {"status": "failed", "chosen": False, "message": read_json(folder / FAILURE)["message"]}
             else:
                 row |= {"status": "left", "chosen": False}
-            rows.append(row | {"run": folder.name, "at_edge": row["chosen"] and rate in _ends(task.arm.rates)})
+            rows.append(row | {"run": folder.name, "at_edge": row["chosen"] and rate in (lowest, highest)})
     return rows
-
-
-def _ends(rates: Sequence[float]) -> tuple[float, float]:
-    return min(rates), max(rates)
 
 
 # -- one row for each run and metric --
@@ -224,8 +220,8 @@ class ConditionResults:
         return self.head | {"arm": self.strongest(), "metric": self._metric_name}
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Every arm against random and against the strongest baseline (once where that is random), in the headline
-        metric."""
+        """Every arm against random and against the strongest baseline (once where that is random),
+        in the headline metric."""
         rows, strongest = [], self.strongest()
         for role, reference in (("random", RANDOM), ("strongest", None if strongest == RANDOM else strongest)):
             if reference is None or not self.outcomes.get(reference) or self.metric is None:
@@ -259,8 +255,8 @@ class ConditionResults:
         }
 
     def overlap(self) -> dict[str, Any]:
-        """Mean Jaccard similarity |A n B| / |A u B| of what two arms chose with the same seed, and of one arm with two
-        seeds."""
+        """Mean Jaccard similarity |A n B| / |A u B| of what two arms chose with the same seed, and of one
+        arm with two seeds."""
         chosen: dict[str, dict[int, set[int]]] = {}
         for label, runs in self.done.items():
             if runs and self.kinds[label] == "selected":

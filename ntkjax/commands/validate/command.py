@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ntkjax.commands.base import Command
 from ntkjax.commands.validate.config import EXTENT, ValidateConfig, impossible
-from ntkjax.commands.validate.flip import Flipped, flip
+from ntkjax.commands.validate.flip import flip
 from ntkjax.commands.validate.forecast import Forecast, forecast
 from ntkjax.commands.validate.measures import auc, ceiling, lds, tenths
 from ntkjax.commands.validate.report import main_table, unjudged_table, write_validation
@@ -98,7 +98,7 @@ def validate(config: ValidateConfig, *, progress: bool = True) -> Validation:
         useful = setting.grid.domains[DOMAIN].useful
         known = {} if useful is None else {TRUTH: useful.astype(np.float64)}
         _write_table(run, "scores.parquet", _of_pool(setting) | scores | known)
-        found = find_flipped(setting, scores, run, progress) if config.flip else {}
+        flipped = find_flipped(setting, scores, run, progress) if config.flip else {}
         tasks = setting.subset_tasks()
         do_all(runner, run, tasks, bar=progress, command="subsets")
         subsets = [collected(runner, task) for task in tasks]
@@ -112,7 +112,7 @@ def validate(config: ValidateConfig, *, progress: bool = True) -> Validation:
         **_sizes(setting),
         **judge(config, scores | known, members, losses, _measured(subsets, "accuracy", config)),
         "leave_in": left_in,
-        "flipped": found,
+        "flipped": flipped,
         "unjudged": [{"score": name, "why": why} for name, why in unjudged.items()],
         "failures": list(failures.values()),
         "duplicates": totals(reports[f"{DOMAIN} duplicates"]),
@@ -169,13 +169,9 @@ def find_flipped(
     n = min(setting.n, len(copy))
     tasks = [dataclasses.replace(task, condition=dataclasses.replace(task.condition, budget=n)) for task in tasks]
     values, missing = find_scores(Runner(grid), setting, tasks, progress, "scores, answers flipped")
-    counts = _counts(made)
-    found = {name: {"auc": auc(made.flipped[made.able], values[name][made.able]), **counts} for name in values}
-    return found | {name: {"auc": None, "why": why, **counts} for name, why in missing.items()}
-
-
-def _counts(made: Flipped) -> dict[str, int]:
-    return {"flipped": int(made.flipped.sum()), "able": int(made.able.sum()), "examples": len(made.able)}
+    counts = {"flipped": int(made.flipped.sum()), "able": int(made.able.sum()), "examples": len(made.able)}
+    entries = {name: {"auc": auc(made.flipped[made.able], values[name][made.able]), **counts} for name in values}
+    return entries | {name: {"auc": None, "why": why, **counts} for name, why in missing.items()}
 
 
 # -- trainings --

@@ -40,7 +40,7 @@ def flip(records: Records, share: float, template: str, *, seed: int, path: Path
     """
     examples = list(records)
     others, wanted = other_answers(examples, share, template)
-    able = np.asarray([bool(found) for found in others])
+    able = np.asarray([bool(answers) for answers in others])
     rng = numpy_rng(seed, "validate", "flip")
     chosen = np.zeros(len(examples), bool)
     chosen[rng.permutation(np.flatnonzero(able))[:wanted]] = True

@@ -95,14 +95,14 @@ def _scores(setting: Setting) -> list[Part]:
     for task in tasks:
         assert task.arm.select is not None
         selector = make_selector(task.arm.select)
-        found = []
+        passes = []
         for domain, pool in sets:
             scored = np.ones(len(pool), bool)
             width, checkpoints = setting.grid.model.config.hidden_size, max(1, math.ceil(epochs))
             sizes = Sizes.of(scored, domain.tokens, pool.tokens, width=width, checkpoints=checkpoints)
-            found.append(forward_tokens(selector, task.arm.select, sizes, min(setting.n, len(pool))))
-        known = [tokens for tokens in found if tokens is not None]
-        total = sum(known) if len(known) == len(found) else None
+            passes.append(forward_tokens(selector, task.arm.select, sizes, min(setting.n, len(pool))))
+        known = [tokens for tokens in passes if tokens is not None]
+        total = sum(known) if len(known) == len(passes) else None
         parts.append(Part(f"score: {task.arm.label}", len(sets), None, total))
     return parts
 

@@ -81,5 +81,5 @@ def tenths(scores: Float[np.ndarray, " N"]) -> dict[str, list[int]]:
     """Rows of the best, the middle and the worst N // 10, ascending; equal scores in the order of the rows."""
     order, size = np.argsort(-scores, kind="stable"), len(scores) // 10
     start = (len(scores) - size) // 2
-    found = {"best": order[:size], "middle": order[start : start + size], "worst": order[len(scores) - size :]}
-    return {name: np.sort(rows).tolist() for name, rows in found.items()}
+    groups = {"best": order[:size], "middle": order[start : start + size], "worst": order[len(scores) - size :]}
+    return {name: np.sort(rows).tolist() for name, rows in groups.items()}

@@ -45,8 +45,8 @@ def main_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             if (name, place) in tenths:
                 made[f"{place} tenth"] = f"{tenths[name, place]['estimate']:+.4f}"
         if name in results["flipped"]:
-            found = results["flipped"][name]["auc"]
-            made["AUC, flipped"] = None if found is None else f"{found:.3f}"
+            area = results["flipped"][name]["auc"]
+            made["AUC, flipped"] = None if area is None else f"{area:.3f}"
         rows.append(made)
     if results["ceiling"] is not None and rows:
         bound = results["ceiling"]
@@ -154,7 +154,7 @@ def _sections(
     out: Path, results: Mapping[str, Any], made: Mapping[str, NamedTable], figures: list[Figure]
 ) -> list[Section]:
     settings = (out / "config.yaml").read_text(encoding="utf-8")
-    found: list[Section] = [
+    parts: list[Section] = [
         *sections.asked(f"ntkjax replay {out.name}", settings, points=asked(results)),
         *sections.failed(results["failures"], "The same command tries them again."),
         Heading(CHAPTER),
@@ -167,9 +167,9 @@ def _sections(
             "Two seeds of the same subsets agree to the correlation in the last rows, and the ceiling is what the true "
             "effect of every subset would reach against the mean over the seeds (Spearman-Brown)."
         )
-        found.append(Text(text, kind="note"))
-    found += sections.named_table(made["tenths"].heading, made["tenths"].rows)
-    found += sections.named_table(made["unjudged"].heading, made["unjudged"].rows)
+        parts.append(Text(text, kind="note"))
+    parts += sections.named_table(made["tenths"].heading, made["tenths"].rows)
+    parts += sections.named_table(made["unjudged"].heading, made["unjudged"].rows)
     seconds = {"all": results["wall_seconds"]}
-    found += sections.made_with(read_json(out / "versions.json"), seeds=results["seeds"], seconds=seconds)
-    return [*found, *sections.caveats(CAVEATS)]
+    parts += sections.made_with(read_json(out / "versions.json"), seeds=results["seeds"], seconds=seconds)
+    return [*parts, *sections.caveats(CAVEATS)]

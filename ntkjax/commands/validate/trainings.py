@@ -11,14 +11,13 @@ from jaxtyping import Bool
 
 from ntkjax.commands.validate.config import ValidateConfig, scores_of
 from ntkjax.commands.validate.flip import other_answers
-from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError
 from ntkjax.pipeline.evaluate import shot_records
 from ntkjax.pipeline.inputs import Inputs, inputs_of
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.study.arms import EQUAL, Arm, Given
 from ntkjax.pipeline.study.grid import Condition, Grid, Task, read_inputs, set_up
-from ntkjax.pipeline.study.spec import WHOLE, DomainSpec, StudySpec
+from ntkjax.pipeline.study.spec import WHOLE, DomainSpec, sources, study_of
 from ntkjax.rng import numpy_rng
 
 DOMAIN = "domain"
@@ -55,11 +54,11 @@ class Setting:
     def members(self) -> Bool[np.ndarray, "m N"]:
         """Which pool rows each subset holds. Subset k is drawn by the seed and k alone: more subsets leave it as it
         is."""
-        found = np.zeros((self.config.subsets, len(self.pool)), bool)
-        for k, row in enumerate(found):
+        table = np.zeros((self.config.subsets, len(self.pool)), bool)
+        for k, row in enumerate(table):
             rng = numpy_rng(self.config.seed, "validate", "subset", k)
             row[rng.permutation(len(self.pool))[: self.size]] = True
-        return found
+        return table
 
     def score_tasks(self) -> list[Task]:
         """One task for each score; what it chooses is not asked for."""
@@ -96,21 +95,9 @@ def load(config: ValidateConfig, *, progress: bool) -> Setting:
       UserError: unusable model or data. ConfigError: a test set that is part of the domain; a pool too small;
         fewer answers than are to be flipped.
     """
-    files = lambda names: tuple(Source(name) for name in names)
     out = Path(config.out)
-    spec = StudySpec(
-        model=config.model,
-        pool=files(config.pool),
-        domains={DOMAIN: DomainSpec(files(config.domain), (), files(config.test), truth=config.truth)},
-        budgets=(config.n or 1,),
-        seeds=(config.seed,),
-        select=config.select,
-        warmup=config.warmup,
-        train=config.train,
-        data=config.data,
-        dedup=config.dedup,
-        evaluation=config.evaluation,
-    )
+    files = DomainSpec(sources(config.domain), (), sources(config.test), truth=config.truth)
+    spec = study_of(config, DOMAIN, files, budgets=(config.n or 1,), seeds=(config.seed,))
     read = read_inputs(spec, out, ("train", "test"))
     domain, test = read.splits[DOMAIN]["train"], read.splits[DOMAIN]["test"]
     _check_test(domain, test)

@@ -164,7 +164,7 @@ def fused(
         specs += [pl.BlockSpec((m, *own), each(of_query))] + 2 * [pl.BlockSpec((m, *whole), each(of_key))]
         shapes += [jax.ShapeDtypeStruct((m, *q.shape), v.dtype)]
         out_specs += [pl.BlockSpec((m, *own), each(of_query))]
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(
             _kernel, m=m, length=length, size=size, tile=tile, chunk=chunk, scale=scale, soft_cap=soft_cap
         ),
@@ -176,7 +176,7 @@ def fused(
         interpret=interpret,
         name=f"dual_attention_{m}",
     )(q, k, v, starts, *tangents)
-    return found[0], found[1] if tangents else None
+    return outputs[0], outputs[1] if tangents else None
 
 
 def _kernel(

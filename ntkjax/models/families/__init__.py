@@ -49,9 +49,9 @@ def family_of(name: str) -> Family:
 
 def linear_aliases(alias: str) -> tuple[str, ...]:
     """Linear layers ("attention/q") that some family's checkpoints call ``alias``: "q_proj", "attn.c_proj"."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for family in FAMILIES.values():
         for path, tensor in family.tensors.items():
             if path.startswith("layers/") and (tensor == alias or tensor.endswith(f".{alias}")):
-                found[path.removeprefix("layers/")] = None
-    return tuple(found)
+                names[path.removeprefix("layers/")] = None
+    return tuple(names)

@@ -27,16 +27,16 @@ expert_layer = functools.partial(layer_of, mlp="experts")
 
 def expert_fields(reader: Reader) -> dict[str, Any]:
     """Fields of ModelShape about routed experts."""
-    found = {key: reader.number(key) for key in EXPERT_KEYS if reader.config.get(key) is not None}
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{key} = {value}" for key, value in found.items())
+    counts = {key: reader.number(key) for key in EXPERT_KEYS if reader.config.get(key) is not None}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{key} = {value}" for key, value in counts.items())
         raise reader.fail(f"{said}: two names of one number; remove one, or make them equal")
-    if not found:
+    if not counts:
         raise reader.fail(f"keys {' and '.join(map(repr, EXPERT_KEYS))} are missing: expected one, a number")
-    experts, per_token = next(iter(found.values())), reader.number("num_experts_per_tok")
+    experts, per_token = next(iter(counts.values())), reader.number("num_experts_per_tok")
     if per_token > experts:
         raise reader.fail(
-            f"num_experts_per_tok = {per_token} with {next(iter(found))} = {experts}: a token cannot go to more "
+            f"num_experts_per_tok = {per_token} with {next(iter(counts))} = {experts}: a token cannot go to more "
             "experts than there are"
         )
     return {"num_experts": experts, "experts_per_token": per_token}

@@ -323,8 +323,8 @@ def set_up(
         *model_digests(model).values(),
         *(adapter_digests(model, model.lora).values() if options.adapter else ()),
     ]
-    found = shot_records(spec.evaluation, spec.data)
-    shots = None if found is None else found.fingerprint
+    shot_file = shot_records(spec.evaluation, spec.data)
+    shots = None if shot_file is None else shot_file.fingerprint
     return Grid(spec, arms, focus, out, options, model, "/".join(digests), domains, reports, evaluated, shots)
 
 

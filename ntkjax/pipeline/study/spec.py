@@ -124,3 +124,18 @@ class StudySpec:
 def _at_least_one(name: str, values: Sequence[Any]) -> None:
     if any(value != WHOLE and value < 1 for value in values):
         raise ConfigError(f"{name}: expected whole numbers of at least 1, got {list(values)}")
+
+
+SHARED = ("model", "select", "warmup", "train", "data", "dedup", "evaluation")
+"""Fields of a study that commands with flags have under the same names."""
+
+
+def study_of(config: Any, name: str, domain: DomainSpec, **fields: Any) -> StudySpec:
+    """The study of one domain that a command's ``config`` asks for: its pool, its shared options, and ``fields``."""
+    shared = {field: getattr(config, field) for field in SHARED}
+    return StudySpec(pool=sources(config.pool), domains={name: domain}, **shared, **fields)
+
+
+def sources(paths: Sequence[str]) -> tuple[Source, ...]:
+    """Files as a study names them."""
+    return tuple(Source(path) for path in paths)

@@ -60,8 +60,8 @@ def difference(entry: Mapping[str, Any]) -> str:
 
 
 def difference_row(arm: str, reference: str, entry: Mapping[str, Any]) -> Row:
-    """One comparison: which arms, the metric with the unit of a difference, the difference with its 95% interval, each
-    seed's."""
+    """One comparison: which arms, the metric with the unit of a difference, the difference with its
+    95% interval, each seed's."""
     metric = METRICS[entry["metric"]]
     return {
         "comparison": f"{arm} − {reference}",

@@ -108,14 +108,14 @@ def density_of(unit: Float[np.ndarray, "U D"], sigma: float) -> Float[np.ndarray
     """rho_j = sum_j' max(0, 1 - |x_j - x_j'|^2 / sigma^2) of rows of length 1, the row itself counting 1; float64."""
     if sigma == 0:
         return np.ones(len(unit))
-    found = np.ones(len(unit))
+    density = np.ones(len(unit))
     for start in range(0, len(unit), BLOCK):
         squares = np.maximum(2 - 2 * (unit[start : start + BLOCK] @ unit.T).astype(np.float64), 0)
         near = np.maximum(0, 1 - squares / sigma**2)
         own = np.arange(len(near))
         near[own, start + own] = 0
-        found[start : start + BLOCK] += near.sum(axis=1)
-    return found
+        density[start : start + BLOCK] += near.sum(axis=1)
+    return density
 
 
 def spread(distance: Float[np.ndarray, "M k"], density: Float[np.ndarray, "M k"], price: float, weight: float) -> float:

@@ -44,12 +44,12 @@ class KnnUniform(KnnOptions, Algorithm):
     of_cosines: ClassVar[bool] = True
 
     def __call__(self, similarities: Similarities, problem: SelectionProblem) -> Choice:
-        found = similarities.nearest(self.nearest or self.neighbours)
-        k = found.rows.shape[1]
+        neighbours = similarities.nearest(self.nearest or self.neighbours)
+        k = neighbours.rows.shape[1]
         if not self.nearest:
-            distance = distances(found.similarity)
+            distance = distances(neighbours.similarity)
             k = round(spread(distance, np.ones_like(distance), self.price, self.weight))
-        votes = Votes.of(found, len(similarities.rows), k)
+        votes = Votes.of(neighbours, len(similarities.rows), k)
         scores = votes.votes + (1 + votes.similarity.astype(np.float64)) / 4
         report = {"nearest": k, "rows_with_votes": int(np.sum(votes.votes > 0))}
-        return Choice(scores, zeros=found.zero_norm, votes=votes.votes, report=report)
+        return Choice(scores, zeros=neighbours.zero_norm, votes=votes.votes, report=report)

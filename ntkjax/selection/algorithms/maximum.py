@@ -21,5 +21,5 @@ class Maximum(Options, Algorithm):
     """
 
     def __call__(self, similarities: Similarities, problem: SelectionProblem) -> Choice:
-        found = similarities.nearest(1)
-        return Choice(found.highest.astype(np.float64), zeros=found.zero_norm)
+        neighbours = similarities.nearest(1)
+        return Choice(neighbours.highest.astype(np.float64), zeros=neighbours.zero_norm)

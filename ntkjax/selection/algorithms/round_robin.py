@@ -21,6 +21,6 @@ class RoundRobin(Options, Algorithm):
     """
 
     def __call__(self, similarities: Similarities, problem: SelectionProblem) -> Choice:
-        found = similarities.nearest(problem.n)
-        order = take_turns(found.rows, min(problem.n, len(similarities.rows)))
-        return Choice(found.highest.astype(np.float64), order, zeros=found.zero_norm)
+        neighbours = similarities.nearest(problem.n)
+        order = take_turns(neighbours.rows, min(problem.n, len(similarities.rows)))
+        return Choice(neighbours.highest.astype(np.float64), order, zeros=neighbours.zero_norm)

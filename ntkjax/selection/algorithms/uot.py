@@ -69,8 +69,8 @@ class UnbalancedTransport(UotOptions, Algorithm):
         scores = np.empty(rows)
         while change > TOLERANCE * self.uot_epsilon and passes < self.uot_iterations:
             sums, zeros = np.full(members, -np.inf), 0
-            for at, found, zero in similarities.blocks():
-                cost = (1 - found) / 2 / self.uot_epsilon  # [b, M], in units of eps
+            for at, similarity, zero in similarities.blocks():
+                cost = (1 - similarity) / 2 / self.uot_epsilon  # [b, M], in units of eps
                 reach = logsumexp(potential / self.uot_epsilon - cost, axis=1) - math.log(members)
                 given = -self.uot_pool / (self.uot_pool + self.uot_epsilon) * reach  # g / eps
                 scores[at] = np.exp(given + reach) / rows

@@ -93,13 +93,13 @@ class Tokens:
             return jax.jvp(lambda z: self.nll(z, target), (product(self.head),), (product(folded),))[1]
 
         states, targets = self.states(params, batch)
-        found = self.by_piece(piece, states.reshape(-1, states.shape[-1]), targets.reshape(-1)).reshape(targets.shape)
+        values = self.by_piece(piece, states.reshape(-1, states.shape[-1]), targets.reshape(-1)).reshape(targets.shape)
         mask, owners = predict_mask(batch), owned(batch)
-        kept = jnp.where(mask, found, jnp.zeros((), found.dtype))
+        kept = jnp.where(mask, values, jnp.zeros((), values.dtype))
         if owners is None:
             sums = jnp.sum(kept, axis=1)
         else:
-            spread = jnp.where(owners, kept[:, None, :], jnp.zeros((), found.dtype))
+            spread = jnp.where(owners, kept[:, None, :], jnp.zeros((), values.dtype))
             sums = jnp.sum(spread, axis=2).reshape(-1)
         return sums / jnp.maximum(count_positions(batch, mask), 1).astype(sums.dtype)
 
@@ -137,8 +137,8 @@ class Tokens:
         return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
 
     def pieces(self, *arrays: Float[Array, "n ..."] | Int[Array, " n"]) -> tuple[Array, ...]:
-        """The arrays cut along their first axis into pieces [p, size, ...] whose logits are few enough, filled up with
-        zeros."""
+        """The arrays cut along their first axis into pieces [p, size, ...] whose logits are few enough,
+        filled up with zeros."""
         count = arrays[0].shape[0]
         size = max(1, min(count, MAX_LOGITS // self.head.shape[0]))
         fill = -count % size

@@ -109,5 +109,5 @@ def cut(encoder: Any, texts: Sequence[str]) -> int:
 
 def encode(encoder: Any, texts: Sequence[str]) -> np.ndarray:
     """Embeddings [n, D], float32."""
-    found = encoder.encode(list(texts), batch_size=BATCH, convert_to_numpy=True, show_progress_bar=False)
-    return np.asarray(found, np.float32)
+    vectors = encoder.encode(list(texts), batch_size=BATCH, convert_to_numpy=True, show_progress_bar=False)
+    return np.asarray(vectors, np.float32)
