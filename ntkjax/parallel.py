@@ -167,8 +167,11 @@ def weights_over_rows(mesh: Mesh | None, rule: str = "tensor") -> Mesh | None:
 
 
 def split_rows(x: Array, mesh: Mesh | None) -> Array:
-    """``x`` [B, ...] held to its place by rows, inside a jitted function; as it comes without a mesh."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x.shape[0]))
+    """``x`` [B, ...] held to its place by rows, inside a jitted function; as it comes without a mesh, and where B does
+    not divide: an example that is differentiated by itself, prompts that are continued."""
+    if mesh is None or x.shape[0] % data_parallel(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x.shape[0]))
 
 
 def put(array: Array | np.ndarray, path: str, mesh: Mesh | None, split: Split, rule: str = "tensor") -> Array:

@@ -169,6 +169,21 @@ def passes(mesh, weights: str = "tensor") -> dict[str, np.ndarray]:
     return found | {"loss": np.array([line["loss"] for line in tuned.history])}
 
 
+@pytest.mark.parametrize(("mesh", "weights"), [("fsdp=8", "tensor"), ("data=8", "fully-sharded")])
+def test_gradients_of_single_examples_where_rows_and_weights_are_split_over_one_axis(mesh, weights):
+    """One example is one row, which no mesh divides."""
+    need(8)
+    found = []
+    for place in (None, mesh_of(mesh)):
+        model = init_lm(CONFIG, seed=1, lora=LoraConfig(rank=2), mesh=place, weights=weights)
+        batches = dataset(3).on(place).batches(token_budget=64, max_buckets=1)
+        kernel = sum_logits(model.hidden_fn, model.head_fn({}))
+        found.append(gradient_features(kernel, model.lora, batches, RademacherSketch(16, 0), rows=len(SIZES)))
+        if place is not None:
+            assert model.spec.gathered_on == place
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5 * np.abs(found[0]).max())
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, np.ndarray]:
     return passes(None)

@@ -55,7 +55,8 @@ class LaunchConfig:
         if self.devices is not None and self.devices < 1:
             raise ConfigError(f"--devices is {self.devices}: expected at least 1")
         name = self.command[0] if self.command else None
-        able = sorted(name for name in COMMANDS if name != "launch" and load_command(name).divides)
+        jobs = {name: load_command(name) for name in COMMANDS if name != "launch"}
+        able = sorted(name for name, command in jobs.items() if command.divides or command.spans)
         if name not in able:
             said = "no command was given" if name is None else f"{name!r} does not run as several processes"
             raise ConfigError(f"{said}; expected `-- COMMAND FLAGS` with one of {', '.join(able)}")
