@@ -29,7 +29,7 @@ from ntkjax.assets import tiny_lm_path
 from ntkjax.assets.planted import planted_task
 from ntkjax.data import TokenisedDataset, read_records, tokenise
 from ntkjax.models import LanguageModel
-from ntkjax.ntk import KernelFunctions, build, kernel_scores, squared_norms
+from ntkjax.ntk import KernelFunctions, Pass, build, kernel_scores, squared_norms
 from ntkjax.ntk.metrics import spearman, top_n_overlap
 from ntkjax.report.tables import format_spread, to_csv, to_markdown
 from ntkjax.rng import numpy_rng
@@ -131,13 +131,12 @@ def score(e, case, model, params, domain, name: str, seed: int) -> dict[str, np.
         params,
         batches(domain),
         batches(case.pool),
-        rows=rows,
+        rows=Pass(rows, progress=f"{case.name} {name}"),
         references=[batches(case.pool, np.sort(drawn))],
-        progress=f"{case.name} {name}",
     )
     kept = {"scores": found.scores, "gram": found.gram}
     if e.cosine and name in WITH_NORMS:
-        kept["squares"] = squared_norms(kernel, params, batches(case.pool), rows=rows, progress=True)
+        kept["squares"] = squared_norms(kernel, params, batches(case.pool), rows=Pass(rows, progress=True))
     return kept
 
 

@@ -2,8 +2,11 @@
 brings, and does any selection beat random at equal steps?
 
 Commands: make real-model
-          python experiments/11_real_model.py --data ../shared/data --minutes 8     # a GPU; the most telling arms first
-          python experiments/11_real_model.py --data ../shared/data --minutes 600 --last finance-100 \\
+          # one GPU, the most telling arms first; a process for each domain, since one leaves the device idle
+          export XLA_PYTHON_CLIENT_MEM_FRACTION=.3
+          for domain in finance legal medical; do python experiments/11_real_model.py --data ../shared/data \\
+              --dtype bfloat16 --minutes 8 --domains $domain & done; wait
+          python experiments/11_real_model.py --data ../shared/data --minutes 600 --last size-100 \\
               --pool-size 1000 --test-size 200 --budgets 200                        # two CPU cores
 Hardware: one GPU for the whole grid; two CPU cores for one domain of 100 examples.
 Runtime:  as long as --minutes says: what is done is kept, and the same command goes on where it was stopped.
@@ -49,7 +52,8 @@ class Stage:
     """A part of the grid; a stage holds all that the stages before it do, so that nothing is computed twice."""
 
     name: str
-    domains: tuple[str, ...] = ("finance",)
+    every_domain: bool = False
+    """All of --domains, or the first alone."""
     sizes: tuple[int, ...] = (100,)
     methods: int = len(METHODS)
     seeds: int = 3
@@ -61,9 +65,9 @@ STAGES = (
     Stage("steps", methods=0, seeds=1, every_budget=False),  # the first question: the arms of any study
     Stage("selection", methods=3, seeds=1, every_budget=False),
     Stage("seeds", methods=3, every_budget=False),
-    Stage("finance-100"),
-    Stage("finance", sizes=(100, 50, 400)),
-    Stage("all", domains=("finance", "legal", "medical"), sizes=(100, 50, 400)),
+    Stage("size-100"),
+    Stage("sizes", sizes=(100, 50, 400)),
+    Stage("all", every_domain=True, sizes=(100, 50, 400)),
 )
 
 
@@ -77,8 +81,15 @@ class Experiment:
     """Hugging Face directory, hub id or `real` (`make real-model`)."""
     minutes: float = 8
     """When to stop; a run that is being done then is done anew next time, and its checkpoints serve."""
+    first: str = "steps"
+    """The first stage: a stage holds those before it, and reads the data anew; skip those that the time surely
+    allows."""
     last: str = "all"
-    """The last stage: steps, selection, seeds, finance-100, finance or all."""
+    """The last stage: steps, selection, seeds, size-100, sizes or all."""
+    domains: tuple[str, ...] = ("finance", "legal", "medical")
+    """Those after the first are reached in the last stage."""
+    dtype: str = "float32"
+    """Of the frozen weights."""
     budgets: tuple[int, ...] = (1000, 200)
     """N."""
     pool_size: int | None = None
@@ -88,29 +99,40 @@ class Experiment:
     learning_rates: tuple[float, ...] = (5e-4, 1e-3)
     epochs: float = 3
     max_length: int = 512
-    out: Path = Path("runs/11_real_model")
+    out: Path | None = None
+    """Default: runs/11_real_model/ and the first domain's name."""
     keep: bool = True
     """Copy tables and plots to experiments/results."""
 
 
 def stages(e: Experiment) -> list[Stage]:
-    """The stages up to the last one that was asked for."""
+    """The stages from the first to the last one that were asked for."""
     names = [stage.name for stage in STAGES]
-    if e.last not in names:
-        raise SystemExit(f"--last {e.last}: expected one of {', '.join(names)}")
-    return list(STAGES[: names.index(e.last) + 1])
+    for option, name in (("first", e.first), ("last", e.last)):
+        if name not in names:
+            raise SystemExit(f"--{option} {name}: expected one of {', '.join(names)}")
+    if not (asked := STAGES[names.index(e.first) : names.index(e.last) + 1]):
+        raise SystemExit(f"--first {e.first} comes after --last {e.last}")
+    return list(asked)
+
+
+def folder(e: Experiment) -> Path:
+    """Where the study is kept."""
+    return e.out or Path("runs/11_real_model") / e.domains[0]
 
 
 def content(e: Experiment, stage: Stage) -> dict[str, Any]:
     """The study of one stage."""
     sizes = {"pool": e.pool_size, "train": None, "dev": e.dev_size, "test": e.test_size}
-    made = studies.real(e.data, e.model, stage.domains, **sizes, max_length=e.max_length, epochs=e.epochs)
+    domains = e.domains if stage.every_domain else e.domains[:1]
+    made = studies.real(e.data, e.model, domains, **sizes, max_length=e.max_length, epochs=e.epochs)
     for name, domain in made["domains"].items():
         with (e.data / name / "train.jsonl").open(encoding="utf-8") as lines:
             held = sum(1 for _ in lines)
         domain["sizes"] = [size for size in stage.sizes if size <= held]
     made["warmup"]["learning_rate"] = e.learning_rates[0]
     return made | {
+        "model": {"model": e.model, "dtype": e.dtype},
         "title": "Is it the data or the steps?",
         "methods": list(METHODS[: stage.methods]),
         "budgets": list(e.budgets if stage.every_budget else e.budgets[:1]),
@@ -122,13 +144,13 @@ def content(e: Experiment, stage: Stage) -> dict[str, Any]:
 def main(e: Experiment) -> None:
     """Every stage in a process of its own, which is ended when the time is over; then the report of what is done."""
     over = time.monotonic() + 60 * e.minutes
-    e.out.mkdir(parents=True, exist_ok=True)
+    folder(e).mkdir(parents=True, exist_ok=True)
     done: Stage | None = None
     for stage in stages(e):
         left = over - time.monotonic()
         if left <= 0:
             break
-        file = e.out / f"{stage.name}.json"  # JSON is YAML
+        file = folder(e) / f"{stage.name}.json"  # JSON is YAML
         file.write_text(json.dumps(content(e, stage), indent=1) + "\n", encoding="utf-8")
         print(f"stage {stage.name}: {left / 60:.1f} minutes left", flush=True)
         done = stage
@@ -146,20 +168,22 @@ def main(e: Experiment) -> None:
 
 def command(e: Experiment, file: Path) -> list[str]:
     """``ntkjax study`` of that file."""
-    return [sys.executable, "-m", "ntkjax", "study", str(file), "--out", str(e.out / "study")]
+    return [sys.executable, "-m", "ntkjax", "study", str(file), "--out", str(folder(e) / "study")]
 
 
 def report(e: Experiment, stage: Stage) -> None:
     """Tables of what is done, and the answers in words."""
-    subprocess.run([*command(e, e.out / f"{stage.name}.json"), "--report-only"], check=True, stdout=subprocess.DEVNULL)
-    results = read_json(e.out / "study" / "results.json")
+    subprocess.run(
+        [*command(e, folder(e) / f"{stage.name}.json"), "--report-only"], check=True, stdout=subprocess.DEVNULL
+    )
+    results = read_json(folder(e) / "study" / "results.json")
     text = "\n".join(answers(results)) + "\n"
-    (e.out / "study" / "answers.md").write_text(text, encoding="utf-8")
-    print((e.out / "study" / "tables" / "main.md").read_text(encoding="utf-8"))
+    (folder(e) / "study" / "answers.md").write_text(text, encoding="utf-8")
+    print((folder(e) / "study" / "tables" / "main.md").read_text(encoding="utf-8"))
     print(text)
     if e.keep:
-        kept = studies.RESULTS / "11_real_model" / Path(e.model).name
-        studies.keep(e.out / "study", kept)
+        kept = studies.RESULTS / "11_real_model" / f"{Path(e.model).name}-{e.domains[0]}"
+        studies.keep(folder(e) / "study", kept)
         (kept / "answers.md").write_text(text, encoding="utf-8")
 
 

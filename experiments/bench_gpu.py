@@ -47,6 +47,7 @@ from ntkjax.ntk.features import gradient_features
 from ntkjax.ntk.kernel import as_kernel
 from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.types import Batch
@@ -160,21 +161,26 @@ def make_batch(config: ModelConfig, rows: int, length: int, seed: int = 0, layou
 forward = jax.jit(lambda fn, params, batch: fn(params, batch))
 
 
-def step_of(what: str, model: LanguageModel, batch: Batch, sketch_size: int) -> Callable[[], Any]:
-    """A function that runs the pass ``what`` on ``batch``: the functions that `select` and training call."""
+def step_of(
+    what: str, model: LanguageModel, batch: Batch, sketch_size: int
+) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
+    """A function that runs the pass ``what`` on ``batch``, the functions that `select` and training call; and one that
+    lowers its program, None where it is several."""
     params, output = model.lora, sum_logits(model.hidden_fn, model.head_fn({}))
     kernel, rows, batch = as_kernel(output), len(batch.index), jax.device_put(batch)
     if what == "forward":
-        return lambda: forward(model.embed_fn, params, batch)
+        return tuple(functools.partial(f, model.embed_fn, params, batch) for f in (forward, forward.lower))
     if what == "score":
         stacked = Direction(jax.tree.map(lambda p: p[None, None], params))
-        return lambda: score_batch(kernel, params, stacked, batch)
+        return tuple(functools.partial(f, kernel, params, stacked, batch) for f in (score_batch, score_batch.lower))
     if what == "direction":
         zero = zero_direction(kernel, params, batch)
-        return lambda: add_direction(kernel, params, batch, zero)
+        return tuple(functools.partial(f, kernel, params, batch, zero) for f in (add_direction, add_direction.lower))
     if what == "features":
         sketch = RademacherSketch(sketch_size, 0)
-        return lambda: gradient_features(output, params, [batch], sketch, rows=rows, microbatch=min(rows, 4))
+        return lambda: gradient_features(
+            output, params, [batch], sketch, rows=Pass(rows, microbatch=min(rows, 4))
+        ), None
     # A bare machine may lack what training needs beside (orbax): then this pass alone fails.
     from ntkjax.training.config import TrainConfig
     from ntkjax.training.optimiser import AdamW
@@ -182,13 +188,33 @@ def step_of(what: str, model: LanguageModel, batch: Batch, sketch_size: int) -> 
 
     optimiser = AdamW.of(TrainConfig())
     state = [init_state(params, optimiser)]
+    options = {"optimiser": optimiser, "accumulation": 1, "dtypes": leaf_dtypes(params)}
 
     def train() -> Any:
-        options = {"optimiser": optimiser, "accumulation": 1, "dtypes": leaf_dtypes(params)}
         state[0], metrics = train_step(model.nll_fn, state[0], batch, 1e-5, **options)
         return metrics.loss
 
-    return train
+    return train, lambda: train_step.lower(model.nll_fn, state[0], batch, 1e-5, **options)
+
+
+def compile_all(model: LanguageModel, lines: list[tuple[int, str, str]], options: argparse.Namespace) -> dict:
+    """Seconds to compile the program of each line (T, layout, pass), all at once: they are kept in JAX's compilation
+    cache, where `measure` finds them."""
+
+    def compiled(line: tuple[int, str, str]) -> float | None:
+        length, layout, what = line
+        try:
+            batch = make_batch(model.config, max(1, options.tokens // length), length, layout=layout)
+            lower = step_of(what, model, batch, options.sketch)[1]
+            began = time.perf_counter()
+            if lower is not None:
+                lower().compile()
+            return None if lower is None else time.perf_counter() - began
+        except Exception:  # `measure` meets it again, and says what it is
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(lines, pool.map(compiled, lines), strict=True))
 
 
 def time_step(run: Callable[[], Any], rounds: int) -> dict:
@@ -208,7 +234,7 @@ def measure(model: LanguageModel, name: str, length: int, layout: str, what: str
     while True:
         try:
             batch = make_batch(config, rows, length, layout=layout)
-            times = time_step(step_of(what, model, batch, options.sketch), options.rounds)
+            times = time_step(step_of(what, model, batch, options.sketch)[0], options.rounds)
             row = times | speed(config, what, batch, times["seconds"])
             break
         except Exception as error:  # the runtime's own classes: out of memory, or no derivative of a kernel
@@ -352,7 +378,7 @@ def markdown(result: dict, devices: int) -> str:
         ]
         lines += ["|---|---|---|---:|---:|", *attention_table(result["attention"]), ""]
     head = ["model", "T", "layout", "pass", "attention", "rows", "tokens/s", "TFLOP/s", "of peak"]
-    lines += [f"| {' | '.join([*head, 'first call (s)', 'spread', 'GiB'])} |"]
+    lines += [f"| {' | '.join([*head, 'compilation (s)', 'spread', 'GiB'])} |"]
     lines += ["|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in result["rows"]:
         head = f"| {r['model']} | {r['length']} | {r['layout']} | {r['pass']} | {r['attention']} | {r['rows']} |"
@@ -362,7 +388,9 @@ def markdown(result: dict, devices: int) -> str:
         share = None if r["of_peak"] is None else 100 * r["of_peak"]
         numbers = f"{r['tokens_per_second']:,.0f} | {r['tflops']:.3g} | {cell(share, '.1f')}{'%' if share else ''}"
         spread = f"{100 * (r['most'] - r['least']) / r['seconds']:.0f}%"
-        lines.append(f"{head} {numbers} | {r['first_call']:.1f} | {spread} | {cell(gib(r['peak_bytes']), '.2f')} |")
+        lines.append(
+            f"{head} {numbers} | {cell(r['compile_seconds'], '.1f')} | {spread} | {cell(gib(r['peak_bytes']), '.2f')} |"
+        )
     if (adapt := result["adapt"]) is not None:
         end = "stopped" if adapt["exit_code"] is None else f"exit code {adapt['exit_code']}"
         work = "no nvidia-smi" if adapt["busy"] is None else f"the device worked in {100 * adapt['busy']:.0f}%"
@@ -411,6 +439,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens-per-example", type=int, default=300, help="of that pool")
     parser.add_argument("--devices", type=int, default=64, help="of the pod that is planned for")
     parser.add_argument("--out", type=Path, default=Path("build/bench_gpu.json"))
+    parser.add_argument("--no-attention", action="store_true", help="leave attention alone out")
     parser.add_argument("--adapt", nargs=argparse.REMAINDER, default=None, help="words of `ntkjax adapt`, to watch it")
     return parser.parse_args()
 
@@ -440,6 +469,8 @@ def main(options: argparse.Namespace) -> dict:
     options.attention = options.attention or (["dual", "xla", "cudnn"] if device.platform == "gpu" else ["xla"])
     late = lambda: time.monotonic() - began > 60 * options.minutes
     print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}", flush=True)
+    programs = tempfile.mkdtemp(prefix="bench-gpu-")
+    jax.config.update("jax_compilation_cache_dir", programs)
     result = {
         "device": device.device_kind,
         "backend": device.platform,
@@ -460,22 +491,24 @@ def main(options: argparse.Namespace) -> dict:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
-    for row in attention_lines(options):
+    for row in () if options.no_attention else attention_lines(options):
         result["attention"].append(row)
         keep()
         shown = f"{1e3 * row['seconds']:.3g} ms" if "seconds" in row else row["error"]
         print(f"  attention {row['shape']} {row['layout']} {row['attention']} {row['what']}: {shown}", flush=True)
         if late():
             break
-    model, held = None, None
-    for name, length, layout, kind, what in chosen_lines(options):
+    model, held, lines, compiling = None, None, chosen_lines(options), {}
+    for name, length, layout, kind, what in lines:
         if late():
             result["left_out"].append(f"{name} T={length} {layout} {kind} {what}")
             continue
         if held != (name, kind):
             model = None  # the next one needs its place
             model, held = random_model(models[name], options.dtype, kind), (name, kind)
+            compiling = compile_all(model, [(T, of, w) for n, T, of, k, w in lines if (n, k) == held], options)
         row = measure(model, name, length, layout, what, options)
+        row["compile_seconds"] = compiling[length, layout, what]
         result["rows"].append(row)
         result["plan"] = plan(result["rows"], options.examples, options.tokens_per_example, options.devices)
         keep()
@@ -489,6 +522,7 @@ def main(options: argparse.Namespace) -> dict:
             config, examples, 16 if options.tiny else 512, options.attention[0]
         )
     keep()
+    shutil.rmtree(programs, ignore_errors=True)
     print("\n" + markdown(result, options.devices))
     print(f"\nwritten: {options.out}")
     return result

@@ -32,6 +32,7 @@ from ntkjax.data import TokenisedDataset, read_records, tokenise
 from ntkjax.models import LanguageModel, LoraConfig, ModelConfig, init_lm
 from ntkjax.ntk.kernel import as_kernel
 from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import MANY, Direction, score_batch, scores_along
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.vote import embed_batch
@@ -106,7 +107,7 @@ def file_to_scores(bench: ScoreBench, model: LanguageModel, pool: Path) -> Calla
                 Path(folder) / "scores", rows=len(tokens), width=1, dtype=np.float32, manifest={"bench": "score"}
             )
             plan = tokens.batches(token_budget=bench.token_budget)
-            return scores_along(kernel, params, [direction], plan, rows=len(tokens), store=store)
+            return scores_along(kernel, params, [direction], plan, rows=Pass(len(tokens), store))
 
     return run
 

@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, command = next((n, c) for n, c in commands.items() if type(config) is c.config)
         keep_programs()
         _, count = start()
-        if count > 1 and not command.divides:
-            raise ConfigError(f"{name} runs in one process, and this job has {count}; start one")
+        meshed = command.spans and config.model.mesh is not None  # pyright: ignore[reportAttributeAccessIssue]
+        if count > 1 and not (command.divides or meshed):
+            mesh = ", or give --mesh (such as --mesh auto) to run on the devices of all" if command.spans else ""
+            raise ConfigError(f"{name} runs in one process, and this job has {count}; start one{mesh}")
         text, code = command.from_command_line(config)
         barrier("end")  # whoever leaves first would end the others
         if is_primary():

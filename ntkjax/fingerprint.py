@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ntkjax.parallel import to_host
 from ntkjax.types import Params
 
 
@@ -30,7 +31,7 @@ def tree_digest(tree: Params) -> str:
     """
     hasher = hashlib.blake2b(digest_size=8)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        values = np.ascontiguousarray(leaf)
+        values = np.ascontiguousarray(to_host(leaf))
         hasher.update(f"{jax.tree_util.keystr(path)} {values.shape} {values.dtype}".encode())
         hasher.update(values.tobytes())
     return hasher.hexdigest()
@@ -47,7 +48,7 @@ def weights_fingerprint(*trees: Params) -> str:
         found = jax.tree_util.tree_leaves_with_path(tree)
         for (path, leaf), sums in zip(found, [_checksums(leaf) for _, leaf in found]):
             hasher.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-            hasher.update(np.asarray(sums).tobytes())
+            hasher.update(to_host(sums).tobytes())
     return hasher.hexdigest()
 
 

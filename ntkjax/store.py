@@ -9,8 +9,9 @@ A store is a directory::
 
 Scoring a pool of a million examples takes hours; after a kill the same command goes on with the rows that
 are missing, and the finished array is bit for bit the one an uninterrupted run writes. One job writes at
-a time. Its processes own every so many chunks each (``mine``), so that no two ever write to one file; the marks
-of all of them are merged on reading, whatever the number of processes was when they were made.
+a time. Its processes own every so many chunks each, so that no two ever write to one file; the marks of all of them
+are merged on reading, whatever the number of processes was when they were made. Either a process computes the rows that
+it owns (``mine``), or, on a mesh over all of them, they compute every row together and each keeps those it owns.
 """
 
 from __future__ import annotations
@@ -75,16 +76,24 @@ class RowStore:
             scores = store.read()
     """
 
-    def __init__(self, path: Path, array: ts.TensorStore, dtype: np.dtype, part: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        path: Path,
+        array: ts.TensorStore,
+        dtype: np.dtype,
+        part: tuple[int, int] = (0, 1),
+        together: bool = False,
+    ):
         self.path = path
         self.part = part
+        self.together = together
         self._array = array
         self._marks = _done_file(path, part[0])
         self._own = _read_marks(self._marks, array.shape[0])
         self._done = self._own | _read_done(path, array.shape[0])
         self._dtype = dtype
         grid: Any = array.chunk_layout.write_chunk.shape
-        self._mine = None if part[1] == 1 else np.arange(array.shape[0]) // grid[0] % part[1] == part[0]
+        self._owned = None if part[1] == 1 else np.arange(array.shape[0]) // grid[0] % part[1] == part[0]
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._pending_bytes = 0
         self._flushed_at = time.monotonic()
@@ -99,6 +108,7 @@ class RowStore:
         dtype: Any,
         manifest: dict,
         overwrite: bool = False,
+        together: bool = False,
     ) -> RowStore:
         """Create the store, or reopen it where ``manifest`` and shape are those it was made with.
 
@@ -107,6 +117,8 @@ class RowStore:
         Args:
           manifest: JSON-like dict (str keys): everything the values depend on (model, data, seed, method).
           overwrite: drop an existing store at ``path`` first.
+          together: all processes of the job compute every row (on a mesh over their devices) and write the same; each
+            puts the part that it owns on the disk. Otherwise they divide the rows, see ``mine``.
 
         Raises:
           ConfigError: the store holds rows made under another manifest or shape (each changed key is named),
@@ -130,7 +142,7 @@ class RowStore:
             finally:  # where it cannot, the others find out for themselves
                 if index == 0:
                     barrier(f"open {path.name}")
-            return cls(path, array, dtype, (index, count))
+            return cls(path, array, dtype, (index, count), together)
         except OSError as error:
             raise UserError(f"{path}: cannot open the row store ({error.strerror or error})") from error
 
@@ -145,8 +157,8 @@ class RowStore:
         return self._done.copy()
 
     def mine(self) -> np.ndarray | None:
-        """bool [rows]: rows that this process writes; None for one process, which writes all."""
-        return self._mine
+        """bool [rows]: rows that this process computes and writes, no other does; None where it computes all."""
+        return None if self.together else self._owned
 
     def gather(self) -> None:
         """Flush, wait until every process of the job has, and see the rows of all."""
@@ -180,7 +192,9 @@ class RowStore:
         if len(index) and (index.min() < -1 or index.max() >= rows):
             raise ValueError(f"index {int(index.min())}..{int(index.max())} is outside -1..{rows - 1}")
         real = index >= 0
-        if self._mine is not None and not self._mine[index[real]].all():
+        if self.together and self._owned is not None:
+            real &= self._owned[index]
+        elif self._owned is not None and not self._owned[index[real]].all():
             raise ValueError(
                 f"process {self.part[0]} of {self.part[1]} may not write rows of another: see RowStore.mine"
             )

@@ -18,6 +18,7 @@ from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.parallel import (
     Split,
     cluster,
+    describe_mesh,
     make_mesh,
     mesh_of,
     parse_mesh,
@@ -48,6 +49,22 @@ def need(count: int) -> list[jax.Device]:
 def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(data, model, near):
     with pytest.raises(ConfigError, match=f"there are 4.*data={near[0]}, model={near[1]}"):
         make_mesh(data=data, model=model, devices=need(4))
+
+
+def test_a_mesh_of_three_axes_that_does_not_fit_names_all_three():
+    with pytest.raises(ConfigError, match=r"data=2 x fsdp=3 x model=1 needs 6 .* data=2, fsdp=4, model=1"):
+        make_mesh(data=2, fsdp=3, devices=need(8))
+
+
+def test_weights_are_split_over_fsdp_and_rows_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, model=2, devices=need(8))
+    where = lambda path, shape: weight_sharding(path, shape, mesh, CONFIG.split(path)).spec
+    assert where("layers/attention/q/kernel", (2, 32, 64)) == PartitionSpec(None, "fsdp", "model")
+    assert where("embed/weight", (64, 32)) == PartitionSpec("model", "fsdp")
+    assert where("layers/attention/q/lora_a", (2, 32, 4)) == where("norm/scale", (32,)) == PartitionSpec()
+    assert shard_batch(np.zeros((8, 3)), mesh).sharding.spec == PartitionSpec(("data", "fsdp"))
+    with pytest.raises(ConfigError, match=r"6 rows does not divide over data x fsdp=4 devices; .* has 8"):
+        shard_batch(np.zeros((6, 3)), mesh)
 
 
 @pytest.mark.parametrize(
@@ -181,19 +198,26 @@ def test_no_pass_depends_on_any_mesh(alone, data, model, weights):
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [("data=4,model=2", (4, 2)), ("4,2", (4, 2)), ("4x2", (4, 2)), ("data=8", (8, 1)), ("8", (8, 1)),
-     ("model=2", (None, 2)), ("auto", (None, 1)), ("data=4, model=2", (4, 2))],
+    [("data=4,model=2", (4, 1, 2)), ("4,2", (4, 1, 2)), ("4x2", (4, 1, 2)), ("data=8", (8, 1, 1)), ("8", (8, 1, 1)),
+     ("model=2", (None, 1, 2)), ("auto", (None, 1, 1)), ("data=4, model=2", (4, 1, 2)), ("fsdp=4", (None, 4, 1)),
+     ("data=2,fsdp=2,model=2", (2, 2, 2)), ("fsdp=4,model=2", (None, 4, 2)), ("data=4,fsdp=2", (4, 2, 1))],
 )  # fmt: skip
 def test_a_mesh_by_name(text, shape):
     assert parse_mesh(text) == shape
-    data, model = shape
-    if len(jax.local_devices()) == 8 and (data or 8) * model == 8:
-        assert mesh_of(text) == make_mesh(data=data or 8, model=model)
+    data, fsdp, model = shape
+    if len(jax.local_devices()) == 8 and 8 % (fsdp * model) == 0:
+        data = data or 8 // (fsdp * model)
+        mesh = mesh_of(text)
+        assert mesh == make_mesh(data=data, fsdp=fsdp, model=model) and mesh.size == 8
+        assert describe_mesh(mesh) == f"data={data},fsdp={fsdp},model={model}".replace(",fsdp=1", "")
 
 
-@pytest.mark.parametrize("text", ["", "four", "data=0", "2,0", "model=2,data=4", "2x2x2", "-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "four", "data=0", "2,0", "model=2,data=4", "2x2x2", "-1", "fsdp=0", "2,fsdp=2", "data=2,data=2", "rows=2"],
+)
 def test_what_names_no_mesh(text):
-    with pytest.raises(ConfigError, match="expected data=D,model=M"):
+    with pytest.raises(ConfigError, match="expected data=D,fsdp=F,model=M"):
         parse_mesh(text)
 
 
@@ -204,6 +228,11 @@ def test_fully_sharded_weights_are_split_over_both_axes():
     assert where("layers/mlp/down/kernel", (2, 48, 32)) == PartitionSpec(None, "model", "data")
     assert where("embed/weight", (64, 32)) == PartitionSpec("model", "data")
     assert where("layers/attention/q/lora_a", (2, 32, 4)) == where("norm/scale", (32,)) == PartitionSpec()
+    mesh = make_mesh(data=2, fsdp=2, model=2, devices=need(8))
+    assert where("layers/mlp/down/kernel", (2, 48, 32)) == PartitionSpec(None, "model", ("data", "fsdp"))
+    with pytest.raises(ConfigError, match=r"mlp/down/kernel.*axis 2.*data x fsdp=4 devices; data x fsdp=2 would"):
+        where("layers/mlp/down/kernel", (2, 48, 34))
+    mesh = make_mesh(data=2, model=2, devices=need(4))
     with pytest.raises(ConfigError, match=r"mlp/up/kernel.*axis 1.*data=2.*data=1 would"):
         where("layers/mlp/up/kernel", (2, 33, 48))
     with pytest.raises(ConfigError, match="expected tensor or fully-sharded"):

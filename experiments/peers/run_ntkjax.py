@@ -18,6 +18,7 @@ from ntkjax.data import TokenisedDataset
 from ntkjax.models import adapter_lora_config, load_adapter, load_lm
 from ntkjax.ntk.features import gradient_features, per_example_gradients
 from ntkjax.ntk.outputs import sum_logits
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import directional_scores, mean_gradient
 from ntkjax.ntk.sketch import IdentitySketch, Sketch
 from ntkjax.parallel import make_mesh, shard_batch
@@ -63,7 +64,7 @@ class Ours:
     def features(self, sketch: Sketch, rows: int) -> tuple[Any, int]:
         """(one pass, rows)."""
         pool = batches(self.task, "pool", rows, self.task["batch"])
-        return (lambda: gradient_features(self.output, self.lora, pool, sketch, rows=rows, **self.options)), rows
+        return (lambda: gradient_features(self.output, self.lora, pool, sketch, rows=Pass(rows, **self.options))), rows
 
     def gradients(self, rows: int) -> tuple[Any, int]:
         """(one pass, rows): a batch's gradients are dropped when the next one's are there."""
@@ -79,7 +80,7 @@ class Ours:
         """What this variant says of the few examples: exact kernels and scores, or one kernel of its own."""
         count = self.task["checked"]
         few = batches(self.task, "pool", count, count)
-        phi = lambda output, sketch: gradient_features(output, self.lora, few, sketch, rows=count, **self.options)
+        phi = lambda output, sketch: gradient_features(output, self.lora, few, sketch, rows=Pass(count, **self.options))
         gram = lambda x: x.astype(np.float64) @ x.T.astype(np.float64)
         if sketch is not None:
             found = {"sketched": gram(phi(self.output, sketch)), "size": np.asarray(sketch.width(self.lora))}

@@ -27,6 +27,7 @@ COMMANDS = {
     "show": "show",
     "import-gguf": "import_gguf",
     "replay": "replay",
+    "launch": "launch",
 }
 """Name of the command: its module in this folder."""
 

@@ -20,7 +20,8 @@ class Command:
       config: a frozen dataclass; its fields are the flags, and its docstring the help text.
       run: ``run(config, progress=...) -> result``: the work.
       describe: ``describe(config, result) -> str``: what the command line prints at the end.
-      divides: whether the processes of one job (jax.distributed) divide its work; otherwise it runs in one.
+      divides: whether the processes of one job (jax.distributed), each with the whole model, divide its work.
+      spans: whether it runs on a mesh over the devices of all processes of a job.
       dry_run: ``dry_run(config, progress=...) -> result``: what runs instead where the config has ``dry_run`` True;
         None for a command without it.
       grid: ``grid(config) -> Grid``: of a command that compares arms, its grid (`ntkjax.pipeline.study.grid`) with
@@ -31,6 +32,7 @@ class Command:
     run: Callable[..., Any]
     describe: Callable[[Any, Any], str]
     divides: bool = False
+    spans: bool = False
     dry_run: Callable[..., Any] | None = None
     grid: Callable[[Any], Any] | None = None
 

@@ -23,9 +23,10 @@ from ntkjax.evaluation.lm_eval import (
 from ntkjax.evaluation.options import EvaluationOptions, TaskOptions
 from ntkjax.evaluation.shots import describe_shots, draw_shots
 from ntkjax.evaluation.summary import describe_choices
+from ntkjax.parallel import is_primary, process
 from ntkjax.pipeline.evaluate import evaluate_on, settings_of, shot_records
 from ntkjax.pipeline.inputs import inputs_of
-from ntkjax.pipeline.load import load_data, load_model, longest
+from ntkjax.pipeline.load import load_data, load_model, longest, weights_read
 from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -78,6 +79,11 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluated:
       UserError: unusable model, data or options; an earlier run on other examples; lm-eval is asked for and not there.
     """
     names, earlier, earlier_tasks = config.harness.names, None, None
+    if names and process()[1] > 1:
+        raise ConfigError(
+            f"--tasks: lm-eval runs its tasks in one process, and this job has {process()[1]}; expected --test alone; "
+            "run the tasks in one process"
+        )
     if config.against is not None:
         earlier = read_outcomes(_outcomes_file(config.against)) if config.test else None
         earlier_tasks = read_results(Path(config.against) / "tasks")[0] if names else None
@@ -91,6 +97,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluated:
     inputs = inputs_of(model, config.model, test=test, shots=shot_records(config.evaluation, config.data))
     run = RunDir.create(config.out, "evaluate", config, inputs={**inputs, **task_files})
     run.tell("evaluation.json", progress)
+    progress = progress and is_primary()
     result, content = Evaluated([], {}), {}
     if test is not None:
         found = evaluate_on(
@@ -122,7 +129,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluated:
     if config.against is not None:
         given = {"differences": result.against, "tasks": result.tasks_against}
         content["against"] = {"run": config.against} | {k: v for k, v in given.items() if v is not None}
-    run.write_json("evaluation.json", content)
+    run.write_json("evaluation.json", content | weights_read(model))
     return result
 
 
@@ -205,4 +212,4 @@ def _notes(config: Any, result: Any) -> list[str]:
     return [*filter(None, [asked, judged, shown]), read, found]
 
 
-COMMAND = Command(EvaluateConfig, evaluate, describe)
+COMMAND = Command(EvaluateConfig, evaluate, describe, spans=True)

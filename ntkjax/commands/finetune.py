@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from ntkjax.commands.base import Command
+from ntkjax.parallel import is_primary
 from ntkjax.pipeline.finetune import save_result, summary, train_on
 from ntkjax.pipeline.inputs import inputs_of
-from ntkjax.pipeline.load import load_data, load_model, trained_parameters
+from ntkjax.pipeline.load import load_data, load_model, trained_parameters, weights_read
 from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -66,12 +67,11 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> FitResult:
         seed=config.seed,
         dev=dev,
         out=run.path / "training",
-        progress=progress,
+        progress=progress and is_primary(),
     )
     save_result(run.path, model, result.params, merge=config.merge)
-    run.write_json(
-        "finetune.json", summary(result) | {"data": {k: v.report() for k, v in data.items() if v is not None}}
-    )
+    reports = {name: loaded.report() for name, loaded in data.items() if loaded is not None}
+    run.write_json("finetune.json", summary(result) | {"data": reports} | weights_read(model))
     return result
 
 
@@ -85,4 +85,4 @@ def describe(config: Any, result: Any) -> str:
     return f"{reading_of_run(config, 'finetune.json')}\n{said}\nweights: {Path(config.out) / kept}{merged}"
 
 
-COMMAND = Command(FinetuneConfig, finetune, describe)
+COMMAND = Command(FinetuneConfig, finetune, describe, spans=True)

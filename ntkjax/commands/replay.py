@@ -14,7 +14,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.pipeline.config_io import config_from_dict
 from ntkjax.pipeline.run_dir import load_run
 
-NOT_REPEATED = ("show", "replay")
+NOT_REPEATED = ("show", "replay", "launch")
 """Commands that leave no run directory of their own."""
 
 

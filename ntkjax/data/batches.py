@@ -20,7 +20,7 @@ from ntkjax.data.records import Records, concat_records
 from ntkjax.data.rows import FilledBatch, RowLayout, fill, lay_out
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import digest
-from ntkjax.parallel import data_parallel, shard_batch
+from ntkjax.parallel import data_parallel, rows_here, shard_batch
 from ntkjax.types import Batch
 
 MAX_BUCKETS = 12  # padded lengths: below 10% of padding on a pool of mixed sources, where six leave 16%
@@ -213,7 +213,7 @@ class TokenisedDataset:
                 f"{used.max()} tokens in a row of {len(held)}; expected enough rows, tokens and slots; raise them or "
                 "pack fewer examples"
             )
-        slot = np.arange(len(chosen)) - (np.cumsum(held) - held)[places]
+        slot = slots_of(places)
         begin = np.cumsum(sizes) - sizes - (np.cumsum(used) - used)[places]
         tokens = np.full((rows, length), self.pad_id, np.int32)
         examples = np.full((rows, length), -1, np.int32)
@@ -284,6 +284,11 @@ class PlannedBatch:
     slots: int = 1
 
 
+def slots_of(places: np.ndarray) -> np.ndarray:
+    """Of examples in the rows ``places``, ascending, the slot of each in its row, from 0."""
+    return np.arange(len(places)) - np.searchsorted(places, places)
+
+
 def _planned(filled: Sequence[FilledBatch], indices: np.ndarray) -> tuple[PlannedBatch, ...]:
     return tuple(PlannedBatch(b.length, b.rows, indices[b.members], b.places, b.slots) for b in filled)
 
@@ -337,12 +342,18 @@ class BatchPlan:
 
     def __getitem__(self, k: int) -> Batch:
         planned, data = self.planned[k], self.dataset
-        shape = {"rows": planned.rows, "length": planned.length}
+        here = rows_here(data.mesh, planned.rows)  # on a mesh over several processes each reads its own rows
+        shape = {"rows": here.stop - here.start, "length": planned.length}
+        index = np.full(planned.rows * planned.slots, -1, np.int32)
         if planned.places is None:
-            batch = data.collate(planned.indices, **shape)
+            index[: len(planned.indices)] = planned.indices
+            batch = data.collate(planned.indices[here], **shape)
         else:
-            batch = data.collate_rows(planned.indices, planned.places, **shape, slots=planned.slots)
-        return shard_batch(batch, data.mesh)
+            index[planned.places * planned.slots + slots_of(planned.places)] = planned.indices
+            first, last = np.searchsorted(planned.places, [here.start, here.stop])
+            held, places = planned.indices[first:last], planned.places[first:last] - here.start
+            batch = data.collate_rows(held, places, **shape, slots=planned.slots)
+        return shard_batch(batch, data.mesh, rows=planned.rows, index=index)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.planned:

@@ -32,6 +32,7 @@ from ntkjax.data.rows import lay_out
 from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.evaluation.answers import find_choices
 from ntkjax.evaluation.packing import Packed, PackedBatch, collate, collate_rows, pack
+from ntkjax.parallel import data_parallel, shard_batch, to_host
 from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped, logit_cap
 
 DEFAULT_TEMPLATE = "So the answer is {}."
@@ -131,7 +132,8 @@ def score_packed(
 
     Batches are grouped by packed length, longest first; each length has one number of rows and of scored
     tokens, so the scorer compiles once for each. With ``packing`` a row of `ROW_LENGTH` tokens (more where an example
-    needs it) holds several examples.
+    needs it) holds several examples. The rows of a batch are spread over the model's ``mesh``, where it has one, and
+    the budget is that of each part of them.
 
     Args:
       model: anything with the callable pytrees ``states_fn(params, batch) -> [B, T, D]`` and
@@ -141,8 +143,12 @@ def score_packed(
     lengths = np.asarray([p.tokens.size for p in packed], dtype=np.int32)
     _check_positions(model, packed)
     buckets = most_buckets(6) if max_buckets is None else max_buckets
-    for b in _laid_out(packed, lengths, token_budget) if packing else _padded(packed, lengths, token_budget, buckets):
-        log_probs = np.asarray(token_log_probs(states_fn, head_fn, params, b.batch, b.predictor, b.target))
+    mesh = getattr(model, "mesh", None)  # a stub may have none
+    parts = data_parallel(mesh)
+    plan = (lengths, token_budget * parts, parts)
+    for b in _laid_out(packed, *plan) if packing else _padded(packed, *plan, buckets):
+        batch, predictor, target = (shard_batch(x, mesh) for x in (b.batch, b.predictor, b.target))
+        log_probs = to_host(token_log_probs(states_fn, head_fn, params, batch, predictor, target))
         yield [
             (int(i), packed[i].sums(log_probs[row, start : start + packed[i].target.size]))
             for i, row, start in zip(b.rows, b.places, b.starts)
@@ -150,9 +156,9 @@ def score_packed(
 
 
 def _padded(
-    packed: Sequence[Packed], lengths: np.ndarray, token_budget: int, max_buckets: int
+    packed: Sequence[Packed], lengths: np.ndarray, token_budget: int, parts: int, max_buckets: int
 ) -> Iterator[PackedBatch]:
-    plan = plan_batches(lengths, np.arange(len(packed)), token_budget, max_buckets) if packed else []
+    plan = plan_batches(lengths, np.arange(len(packed)), token_budget, max_buckets, parts) if packed else []
     scored: dict[int, int] = {}
     for planned in plan:
         most = max(packed[i].target.size for i in planned.indices)
@@ -161,8 +167,8 @@ def _padded(
         yield collate(packed, planned.indices, planned.rows, planned.length, scored[planned.length])
 
 
-def _laid_out(packed: Sequence[Packed], lengths: np.ndarray, token_budget: int) -> Iterator[PackedBatch]:
-    filled = lay_out(lengths, token_budget, row_length=ROW_LENGTH)[1]
+def _laid_out(packed: Sequence[Packed], lengths: np.ndarray, token_budget: int, parts: int) -> Iterator[PackedBatch]:
+    filled = lay_out(lengths, token_budget, row_multiple=parts, row_length=ROW_LENGTH)[1]
     targets = np.asarray([p.target.size for p in packed])
     scored: dict[int, int] = {}
     for batch in filled:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkjax.data.batches import most_buckets
 from ntkjax.errors import UserError
+from ntkjax.parallel import to_host
 from ntkjax.types import Batch, Params, as_pytree_fn, count_positions, predict_mask
 
 
@@ -50,10 +51,10 @@ def response_nll(
     nll_fn = as_pytree_fn(model.nll_fn)
     buckets = most_buckets(6) if max_buckets is None else max_buckets
     for batch in dataset.batches(token_budget=token_budget, indices=indices, max_buckets=buckets):
-        values = np.asarray(_batch_nll(nll_fn, params, batch), dtype=np.float64)
+        values = to_host(_batch_nll(nll_fn, params, batch)).astype(np.float64)
         index = np.asarray(batch.index)
         # The number of predicted tokens is read off the batch, so it is right whatever truncation did.
-        tokens = np.asarray(count_positions(batch, predict_mask(batch)))
+        tokens = to_host(count_positions(batch, predict_mask(batch)))
         yield [ResponseNLL(int(i), float(values[r]), int(tokens[r])) for r, i in enumerate(index) if i >= 0]
 
 

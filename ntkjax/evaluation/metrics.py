@@ -30,9 +30,8 @@ class Metric:
       share: values lie in [0, 1] and are shown times 100.
       higher_is_better: direction of improvement: which mean is printed in bold, which baseline counts as the strongest.
       headline: whether it may stand first in tables and plots; the first of the table that all methods have does.
-      beside: whether reports show it in a column of its own where another metric stands first.
       chance: whether always giving the commonest answer is the value of guessing that it is drawn against.
-      column: heading in the table of `adapt` where it is not the label; without the unit.
+      column: heading of its column where it is not the label; without the unit.
       measure: row in the table of `evaluate` where it is not label and unit.
     """
 
@@ -43,7 +42,6 @@ class Metric:
     share: bool = False
     higher_is_better: bool = True
     headline: bool = True
-    beside: bool = True
     chance: bool = False
     column: str = ""
     measure: str = ""
@@ -70,12 +68,7 @@ class Metric:
 
     @property
     def column_label(self) -> str:
-        """Label and unit in short: ``response NLL (nats/token)``."""
-        return self._with(self.label, self._short_unit)
-
-    @property
-    def adapt_column(self) -> str:
-        """The heading of its column in the table of `adapt`."""
+        """The heading of its column, with its unit in short: ``response NLL (nats/token)``."""
         return self._with(self.column or self.label, self._short_unit)
 
     @property
@@ -87,6 +80,11 @@ class Metric:
     def difference_unit(self) -> str:
         """The unit of a difference of two means, in short: ``points`` of percent for shares."""
         return "points" if self.share else self._short_unit or "1"
+
+    @property
+    def difference_label(self) -> str:
+        """What a difference of two means is of, with its unit: ``accuracy (points)``."""
+        return f"{self.column or self.label} ({self.difference_unit})"
 
     @property
     def _short_unit(self) -> str:
@@ -128,11 +126,11 @@ _ENTRIES = (
         "accuracy", "accuracy", "correct_raw", share=True, chance=True, measure="accuracy, raw likelihood"
     ),  # of choices, by summed log-likelihood
     Metric(
-        "accuracy_norm", "accuracy, by likelihood per token", "correct_norm", share=True, headline=False, beside=False,
+        "accuracy_norm", "accuracy, by likelihood per token", "correct_norm", share=True, headline=False,
         chance=True, column="accuracy norm", measure="accuracy, norm likelihood",
     ),
     Metric(
-        "accuracy_generated", "accuracy, generated", "correct_generated", share=True, beside=False, chance=True,
+        "accuracy_generated", "accuracy, generated", "correct_generated", share=True, chance=True,
         column="accuracy generated", measure="accuracy, generated answers",
     ),
     Metric("nll", "response NLL", "nll", unit="nats per token", higher_is_better=False),

@@ -15,6 +15,7 @@ from typing import Any
 
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.files import write_json, write_jsonl
+from ntkjax.parallel import barrier, is_primary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ def read_outcomes(path: str | Path) -> list[Outcome]:
 
 
 class OutcomeLog:
-    """Pieces of outcomes as they come: in memory, and in ``PATH.part`` where a path is given.
+    """Pieces of outcomes as they come: in memory, and in ``PATH.part`` where a path is given. Of several processes that
+    evaluate together all make the same calls, and the first writes.
 
     Args:
       path: where the outcomes go in the end; None keeps all in memory.
@@ -117,6 +119,7 @@ class OutcomeLog:
             self.finished = read_outcomes(self.path)
         elif self._part.exists():
             self._resume()
+        barrier("outcomes")  # all have read what there is before the first adds to it
 
     @property
     def _part(self) -> Path:
@@ -157,6 +160,8 @@ class OutcomeLog:
             else:
                 self.pieces.setdefault(record.pop("kind"), {})[record.pop("row")] = record
             good.append(line)
+        if not is_primary():
+            return
         whole = sum(map(len, good))
         with self._part.open("r+b") as file:
             file.truncate(whole)
@@ -168,7 +173,7 @@ class OutcomeLog:
     def add(self, kind: str, rows: Mapping[int, dict]) -> None:
         """Keep pieces, and write them out before returning."""
         self.pieces.setdefault(kind, {}).update(rows)
-        if self.path is None:
+        if self.path is None or not is_primary():
             return
         new = not self._part.exists() or self._part.stat().st_size == 0
         with self._part.open("a", encoding="utf-8") as file:
@@ -185,7 +190,7 @@ class OutcomeLog:
             for rows in self.pieces.values():
                 fields.update(rows.get(row, {}))
             outcomes.append(dataclasses.replace(base, **fields))
-        if self.path is not None:
+        if self.path is not None and is_primary():
             write_json(self._settings_path, self.settings, indent=1)
             write_outcomes(self.path, outcomes)
             self._part.unlink(missing_ok=True)

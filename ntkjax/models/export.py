@@ -16,6 +16,7 @@ from ntkjax.models.files import write_checkpoint, write_json
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
 from ntkjax.models.quantised import restored, scale_path
+from ntkjax.parallel import is_primary, spans_processes, to_host
 from ntkjax.types import Params
 
 _STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -30,7 +31,8 @@ def save_merged(
     model's dtype (kernels held in 8 or 4 bits: to that of the rest). Weights go to model.safetensors, or to
     shards of at most ``max_shard_size`` bytes and an index. config.json keeps what the model was loaded from
     and is read by transformers v4 and v5. Tokenizer files, and generation_config.json where the source
-    directory has one, are written too. The host holds one shard at a time.
+    directory has one, are written too. The host holds one shard at a time. On a mesh over several processes
+    all of them call it, and the first writes.
 
     Raises CheckpointError naming the file that cannot be written; nothing half-written is left then.
     """
@@ -39,6 +41,10 @@ def save_merged(
     leaves, pieces = paths(model.with_params(params).params), _pieces(model)
     sizes = {name: _size(model, leaves, parts) for name, parts in pieces.items()}
     tensor = lambda name: _tensor(model, leaves, name, pieces[name])
+    if spans_processes(model.mesh) and not is_primary():
+        for name in sizes:  # the first process gathers them in this order, with the help of all
+            tensor(name)
+        return
     with written_folder(directory, keep=True, stale=_STALE, error=CheckpointError) as scratch:
         write_checkpoint(scratch, sizes, tensor, max_shard_size)
         write_json(scratch / "config.json", _config(model))
@@ -89,11 +95,11 @@ def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, place: tupl
 
     On the host: accelerators may take float32 products at less than float32 precision.
     """
-    take = lambda path: np.asarray(leaves[path][place])
+    take = lambda path: to_host(leaves[path][place])
     branch = path.rsplit("/", 1)[0]
     if scale_path(path) in leaves:
         assert model.spec.quantised is not None
-        value = np.asarray(restored(leaves[path][place], leaves[scale_path(path)][place], model.spec.quantised))
+        value = to_host(restored(leaves[path][place], leaves[scale_path(path)][place], model.spec.quantised))
     else:
         value = take(path)
     if not path.endswith("/kernel") or f"{branch}/lora_a" not in leaves or model.lora_config is None:

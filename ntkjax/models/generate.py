@@ -15,6 +15,7 @@ from ntkjax.models.config import ModelConfig
 from ntkjax.models.functions import forward, overlay, project
 from ntkjax.models.layers import KVCache, ModelSpec
 from ntkjax.models.lm import LanguageModel
+from ntkjax.parallel import to_host
 from ntkjax.types import Params, at_least_float32
 
 SHORTEST_BUCKET = 16
@@ -37,7 +38,8 @@ def generate(
 
     A continuation ends with the first stop token, which is kept: one without it was cut at
     ``max_new_tokens``. A prompt's continuation does not depend on the others': padding is never attended to,
-    and its random stream is ``key`` folded with its place in ``prompts``.
+    and its random stream is ``key`` folded with its place in ``prompts``. On a mesh every device takes all rows: only
+    the weights are spread.
 
     Args:
       params: any subset of the model's tree, laid over its weights. prompts: token ids, each of length >= 1.
@@ -77,7 +79,7 @@ def generate(
                 key,
                 settings,
             )
-            for i, row in zip(chosen, np.asarray(out).tolist()):
+            for i, row in zip(chosen, to_host(out).tolist()):
                 results[i] = row[: row.index(-1)] if -1 in row else row
     return results
 

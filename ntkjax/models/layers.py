@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ntkjax.models.attention import attend, shares_tangents
 from ntkjax.models.config import LayerSpec, ModelConfig, RopeConfig
 from ntkjax.models.experts import Dispatch, block_product, dispatch, route
-from ntkjax.models.lora import LoraConfig, adapted, lora_delta
+from ntkjax.models.lora import LoraConfig, adapted, adapted_half, half_product, lora_delta
 from ntkjax.models.quantised import FORMATS, restored, tiles
 from ntkjax.tangents import unbatched_tangents
 from ntkjax.types import at_least_float32, float32_or_better, precision_of
@@ -181,29 +181,37 @@ class Linear(nnx.Module):
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
     def product(self, rows: Float[Array, "N I"]) -> Float[Array, "N O"]:
-        """rows W + scale (rows A) B in float32 or better."""
+        """rows W + scale (rows A) B, summed in float32 or better; bfloat16 where rows are."""
+        held, half = self.kernel[...], rows.dtype == jnp.bfloat16
         if self.format is not None:
-            y = restored_product(rows, self.kernel[...], self.kernel_scale[...], self.format)
-            return y if self.scale is None else y + lora_delta(rows, self.lora_a[...], self.lora_b[...], self.scale)
-        w = self.kernel[...]
-        if self.scale is None:
-            return matmul(rows, w)
-        a, b = self.lora_a[...], self.lora_b[...]
+            plain = lambda rows, w: (half_product if half else matmul)(rows, w.astype(rows.dtype))
+            return self.restored_product(rows, plain if self.scale is None else self.adapted)
+        if self.scale is not None:
+            return self.adapted(rows, held)
+        return half_product(rows, held) if half and held.dtype == rows.dtype else matmul(rows, held)
+
+    def adapted(self, rows: Float[Array, "N I"], w: Float[Array, "I O"]) -> Float[Array, "N O"]:
+        """`product` of a layer with an adapter, W in whatever dtype."""
+        assert self.scale is not None
+        a, b, joined = self.lora_a[...], self.lora_b[...], self.forward_mode and self.whole_inputs
+        if rows.dtype == jnp.bfloat16:
+            return adapted_half(rows, w.astype(rows.dtype), a, b, self.scale, joined)
         if rows.dtype == w.dtype == a.dtype == b.dtype and w.dtype.itemsize >= 4:
-            return adapted(rows, w, a, b, self.scale, self.forward_mode and self.whole_inputs)
+            return adapted(rows, w, a, b, self.scale, joined)
         # W + scale A B rounded to 16 bits would lose a small adapter.
         return matmul(rows, w) + lora_delta(rows, a, b, self.scale)
 
+    def restored_product(
+        self, rows: Float[Array, "N I"], product: Callable[[Array, Array], Array]
+    ) -> Float[Array, "N O"]:
+        """``product(rows, W)``, W the kernel held in the layer's format.
 
-def restored_product(
-    rows: Float[Array, "N I"], integers: Array, scales: Float[Array, "K O"], name: str
-) -> Float[Array, "N O"]:
-    """rows W in float32 or better, W the kernel held in the format ``name``.
-
-    W is made anew in the backward pass: kept, that of every layer would be the model in 16 bits.
-    """
-    product = lambda rows, integers, scales: matmul(rows, restored(integers, scales, name))
-    return jax.checkpoint(product, prevent_cse=False)(rows, integers, scales)
+        W is made anew in the backward pass: kept, that of every layer would be the model in 16 bits.
+        """
+        assert self.format is not None
+        name = self.format
+        whole = lambda rows, integers, scales: product(rows, restored(integers, scales, name))
+        return jax.checkpoint(whole, prevent_cse=False)(rows, self.kernel[...], self.kernel_scale[...])
 
 
 class RMSNorm(nnx.Module):

@@ -32,12 +32,16 @@ class LoadReport:
     Attributes:
       source: the directory that was read. name: what transformers finds the model by from anywhere: its id on the hub,
       or the directory's absolute path.
+      weight_bytes: bytes of its tensors. bytes_read: of those, what this process read: on a mesh over several processes
+      its part (a tensor that is read for two parameters counts for each).
     """
 
     source: str = ""
     name: str = ""
     tensors: int = 0
     parameters: int = 0
+    weight_bytes: int = 0
+    bytes_read: int = 0
     dtypes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 

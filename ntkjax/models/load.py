@@ -52,7 +52,8 @@ def load_lm(
     ``real`` (`ntkjax.models.real`).
 
     Each tensor is read, sent to its device (spread by ``parallel.weight_sharding`` where there is a mesh) and
-    cast to ``dtype`` there before the next is read: the host never holds more than one. ``lora`` adds a fresh
+    cast to ``dtype`` there before the next is read: the host never holds more than one. Of a tensor that is spread only
+    the parts of this process's devices are read (``report.bytes_read``). ``lora`` adds a fresh
     adapter (B = 0, so the function is unchanged) drawn from ``seed``; None adds none.
 
     Args:
@@ -80,7 +81,7 @@ def load_lm(
     spec = ModelSpec(config, lora, floating, remat, resolve(attention, mesh), quantised=held)
     if lora is not None:
         lora.matches(spec.linears())
-    params, report = _load_params(spec, tensors, str(directory), seed, mesh, weights)
+    params, report = _load_params(spec, Reading(tensors, mesh, weights), str(directory), seed)
     tokenizer = load_tokenizer(directory, config)
     here = Path(path).expanduser().is_dir() or str(path) == REAL
     report = dataclasses.replace(report, name=str(directory.resolve()) if here else str(path))
@@ -199,10 +200,59 @@ def _resolve_dtype(dtype: str, hf_config: dict[str, Any], tensors: dict[str, Ten
     return (_FILE_DTYPES[counts.most_common(1)[0][0]] if counts else "float32"), None
 
 
-def _load_params(
-    spec: ModelSpec, tensors: dict[str, TensorInfo], where: str, seed: int, mesh: Mesh | None, rule: str
-) -> tuple[dict, LoadReport]:
-    flat, table = paths(param_shapes(spec)), sources(spec)
+@dataclasses.dataclass
+class Reading:
+    """One checkpoint being read.
+
+    Attributes:
+      tensors: what it holds. mesh, rule: where parameters go, see ``parallel.weight_sharding``.
+      bytes_read: so far, by this process.
+    """
+
+    tensors: dict[str, TensorInfo]
+    mesh: Mesh | None
+    rule: str
+    bytes_read: int = 0
+
+    def sharding(self, spec: ModelSpec, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        """Where the parameter at ``path`` goes; None without a mesh."""
+        return (
+            None if self.mesh is None else weight_sharding(path, shape, self.mesh, spec.config.split(path), self.rule)
+        )
+
+    def tensor(self, name: str, source: Source, sharding: NamedSharding | None) -> Array:
+        """The tensor ``name``, or of a shared one the part of ``source``, as it lies in the file, on its devices. Read
+        are the bytes that the devices of this process hold."""
+        info = self.tensors[name]
+        if not info.is_float:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected F32, BF16, F16 or F64 "
+                "(quantised weights are not supported)"
+            )
+        places = [np.arange(size) for size in info.shape]
+        if source.share is not None:
+            places[0 if source.transpose else -1] = source.share.columns()
+        shape = tuple(map(len, places))
+        if sharding is None:
+            return jax.device_put(self._read(info, places, (slice(None),) * len(shape)))
+        parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share what was read
+
+        def part(index: Any) -> np.ndarray:
+            key = tuple(axis.indices(size) for axis, size in zip(index, shape))
+            if key not in parts:
+                parts[key] = self._read(info, places, index)
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def _read(self, info: TensorInfo, places: list[np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+        found = info.read([axis[chosen] for axis, chosen in zip(places, index)])
+        self.bytes_read += found.nbytes
+        return found.astype(jax.dtypes.canonicalize_dtype(found.dtype), copy=False)
+
+
+def _load_params(spec: ModelSpec, reading: Reading, where: str, seed: int) -> tuple[dict, LoadReport]:
+    flat, table, tensors = paths(param_shapes(spec)), sources(spec), reading.tensors
     table = _as_named_there(spec, table, tensors)
     _check_names(spec, table, tensors, where)
     _check_shapes(flat, table, tensors)
@@ -210,14 +260,17 @@ def _load_params(
     for path, shape in flat.items():
         if scale_path(path) in flat:
             stored = path, shape, flat[scale_path(path)], table[path]
-            leaves[path], leaves[scale_path(path)] = _load_quantised(spec, *stored, tensors, mesh, rule)
+            leaves[path], leaves[scale_path(path)] = _load_quantised(spec, *stored, reading)
         elif path in table:
-            leaves[path] = _load_leaf(spec, path, shape, table[path], tensors, mesh, rule)
+            leaves[path] = _load_leaf(spec, path, shape, table[path], reading)
         elif not is_scale(path):
-            leaves[path] = put(init_leaf(spec, path, shape, seed), path, mesh, spec.config.split(path), rule)
-    counts = collections.Counter(info.dtype for info in tensors.values() if not is_buffer(spec, info.name))
+            fresh, split = init_leaf(spec, path, shape, seed), spec.config.split(path)
+            leaves[path] = put(fresh, path, reading.mesh, split, reading.rule)
+    weights = [info for info in tensors.values() if not is_buffer(spec, info.name)]
+    counts, size = collections.Counter(info.dtype for info in weights), sum(i.stop - i.start for i in weights)
     parameters = sum(int(np.prod(flat[path].shape)) for path in table)
-    return unflatten(leaves), LoadReport(where, "", counts.total(), parameters, dict(counts))
+    report = LoadReport(where, "", counts.total(), parameters, size, reading.bytes_read, dict(counts))
+    return unflatten(leaves), report
 
 
 def _as_named_there(spec: ModelSpec, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> dict[str, Source]:
@@ -285,21 +338,17 @@ def _load_leaf(
     path: str,
     shape: jax.ShapeDtypeStruct,
     source: Source,
-    tensors: dict[str, TensorInfo],
-    mesh: Mesh | None,
-    rule: str,
+    reading: Reading,
 ) -> Array:
     """One parameter, its layers (and experts) written one by one into a stack that already lies on the device."""
-    split = spec.config.split(path)
-    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, split, rule)
+    sharding = reading.sharding(spec, path, shape.shape)
+    rest = _slice_sharding(sharding, source, len(shape.shape))
     if not source.stack:
-        info = tensors[source.name]
-        array = put(_host_tensor(info, source), path, mesh, split, rule)
+        array = reading.tensor(source.name, source, rest)
         return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
     stack = _zeros(shape.shape, str(shape.dtype), sharding)
-    rest = _slice_sharding(sharding, source, len(shape.shape))
     for place, name in source.names().items():
-        tensor = jax.device_put(_host_tensor(tensors[name], source), rest)
+        tensor = reading.tensor(name, source, rest)
         stack = _write_at(stack, np.asarray(place, np.int32), tensor, source.transpose, sharding)
     return stack
 
@@ -310,38 +359,24 @@ def _load_quantised(
     shape: jax.ShapeDtypeStruct,
     scale_shape: jax.ShapeDtypeStruct,
     source: Source,
-    tensors: dict[str, TensorInfo],
-    mesh: Mesh | None,
-    rule: str,
+    reading: Reading,
 ) -> tuple[Array, Array]:
     """A kernel and its scales, quantised layer by layer: the device holds one layer's in floating point. The scales lie
     whole on every device of a mesh.
     """
-    sharding = None if mesh is None else weight_sharding(path, shape.shape, mesh, spec.config.split(path), rule)
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    sharding = reading.sharding(spec, path, shape.shape)
+    whole = None if reading.mesh is None else NamedSharding(reading.mesh, PartitionSpec())
     integers = _zeros(shape.shape, str(shape.dtype), sharding)
     scales = _zeros(scale_shape.shape, str(scale_shape.dtype), whole)
     rest = _slice_sharding(sharding, source, len(shape.shape))
     for place, name in source.names().items():
-        tensor = jax.device_put(_host_tensor(tensors[name], source), rest)
+        tensor = reading.tensor(name, source, rest)
         kernel = _as_leaf(tensor, source.transpose, str(scale_shape.dtype), None)
         held, scale = quantised(kernel, spec.quantised)
         where = np.asarray(place, np.int32)
         integers = _write_at(integers, where, held, False, sharding)
         scales = _write_at(scales, where, scale, False, whole)
     return integers, scales
-
-
-def _host_tensor(info: TensorInfo, source: Source) -> np.ndarray:
-    if not info.is_float:
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected F32, BF16, F16 or F64 "
-            "(quantised weights are not supported)"
-        )
-    tensor = info.read()
-    if source.share is None:
-        return tensor
-    return np.take(tensor, source.share.columns(), axis=0 if source.transpose else -1)
 
 
 def _check_shapes(flat: dict, table: dict[str, Source], tensors: dict[str, TensorInfo]) -> None:
@@ -364,7 +399,8 @@ def _slice_sharding(sharding: NamedSharding | None, source: Source, rank: int) -
     if sharding is None:
         return None
     axes = (tuple(sharding.spec) + (None,) * rank)[len(source.stack) : rank]
-    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if source.transpose else axes)))
+    axes = axes[::-1] if source.transpose else axes
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes) if any(axes) else PartitionSpec())
 
 
 def _zeros(shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None) -> Array:

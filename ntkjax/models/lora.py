@@ -149,6 +149,62 @@ def _adapted_jvp(scale: float, joined: bool, primals: tuple, tangents: tuple) ->
     return value, functools.reduce(jnp.add, terms)
 
 
+def half_product(x: Float[Array, "... I"], w: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """x W of operands of 16 bits, summed in float32 and rounded once, to the dtype of x.
+
+    A derivative has the dtype of what it is a derivative of: with float32 results, as of `ntkjax.models.layers.matmul`,
+    the cotangents are float32 too, and the products of a backward pass leave the matrix unit's 16-bit path.
+    """
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def adapted_half(
+    x: Float[Array, "N I"],
+    w: Float[Array, "I O"],
+    a: Float[Array, "I R"],
+    b: Float[Array, "R O"],
+    scale: float,
+    joined: bool = False,
+) -> Float[Array, "N O"]:
+    """x W + scale (x A) B with x and W in 16 bits, A and B in float32: [N, out] in the dtype of x.
+
+    With ``joined``, for forward mode alone, one product, [x, x A] [W; scale B], whose sum is taken in float32 and
+    rounded once. x A, scale B and, in derivatives, their tangents are rounded to 16 bits before it, so that an adapter
+    keeps its relative precision however small it is beside W (W + scale A B in 16 bits would lose it). The tangent:
+
+        [dx, dx A + x dA, x A] [W; scale B; scale dB].
+
+    Without it, the sums of these products, which reverse mode transposes; the gradients of A and B are summed in
+    float32, rounded to 16 bits and given as float32, as those of torch under autocast are. There is no float32 array of
+    size N x out, and no product with float32 operands, for which a GPU has no matrix unit.
+    """
+    low, b = half_product(x, a.astype(x.dtype)), (scale * b).astype(x.dtype)
+    if joined:
+        return half_product(jnp.concatenate([x, low], axis=1), jnp.concatenate([w, b]))
+    return half_product(x, w) + half_product(low, b)
+
+
+@functools.partial(adapted_half.defjvp, symbolic_zeros=True)
+def _adapted_half_jvp(scale: float, joined: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, w, a, b = primals
+    half, value = x.dtype, adapted_half(*primals, scale, joined)
+    zero = jax.custom_derivatives.SymbolicZero
+    dx, dw, da, db = (None if isinstance(tangent, zero) else tangent for tangent in tangents)
+    low = [] if dx is None else [half_product(dx, a.astype(half))]
+    low += [] if da is None else [half_product(x, da.astype(half))]
+    terms = [] if dx is None else [(dx, w)]
+    terms += [] if dw is None else [(x, dw)]
+    terms += [(functools.reduce(jnp.add, low), (scale * b).astype(half))] if low else []
+    terms += [] if db is None else [(half_product(x, a.astype(half)), (scale * db).astype(half))]
+    if not terms:
+        return value, jnp.zeros_like(value)
+    if joined:
+        rows, columns = zip(*terms, strict=True)
+        return value, half_product(jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=0))
+    return value, functools.reduce(jnp.add, [half_product(*term) for term in terms])
+
+
 def init_lora_a(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Float[np.ndarray, "..."]:
     """A as in PEFT: Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); [..., in, r].
 

@@ -38,6 +38,7 @@ from ntkjax.models.load import read_json
 from ntkjax.models.lora import LoraConfig
 from ntkjax.models.names import every_module, layer_prefix, module_columns, modules
 from ntkjax.models.safetensors_file import read_header
+from ntkjax.parallel import is_primary, spans_processes, spread, to_host
 from ntkjax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -97,7 +98,8 @@ Factors = tuple[np.ndarray, np.ndarray]
 def save_adapter(directory: str | Path, model: LanguageModel, params: Params) -> None:
     """Write the adapter in ``params`` (any subset of the tree; the rest of it is the model's) as a PEFT directory.
 
-    ``lora_dropout`` is written as 0. The directory is replaced as a whole: nothing half-written stays.
+    ``lora_dropout`` is written as 0. The directory is replaced as a whole: nothing half-written stays. On a mesh over
+    several processes all of them call it, and the first writes.
 
     Raises CheckpointError if the model has no adapter, if ``params`` changes a weight that an adapter cannot
     hold (use save_merged), or if a file cannot be written.
@@ -105,6 +107,8 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
     lora = _lora_of(model)
     _refuse_other_changes(model, params)
     ours = _factors(model.with_params(params).lora)
+    if spans_processes(model.mesh) and not is_primary():
+        return
     layers = layer_prefix(model.spec)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -257,7 +261,7 @@ def _widths(model: LanguageModel, names: tuple[str, ...]) -> list[int]:
 def _factors(lora: Params) -> dict[str, Factors]:
     """The adapter tree by layer name, on the host: {"attention/q": (A [L, in, r], B [L, r, out])}."""
     return {
-        f"{group}/{name}": (np.asarray(node["lora_a"]), np.asarray(node["lora_b"]))
+        f"{group}/{name}": (to_host(node["lora_a"]), to_host(node["lora_b"]))
         for group, layers in lora["layers"].items()
         for name, node in layers.items()
     }
@@ -386,8 +390,8 @@ def _as_params(lora: Params, loaded: dict[str, Factors], where: Path) -> Params:
         new = a if path[-1].key == "lora_a" else b
         if not np.isfinite(new).all():
             raise CheckpointError(f"{where}: the adapter of {path[1].key}/{path[2].key} has values that are not finite")
-        place = old.sharding if isinstance(old, jax.Array) else None
-        return jax.device_put(new.astype(old.dtype), place)
+        new = new.astype(old.dtype)
+        return spread(new, old.sharding) if isinstance(old, jax.Array) else jax.device_put(new)
 
     return jax.tree_util.tree_map_with_path(leaf, lora)
 

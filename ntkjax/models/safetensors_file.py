@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Int
 
 from ntkjax.errors import CheckpointError
 
@@ -41,20 +44,58 @@ class TensorInfo:
     start: int
     stop: int
 
-    def read(self) -> np.ndarray:
-        """The tensor as a NumPy array of its own (bfloat16 through ml_dtypes)."""
+    def read(self, part: Sequence[Int[np.ndarray, "_"]] | None = None) -> np.ndarray:
+        """The tensor as a NumPy array of its own (bfloat16 through ml_dtypes), or the part of it at the given places of
+        each axis, of which no other byte is read: ``np.ix_(*part)`` of the whole.
+        """
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.file}: tensor {self.name!r} has dtype {self.dtype}, which is not supported")
         dtype = _DTYPES[self.dtype]
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            flat = np.fromfile(stream, dtype=dtype, count=math.prod(self.shape))
-        return flat.reshape(self.shape)
+        part = [np.arange(size) for size in self.shape] if part is None else part
+        values = np.empty([len(places) for places in part], dtype)
+        flat, at = values.reshape(-1).view(np.uint8).data, 0
+        with self.file.open("rb", buffering=0) as stream:
+            for first, count in _runs(self.shape, part):
+                size = count * dtype.itemsize
+                read_into(stream, self.start + first * dtype.itemsize, flat[at : at + size])
+                at += size
+        return values
 
     @property
     def is_float(self) -> bool:
         """True for a floating-point tensor of a dtype that can be read."""
         return self.dtype in ("F64", "F32", "F16", "BF16")
+
+
+def read_into(stream: BinaryIO, start: int, view: memoryview) -> None:
+    """Fill ``view`` with the bytes of an unbuffered file from ``start`` on. All weights are read here.
+
+    Raises CheckpointError where the file ends before.
+    """
+    stream.seek(start)
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{stream.name}: ends before the tensors that it names; download or export it again")
+        view = view[count:]
+
+
+def _runs(shape: tuple[int, ...], part: Sequence[Int[np.ndarray, "_"]]) -> Iterator[tuple[int, int]]:
+    """(first, count): the runs of neighbours that the places ``part`` of a row-major array of ``shape`` form."""
+    whole = len(shape)  # axes from here on are taken whole, so that each place of the axis before is one run
+    while whole > 0 and len(part[whole - 1]) == shape[whole - 1] and np.all(np.diff(part[whole - 1]) == 1):
+        whole -= 1
+    if whole == 0:
+        yield 0, math.prod(shape)
+        return
+    inner, places = math.prod(shape[whole:]), part[whole - 1]
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    pieces = [(int(run[0]) * inner, len(run) * inner) for run in np.split(places, breaks) if len(run)]
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(whole - 1)]
+    for outer in np.ndindex(*(len(axis) for axis in part[: whole - 1])):
+        start = sum(int(part[axis][i]) * stride for axis, (i, stride) in enumerate(zip(outer, strides)))
+        for first, count in pieces:
+            yield start + first, count
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -20,10 +20,13 @@ from ntkjax.ntk.metrics import (
 )
 from ntkjax.ntk.outputs import directions, probe, sum_logits
 from ntkjax.ntk.regression import choose_ridge, fit_kernel_regression, output_kernels, ridge_grid
-from ntkjax.ntk.rows import NonFiniteError
+from ntkjax.ntk.rows import NonFiniteError, Pass
 from ntkjax.ntk.scores import (
     Direction,
+    ForwardScorer,
     KernelScores,
+    Scorer,
+    SketchScorer,
     directional_derivatives,
     directional_scores,
     kernel_scores,
@@ -38,6 +41,7 @@ from ntkjax.ntk.stability import collinearity, kernel_stability
 
 __all__ = [
     "Direction",
+    "ForwardScorer",
     "IdentitySketch",
     "Kernel",
     "KernelFunctions",
@@ -45,9 +49,12 @@ __all__ = [
     "KernelSpec",
     "KroneckerSketch",
     "NonFiniteError",
+    "Pass",
     "ProbedOutput",
     "RademacherSketch",
+    "Scorer",
     "Sketch",
+    "SketchScorer",
     "SparseSketch",
     "bootstrap_interval",
     "build",

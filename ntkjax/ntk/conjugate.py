@@ -25,6 +25,7 @@ import numpy as np
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
+from ntkjax.parallel import to_host
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
 
 
@@ -84,7 +85,7 @@ class ConjugateGradients:
 
     def residual(self, direction: Params, solution: Params) -> Float[np.ndarray, " c"]:
         """|(F + lambda I) x - u| / |u| for each of the c directions, 0 where u = 0: measured, not CG's own estimate."""
-        return np.asarray(_residual(self, direction, solution), np.float64)
+        return to_host(_residual(self, direction, solution)).astype(np.float64)
 
 
 @jax.jit
@@ -112,7 +113,7 @@ def conjugate_gradients(
     stacks: dict[Any, list[list[np.ndarray]]] = {}
     for batch in batches:
         leaves, structure = jax.tree.flatten(batch)
-        leaves = [np.asarray(leaf) for leaf in leaves]
+        leaves = [to_host(leaf) for leaf in leaves]
         stacks.setdefault((structure, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)), []).append(leaves)
     stacked = [[jnp.asarray(np.stack(leaf)) for leaf in zip(*found)] for found in stacks.values()]
     return ConjugateGradients(

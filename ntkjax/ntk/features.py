@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import UserError
 from ntkjax.ntk.kernel import Kernel, as_kernel, feature_vector
-from ntkjax.ntk.rows import NonFiniteError, collect_rows, iterate, one_a_row, real_rows
+from ntkjax.ntk.rows import NonFiniteError, Pass, one_a_row, real_rows
 from ntkjax.ntk.sketch import Sketch
+from ntkjax.parallel import to_host
 from ntkjax.types import ArrayLike, Params
 
 MAX_GROUP = 1024  # rows: by then the cost of the signs is spread thin enough
@@ -60,44 +61,38 @@ def group_rows(gradients: Params, memory_budget: int) -> int:
 
 
 def _feature_groups(
-    kernel: Kernel,
-    params: Params,
-    batches: Iterable,
-    sketch: Sketch,
-    *,
-    memory_budget: int,
-    microbatch: int | None,
+    kernel: Kernel, params: Params, batches: Iterable, sketch: Sketch, run: Pass
 ) -> Iterator[tuple[np.ndarray, Array]]:
-    """(index [G], features [G, K]) per group of rows whose gradients fit in ``memory_budget``.
+    """(index [G], features [G, K]) per group of rows whose gradients fit in the memory budget.
 
     Where the sketch shares work between rows the gradients of many batches are gathered for one application of it;
     any other sketch is part of the program that makes the gradients, batch by batch.
     """
     if sketch.grouped:
-        yield from _gathered(kernel, params, batches, sketch, memory_budget, microbatch)
+        yield from _gathered(kernel, params, batches, sketch, run)
         return
     for batch in batches:
-        group = group_rows(jax.eval_shape(feature_vector, kernel, params, batch), memory_budget)
+        group = group_rows(jax.eval_shape(feature_vector, kernel, params, batch), run.memory_budget)
         for piece in pieces(batch, group):
-            yield real_rows(piece), _sketched(kernel, params, sketch, piece, microbatch=microbatch)
+            yield real_rows(piece), _sketched(kernel, params, sketch, piece, microbatch=run.microbatch)
 
 
 def _gathered(
-    kernel: Kernel, params: Params, batches: Iterable, sketch: Sketch, memory_budget: int, microbatch: int | None
+    kernel: Kernel, params: Params, batches: Iterable, sketch: Sketch, run: Pass
 ) -> Iterator[tuple[np.ndarray, Array]]:
     """`_feature_groups` where the gradients of many batches meet one generation of signs."""
     buffer, index, used, group = None, np.empty(0, int), 0, 0
     for batch in batches:
         if buffer is None:
             shapes = jax.eval_shape(feature_vector, kernel, params, batch)
-            group = group_rows(shapes, memory_budget)
+            group = group_rows(shapes, run.memory_budget)
             buffer, index = _empty_buffer(shapes, group), np.full(group, -1)
         for piece in pieces(batch, group):
             rows = real_rows(piece)
             if used + len(rows) > group:
                 yield index, _apply_sketch(sketch, buffer, group)
                 index, used = np.full(group, -1), 0
-            gradients = feature_vector(kernel, params, piece, microbatch=microbatch)
+            gradients = feature_vector(kernel, params, piece, microbatch=run.microbatch)
             buffer = _insert(buffer, gradients, jnp.asarray(used, jnp.int32))
             index[used : used + len(rows)] = rows
             used += len(rows)
@@ -122,11 +117,7 @@ def gradient_features(
     batches: Iterable,
     sketch: Sketch,
     *,
-    rows: int,
-    store: Any = None,
-    microbatch: int | None = None,
-    memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    rows: int | Pass,
     read: bool = True,
 ) -> Float[np.ndarray, "rows K"]:
     """phi_j = Pi g(x_j) for every row of ``batches``: [rows, K]; rows that no batch holds are NaN.
@@ -139,25 +130,16 @@ def gradient_features(
       params: theta.
       batches: batches with ``index`` [B]; -1 is a filler.
       sketch: the map Pi.
-      rows: size of the dataset that ``index`` counts in.
-      store: a `RowStore` of width K, or None. Batches whose rows it already holds are skipped.
-      microbatch: rows differentiated at a time (None: a whole batch).
-      memory_budget: bytes of gradients held at a time (a dense sketch is applied to as many rows as fit).
-      progress: show a progress bar; a string is its description.
+      rows: size of the dataset that ``index`` counts in, or a `Pass`; its store has width K, and a dense sketch is
+        applied to as many rows as fit in its memory budget.
       read: False leaves the features in the store, whose rows may be more than memory holds; the result is empty.
 
     Raises:
       NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
-    groups = _feature_groups(
-        as_kernel(kernel),
-        params,
-        iterate(one_a_row(batches), progress, "gradient features", store),
-        sketch,
-        memory_budget=memory_budget,
-        microbatch=microbatch,
-    )
-    return collect_rows(groups, rows=rows, store=store, what="gradient feature", read=read)
+    run = Pass.of(rows)
+    groups = _feature_groups(as_kernel(kernel), params, run.over(one_a_row(batches), "gradient features"), sketch, run)
+    return run.collect(groups, what="gradient feature", read=read)
 
 
 def mean_features(
@@ -172,16 +154,10 @@ def mean_features(
 ) -> Float[np.ndarray, " K"]:
     """1/M sum_i phi_i over the real rows, float64 [K], without keeping the features."""
     total, count, bad = 0.0, 0, []
-    groups = _feature_groups(
-        as_kernel(kernel),
-        params,
-        iterate(one_a_row(batches), progress, "mean features"),
-        sketch,
-        memory_budget=memory_budget,
-        microbatch=microbatch,
-    )
+    run = Pass(0, None, microbatch, memory_budget, progress)
+    groups = _feature_groups(as_kernel(kernel), params, run.over(one_a_row(batches), "mean features"), sketch, run)
     for index, features in groups:
-        values = np.asarray(features)[index >= 0]
+        values = to_host(features)[index >= 0]
         bad += index[index >= 0][~np.isfinite(values).all(axis=1)].tolist()
         total, count = total + values.sum(axis=0, dtype=np.float64), count + len(values)
     if bad:
@@ -198,26 +174,16 @@ def feature_products(
     sketch: Sketch,
     directions: Float[np.ndarray, "R K"],
     *,
-    rows: int,
-    store: Any = None,
-    microbatch: int | None = None,
-    memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    rows: int | Pass,
 ) -> Float[np.ndarray, "rows R"]:
     """<phi_j, d_r> for every row and R sketched ``directions`` [R, K], without keeping the features: [rows, R].
 
-    The other arguments are those of `gradient_features`; the store has width R.
+    The other arguments are those of `gradient_features`; a store has width R.
     """
-    groups = _feature_groups(
-        as_kernel(kernel),
-        params,
-        iterate(one_a_row(batches), progress, "sketched scores", store),
-        sketch,
-        memory_budget=memory_budget,
-        microbatch=microbatch,
-    )
+    run = Pass.of(rows)
+    groups = _feature_groups(as_kernel(kernel), params, run.over(one_a_row(batches), "sketched scores"), sketch, run)
     products = ((index, _product(features, np.asarray(directions.T, features.dtype))) for index, features in groups)
-    return collect_rows(products, rows=rows, store=store, what="score")
+    return run.collect(products, what="score")
 
 
 def squared_norms(
@@ -225,27 +191,17 @@ def squared_norms(
     params: Params,
     batches: Iterable,
     *,
-    rows: int,
+    rows: int | Pass,
     sketch: Sketch | None = None,
-    store: Any = None,
-    microbatch: int | None = None,
-    memory_budget: int = 1 << 30,
-    progress: bool | str = False,
 ) -> Float[np.ndarray, " rows"]:
     """|g(x_j)|^2 = k(x_j, x_j) for every row of ``batches``, NaN where no batch holds it; |phi_j|^2 with a ``sketch``.
 
-    The other arguments are those of `gradient_features`; the store has width 1.
+    The other arguments are those of `gradient_features`; a store has width 1.
     """
-    groups = _feature_groups(
-        as_kernel(kernel),
-        params,
-        iterate(one_a_row(batches), progress, "gradient norms", store),
-        _Squares() if sketch is None else sketch,
-        memory_budget=memory_budget,
-        microbatch=microbatch,
-    )
+    run, of = Pass.of(rows), _Squares() if sketch is None else sketch
+    groups = _feature_groups(as_kernel(kernel), params, run.over(one_a_row(batches), "gradient norms"), of, run)
     squares = groups if sketch is None else ((index, _squares(features)) for index, features in groups)
-    return collect_rows(squares, rows=rows, store=store, what="gradient norm")[:, 0]
+    return run.collect(squares, what="gradient norm")[:, 0]
 
 
 @jax.tree_util.register_dataclass

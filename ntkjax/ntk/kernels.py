@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput, fold_head, sum_logits
+from ntkjax.parallel import to_host
 from ntkjax.rng import numpy_rng
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
@@ -208,7 +209,7 @@ def spectral(hidden_fn: Callable, head: Any, params: Params, m: int | None, *, c
     if not head_is_trained(head, params):
         directions = jnp.asarray(vectors[:, :kept] * np.sqrt(values[:kept]), weight.dtype)
         return Kernel(FoldedOutput(as_pytree_fn(hidden_fn), directions), name=name)
-    rows = np.asarray(weight, np.float64)
+    rows = to_host(weight).astype(np.float64)
     rows = rows - rows.mean(axis=0) if centred else rows
     q = rows @ (vectors[:, :kept] / np.sqrt(values[:kept]))
     head_coefficient = float(vocab - centred - kept)
@@ -220,7 +221,7 @@ def head_spectrum(weight: Float[Array, "V D"], *, centred: bool) -> tuple[np.nda
 
     W^T W is summed over blocks of rows in float64, so nothing of the size of W is made.
     """
-    matrix = np.asarray(weight)
+    matrix = to_host(weight)
     mean = matrix.mean(axis=0, dtype=np.float64) if centred else np.zeros(matrix.shape[1])
     gram = np.zeros((matrix.shape[1],) * 2)
     for start in range(0, len(matrix), 4096):
@@ -244,7 +245,7 @@ def head_is_trained(head: Any, params: Params) -> bool:
         return False
     weight, pull = jax.vjp(lambda p: _weight(head, p), params)
     cotangent = jnp.asarray(np.random.default_rng(0).normal(size=weight.shape), weight.dtype)
-    reached = [np.asarray(leaf) for leaf in jax.tree.leaves(pull(cotangent)[0])]
+    reached = [to_host(leaf) for leaf in jax.tree.leaves(pull(cotangent)[0])]
     reached = [leaf for leaf in reached if np.any(leaf)]
     if not reached:
         return False

@@ -54,6 +54,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.conjugate import ConjugateGradients, conjugate_gradients
 from ntkjax.ntk.features import group_rows, per_example_gradients, pieces
 from ntkjax.ntk.rows import NonFiniteError, iterate, one_a_row, real_rows
+from ntkjax.parallel import to_host
 from ntkjax.types import Params, as_pytree_fn
 
 PreconditionerName = Literal["none", "adam", "kfac", "ekfac", "cg"]
@@ -268,7 +269,7 @@ def kfac(
     if not damping > 0:
         raise ConfigError(f"damping must be above 0, got {damping}")
     found = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
-    trace = float(sum(np.sum(np.asarray(_traces(factors[0]), np.float64)) for factors in found))
+    trace = float(sum(np.sum(to_host(_traces(factors[0])).astype(np.float64)) for factors in found))
     lam = _damping(trace, damping, params)
     return KroneckerPreconditioner([_block(*factors) for factors in found], jnp.asarray(lam))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.parallel import to_host
 
 MAX_BAD_ROWS = 64
 
@@ -93,6 +95,39 @@ def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = 
             yield batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """How a pass over the rows of a data set runs. Nothing of it changes a result, but for rounding.
+
+    Attributes:
+      rows: size of the data set that the ``index`` of a batch counts in.
+      store: a `ntkjax.store.RowStore` as wide as the result, or None. Batches whose rows it holds are skipped, so that
+        a pass that was stopped goes on.
+      microbatch: rows whose gradients are taken at a time where each row has its own (None: a whole batch).
+      memory_budget: bytes of such gradients held at a time.
+      progress: show a progress bar; a string is its description.
+    """
+
+    rows: int
+    store: Any = None
+    microbatch: int | None = None
+    memory_budget: int = 1 << 30
+    progress: bool | str = False
+
+    @classmethod
+    def of(cls, rows: int | Pass) -> Pass:
+        """A pass that is given as such, or by the number of its rows alone."""
+        return rows if isinstance(rows, Pass) else cls(rows)
+
+    def over(self, batches: Iterable, default: str) -> Iterator:
+        """The batches that are left to do, under the progress bar: see `iterate`."""
+        return iterate(batches, self.progress, default, self.store)
+
+    def collect(self, results: Iterable[tuple[np.ndarray, Array]], **options: Any) -> np.ndarray:
+        """The results by row: `collect_rows`, which takes the same ``options``."""
+        return collect_rows(results, rows=self.rows, store=self.store, **options)
+
+
 class _RowSink:
     """Writes rows by dataset index into an array or a store; keeps what is not finite out of both."""
 
@@ -129,7 +164,7 @@ class _RowSink:
         assert again is not None
         self.suspects, self.again = [], None
         for index, values in again(suspects):
-            self.write(index, np.asarray(values))
+            self.write(index, to_host(values))
         self.again = again
 
     def check(self) -> None:
@@ -175,10 +210,10 @@ def collect_rows(
             in_flight.append((index, values))
             if len(in_flight) > 1:
                 index, values = in_flight.popleft()
-                sink.write(index, np.asarray(values))
+                sink.write(index, to_host(values))
         while in_flight:
             index, values = in_flight.popleft()
-            sink.write(index, np.asarray(values))
+            sink.write(index, to_host(values))
         sink.try_again()
     except BaseException:
         if store is not None:  # keep finished work, but let the first error be the one that is seen

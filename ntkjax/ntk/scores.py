@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,11 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, alone, collect_rows, iterate, one_a_row, real_rows, title
+from ntkjax.ntk.rows import NonFiniteError, Pass, alone, iterate, one_a_row, real_rows, title
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
 
-METHODS = ("forward", "sketch")
 MANY = 4  # directions: experiments/bench_score.py measures both ways
 MAX_TANGENTS = 16  # on one primal pass; more are taken in turns, so that memory does not grow with m
 
@@ -203,9 +202,7 @@ def directional_scores(
     tangents: Sequence[Params],
     batches: Iterable,
     *,
-    rows: int,
-    store: Any = None,
-    progress: bool | str = False,
+    rows: int | Pass,
 ) -> Float[np.ndarray, "rows m"]:
     """s_jc = <u_c, dF(x_j)/dtheta> for every row of ``batches`` and each of m directions u_c of one output F.
 
@@ -214,9 +211,7 @@ def directional_scores(
       params: theta.
       tangents: m pytrees like ``params``; cast to its dtypes.
       batches: batches with ``index`` [B], the row each result is written to; -1 is a filler.
-      rows: size of the dataset that ``index`` counts in.
-      store: a `ntkjax.store.RowStore` of width m, or None. Batches whose rows it already holds are skipped.
-      progress: show a progress bar; a string is its description.
+      rows: size of the dataset that ``index`` counts in, or a `Pass`; its store has width m.
 
     Returns:
       [rows, m], float32 or wider. Rows that no batch holds are NaN.
@@ -224,13 +219,12 @@ def directional_scores(
     Raises:
       NonFiniteError: see `ntkjax.ntk.rows.collect_rows`.
     """
-    output_fn, stacked = as_pytree_fn(output_fn), stack_tangents(params, tangents)
+    output_fn, stacked, run = as_pytree_fn(output_fn), stack_tangents(params, tangents), Pass.of(rows)
 
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
         return ((real_rows(batch), directional_derivatives(output_fn, params, stacked, batch)) for batch in batches)
 
-    found = of(iterate(batches, progress, "scores", store))
-    return collect_rows(found, rows=rows, store=store, what="score", again=alone(batches, of, rows))
+    return run.collect(of(run.over(batches, "scores")), what="score", again=alone(batches, of, run.rows))
 
 
 def scores_along(
@@ -239,30 +233,24 @@ def scores_along(
     directions: Sequence[Direction],
     batches: Iterable,
     *,
-    rows: int,
-    store: Any = None,
-    memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    rows: int | Pass,
 ) -> Float[np.ndarray, "rows R"]:
     """s_jr = <u_r, g(x_j)> = sum_c <u_rc, grad F_c(x_j)> + <u_r,head, sqrt(c_h) h(x_j)> for R `Direction` u_r.
 
-    R < `MANY`: forward mode, the R m tangents share their primal pass. Otherwise the gradient of every example, at most
-    ``memory_budget`` bytes of them at a time; its backward pass needs the memory that `mean_direction`'s does. See
-    `directional_scores` for the other arguments and the errors.
+    R < `MANY`: forward mode, the R m tangents share their primal pass. Otherwise the gradient of every example, as many
+    of them at a time as fit in the memory budget of the `Pass`; its backward pass needs the memory that
+    `mean_direction`'s does. See `directional_scores` for the other arguments and the errors.
     """
-    kernel = as_kernel(kernel)
+    kernel, run = as_kernel(kernel), Pass.of(rows)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
     if len(directions) >= MANY:
-        return gradient_features(
-            kernel, params, batches, InnerProducts(stacked), rows=rows, store=store, memory_budget=memory_budget,
-            progress=progress and title(progress, "scores"),
-        )  # fmt: skip
+        run = dataclasses.replace(run, progress=run.progress and title(run.progress, "scores"))
+        return gradient_features(kernel, params, batches, InnerProducts(stacked), rows=run)
 
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
         return ((real_rows(batch), score_batch(kernel, params, stacked, batch)) for batch in batches)
 
-    found = of(iterate(batches, progress, "scores", store))
-    return collect_rows(found, rows=rows, store=store, what="score", again=alone(batches, of, rows))
+    return run.collect(of(run.over(batches, "scores")), what="score", again=alone(batches, of, run.rows))
 
 
 def scores_by_position(
@@ -382,64 +370,85 @@ class KernelScores:
         return self.scores[:, 0] - share * self.scores[:, reference]
 
 
+@runtime_checkable
+class Scorer(Protocol):
+    """A way from a kernel and example sets to the scores of a pool; frozen, with its own options."""
+
+    def __call__(
+        self, kernel: Kernel, params: Params, sets: Sequence[Iterable], pool_batches: Iterable, run: Pass
+    ) -> KernelScores:
+        """The scores with each of the ``sets``; the store of the `Pass` is as wide as they are many."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardScorer:
+    """Exact: a mean gradient of every set, and one pass in forward mode along all of them (`scores_along`).
+
+    Attributes:
+      precondition: P^-1, symmetric, as a function of trees of leaves [c, ...] (see `ntkjax.ntk.precondition`), or None.
+        All inner products are then a^T P^-1 b, the Gram matrix's too. One that has ``residual(u, x) -> [c]`` solves by
+        iteration, and is asked how well it did.
+    """
+
+    precondition: Callable[[Params], Params] | None = None
+
+    def __call__(
+        self, kernel: Kernel, params: Params, sets: Sequence[Iterable], pool_batches: Iterable, run: Pass
+    ) -> KernelScores:
+        """ConfigError: a preconditioner with a trained head whose gradient the kernel does not hold."""
+        along, gram, residual = _solved(kernel, params, sets, self.precondition, run.progress is not False)
+        return KernelScores(scores_along(kernel, params, along, pool_batches, rows=run), gram, residual)
+
+
+@dataclasses.dataclass(frozen=True)
+class SketchScorer:
+    """The paper's: a random projection of every example's gradient; unbiased, with the projection's variance.
+
+    Attributes:
+      sketch: the projection.
+    """
+
+    sketch: Sketch = RademacherSketch()
+
+    def __call__(
+        self, kernel: Kernel, params: Params, sets: Sequence[Iterable], pool_batches: Iterable, run: Pass
+    ) -> KernelScores:
+        """The Gram matrix is of the sketched means."""
+        options = {"microbatch": run.microbatch, "memory_budget": run.memory_budget}
+        options |= {"progress": run.progress is not False}
+        means = np.stack([mean_features(kernel, params, examples, self.sketch, **options) for examples in sets])
+        scores = feature_products(kernel, params, pool_batches, self.sketch, means, rows=run)
+        return KernelScores(scores, means @ means.T)
+
+
 def kernel_scores(
     kernel: Kernel | Callable,
     params: Params,
     domain_batches: Iterable,
     pool_batches: Iterable,
     *,
-    rows: int,
-    method: str = "forward",
+    rows: int | Pass,
     references: Sequence[Iterable] = (),
-    sketch: Sketch | None = None,
-    precondition: Callable[[Params], Params] | None = None,
-    store: Any = None,
-    microbatch: int | None = None,
-    memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    scorer: Scorer = ForwardScorer(),
 ) -> KernelScores:
-    """s_j = 1/M sum_i k(x_i, x_j) for every pool row, by either path.
+    """s_j = 1/M sum_i k(x_i, x_j) for every pool row.
 
     Args:
       kernel: a `Kernel`, or ``F(params, batch) -> [B]`` or ``[B, m]``.
       params: theta.
       domain_batches: re-iterable batches of the M domain examples.
       pool_batches: batches of the pool (or the part of it to score); ``index`` names the row.
-      rows: size of the pool.
-      method: ``forward``: exact, see `scores_along`. ``sketch``: the paper's path, per-example
-        gradients and a random projection; unbiased, with the projection's variance.
+      rows: size of the pool, or a `Pass`, which says besides how the pass over the pool runs; its store has width
+        ``1 + len(references)``.
       references: further example sets; each adds a column of scores on the same pass.
-      sketch: for ``sketch``; default ``RademacherSketch()`` (K = 8192, seed 0).
-      precondition: for ``forward``: P^-1, symmetric, as a function of trees of leaves [c, ...] (see
-        `ntkjax.ntk.precondition`). All inner products are then a^T P^-1 b, the Gram matrix's too. One that has
-        ``residual(u, x) -> [c]`` solves by iteration, and is asked how well it did.
-      store: a `RowStore` of width ``1 + len(references)``, or None; a second run skips what it holds.
-      microbatch, memory_budget: see `ntkjax.ntk.features.gradient_features`; forward mode has no use for them.
-      progress: show progress bars; a string is the description of the pass over the pool.
+      scorer: `ForwardScorer` or `SketchScorer`.
 
     Raises:
-      ConfigError: unknown method; ``precondition`` with another method than ``forward``, or with a trained head whose
-        gradient the kernel does not hold.
+      ConfigError: what the scorer cannot do with this kernel.
       NonFiniteError: naming the rows whose score is NaN or infinite.
     """
-    kernel, sets, bars = as_kernel(kernel), [domain_batches, *references], progress is not False
-    if method == "forward":
-        along, gram, residual = _solved(kernel, params, sets, precondition, bars)
-        scores = scores_along(
-            kernel, params, along, pool_batches, rows=rows, store=store, memory_budget=memory_budget, progress=progress
-        )
-        return KernelScores(scores, gram, residual)
-    if method != "sketch":
-        raise ConfigError(f"scores: unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    if precondition is not None:
-        raise ConfigError("scores: a preconditioned direction needs scores forward, got scores sketch")
-    sketch = RademacherSketch() if sketch is None else sketch
-    options = {"microbatch": microbatch, "memory_budget": memory_budget}
-    means = np.stack([mean_features(kernel, params, s, sketch, progress=bars, **options) for s in sets])
-    scores = feature_products(
-        kernel, params, pool_batches, sketch, means, rows=rows, store=store, progress=progress, **options
-    )
-    return KernelScores(scores, means @ means.T)
+    return scorer(as_kernel(kernel), params, [domain_batches, *references], pool_batches, Pass.of(rows))
 
 
 def score_directions(
@@ -452,7 +461,7 @@ def score_directions(
 ) -> tuple[list[Direction], Float[np.ndarray, "R R"]]:
     """(u_r = P^-1 g_bar_r for each of R example sets, g_bar_r^T P^-1 g_bar_s): along u_r are the scores of set r.
 
-    Arguments and errors as in `kernel_scores`.
+    Arguments and errors as in `kernel_scores` and `ForwardScorer`.
     """
     along, gram, _ = _solved(kernel, params, sets, precondition, progress)
     return along, gram

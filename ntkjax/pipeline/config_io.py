@@ -1,4 +1,5 @@
-"""Frozen config dataclasses to plain dicts and back, with strict keys and types: what replay stands on.
+"""Frozen config dataclasses to plain dicts and back, with strict keys and types, and YAML files read strictly: what
+replay stands on.
 
 Understood field types: bool, int, float, str, None, Path, Any, Literal, Optional and unions, list, tuple,
 dict with string keys, and nested dataclasses.
@@ -12,7 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from ntkjax.errors import ConfigError
+import yaml
+
+from ntkjax.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -163,3 +166,39 @@ def _name(hint: Any) -> str:
         inner = ", ".join("..." if a is ... else _name(a) for a in args)
         return f"{getattr(origin, '__name__', origin)}[{inner}]"
     return getattr(hint, "__name__", str(hint))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two equal ones PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path, *, missing: str) -> Any:
+    """The content of a YAML file.
+
+    Args:
+      missing: what to do where there is no such file.
+
+    Raises:
+      UserError: there is none, or it is not readable YAML (``FILE:LINE:``), or has a key twice.
+    """
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not found. {missing}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{file}{line}: not valid YAML: {problem}. Mend this line and run again.") from error

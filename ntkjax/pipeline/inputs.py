@@ -10,20 +10,28 @@ computed beside them.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 
 from ntkjax.data import Records
 from ntkjax.data.encode import tokenizer_digest
+from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import digest, weights_fingerprint
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import ModelOptions
-from ntkjax.pipeline.run_dir import Inputs, package_version
+from ntkjax.pipeline.versions import package_version
 from ntkjax.types import Params
+
+Inputs = Mapping[str, Mapping[str, str | None]]
+"""What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version)."""
+INPUTS = "inputs.json"
+"""The file of a run directory that holds them."""
 
 
 def inputs_of(model: LanguageModel, options: ModelOptions, **data: Loaded | Records | None) -> Inputs:
@@ -78,3 +86,42 @@ def file_digests(records: Records) -> dict[str, str]:
             found[str(records.report["files"][number])] = content.hexdigest()
     nothing = blake2b(digest_size=8).hexdigest()
     return {str(name): found.get(str(name), nothing) for name in records.report["files"]}
+
+
+def check_inputs(path: Path, inputs: Inputs) -> None:
+    """Raise ConfigError where the directory holds results of other inputs, or it cannot be known of which."""
+    anew = f"Use a new --out directory, or remove {path} to compute everything anew."
+    file = path / INPUTS
+    if not file.exists():
+        if (path / "config.yaml").exists():
+            raise ConfigError(f"{path}: holds a run without {INPUTS}, so it is unknown of what data and weights it is "
+                              f"(an earlier version wrote none). {anew}")  # fmt: skip
+        return
+    try:
+        old = {name: dict(parts) for name, parts in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: not the inputs of a run ({error}), so it is unknown of what the results are. {anew}"
+        ) from None
+    changed = input_changes(old, inputs)
+    if changed:
+        raise ConfigError(
+            f"{path}: holds results of other inputs (digests of their content):\n  "
+            + "\n  ".join(changed)
+            + f"\nIts results are left as they are. {anew} With its inputs put back this run goes on."
+        )
+
+
+def input_changes(old: Inputs, new: Inputs) -> list[str]:
+    """One line ``INPUT: PART was OLD, is now NEW`` for every digest that differs, in 8 digits each (versions whole)."""
+    pairs = lambda inputs: {(name, part): value for name, parts in inputs.items() for part, value in parts.items()}
+    before, now = pairs(old), pairs(new)
+
+    def shown(found: dict, key: tuple[str, str]) -> str:
+        return "absent" if key not in found else str(found[key])[: None if key[0] == "ntkjax" else 8]
+
+    return [
+        f"{key[0]}: {key[1]} was {shown(before, key)}, is now {shown(now, key)}"
+        for key in dict.fromkeys([*now, *before])
+        if key not in before or key not in now or before[key] != now[key]
+    ]

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ntkjax.data.rows import packs
 from ntkjax.errors import ConfigError
 from ntkjax.models import LanguageModel, LoraConfig, adapter_lora_config, load_adapter, load_lm
 from ntkjax.models.load import check_ids, ids_beyond
-from ntkjax.parallel import is_primary, mesh_of
+from ntkjax.parallel import everyone, is_primary, mesh_of, process
 from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.types import Params
 
@@ -64,6 +65,10 @@ def load_model(options: ModelOptions, *, seed: int) -> LanguageModel:
         remat=options.remat,
         seed=seed,
     )
+    index, count = process()
+    if count > 1:
+        told = f"read {model.report.bytes_read:,} of {model.report.weight_bytes:,} bytes of weights"
+        print(f"process {index} of {count}: {told}", file=sys.stderr)
     if model.tokenizer is None:
         raise ConfigError(
             f"{options.model}: no tokenizer files (tokenizer.json) beside the weights; add them to the directory"
@@ -79,6 +84,14 @@ def load_model(options: ModelOptions, *, seed: int) -> LanguageModel:
     if options.adapter is not None:
         model = model.with_params(load_adapter(options.adapter, model))
     return model
+
+
+def weights_read(model: LanguageModel) -> dict[str, Any]:
+    """In a job of several processes {"weights": bytes of the checkpoint, and those that each process read of it}, in a
+    single one {}. All processes ask for it."""
+    if process()[1] == 1:
+        return {}
+    return {"weights": {"bytes": model.report.weight_bytes, "read_by_process": everyone(model.report.bytes_read)}}
 
 
 def trained_parameters(model: LanguageModel, options: ModelOptions) -> Params:

@@ -38,11 +38,12 @@ class ModelOptions:
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     mesh: str | None = None
-    """Devices of this process: data=4,model=2 splits the rows of a batch over 4 and the weights over 2 (also 4,2);
-    auto: all on data. Default: one device."""
+    """Devices, those of all processes of the job: data=4,fsdp=2,model=2 splits the rows of a batch over 8 and the
+    weights over 4 (4,2: data=4,model=2); auto: all on data. Default: one device, and in a job of several processes one
+    model in each."""
     weights: WeightRule = "tensor"
-    """How weights lie on the mesh. tensor: split over model; fully-sharded: over data as well, a layer gathered when
-    it is needed."""
+    """How weights lie on the mesh. tensor: split over fsdp and model; fully-sharded: over data as well. What is split
+    over fsdp or data is gathered, a layer when it is needed."""
 
     def __post_init__(self):
         if self.mesh is not None:

@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +23,13 @@ import yaml
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import append_json_line, drop_partial_line, plain, write_bytes, write_text
 from ntkjax.parallel import is_primary
-from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
+from ntkjax.pipeline.config_io import config_from_dict, config_to_dict, read_yaml
+from ntkjax.pipeline.inputs import INPUTS, Inputs, check_inputs
+from ntkjax.pipeline.versions import package_version, versions
 from ntkjax.store import differences, flatten
 
-_LIBRARIES = (
-    *("ntkjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "scipy"),
-    *("transformers", "tokenizers", "safetensors", "datasets", "neural-tangents", "torch"),
-)
-
-
-Inputs = Mapping[str, Mapping[str, str | None]]
-"""What results come from: input, as its flag is called -> part of it -> digest (of ``ntkjax``: its version). See
-`ntkjax.pipeline.inputs`."""
 LAYOUT = ("packing", "tracker")
 """Options of any group that change no result, or by rounding alone, so that a run goes on under others."""
-
-INPUTS = "inputs.json"
 
 
 class RunDir:
@@ -97,7 +85,7 @@ class RunDir:
             if inputs is not None and not (path / INPUTS).exists():  # before config.yaml, which no run has without it
                 run.write_json(INPUTS, inputs)
             if rewrite or not (path / "config.yaml").exists():
-                content = {"ntkjax": _version("ntkjax"), **wanted}
+                content = {"ntkjax": package_version(), **wanted}
                 run.write_text("config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
             run.write_json("versions.json", versions() | {"seeds": _seeds(wanted["config"])})
         except OSError as error:
@@ -126,7 +114,7 @@ class RunDir:
         if (path / "config.yaml").exists():
             _check_same(path, command, config, resume, ignore)
         if inputs is not None:
-            _check_inputs(path, inputs)
+            check_inputs(path, inputs)
 
     def tell(self, result: str, progress: bool) -> None:
         """Say on stderr, before the work, that the directory holds this run and whether it was finished: ``result`` is
@@ -193,61 +181,6 @@ def load_run(path: str | os.PathLike) -> tuple[str, dict]:
     return content["command"], content["config"]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two equal ones PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(file: Path, *, missing: str) -> Any:
-    """The content of a YAML file.
-
-    Args:
-      missing: what to do where there is no such file.
-
-    Raises:
-      UserError: there is none, or it is not readable YAML (``FILE:LINE:``), or has a key twice.
-    """
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: not found. {missing}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{file}{line}: not valid YAML: {problem}. Mend this line and run again.") from error
-
-
-def versions() -> dict:
-    """Versions of Python and the libraries that decide a result, platform, devices, git commit (or None)."""
-    import jax  # here, since asking for devices starts the backend
-
-    devices = jax.devices()
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _LIBRARIES},
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "backend": jax.default_backend(),
-        "device_kind": devices[0].device_kind,
-        "device_count": len(devices),
-        "process_count": jax.process_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS"),
-        "git_commit": _git_commit(),
-    }
-
-
 def _check_same(path: Path, command: str, config: Any, resume: bool, ignore: Sequence[str]) -> None:
     if not resume:
         raise ConfigError(f"{path}: already holds a run. Use a new --out directory.")
@@ -278,72 +211,6 @@ def _defaults_of(config: Any, stored: dict) -> dict[str, Any]:
         return {}
 
 
-def _check_inputs(path: Path, inputs: Inputs) -> None:
-    """Raise ConfigError where the directory holds results of other inputs, or it cannot be known of which."""
-    anew = f"Use a new --out directory, or remove {path} to compute everything anew."
-    file = path / INPUTS
-    if not file.exists():
-        if (path / "config.yaml").exists():
-            raise ConfigError(f"{path}: holds a run without {INPUTS}, so it is unknown of what data and weights it is "
-                              f"(an earlier version wrote none). {anew}")  # fmt: skip
-        return
-    try:
-        old = {name: dict(parts) for name, parts in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{file}: not the inputs of a run ({error}), so it is unknown of what the results are. {anew}"
-        ) from None
-    changed = input_changes(old, inputs)
-    if changed:
-        raise ConfigError(
-            f"{path}: holds results of other inputs (digests of their content):\n  "
-            + "\n  ".join(changed)
-            + f"\nIts results are left as they are. {anew} With its inputs put back this run goes on."
-        )
-
-
-def input_changes(old: Inputs, new: Inputs) -> list[str]:
-    """One line ``INPUT: PART was OLD, is now NEW`` for every digest that differs, in 8 digits each (versions whole)."""
-    pairs = lambda inputs: {(name, part): value for name, parts in inputs.items() for part, value in parts.items()}
-    before, now = pairs(old), pairs(new)
-
-    def shown(found: dict, key: tuple[str, str]) -> str:
-        return "absent" if key not in found else str(found[key])[: None if key[0] == "ntkjax" else 8]
-
-    return [
-        f"{key[0]}: {key[1]} was {shown(before, key)}, is now {shown(now, key)}"
-        for key in dict.fromkeys([*now, *before])
-        if key not in before or key not in now or before[key] != now[key]
-    ]
-
-
 def _seeds(config: dict) -> dict:
     is_seed = lambda key: key.rsplit(".", 1)[-1] in ("seed", "seeds") or key.endswith("_seed")
     return {key: value for key, value in flatten(config).items() if is_seed(key)}
-
-
-def package_version() -> str | None:
-    """The version of ntkjax; None where it is run from its sources without being installed."""
-    return _version("ntkjax")
-
-
-def _version(name: str) -> str | None:
-    """Installed version of a distribution; None where it is not installed (ntkjax run from its sources)."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this package lies in, with "+changes" where the tree differs from it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed as a package, or another project's repository above
-        return None
-    try:
-        git = lambda *args: subprocess.run(
-            ["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -12,9 +12,9 @@ from ntkjax.parallel import describe_mesh, is_primary
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of
-from ntkjax.pipeline.run_dir import package_version
 from ntkjax.pipeline.sample import Sampler
 from ntkjax.pipeline.selection_io import SelectedFormat, read_selection, write_selection
+from ntkjax.pipeline.versions import package_version
 from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
 from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector, described
 from ntkjax.selection.base import check_size

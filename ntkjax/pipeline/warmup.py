@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.models import LanguageModel, save_adapter
-from ntkjax.parallel import broadcast, is_primary
+from ntkjax.parallel import broadcast, is_primary, spans_processes
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import SelectorOptions, part_of
 from ntkjax.selection import METHODS
@@ -50,7 +50,8 @@ def warm_up(
     checkpoints: bool = False,
 ) -> WarmUp:
     """theta fine-tuned on the domain, OUT/warmup and OUT/adapter written; in a job of several processes the first one
-    trains and the others receive. A warm-up that OUT holds is read back; one that was killed goes on.
+    trains and the others receive, on a mesh over all of them they train together. A warm-up that OUT holds is read
+    back; one that was killed goes on.
 
     Args:
       params: theta before.
@@ -65,7 +66,8 @@ def warm_up(
         every = ends[0] if config.save_every is None else math.gcd(config.save_every, ends[0])
         config = dataclasses.replace(config, save_every=every, keep_checkpoints=None)
     warmed, states = params, [(params, *(_moments_like(params),) * 2) for _ in ends]
-    if is_primary():
+    if is_primary() or spans_processes(model.mesh):
+        progress = progress and is_primary()
         folder = out / "warmup"
         warmed = fit(model.nll_fn, params, domain.tokens, config, seed=seed, out_dir=folder, progress=progress).params
         if model.lora_config is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ntkjax.errors import ConfigError
+from ntkjax.parallel import spans_processes
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.directional import Directional
 from ntkjax.types import Params
@@ -158,6 +159,12 @@ class SelectionProblem:
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))
+
+    @property
+    def together(self) -> bool:
+        """Whether the processes of a job compute every row of the pool together, on a mesh over all of them, and do not
+        divide the rows."""
+        return spans_processes(getattr(self.pool, "mesh", None))
 
     @property
     def gradient_budget(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ntkjax.fingerprint import tree_digest
+from ntkjax.ntk.rows import Pass
 from ntkjax.selection.base import SelectionProblem, Selector
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.shared import open_shared
@@ -42,7 +43,7 @@ def embed_both(
     once."""
     batches = lambda data: data.batches(token_budget=problem.token_budget)
     run = lambda data, store, what: embed(
-        embed_fn, problem.params, batches(data), rows=len(data), store=store, progress=problem.progress and what
+        embed_fn, problem.params, batches(data), rows=Pass(len(data), store, progress=problem.progress and what)
     )
     domain = run(problem.domain, None, "embed domain")(np.arange(len(problem.domain)))
     store, width, dtype = None, domain.shape[1], domain.dtype
@@ -56,5 +57,6 @@ def embed_both(
             width=width,
             dtype=dtype,
             manifest={**problem.manifest, "rows": name},
+            together=problem.together,
         )
     return domain, run(problem.pool, store, "embed pool")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ntkjax.fingerprint import tree_digest
-from ntkjax.ntk.rows import alone, collect_rows, iterate
+from ntkjax.ntk.rows import Pass, alone
 from ntkjax.selection.base import SelectionProblem, Selector
 from ntkjax.selection.cost import FORWARD, Sizes
 from ntkjax.selection.shared import open_shared
@@ -44,9 +44,9 @@ def row_values(
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
         return ((np.asarray(batch.index), apply(fn, params, batch)) for batch in batches)
 
-    found = of(iterate(batches, problem.progress and what, what, store))
-    again = alone(batches, of, rows)
-    return np.asarray(collect_rows(found, rows=rows, store=store, what=what, again=again), np.float64)
+    run = Pass(rows, store, progress=problem.progress and what)
+    values = run.collect(of(run.over(batches, what)), what=what, again=alone(batches, of, rows))
+    return np.asarray(values, np.float64)
 
 
 @jax.jit

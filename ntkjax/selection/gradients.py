@@ -27,6 +27,7 @@ from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.precondition import DAMPING, build_preconditioner
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.selection.base import Batches, Dataset, SelectionProblem, Selector, WarmupCheckpoint
 from ntkjax.selection.embeddings import stage1_votes
@@ -293,16 +294,8 @@ class _Features:
         return self.data.batches(token_budget=self.problem.token_budget, indices=rows)
 
     def _compute(self, batches: Any, store: Any) -> np.ndarray:
-        return ntk.gradient_features(
-            self.kernel,
-            self.params,
-            batches,
-            self.sketch,
-            rows=len(self.data),
-            store=store,
-            read=store is None,
-            progress=self.problem.progress and self.kind.replace("-", " "),
-        )
+        run = Pass(len(self.data), store, progress=self.problem.progress and self.kind.replace("-", " "))
+        return ntk.gradient_features(self.kernel, self.params, batches, self.sketch, rows=run, read=store is None)
 
 
 def _all_there(values: np.ndarray) -> np.ndarray:

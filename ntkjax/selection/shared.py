@@ -33,7 +33,8 @@ def open_shared(
     kept = {key: value for key, value in problem.manifest.items() if key not in NOT_SHARED}
     manifest = {**kept, **depends, "rows": kind}
     path = root / f"{kind}-{digest(manifest)[:16]}"
-    return RowStore.open(path, rows=rows, width=width, dtype=dtype, manifest=manifest)
+    options: dict[str, Any] = {"dtype": dtype, "manifest": manifest, "together": problem.together}
+    return RowStore.open(path, rows=rows, width=width, **options)
 
 
 def parts_to_do(store: RowStore, wanted: Int[np.ndarray, " c"]) -> Iterator[tuple[np.ndarray, Bool[np.ndarray, " N"]]]:

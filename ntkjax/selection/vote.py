@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ntkjax.errors import UserError
-from ntkjax.ntk.rows import alone, collect_rows, iterate
+from ntkjax.ntk.rows import Pass, alone
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
 
 CHUNK = 4096
@@ -61,25 +61,23 @@ def embed(
     params: Params,
     batches: Iterable,
     *,
-    rows: int,
-    store: Any = None,
-    progress: bool | str = False,
+    rows: int | Pass,
 ) -> Callable[[np.ndarray], Float[np.ndarray, "b D"]]:
     """Embed every row of ``batches``; gives a function from row numbers [b] to embeddings [b, D].
 
-    With a ``RowStore`` the embeddings lie on disk (memory does not depend on the pool) and a second run goes on
-    where the first was stopped; without one they are kept in memory.
+    Where ``rows`` is a `Pass` with a ``RowStore`` the embeddings lie on disk (memory does not depend on the pool) and a
+    second run goes on where the first was stopped; without one they are kept in memory.
 
     Raises:
       NonFiniteError: rows whose embedding is NaN or infinite.
     """
-    embed_fn = as_pytree_fn(embed_fn)
+    embed_fn, run = as_pytree_fn(embed_fn), Pass.of(rows)
 
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
         return ((np.asarray(batch.index), embed_batch(embed_fn, params, batch)) for batch in batches)
 
-    found, again = of(iterate(batches, progress, "embeddings", store)), alone(batches, of, rows)
-    kept = collect_rows(found, rows=rows, store=store, what="embedding", read=store is None, again=again)
+    embedded, again, store = of(run.over(batches, "embeddings")), alone(batches, of, run.rows), run.store
+    kept = run.collect(embedded, what="embedding", read=store is None, again=again)
     return store.read if store is not None else lambda index: kept[index]
 
 

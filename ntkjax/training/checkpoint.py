@@ -26,14 +26,17 @@ class Checkpoints:
     Each holds the arrays (parameters, optimiser state, best parameters so far) and a small JSON record of the
     progress. A step counts only once orbax has committed it, so a process killed while saving leaves the
     previous checkpoint in force.
+
+    ``together``: the arrays lie on a mesh over all processes of the job, and each of them makes the same calls and
+    writes its part. What was saved so is restored on any mesh, by any number of processes, bit for bit.
     """
 
-    def __init__(self, folder: Path, keep: int | None):
+    def __init__(self, folder: Path, keep: int | None, together: bool = False):
         self.folder = folder
         index, count = process()
-        # In a job of several processes each run belongs to one of them (see ntkjax.pipeline.warmup.warm_up).
+        # Without a common mesh each run of a job belongs to one process (see ntkjax.pipeline.warmup.warm_up).
         alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index))
-        self._alone = count > 1
+        self._alone = count > 1 and not together
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=False,
@@ -102,4 +105,6 @@ def _placed(restored: jax.Array | np.ndarray, like: jax.Array) -> jax.Array:
     """``restored`` where ``like`` is, committed to its device only if ``like`` is: a restored step counter pinned to
     one device could not meet parameters that live on several, and the compiled step would not be found again.
     """
+    if not like.is_fully_addressable:  # orbax has put it there
+        return restored  # type: ignore[return-value]
     return jax.device_put(restored, like.sharding) if like.committed else jnp.asarray(np.asarray(restored))

@@ -18,7 +18,7 @@ from ntkjax.training.mixture import EpochPlan
 from ntkjax.training.optimiser import AdamW, adam_moments
 from ntkjax.training.result import FitResult
 from ntkjax.training.run import CHECKPOINTS, METRICS, Run
-from ntkjax.training.step import cast_like, init_state, leaf_dtypes
+from ntkjax.training.step import cast_like, init_state, leaf_dtypes, on_mesh
 from ntkjax.training.trackers import TRACKERS, check_tracker
 from ntkjax.types import Params, as_pytree_fn
 
@@ -38,8 +38,6 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     extra_metrics: Callable[[Params], dict[str, float]] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    packing: bool | None = None,
 ) -> FitResult:
     """Minimise the mean NLL per response token by AdamW: theta <- AdamW(theta, grad sum_i w_i nll_i(theta)).
 
@@ -48,7 +46,10 @@ def fit(
         pytree.
       params: what is trained, any subset of the model's tree. Kept in at least float32 while training; the
         given buffers stay usable.
-      train: the examples. ``dev``: examples for evaluation, early stopping and the choice of the best step.
+      train: the examples. A set that is on a mesh (``train.on(mesh)``) has every batch's rows spread over its devices,
+        and the model must live there too; a packed one (``train.packed(True)``) puts several examples in a row of a
+        fixed length: one compiled step whatever the data.
+      dev: examples for evaluation, early stopping and the choice of the best step.
       domain: rows of ``train`` that are domain examples; needed only for ``config.domain_share``.
       seed: decides the order of the examples, and nothing else.
       out_dir: where train.json, metrics.jsonl, checkpoints/ and what ``config.tracker`` writes go; None keeps
@@ -56,10 +57,6 @@ def fit(
         checkpoint and ends bit for bit as if it had not been (on a backend whose operations are deterministic).
         ``resume=False`` deletes all of these and starts over.
       extra_metrics: ``params -> {name: number}``, logged with every evaluation.
-      mesh: devices to spread every batch's rows over (its "data" axis); the model must live on the same mesh.
-        Default: the mesh of ``train``, if it has one.
-      packing: several examples in a row of a fixed length, one compiled step whatever the data. Default: as ``train``
-        says, if it does.
 
     Raises:
       ConfigError: options that do not fit each other or the data.
@@ -76,9 +73,7 @@ def fit(
         manifest = make_manifest(nll_fn, params, train, config, seed=seed, dev=dev, domain=rows)
         _prepare_folder(folder, manifest, resume)
     plan = EpochPlan(np.asarray(train.lengths), config.batch_size, seed, rows, config.domain_share)
-    mesh = getattr(train, "mesh", None) if mesh is None else mesh
-    packing = bool(getattr(train, "packing", False)) if packing is None else packing
-    run = Run(nll_fn, params, train, dev, config, plan, folder, extra_metrics, mesh, packing)
+    run = Run(nll_fn, params, train, config, plan, dev=dev, folder=folder, extra_metrics=extra_metrics)
     try:
         run.restore_or_start()
         run.train(progress)
@@ -108,8 +103,10 @@ def saved_state(
       CheckpointError: no checkpoint of that step (the steps there are named), or a damaged one.
     """
     state = init_state(params, AdamW.of(config))
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(state.params) if not x.is_fully_addressable), None)
+    state, _ = on_mesh(state, mesh)
     like = {"params": state.params, "opt_state": state.opt_state} | ({"best": state.params} if dev else {})
-    checkpoints = Checkpoints(Path(out_dir) / CHECKPOINTS, None)
+    checkpoints = Checkpoints(Path(out_dir) / CHECKPOINTS, None, together=mesh is not None)
     try:
         if step not in checkpoints.steps():
             found = ", ".join(map(str, checkpoints.steps())) or "none"

@@ -21,7 +21,10 @@ from ntkjax.types import Batch
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """What training needs of a dataset; :class:`ntkjax.data.TokenisedDataset` has it."""
+    """What training needs of a dataset; :class:`ntkjax.data.TokenisedDataset` has it.
+
+    One that has a ``mesh`` (of devices) or ``packing`` (True: several examples in a row) is trained on so.
+    """
 
     @property
     def lengths(self) -> np.ndarray:

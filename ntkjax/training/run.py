@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ntkjax.errors import UserError
-from ntkjax.parallel import DATA, shard_batch
+from ntkjax.parallel import data_parallel, shard_batch, spans_processes, to_host
 from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
 from ntkjax.training.loss_reweighting import LossReweighting
@@ -66,18 +66,17 @@ class Run:
         nll_fn: Callable,
         params: Params,
         train: TrainingData,
-        dev: TrainingData | None,
         config: TrainConfig,
         plan: EpochPlan,
+        *,
+        dev: TrainingData | None,
         folder: Path | None,
         extra_metrics: Callable | None,
-        mesh: jax.sharding.Mesh | None,
-        packing: bool = False,
     ):
         self.nll_fn, self.train_data, self.dev, self.config, self.plan = nll_fn, train, dev, config, plan
         self.folder, self.extra_metrics = folder, extra_metrics
-        self.mesh = mesh
-        row_multiple = 1 if mesh is None else mesh.shape[DATA]
+        self.mesh = mesh = getattr(train, "mesh", None)
+        row_multiple = data_parallel(mesh)
         self.dtypes = leaf_dtypes(params)
         self.optimiser = AdamW.of(config)
         self.reweighting = (
@@ -88,7 +87,7 @@ class Run:
         self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
-        of: Callable[..., Any] = RowPadding.of if packing else Padding.of
+        of: Callable[..., Any] = RowPadding.of if getattr(train, "packing", False) else Padding.of
         self.padding = of(plan.lengths, config, row_multiple)
         self.dev_padding = None if dev is None else of(np.asarray(dev.lengths), config, row_multiple)
         self.steps_per_epoch = plan.steps_per_epoch
@@ -109,7 +108,8 @@ class Run:
         """Take up the newest checkpoint, or start at step 0 with an evaluation of the given parameters."""
         if self.folder is not None:
             with self._writing():
-                self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.config.keep_checkpoints)
+                together = spans_processes(self.mesh)
+                self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.config.keep_checkpoints, together)
             newest = self.checkpoints.latest()
             if newest is not None:
                 arrays, saved = self.checkpoints.restore(newest, self._arrays())
@@ -187,9 +187,9 @@ class Run:
         self._count(step, tokens, seconds, clipped, (*batch.tokens.shape, running.accumulation))
         entry = {"kind": "train", "step": step, "epoch": step / self.steps_per_epoch, "loss": loss}
         entry |= {"lr": running.rate, "grad_norm": norm, "clipped": clipped, "tokens": tokens}
-        entry |= {"response_tokens": int(np.sum(metrics.counts)), "tokens_per_second": tokens / seconds}
+        entry |= {"response_tokens": int(np.sum(to_host(metrics.counts))), "tokens_per_second": tokens / seconds}
         if self.reweighting is not None:  # 1 / sum v^2: as many examples of equal weight would weigh as much
-            entry["effective_examples"] = 1 / float(np.sum(np.square(np.asarray(metrics.weights, np.float64))))
+            entry["effective_examples"] = 1 / float(np.sum(np.square(to_host(metrics.weights).astype(np.float64))))
         self._append(entry)
         return loss
 
@@ -205,7 +205,7 @@ class Run:
     def _not_finite(
         self, step: int, loss: float, norm: float, rows: np.ndarray, batch: Batch, metrics: StepMetrics
     ) -> UserError:
-        nll, index = np.asarray(metrics.nll), np.asarray(batch.index)
+        nll, index = to_host(metrics.nll), np.asarray(batch.index)
         bad = index[~np.isfinite(nll) & (index >= 0)]
         who = f"examples with a non-finite loss: {self._names(bad)}; " if bad.size else ""
         return UserError(
@@ -250,7 +250,7 @@ class Run:
         for rows, batch in self.dev_padding.evaluation_batches(dev):
             nll, counts = eval_step(self.nll_fn, self.state.params, shard_batch(batch, self.mesh), dtypes=self.dtypes)
             real = np.asarray(batch.index) >= 0
-            nll, counts = np.asarray(nll, np.float64)[real], np.asarray(counts)[real]
+            nll, counts = to_host(nll).astype(np.float64)[real], to_host(counts)[real]
             if not np.all(np.isfinite(nll)):
                 bad = ", ".join(str(dev.ids[int(row)]) for row in rows[~np.isfinite(nll)][:16])
                 raise UserError(

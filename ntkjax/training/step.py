@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ntkjax.parallel import keep_shardings
+from ntkjax.parallel import keep_shardings, spread
 from ntkjax.training.loss_reweighting import LossReweighting
 from ntkjax.training.objective import response_counts, token_mean_weights
 from ntkjax.training.optimiser import AdamW
@@ -59,7 +59,7 @@ def on_mesh(state: TrainState, mesh: jax.sharding.Mesh | None) -> tuple[TrainSta
     if mesh is None:
         return state, None
     everywhere = NamedSharding(mesh, PartitionSpec())
-    place = lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere)
+    place = lambda x: x if isinstance(x.sharding, NamedSharding) else spread(x, everywhere)
     state = jax.tree.map(place, state)
     return state, tuple(leaf.sharding for leaf in jax.tree.leaves(state))
 

@@ -82,7 +82,7 @@ import sys, time
 import jax, numpy as np
 import ntkjax.store as store
 from ntkjax.data.batches import TokenisedDataset
-from ntkjax.ntk.scores import kernel_scores
+from ntkjax.ntk import Pass, kernel_scores
 store._FLUSH_SECONDS = 0.0
 rng = np.random.default_rng(0)
 pool = TokenisedDataset.from_sequences([rng.integers(1, 50, n).tolist() for n in rng.integers(5, 20, 60)], [2] * 60)
@@ -97,7 +97,7 @@ with store.RowStore.open(sys.argv[1], rows=60, width=2, dtype="float32", manifes
         time.sleep(0.05)
     rows.write = told
     plan = pool.batches(token_budget=40, max_buckets=2)
-    found = kernel_scores(output, params, plan, plan, rows=60, references=[plan], store=rows)
+    found = kernel_scores(output, params, plan, plan, rows=Pass(60, rows), references=[plan])
     np.save(sys.argv[1] + ".npy", np.asarray(found.scores))
 """
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from ntkjax.cli import main
-from ntkjax.commands.adapt.report import choices_line, difference_rows, headline, markdown, method_rows
+from ntkjax.commands.adapt.report import difference_rows, headline, markdown, method_rows
 from ntkjax.evaluation import Outcome, read_outcomes
 from ntkjax.evaluation.summary import describe_choices
 from ntkjax.pipeline.compare import compare_methods, summarise_method
+from ntkjax.pipeline.study.tables import choices_line
 
 NONE = "no example has choices and an answer: there is no accuracy over choices"
 QUICK = ["--token-budget", "1024", "--lora-rank", "2"]
@@ -79,13 +80,13 @@ def test_the_tables_of_adapt_do_with_the_likelihood():
         "majority_accuracy": None,
         "examples": {"all": 9, "with_choices": 0},
     }
-    assert getattr(headline(results), "name", None) == "nll" and choices_line(results) == NONE
+    assert getattr(headline(results), "name", None) == "nll" and choices_line(results["examples"]) == NONE
     rows = method_rows(results)
     assert [list(row)[:3] for row in rows] == [["method", "response NLL (nats/token)", "95% interval"]] * 2
     low, high = map(float, rows[1]["95% interval"].split(" to "))
     assert 0 < low < np.mean([o.nll or 0.0 for r in outcomes["random"] for o in r]) < high < 1
     (difference,) = difference_rows(results)
-    assert difference["metric"] == "nll" and difference["McNemar p, each seed"] is None
+    assert difference["metric"] == "response NLL (nats/token)" and difference["McNemar p, each seed"] is None
     assert NONE[1:] in markdown(results) and "accuracy (%)" not in markdown(results)
 
 

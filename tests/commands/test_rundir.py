@@ -17,7 +17,8 @@ import yaml
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import plain
 from ntkjax.pipeline.config_io import config_from_dict
-from ntkjax.pipeline.run_dir import RunDir, load_run, versions
+from ntkjax.pipeline.run_dir import RunDir, load_run
+from ntkjax.pipeline.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,9 @@ def test_parts_are_crossed_from_one_line():
         "algorithms": ["mean", "uot"],
         "uot_pool": 0.1,
     }
-    spec = spec_of(GOOD | {"methods": [line], "kernels": ["loss", "spectral:2"]})
+    content = GOOD | {"methods": [line], "kernels": ["loss", "spectral:2"]}
+    spec = spec_of(content)
+    assert spec_of(normalised(content, "s")) == spec and len(spec.methods) == 1
     found = {arm.label: arm for arm in arms_of(spec)}
     assert list(found)[4:] == [  # kernels are for those that take gradients
         "parts (gradients, mean) (loss)", "parts (gradients, mean) (spectral:2)", "parts (gradients, uot) (loss)",
@@ -166,7 +168,7 @@ CASES = {
     "unknown method": ({"methods": ["oracle"]}, ["s.yaml", "methods[0]", "oracle", "dsir", "lift"]),
     "unknown option of a method": (
         {"methods": ["dsir", {"method": "ntk", "kernle": "loss"}]},
-        ["s.yaml", "methods[1]", "kernle", "kernel"],
+        ["s.yaml: methods[1] (ntk): unknown key kernle", "kernel"],
     ),
     "wrong type of an option": (
         {"methods": [{"method": "ntk", "prefilter_factor": "many"}]},
@@ -185,6 +187,23 @@ CASES = {
     ),
     "no algorithms": ({"methods": [{"method": "parts", "algorithms": []}]}, ["methods[0]", "at least one of mean"]),
     "unknown algorithm": ({"methods": [{"method": "parts", "algorithms": ["best"]}]}, ["methods[0]", "best", "mean"]),
+    "after an entry that stands for several arms": (
+        {
+            "methods": [
+                {"method": "parts", "algorithms": ["max", "mean"]},
+                {"label": "mine", "method": "ntk", "kernel": "x"},
+            ]
+        },
+        ["s.yaml: methods[1] (mine)", "kernel"],
+    ),
+    "a wrong type after an entry that stands for several arms": (
+        {"methods": [{"method": "parts", "algorithms": ["max", "mean"]}, {"method": "ntk", "learning_rates": ["x"]}]},
+        ["s.yaml: methods[1].learning_rates[0]"],
+    ),
+    "one of several arms": (
+        {"methods": ["dsir", {"method": "parts", "label": "p", "algorithms": ["max", "best"]}]},
+        ["s.yaml: methods[1] (p (best))", "algorithm"],
+    ),
     "unknown kernel": ({"kernels": ["gaussian"]}, ["s.yaml", "kernels", "gaussian", "sum_logits"]),
     "unknown kernel of a method": ({"methods": [{"method": "ntk", "kernel": "gaussian"}]}, ["s.yaml", "methods[0]"]),
     "steps of one arm": (
@@ -193,7 +212,7 @@ CASES = {
     ),
     "unknown training option of one arm": (
         {"methods": [{"label": "a", "method": "dsir", "train": {"wight_decay": 9}}]},
-        ["s.yaml", "methods[0]: train", "wight_decay"],
+        ["s.yaml", "methods[0] (a): train", "wight_decay"],
     ),
     "unknown training option": ({"train": {"epcohs": 3}}, ["s.yaml", "train.epcohs", "epochs"]),
     "a training option out of range": ({"train": {"batch_size": 0}}, ["s.yaml", "train", "batch_size"]),

@@ -81,15 +81,15 @@ def test_it_is_in_the_tables_and_the_report_of_adapt(toy, tmp_path):
     rows = method_rows(results)
     mean = np.mean([values(one, toy).mean() for one in outcomes["random"]])  # pyright: ignore[reportOptionalMemberAccess]
     assert rows[1][LABEL].startswith(f"{mean:.3f} ± ")
-    (difference,) = [row for row in difference_rows(results) if row["metric"] == toy.name.replace("_", " ")]
+    (difference,) = [row for row in difference_rows(results) if row["metric"] == LABEL]
     assert difference["difference [95% interval]"].startswith("-") and difference["McNemar p, each seed"] is None
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "versions.json").write_text("{}")
     write_adaptation(tmp_path, results)
     page = (tmp_path / "report.html").read_text()
-    assert "NLL of the whole response (nats per response)" in page and f"{mean:.4f}" in page
-    for name in ("results.md", "tables/main.csv"):
-        assert LABEL in (tmp_path / name).read_text()
+    assert LABEL in page and f"{mean:.3f} ± " in page
+    assert LABEL in (tmp_path / "results.md").read_text()
+    assert f"random,2,{toy.name},{mean}," in (tmp_path / "tables" / "main.csv").read_text()
 
 
 def test_it_is_in_the_tables_of_a_study(toy):
@@ -104,7 +104,7 @@ def test_it_is_in_the_tables_of_a_study(toy):
     compared = place | {"arm": "random", "reference": "base", "role": "random", "metric": toy.name, "p": 0.5}
     compared |= {"p_holm": 0.5, "difference": 1.0, "low": 0.5, "high": 1.5, "per_seed": [1.0]}
     (row,) = tables.difference_table({"comparisons": [compared]})
-    assert row["difference (nats/response) [95% interval]"] == "+1.0000 [0.5000, 1.5000]"
+    assert row["metric"] == LABEL and row["difference [95% interval]"] == "+1.0000 [0.5000, 1.5000]"
     (row,) = tables.main_table({"cells": [cell | {"metric": toy.name}]})
     assert row[f"d: {LABEL}"].startswith(f"{test[toy.name]['mean']:.3f}")
 

@@ -160,7 +160,7 @@ def test_a_stage_of_the_real_model_holds_those_before_it(load, real_layout, monk
 
     script = load("11_real_model")
     data, model = real_layout
-    e = script.Experiment(data=data, model=model, last="finance")
+    e = script.Experiment(data=data, model=model, last="sizes")
     before: set = set()
     for stage in script.stages(e):
         spec = spec_of(script.content(e, stage))
@@ -169,8 +169,16 @@ def test_a_stage_of_the_real_model_holds_those_before_it(load, real_layout, monk
         assert spec.domains["finance"].sizes == ()  # twelve examples are fewer than any size
         before = labels
     assert len(before) == 4 + len(script.METHODS)
-    with pytest.raises(SystemExit, match="finance-100"):
+    with pytest.raises(SystemExit, match="size-100"):
         script.stages(dataclasses.replace(e, last="everything"))
+    with pytest.raises(SystemExit, match="--first sizes comes after --last steps"):
+        script.stages(dataclasses.replace(e, first="sizes", last="steps"))
+    assert [stage.name for stage in script.stages(dataclasses.replace(e, first="seeds"))] == [
+        "seeds",
+        "size-100",
+        "sizes",
+    ]
+    assert script.folder(dataclasses.replace(e, domains=("legal", "finance"))).name == "legal"
 
 
 def test_the_answers_of_the_real_model_are_its_comparisons(load):
@@ -209,4 +217,4 @@ def test_the_real_model_stops_when_the_time_is_over_and_goes_on(load, real_layou
     script.main(dataclasses.replace(e, minutes=30))
     shown = capfd.readouterr().out
     assert "random data minus the domain alone at equal steps" in shown and "of 3 selections beat random" in shown
-    assert (tmp_path / "results" / "11_real_model" / "tiny-lm" / "answers.md").exists()
+    assert (tmp_path / "results" / "11_real_model" / "tiny-lm-finance" / "answers.md").exists()

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError
-from ntkjax.models.lora import LoraConfig, adapted, init_lora_a, lora_delta, lora_subset, merge_lora
+from ntkjax.models.lora import (
+    LoraConfig,
+    adapted,
+    adapted_half,
+    init_lora_a,
+    lora_delta,
+    lora_subset,
+    merge_lora,
+)
 
 LINEARS = tuple(f"attention/{n}" for n in "qkvo") + ("mlp/gate", "mlp/up", "mlp/down")
 
@@ -41,6 +49,51 @@ def test_an_adapted_product_and_its_derivatives_are_those_of_the_formula(x64):
         lambda x: jax.grad(lambda a: jnp.sum(f(x[None], values[1], a, values[3]) ** 2))(values[2])
     )
     close(rows(ours)(values[0]), rows(plain)(values[0]))
+
+
+ROUNDING = 2.0**-8  # of bfloat16, by how much one number may move
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_adapted_product_in_sixteen_bits_errs_by_its_rounding(joined):
+    """Value and tangents against float64, an adapter that is 2^-12 of W included; one moved argument at a time too."""
+    rng = np.random.default_rng(2)
+    shapes, sizes = ((64, 256), (256, 96), (256, 8), (8, 96)), (1, 1, 2.0**-6, 2.0**-6)
+    draw = lambda: [rng.normal(size=s) * size for s, size in zip(shapes, sizes, strict=True)]
+    kinds = (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
+    half = lambda arrays: [jnp.asarray(x, kind) for x, kind in zip(arrays, kinds, strict=True)]
+    values, moved = half(draw()), half(draw())
+    (x, w, a, b), (dx, dw, da, db) = ([np.asarray(v, np.float64) for v in some] for some in (values, moved))
+    ours = lambda *v: adapted_half(*v, 1.5, joined)
+    parts = (dx @ w + 1.5 * dx @ a @ b, x @ dw, 1.5 * x @ da @ b, 1.5 * x @ a @ db)
+    value = x @ w + 1.5 * x @ a @ b
+
+    def close(got, expected):
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected)
+        assert error < ROUNDING
+
+    got, along = jax.jvp(ours, tuple(values), tuple(moved))
+    close(got, value), close(along, sum(parts))
+    for i, part in enumerate(parts):
+        one = lambda v, i=i: ours(*values[:i], v, *values[i + 1 :])
+        close(jax.jvp(one, (values[i],), (moved[i],))[1], part)
+
+
+def test_gradients_of_an_adapter_in_sixteen_bits_err_by_its_rounding():
+    rng = np.random.default_rng(3)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((64, 32), (32, 24)))
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((32, 4), (4, 24)))
+    ct = jnp.asarray(rng.normal(size=(64, 24)), jnp.bfloat16)
+    _, pull = jax.vjp(lambda *v: adapted_half(*v, 1.5), x, w, a, b)
+    wide = [np.asarray(v, np.float64) for v in (x, w, a, b, ct)]
+    X, W, A, B, C = wide
+    expected = (C @ W.T + 1.5 * C @ B.T @ A.T, X.T @ C, 1.5 * X.T @ (C @ B.T), 1.5 * (X @ A).T @ C)
+    for got, right, kind in zip(
+        pull(ct), expected, (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32), strict=True
+    ):
+        assert got.dtype == kind
+        assert np.linalg.norm(np.asarray(got, np.float64) - right) < 2 * ROUNDING * np.linalg.norm(right)
 
 
 def test_scale_with_and_without_rank_stabilisation():

@@ -14,7 +14,7 @@ from ntkjax.data import TokenisedDataset
 from ntkjax.models import LoraConfig, ModelConfig, init_lm
 from ntkjax.ntk import gradient_features, kernel_scores, sum_logits
 from ntkjax.ntk.kernel import Kernel, feature_vector
-from ntkjax.ntk.rows import NonFiniteError
+from ntkjax.ntk.rows import NonFiniteError, Pass
 from ntkjax.ntk.scores import MANY, add_direction, mean_direction, score_batch, scores_along
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.selection.methods.euds import entropy_batch
@@ -167,7 +167,7 @@ def test_what_is_not_finite_takes_no_neighbour_with_it(tmp_path, kept):
     fn = Broken(model.embed_fn)
     store = RowStore.open(tmp_path / "s", rows=60, width=8, dtype=np.float32, manifest={}) if kept else None
     with pytest.raises(NonFiniteError) as error:
-        embed(fn, model.lora, plan_of(data, True), rows=60, store=store)
+        embed(fn, model.lora, plan_of(data, True), rows=Pass(60, store))
     assert sorted(error.value.rows) == culprits
     if store is not None:  # and the others are there
         assert np.flatnonzero(~store.done()).tolist() == culprits

@@ -9,7 +9,9 @@ from ntkjax.errors import UserError
 from ntkjax.ntk import (
     IdentitySketch,
     KroneckerSketch,
+    Pass,
     RademacherSketch,
+    SketchScorer,
     SparseSketch,
     gradient_features,
     kernel_scores,
@@ -55,7 +57,7 @@ def test_features_do_not_depend_on_grouping_or_batches(toy, case, name, budget_r
     sketch, size = SKETCHES[name], 4 * IdentitySketch().width(params)
     whole = gradient_features(output_fn, params, [toy.collate(rows, range(19))], sketch, rows=19)
     split = gradient_features(
-        output_fn, params, toy.batches(rows, 4), sketch, rows=19, memory_budget=budget_rows * size + 3
+        output_fn, params, toy.batches(rows, 4), sketch, rows=Pass(19, memory_budget=budget_rows * size + 3)
     )
     stacked = jax.tree.map(lambda leaf: leaf[None], params)
     assert group_rows(stacked, budget_rows * size + 3) == budget_rows
@@ -70,7 +72,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_features(toy, case, sketch
 
     def run(batches, name):
         with RowStore.open(tmp_path / name, rows=19, width=96, dtype="float32", manifest=sketch.describe()) as store:
-            return gradient_features(output_fn, params, batches, sketch, rows=19, store=store, memory_budget=1 << 12)
+            return gradient_features(output_fn, params, batches, sketch, rows=Pass(19, store, memory_budget=1 << 12))
 
     def killed():
         yield from plan[:3]
@@ -97,7 +99,7 @@ def test_sketched_scores_agree_within_the_johnson_lindenstrauss_error(toy, case,
     domain, size = toy.sequences(6, 9), 512
     args = (output_fn, params, toy.batches(domain, 4), toy.batches(rows, 4))
     exact = kernel_scores(*args, rows=19).scores[:, 0]
-    sketched = kernel_scores(*args, rows=19, method="sketch", sketch=RademacherSketch(size, seed)).scores[:, 0]
+    sketched = kernel_scores(*args, rows=19, scorer=SketchScorer(RademacherSketch(size, seed))).scores[:, 0]
     g = gradient_features(output_fn, params, toy.batches(rows, 4), IdentitySketch(), rows=19).astype(np.float64)
     mean = mean_features(output_fn, params, toy.batches(domain, 4), IdentitySketch())
     error = np.sqrt(((g**2).sum(1) * (mean**2).sum() + (g @ mean) ** 2 - 2 * g**2 @ mean**2) / size)

@@ -10,6 +10,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.ntk import (
     IdentitySketch,
     KernelFunctions,
+    Pass,
     RademacherSketch,
     build,
     gradient_features,
@@ -131,7 +132,7 @@ def test_scores_and_norms_are_those_of_the_matrix(toy, x64, name, subset):
     split = (toy.batches(domain, 2), toy.batches(pool, 3))
     found = kernel_scores(kernel, params, *split, rows=7, references=[toy.batches(pool, 3)])
     assert relative(found.scores[:, 0], matrix.mean(axis=0)) < 1e-10
-    squares = squared_norms(kernel, params, split[1], rows=7, memory_budget=1)
+    squares = squared_norms(kernel, params, split[1], rows=Pass(7, memory_budget=1))
     own = kernel_matrix(kernel, params, toy.collate(pool, range(7)))
     assert relative(squares, np.diag(own)) < 1e-10
     assert relative(kernel_diagonal(kernel, params, toy.collate(pool, range(7))), np.diag(own)) < 1e-10
@@ -153,7 +154,7 @@ def test_many_directions_share_a_gradient_for_each_example(toy, x64, name, subse
     with monkeypatch.context() as patch:
         patch.setattr(scores, "score_batch", lambda *a: pytest.fail("one tangent for each direction"))
         found = kernel_scores(
-            kernel, params, first, toy.batches(pool, 3), rows=7, references=others, memory_budget=5_000
+            kernel, params, first, toy.batches(pool, 3), rows=Pass(7, memory_budget=5_000), references=others
         )
     assert relative(found.scores.T, matrix) < 1e-10
     assert relative(found.gram, kernel_matrix(kernel, params, *(toy.collate(domain, range(5)),) * 2)) < 1e-10

@@ -10,7 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.ntk import kernel_scores
+from ntkjax.ntk import ForwardScorer, kernel_scores
 from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.precondition import (
     PASSES,
@@ -242,7 +242,7 @@ def test_scores_are_the_products_with_the_explicit_preconditioned_direction(toy,
     plan = toy.batches(domain, 5)
     found = kernel_scores(
         output_fn, params, plan, toy.batches(pool, 4), rows=11, references=[toy.batches(pool[:3], 4)],
-        precondition=build_preconditioner(name, loss, params, plan),
+        scorer=ForwardScorer(build_preconditioner(name, loss, params, plan)),
     )  # fmt: skip
     means = [
         flat_rows(toy.jacobian(output_fn, params, toy.collate(r, range(len(r))))).mean(axis=0)
@@ -269,8 +269,8 @@ def test_single_precision_scores_are_those_of_double_precision(toy, case, name):
     for wide in (False, True):
         with jax.enable_x64(wide):
             params, plan = toy.init(3, jnp.float64 if wide else jnp.float32), toy.batches(domain, 5)
-            precondition = build_preconditioner(name, case[0], params, plan)
-            found[wide] = kernel_scores(output_fn, params, plan, pool, rows=11, precondition=precondition).scores
+            scorer = ForwardScorer(build_preconditioner(name, case[0], params, plan))
+            found[wide] = kernel_scores(output_fn, params, plan, pool, rows=11, scorer=scorer).scores
     assert found[False].dtype == np.float32
     assert relative(found[False], found[True]) < 1e-4
 
@@ -365,14 +365,3 @@ def test_errors_say_what_to_do(toy, case):
     with pytest.raises(NonFiniteError) as error:
         kfac(bad, params, plan)
     assert error.value.rows == list(range(8, 16))
-    output_fn, _ = toy.output("all")
-    with pytest.raises(ConfigError, match="scores forward"):
-        kernel_scores(
-            output_fn,
-            params,
-            plan,
-            plan,
-            rows=ROWS,
-            method="sketch",
-            precondition=build_preconditioner("adam", loss, params, plan),
-        )

@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import UserError
-from ntkjax.ntk import IdentitySketch, directional_derivatives, directional_scores, kernel_scores, mean_gradient
+from ntkjax.ntk import (
+    ForwardScorer,
+    IdentitySketch,
+    Pass,
+    SketchScorer,
+    directional_derivatives,
+    directional_scores,
+    kernel_scores,
+    mean_gradient,
+)
 from ntkjax.ntk.rows import MAX_BAD_ROWS, NonFiniteError, collect_rows, iterate
 from ntkjax.ntk.scores import stack_tangents
 from ntkjax.store import RowStore
 from ntkjax.types import forward_mode
 
 DOMAIN, POOL = 7, 23
+SCORERS = {"forward": ForwardScorer(), "sketch": SketchScorer(IdentitySketch())}
 
 
 @pytest.fixture
@@ -43,8 +53,8 @@ def test_scores_equal_row_means_of_the_kernel(toy, which, method):
     output_fn, params = toy.output(which)
     domain, pool = toy.sequences(DOMAIN, 1), toy.sequences(POOL, 2)
     result = kernel_scores(
-        output_fn, params, toy.batches(domain, 4), toy.batches(pool, 4), rows=POOL, method=method,
-        references=[toy.batches(pool[:5], 4)], sketch=IdentitySketch(),
+        output_fn, params, toy.batches(domain, 4), toy.batches(pool, 4), rows=POOL,
+        references=[toy.batches(pool[:5], 4)], scorer=SCORERS[method],
     )  # fmt: skip
     expected = toy.jacobian_kernel(output_fn, params, domain, pool).mean(axis=0)
     reference = toy.jacobian_kernel(output_fn, params, pool[:5], pool).mean(axis=0)
@@ -67,8 +77,7 @@ def test_scores_are_exact_in_double_precision(toy, x64, which, method):
         toy.batches(domain, 4),
         toy.batches(pool, 4),
         rows=POOL,
-        method=method,
-        sketch=IdentitySketch(),
+        scorer=SCORERS[method],
     )
     expected = toy.jacobian_kernel(output_fn, params, domain, pool).mean(axis=0)
     assert result.scores.dtype == np.float64
@@ -191,10 +200,10 @@ def test_a_store_resumes_where_it_stopped(toy, store, writes):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        directional_scores(output_fn, params, [params], killed(), rows=10, store=store(10))
+        directional_scores(output_fn, params, [params], killed(), rows=Pass(10, store(10)))
     assert writes == [[0, 1, 2]]  # the second batch was still in flight
     writes.clear()
-    resumed = directional_scores(output_fn, params, [params], plan, rows=10, store=store(10))
+    resumed = directional_scores(output_fn, params, [params], plan, rows=Pass(10, store(10)))
     np.testing.assert_array_equal(resumed, whole)
     assert writes == [[3, 4, 5], [6, 7, 8], [9]]  # finished batches are not computed again
 
@@ -202,7 +211,7 @@ def test_a_store_resumes_where_it_stopped(toy, store, writes):
 def test_rows_missing_from_a_store_are_nan_not_its_fill_value(toy, store):
     output_fn, params = toy.output("lora")
     batch = toy.collate(toy.sequences(2, 1), [0, 3])
-    scores = directional_scores(output_fn, params, [params], [batch], rows=4, store=store(4))
+    scores = directional_scores(output_fn, params, [params], [batch], rows=Pass(4, store(4)))
     assert np.isnan(scores[[1, 2]]).all() and np.isfinite(scores[[0, 3]]).all()
 
 
@@ -223,7 +232,7 @@ def test_non_finite_scores_name_their_rows_and_replace_nothing(toy, store):
     params, kept = {"w": jnp.float32(1)}, store(10)
     plan = toy.batches(toy.sequences(10, 1), 3)
     with pytest.raises(NonFiniteError, match=r"3 row\(s\): 1, 5, 9") as error:
-        directional_scores(output_fn, params, [params], plan, rows=10, store=kept)
+        directional_scores(output_fn, params, [params], plan, rows=Pass(10, kept))
     assert error.value.rows == [1, 5, 9]
     assert kept.done().tolist() == [i % 4 != 1 for i in range(10)]
     many = toy.batches(toy.sequences(400, 1), 4)
@@ -250,8 +259,6 @@ def test_wrong_use_is_refused(toy):
         directional_scores(output_fn, params, [params], plan, rows=3)
     with pytest.raises(UserError, match="no examples"):
         mean_gradient(output_fn, params, [])
-    with pytest.raises(UserError, match="unknown method 'back'"):
-        kernel_scores(output_fn, params, plan, plan, rows=4, method="back")
 
 
 @jax.tree_util.register_dataclass

@@ -152,7 +152,7 @@ def test_a_killed_run_repeats_no_probe_and_ends_the_same(given, tmp_path, monkey
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        done = options["store"].done()
+        done = options["rows"].store.done()
         probed.extend(int(i) for batch in batches.without(done) for i in batch.index if i >= 0)
         return real(kernel, params, directions, batches, **options)
 

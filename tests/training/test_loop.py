@@ -194,7 +194,7 @@ def test_rows_spread_over_a_mesh_train_the_same(toy, tmp_path):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     nll_fn, params = jax.device_put((nll_fn, params), everywhere)
     out = tmp_path / "run"
-    run = lambda: fit(nll_fn, params, data, config, seed=0, dev=dev, mesh=mesh, out_dir=out, progress=False)
+    run = lambda: fit(nll_fn, params, data.on(mesh), config, seed=0, dev=dev, out_dir=out, progress=False)
     spread = run()
     for a, b in zip(alone.history, spread.history, strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-5)

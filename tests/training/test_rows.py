@@ -51,10 +51,8 @@ SMALL = TrainConfig(epochs=2, batch_size=6, learning_rate=0.05, micro_batch_toke
 
 def train(packing: bool, config: TrainConfig = SMALL, dtype: str = "float32", seed: int = 1, **options):
     fn = Bigram(jnp.ones((), dtype))
-    data = data_of(options.pop("count", 20), seed)
-    return fit(
-        fn, params_of(dtype), data, config, seed=3, dev=data_of(9, seed=2), packing=packing, progress=False, **options
-    )
+    data = data_of(options.pop("count", 20), seed).packed(packing).on(options.pop("mesh", None))
+    return fit(fn, params_of(dtype), data, config, seed=3, dev=data_of(9, seed=2), progress=False, **options)
 
 
 def lines(result, kind: str, *keys: str) -> np.ndarray:
@@ -133,7 +131,9 @@ def test_rows_spread_over_devices_give_the_same_steps():
 
 
 class Stopping:
-    """A dataset that stops the run at the nth packed batch it is asked for."""
+    """A packed dataset that stops the run at the nth batch it is asked for."""
+
+    packing = True
 
     def __init__(self, data: TokenisedDataset, nth: int):
         self.data, self.left = data, nth
@@ -148,11 +148,11 @@ class Stopping:
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
-    config, data, fn = dataclasses.replace(SMALL, save_every=2), data_of(20, 1), Bigram(jnp.ones(()))
-    go = lambda data: fit(fn, params_of(), data, config, seed=3, out_dir=tmp_path, packing=True, progress=False)
+    config, data, fn = dataclasses.replace(SMALL, save_every=2), data_of(20, 1).packed(True), Bigram(jnp.ones(()))
+    go = lambda data: fit(fn, params_of(), data, config, seed=3, out_dir=tmp_path, progress=False)
     with pytest.raises(KeyboardInterrupt):
         go(Stopping(data, 6))
-    whole = fit(fn, params_of(), data, config, seed=3, packing=True, progress=False)
+    whole = fit(fn, params_of(), data, config, seed=3, progress=False)
     np.testing.assert_array_equal(go(data).params["kernel"], whole.params["kernel"])
 
 

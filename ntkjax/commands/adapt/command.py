@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import arg
 
-from ntkjax.commands.adapt.report import NTK, choices_line, difference_rows, failure_rows, method_rows, write_adaptation
+from ntkjax.commands.adapt.report import NTK, difference_rows, failure_rows, method_rows, write_adaptation
 from ntkjax.commands.base import Command
 from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError, UserError
@@ -34,15 +34,16 @@ from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
 from ntkjax.pipeline.deduplicate import summary, totals
 from ntkjax.pipeline.evaluate import shot_records
-from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.inputs import Inputs, inputs_of
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading
-from ntkjax.pipeline.run_dir import Inputs, RunDir
+from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
 from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import FAILURE, Runner
 from ntkjax.pipeline.study.runs import Run, alone, collect, do_all, forget_failures
 from ntkjax.pipeline.study.spec import DomainSpec, StudySpec
+from ntkjax.pipeline.study.tables import choices_line
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
@@ -241,7 +242,8 @@ def describe(config: Any, result: Any) -> str:
     """The table of methods, differences, failures and the report's path."""
     results = result.results
     differences = difference_rows(results, [metric.name for metric in METRICS.values() if metric.headline])
-    parts = [to_markdown(method_rows(results)), to_markdown(differences), *filter(None, [choices_line(results)])]
+    parts = [to_markdown(method_rows(results)), to_markdown(differences)]
+    parts += filter(None, [choices_line(results["examples"])])
     if results["failures"]:
         parts.append("Failed (the same command tries again):\n" + to_markdown(failure_rows(results)))
     parts += [summary(results["duplicates"]), reading(results["data"])]

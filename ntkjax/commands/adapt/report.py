@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,27 @@ import pyarrow.parquet as pq
 
 from ntkjax.evaluation import METRICS, Metric
 from ntkjax.evaluation import metrics as metric_table
-from ntkjax.evaluation.summary import describe_choices
 from ntkjax.files import read_json
 from ntkjax.pipeline.deduplicate import summary
+from ntkjax.pipeline.study.tables import (
+    Row,
+    arm_row,
+    best_row,
+    choices_line,
+    difference_row,
+    failure_row,
+    majority_note,
+    metric_numbers,
+    seeds_note,
+)
 from ntkjax.report import plots, sections
 from ntkjax.report.files import NamedTable, Report, write_report
 from ntkjax.report.page import Figure, Heading, Page, Section, Table, Text
-from ntkjax.report.tables import format_estimate, format_spread, to_markdown
+from ntkjax.report.tables import to_markdown
 
 TITLE = "Does selected data help?"
 LEAD = "Fine-tuning on the domain alone, with random pool data, and with what the tangent kernel chose."
-CAPTION = "Mean over seeds with its 95 % interval; the best mean in bold."
+CAPTION = "Mean ± standard deviation over seeds; the best mean in bold."
 NTK = "ntk-selector"
 
 
@@ -33,7 +44,7 @@ def write_adaptation(out: Path, results: Mapping[str, Any], *, extra: Mapping[st
       extra: further tables, by the names of their files.
     """
     tables = {
-        "main": NamedTable("Mean and standard deviation over seeds.", method_rows(results)),
+        "main": NamedTable("Mean and standard deviation over seeds.", method_rows(results), _numbers(results)),
         "differences": NamedTable("Paired differences", difference_rows(results)),
         "failures": NamedTable("What failed", failure_rows(results)),
         **(extra or {}),
@@ -48,64 +59,42 @@ def headline(results: Mapping[str, Any]) -> Metric | None:
     return metric_table.headline(lambda name: all(name in entry for entry in results["methods"].values()))
 
 
-def choices_line(results: Mapping[str, Any]) -> str:
-    """How many test examples accuracy over choices is about, where it is not all; "" else."""
-    found = results.get("examples")
-    return "" if found is None else describe_choices(found["with_choices"], found["all"])
+def method_rows(results: Mapping[str, Any]) -> list[Row]:
+    """One row a method: its metrics over seeds, its optimiser steps, how many runs it has."""
+    first, failed = headline(results), collections.Counter(entry["arm"] for entry in results.get("failures", []))
+    steps = {run["arm"]: run["steps"] for run in results["runs"]}
+    return [
+        arm_row(method, entry, first, done=entry["seeds"], failed=failed[method])
+        | {"steps": steps.get(method, 0), "runs": entry["seeds"]}
+        for method, entry in results["methods"].items()
+    ]
 
 
-def method_rows(results: Mapping[str, Any]) -> list[dict]:
-    """One row a method: every metric as mean ± sd over seeds, and the headline's 95% interval."""
-    rows, first = [], headline(results)
-    for method, entry in results["methods"].items():
-        row: dict[str, Any] = {"method": method}
-        for name, metric in METRICS.items():
-            if name in entry:
-                row[metric.adapt_column] = format_spread(entry[name]["mean"], entry[name]["sd"], percent=metric.share)
-        if first is not None:
-            row["95% interval"] = f"{first.text(entry[first.name]['low'])} to {first.text(entry[first.name]['high'])}"
-        steps = [r["steps"] for r in results["runs"] if r["arm"] == method]
-        row["steps"] = steps[0] if steps else 0
-        row["seeds"] = entry["seeds"]
-        rows.append(row)
-    return rows
+def difference_rows(results: Mapping[str, Any], names: Collection[str] = METRICS) -> list[Row]:
+    """Paired differences between methods in the metrics of these ``names``, with their intervals and tests."""
+    return [
+        difference_row(entry["method"], entry["reference"], entry)
+        | {"McNemar p, each seed": entry["p_mcnemar"] and ", ".join(f"{p:.3g}" for p in entry["p_mcnemar"])}
+        for entry in results["comparisons"]
+        if entry["metric"] in names
+    ]
 
 
-def difference_rows(results: Mapping[str, Any], names: Collection[str] = METRICS) -> list[dict]:
-    """Paired differences between methods in the metrics of these ``names``, with their intervals and tests, ready for a
-    table."""
-    rows = []
-    for entry in [entry for entry in results["comparisons"] if entry["metric"] in names]:
-        metric = METRICS[entry["metric"]]
-        rows.append(
-            {
-                "comparison": f"{entry['method']} − {entry['reference']}",
-                "metric": entry["metric"].replace("_", " "),
-                "difference [95% interval]": format_estimate(
-                    entry["difference"], entry["low"], entry["high"], percent=metric.share, digits=metric.digits
-                ),
-                "each seed": ", ".join(f"{metric.scale * x:+.{metric.digits}f}" for x in entry["per_seed"]),
-                "McNemar p, each seed": None
-                if entry["p_mcnemar"] is None
-                else ", ".join(f"{p:.3g}" for p in entry["p_mcnemar"]),
-            }
-        )
-    return rows
+def _numbers(results: Mapping[str, Any]) -> list[Row]:
+    """The table of methods in full numbers, for CSV: one row for each method and metric."""
+    heads = {name: {"arm": name, "runs": entry["seeds"]} for name, entry in results["methods"].items()}
+    return [row for name, entry in results["methods"].items() for row in metric_numbers(heads[name], entry)]
 
 
-def failure_rows(results: Mapping[str, Any]) -> list[dict]:
+def failure_rows(results: Mapping[str, Any]) -> list[Row]:
     """Runs that failed, with their messages."""
-    names = {"arm": "method", "seed": "seed", "run": "run", "message": "message"}
-    return [{shown: entry[key] for key, shown in names.items()} for entry in results.get("failures", [])]
+    return [failure_row(entry) for entry in results.get("failures", [])]
 
 
 def markdown(results: Mapping[str, Any], extra: Mapping[str, NamedTable] | None = None) -> str:
     """results.md: the tables of the report as text."""
-    majority = results.get("majority_accuracy")
-    parts = ["# Results", to_markdown(method_rows(results))]
-    if majority is not None:
-        parts.append(f"Always giving the commonest answer: {100 * majority:.1f}% accuracy.")
-    parts += [_sentence(line) for line in filter(None, [choices_line(results)])]
+    about = [*majority_note(results.get("majority_accuracy")), choices_line(results.get("examples"))]
+    parts = ["# Results", to_markdown(method_rows(results)), *map(_sentence, filter(None, about))]
     if failed := failure_rows(results):
         parts += ["## What failed", to_markdown(failed)]
     parts += ["## Paired differences", to_markdown(difference_rows(results))]
@@ -157,15 +146,13 @@ def page_sections(
     """The page, chapter by chapter."""
     first = headline(results)
     assert first is not None
-    entries = results["methods"].values()
-    best = max(range(len(entries)), key=lambda i: first.better(list(entries)[i][first.name]["mean"]))
     others = {name: table for name, table in tables.items() if name not in ("main", "failures")}
     settings = (out / "config.yaml").read_text(encoding="utf-8")
     return [
         *sections.asked(f"ntkjax replay {out.name}", settings),
         *sections.failed(tables["failures"].rows, "The same command tries them again."),
         Heading("Results"),
-        Table(_headline_rows(results, first), caption=CAPTION, best=(best,)),
+        Table(tables["main"].rows, caption=CAPTION, best=best_row(list(results["methods"].values()), first)),
         figures["methods"],
         *(s for t in others.values() for s in sections.named_table(t.heading, t.rows, text=t.text, level=3)),
         *_selection(results, figures),
@@ -177,22 +164,6 @@ def page_sections(
         ),
         *sections.caveats(_caveats(results)),
     ]
-
-
-def _headline_rows(results: Mapping[str, Any], first: Metric) -> list[dict[str, Any]]:
-    """One row a method: the headline with its interval, each seed, the metrics shown beside it."""
-    entries = results["methods"]
-    beside = [m for m in METRICS.values() if m.beside and m is not first and any(m.name in e for e in entries.values())]
-    rows = []
-    for method, entry in entries.items():
-        head = entry[first.name]
-        shown = format_estimate(head["mean"], head["low"], head["high"], percent=first.share)
-        row: dict[str, Any] = {"method": method, first.axis_label: shown}
-        if entry["seeds"] > 1:
-            row["each seed"] = ", ".join(format_estimate(value, percent=first.share) for value in head["per_seed"])
-        row |= {m.axis_label: m.text(entry[m.name]["mean"]) if m.name in entry else None for m in beside}
-        rows.append(row)
-    return rows
 
 
 def _selection(results: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[Section]:
@@ -211,12 +182,8 @@ def _selection(results: Mapping[str, Any], figures: Mapping[str, Figure]) -> lis
 
 def _caveats(results: Mapping[str, Any]) -> list[str]:
     seeds = max((entry["seeds"] for entry in results["methods"].values()), default=0)
-    notes = [
-        f"Intervals resample test examples and seeds together; with {seeds} seeds the part of the seeds is understated."
-    ]
+    notes = [seeds_note(seeds)]
     if results.get("duplicates") is not None:
-        notes += [_sentence(line) for line in summary(results["duplicates"]).splitlines()]
-    notes += [_sentence(line) for line in filter(None, [choices_line(results)])]
-    if results.get("majority_accuracy") is not None:
-        notes.append(f"Always giving the commonest answer would score {100 * results['majority_accuracy']:.1f}%.")
-    return notes
+        notes += summary(results["duplicates"]).splitlines()
+    notes += [choices_line(results.get("examples")), *majority_note(results.get("majority_accuracy"))]
+    return [_sentence(note) for note in notes if note]

@@ -16,6 +16,7 @@ from ntkjax.fingerprint import digest, tree_digest
 from ntkjax.models.lm import paths
 from ntkjax.models.names import modules
 from ntkjax.ntk.features import gradient_features
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import ProductsByLeaf, scores_by_position
 from ntkjax.rng import numpy_rng
 from ntkjax.selection import Selection, SelectionProblem
@@ -188,10 +189,8 @@ def _by_leaf(
                 continue
             products = ProductsByLeaf(direction, stacked)
             batches = problem.pool.batches(token_budget=problem.gradient_budget, indices=mine)
-            title = problem.progress and "scores by layer"
-            gradient_features(
-                found.kernel, problem.params, batches, products, rows=total, store=store, progress=title, read=False
-            )
+            run = Pass(total, store, progress=problem.progress and "scores by layer")
+            gradient_features(found.kernel, problem.params, batches, products, rows=run, read=False)
         return np.asarray(store.read(rows), np.float64)
 
 

@@ -16,10 +16,10 @@ from ntkjax.files import read_json
 from ntkjax.models import LanguageModel, load_adapter
 from ntkjax.pipeline.config_io import config_from_dict
 from ntkjax.pipeline.deduplicate import read_held_out
-from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.inputs import INPUTS, Inputs, input_changes, inputs_of
 from ntkjax.pipeline.load import Loaded, load_data, load_model, trained_parameters
 from ntkjax.pipeline.options import DataOptions, SelectorOptions
-from ntkjax.pipeline.run_dir import INPUTS, Inputs, input_changes, load_run
+from ntkjax.pipeline.run_dir import load_run
 from ntkjax.pipeline.select import make_selector, problem_of
 from ntkjax.pipeline.selection_io import read_scores, read_selection
 from ntkjax.pipeline.study.grid import Grid, Task

@@ -14,7 +14,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.pipeline.cost import forward_tokens, uses_model
 from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
 from ntkjax.pipeline.inputs import inputs_of
-from ntkjax.pipeline.load import load_data, load_model, trained_parameters
+from ntkjax.pipeline.load import load_data, load_model, trained_parameters, weights_read
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -96,7 +96,8 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     warmup = config.warmup if config.warms_up else None
     result = choose(model, theta, domain, pool, config.select, settings, warmup=warmup)
     asides = {name: {"records": records.report} for name, records in held_out.items()}
-    run.write_json("data.json", {"domain": domain.report(), "pool": pool.report(), **asides})
+    reports = {"domain": domain.report(), "pool": pool.report(), **asides}
+    run.write_json("data.json", reports | weights_read(model))
     return result
 
 
@@ -147,4 +148,4 @@ def describe(config: Any, result: Any) -> str:
     return f"{to_markdown(rows)}\n{read_summary(config.out)}\n{reading_of_run(config, 'data.json')}\n{chosen}"
 
 
-COMMAND = Command(SelectConfig, select, describe, divides=True, dry_run=forecast)
+COMMAND = Command(SelectConfig, select, describe, divides=True, spans=True, dry_run=forecast)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
+from ntkjax.commands.study.spec import entry_name
 from ntkjax.errors import ConfigError
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict
 from ntkjax.pipeline.cost import uses_model
@@ -30,8 +32,9 @@ def arms_of(spec: StudySpec, where: str = "study") -> tuple[Arm, ...]:
     Raises:
       ConfigError: an unknown method, two arms of one name, an option that does not fit; the entry is named.
     """
-    entries = [(f"{where}: methods[{i}]", entry) for i, entry in enumerate(spec.methods)]
-    entries = [(at, made) for at, entry in entries for made in _written_out(entry)]
+    entries = [
+        (entry_name(where, i, each.label), each) for i, entry in enumerate(spec.methods) for each in _written_out(entry)
+    ]
     if not any(entry.label == RANDOM for _, entry in entries):
         entries.insert(0, (where, MethodSpec(RANDOM, RANDOM)))
     chosen = [arm for at, entry in entries for arm in _arms(spec, entry, at)]
@@ -58,9 +61,24 @@ def focus_of(spec: StudySpec, arms: tuple[Arm, ...]) -> tuple[str, ...]:
 
 
 def _written_out(entry: MethodSpec) -> list[MethodSpec]:
-    if entry.method != ALL:
+    """The entry, or one for each method that ``all`` stands for, or one for each pair of its representations and
+    algorithms, labelled LABEL (PAIR)."""
+    if entry.method == ALL:
+        return [dataclasses.replace(entry, method=name, label=name) for name in METHODS]
+    lists = {"representation": entry.representations, "algorithm": entry.algorithms}
+    crossed = {option: values for option, values in lists.items() if values}
+    if not crossed:
         return [entry]
-    return [dataclasses.replace(entry, method=name, label=name) for name in METHODS]
+    return [
+        dataclasses.replace(
+            entry,
+            label=f"{entry.label} ({', '.join(pair)})",
+            options=entry.options | dict(zip(crossed, pair)),
+            representations=(),
+            algorithms=(),
+        )
+        for pair in itertools.product(*crossed.values())
+    ]
 
 
 def _arms(spec: StudySpec, entry: MethodSpec, where: str) -> list[Arm]:

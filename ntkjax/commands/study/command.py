@@ -16,7 +16,7 @@ from ntkjax.commands.study.arms import arms_of, focus_of
 from ntkjax.commands.study.report import write_study
 from ntkjax.commands.study.results import analyse, long_rows
 from ntkjax.commands.study.spec import read_study
-from ntkjax.commands.study.tables import Row, choices_lines, failure_table, main_table
+from ntkjax.commands.study.tables import choices_lines, failure_table, main_table
 from ntkjax.errors import ConfigError
 from ntkjax.pipeline.deduplicate import summary
 from ntkjax.pipeline.reading import reading_of_run
@@ -25,6 +25,7 @@ from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import Runner
 from ntkjax.pipeline.study.runs import Run, alone, collect, condition_name, do_all, forget_failures
 from ntkjax.pipeline.study.spec import EMBEDDED, StudySpec
+from ntkjax.pipeline.study.tables import Row
 from ntkjax.report.tables import to_markdown
 from ntkjax.training.trackers import check_tracker
 

@@ -14,6 +14,7 @@ from ntkjax.commands.study import tables
 from ntkjax.evaluation import METRICS
 from ntkjax.files import read_json, written_file
 from ntkjax.pipeline.study.runs import condition_name
+from ntkjax.pipeline.study.tables import best_row, majority_note, seeds_note
 from ntkjax.report import sections
 from ntkjax.report import study as study_plots
 from ntkjax.report.files import NamedTable, Report, write_report
@@ -118,8 +119,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     notes = ["Nothing was trained."]
     if results["comparisons"]:
         notes = [
-            f"Intervals and p-values resample test examples and seeds together; with {seeds} seed(s) the part of the "
-            "seeds is understated, and p-values are too small.",
+            f"{seeds_note(seeds)}, and p-values, which are from the same resamples, are too small.",
             "p is two-sided, from the bootstrap; Holm's correction runs over the arms that choose data, for each "
             "condition and reference.",
         ]
@@ -127,8 +127,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     if edge:
         notes.append(f"The chosen learning rate lies at the edge of those tried for {', '.join(edge)}: try more.")
     for name, value in results["majority"].items():
-        if value is not None:
-            notes.append(f"{name}: always giving the commonest answer would score {100 * value:.1f}%.")
+        notes += [f"{name}: {note}." for note in majority_note(value)]
     notes += [f"{line}." for line in tables.choices_lines(results)]
     for name, text in results.get("duplicates", {}).items():
         notes.append(f"{name}: {text}.")
@@ -270,9 +269,7 @@ def _conditions(results: Mapping[str, Any], drawn: Sequence[Plot]) -> Iterator[S
         if number == 0:
             yield Heading("Results")
         name, cells = condition_name(condition), tables.at(results["cells"], condition)
-        metric = cells[0]["metric"]
-        means = [(i, c["test"][metric]["mean"]) for i, c in enumerate(cells) if metric in c.get("test", {})]
-        best = [max(means, key=lambda pair: METRICS[metric].better(pair[1]))[0]] if means else []
+        best = best_row([cell.get("test", {}) for cell in cells], METRICS.get(cells[0]["metric"]))
         yield Heading(name, 3)
         yield Table(tables.condition_table(results, condition), caption=CAPTION, best=best)
         if name in figures:

@@ -31,15 +31,13 @@ Of several files the later ones win, key by key; lists are replaced.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ntkjax.errors import ConfigError
-from ntkjax.pipeline.config_io import config_from_dict
+from ntkjax.pipeline.config_io import config_from_dict, read_yaml
 from ntkjax.pipeline.options import DedupOptions, SelectorOptions
-from ntkjax.pipeline.run_dir import read_yaml
 from ntkjax.pipeline.study.spec import ALL, EMBEDDED, StudySpec
 from ntkjax.selection.algorithms import ALGORITHMS
 from ntkjax.selection.representations import REPRESENTATIONS
@@ -100,8 +98,7 @@ def normalised(content: dict[str, Any], where: str) -> dict[str, Any]:
             made[name] = _switches(options, made[name])
     if "methods" in made:
         entries = made["methods"] if isinstance(made["methods"], list | tuple) else [made["methods"]]
-        found = [(f"{where}: methods[{i}]", entry) for i, entry in enumerate(entries)]
-        made["methods"] = [_method(each, at) for at, entry in found for each in _pairs(entry, at)]
+        made["methods"] = [_method(entry, where, i) for i, entry in enumerate(entries)]
     return made
 
 
@@ -132,45 +129,41 @@ def _source(entry: Any) -> Any:
 
 
 PARTS = "parts"
-_OWN = ("label", "method", "train", "warmup", "parameters", "learning_rates")
-
-
 _CROSSED = {"representations": REPRESENTATIONS, "algorithms": ALGORITHMS}
-"""Keys of an entry that stand for one entry for each of their values (``all``: each of the table, once where two names
+"""Keys of an entry that stand for an arm for each of their values (``all``: each of the table, once where two names
 stand for the same)."""
+_OWN = ("label", "method", "train", "warmup", "parameters", "learning_rates", *_CROSSED)
 
 
-def _pairs(entry: Any, where: str) -> list[Any]:
-    """The entry, or one for each pair of its ``representations`` and ``algorithms``, labelled LABEL (PAIR)."""
-    if not isinstance(entry, dict) or not (crossed := [key for key in _CROSSED if key in entry]):
-        return [entry]
-    if entry.get("method") != PARTS:
-        raise ConfigError(f"{where}: {crossed[0]}: only with method: {PARTS}; got method {entry.get('method')!r}")
-    rest = {key: value for key, value in entry.items() if key not in _CROSSED}
-    lists = []
-    for key in crossed:
+def entry_name(where: str, index: int, label: Any) -> str:
+    """How an entry of ``methods`` is called in messages: its place in the file, and its label where it has one."""
+    return f"{where}: methods[{index}]" + (f" ({label})" if isinstance(label, str) else "")
+
+
+def _crossings(entry: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
+    """The values of the keys that stand for several arms, as lists."""
+    lists = {}
+    for key in (key for key in _CROSSED if key in entry):
         name, given = key.removesuffix("s"), entry[key]
+        if entry.get("method") != PARTS:
+            raise ConfigError(f"{where}: {key}: only with method: {PARTS}; got method {entry.get('method')!r}")
         if name in entry:
             raise ConfigError(f"{where}: {key} beside {name}; give one of the two")
-        values = _distinct(_CROSSED[key]) if given == ALL else given if isinstance(given, list | tuple) else [given]
-        if not values:
+        lists[key] = _distinct(_CROSSED[key]) if given == ALL else given if isinstance(given, list | tuple) else [given]
+        if not lists[key]:
             raise ConfigError(f"{where}: {key}: expected at least one of {', '.join(_CROSSED[key])}")
-        lists.append([(name, value) for value in values])
-    made = []
-    for pair in itertools.product(*lists):
-        label = f"{entry.get('label', PARTS)} ({', '.join(str(value) for _, value in pair)})"
-        made.append({**rest, **dict(pair), "label": label})
-    return made
+    return lists
 
 
 def _distinct(table: dict[str, type[Any]]) -> list[str]:
     return [name for i, name in enumerate(table) if table[name] not in list(table.values())[:i]]
 
 
-def _method(entry: Any, where: str) -> dict[str, Any]:
+def _method(entry: Any, where: str, index: int) -> dict[str, Any]:
     """An entry of ``methods`` with the options of its selector apart from the rest."""
     if isinstance(entry, str):
         return {"method": entry, "label": entry, "options": {}}
+    where = entry_name(where, index, entry.get("label", entry.get("method")) if isinstance(entry, dict) else None)
     if not isinstance(entry, dict) or not (isinstance(entry.get("method"), str) or isinstance(entry.get("label"), str)):
         raise ConfigError(f"{where}: expected a method, or a mapping with method, label and options; got {entry!r}")
     if set(entry) == {"method", "label", "options"} | (set(entry) & set(_OWN)):  # written out already
@@ -179,9 +172,9 @@ def _method(entry: Any, where: str) -> dict[str, Any]:
     options = {name: value for name, value in entry.items() if name not in _OWN}
     unknown = [str(name) for name in options if name not in known]
     if unknown:
-        valid = ", ".join([*_OWN, *_CROSSED, *known])
+        valid = ", ".join([*_OWN, *known])
         raise ConfigError(f"{where}: unknown key {', '.join(unknown)}. Valid keys: {valid}")
-    made = {name: entry[name] for name in _OWN if name in entry}
+    made = {name: entry[name] for name in _OWN if name in entry} | _crossings(entry, where)
     made.setdefault("method", made.get("label"))
     made.setdefault("label", made["method"])
     if made.get("warmup", "none") is None:  # null, as at the top

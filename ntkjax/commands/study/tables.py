@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntkjax.evaluation import METRICS
-from ntkjax.evaluation.summary import describe_choices
-from ntkjax.report.tables import format_estimate, format_spread
+from ntkjax.pipeline.study.tables import (
+    Row,
+    arm_row,
+    choices_line,
+    difference,
+    difference_row,
+    failure_row,
+    mean_and_sd,
+    metric_numbers,
+    with_failures,
+)
 
-Row = dict[str, Any]
 CONDITION = ("domain", "size", "budget")
 """The keys of a row that say which condition it is of."""
 _READABLE = {"size": "examples of the domain", "budget": "N"}
@@ -27,7 +35,7 @@ def is_percent(metric: str | None) -> bool:
 
 def choices_lines(results: Mapping[str, Any]) -> list[str]:
     """For each domain whose test examples have not all choices and an answer: how many have."""
-    lines = {name: describe_choices(n["with_choices"], n["all"]) for name, n in results.get("choices", {}).items()}
+    lines = {name: choices_line(counts) for name, counts in results.get("choices", {}).items()}
     return [f"{name}: {line}" for name, line in lines.items() if line]
 
 
@@ -42,13 +50,6 @@ def at(rows: Sequence[Mapping[str, Any]], condition: Mapping[str, Any]) -> list[
     return [row for row in rows if all(row[key] == condition[key] for key in CONDITION)]
 
 
-def mean_and_sd(entry: Mapping[str, Any] | None, percent: bool, digits: int | None = None) -> str | None:
-    """``mean ± sd`` of an entry with both, or None."""
-    if entry is None or entry.get("mean") is None:
-        return None
-    return format_spread(entry["mean"], entry.get("sd"), percent=percent, digits=digits)
-
-
 def main_table(results: Mapping[str, Any]) -> list[Row]:
     """One row for each size, budget and arm; one column for each domain with its headline metric, mean ± sd over seeds
     (and, where the truth is known, precision at N). An arm with failed runs says so."""
@@ -61,34 +62,20 @@ def main_table(results: Mapping[str, Any]) -> list[Row]:
         percent = is_percent(cell["metric"])
         if cell["metric"] is not None:
             value = mean_and_sd(cell.get("test", {}).get(cell["metric"]), percent)
-            row[f"{cell['domain']}: {label_of(cell['metric'])}"] = _with_failures(value, cell)
+            row[f"{cell['domain']}: {label_of(cell['metric'])}"] = with_failures(value, cell["runs"], cell["failed"])
         if "precision" in cell["means"]:
             row[f"{cell['domain']}: precision at N (%)"] = mean_and_sd(cell["means"]["precision"], True)
     return list(rows.values())
 
 
-def _with_failures(value: str | None, cell: Mapping[str, Any]) -> str | None:
-    if not cell["failed"]:
-        return value
-    return f"{value or ''} ({cell['failed']} of {cell['failed'] + cell['runs']} failed)".strip()
-
-
 def condition_table(results: Mapping[str, Any], condition: Mapping[str, Any]) -> list[Row]:
-    """One row for each arm of a condition: headline with interval, metrics shown beside it, differences from random and
-    from the strongest baseline with their corrected p-values, precision at N."""
+    """One row for each arm of a condition: its metrics, differences from random and from the strongest baseline with
+    their corrected p-values, precision at N."""
     compared = at(results["comparisons"], condition)
     rows = []
     for cell in at(results["cells"], condition):
-        metric, test, means = cell["metric"], cell.get("test", {}), cell["means"]
-        percent = is_percent(metric)
-        row: Row = {"method": cell["arm"]}
-        if metric is not None:
-            row[label_of(metric)] = _with_failures(mean_and_sd(test.get(metric), percent), cell)
-            head = test.get(metric)
-            row["95% interval"] = None if head is None else _range(head, percent)
-        for name, other in METRICS.items():
-            if other.beside and name != metric and name in test:
-                row[other.column_label] = mean_and_sd(test[name], other.share)
+        first, means = METRICS.get(cell["metric"]), cell["means"]
+        row = arm_row(cell["arm"], cell.get("test", {}), first, done=cell["runs"], failed=cell["failed"])
         for entry in [entry for entry in compared if entry["arm"] == cell["arm"]]:
             against = entry["role"] if entry["role"] == "random" else f"strongest ({entry['reference']})"
             row[f"− {against}"] = difference(entry)
@@ -97,11 +84,6 @@ def condition_table(results: Mapping[str, Any], condition: Mapping[str, Any]) ->
             row["precision at N (%)"] = mean_and_sd(means["precision"], True)
         rows.append(row | {"runs": cell["runs"]})
     return rows
-
-
-def _range(entry: Mapping[str, Any], percent: bool) -> str:
-    scale, digits = (100, 1) if percent else (1, 3)
-    return f"{scale * entry['low']:.{digits}f} to {scale * entry['high']:.{digits}f}"
 
 
 def source_table(results: Mapping[str, Any]) -> list[Row]:
@@ -115,30 +97,15 @@ def source_table(results: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def difference(entry: Mapping[str, Any]) -> str:
-    """``+1.2 [0.3, 2.1]``, in points where the metric is a share."""
-    metric = METRICS[entry["metric"]]
-    text = format_estimate(entry["difference"], entry["low"], entry["high"], percent=metric.share, digits=metric.digits)
-    return text if text.startswith("-") else f"+{text}"
-
-
 def difference_table(results: Mapping[str, Any]) -> list[Row]:
     """Every comparison: condition, arm, reference, difference with interval, each seed, p and Holm's p."""
-    rows = []
-    for entry in results["comparisons"]:
-        metric = METRICS[entry["metric"]]
-        rows.append(
-            {
-                **_named(entry),
-                "comparison": f"{entry['arm']} − {entry['reference']}",
-                "reference is": {"random": "random", "strongest": "the strongest baseline"}[entry["role"]],
-                f"difference ({metric.difference_unit}) [95% interval]": difference(entry),
-                "each seed": ", ".join(f"{metric.scale * x:+.{metric.digits}f}" for x in entry["per_seed"]),
-                "p": entry["p"],
-                "p, Holm": entry["p_holm"],
-            }
-        )
-    return rows
+    role = {"random": "random", "strongest": "the strongest baseline"}
+    return [
+        _named(entry)
+        | difference_row(entry["arm"], entry["reference"], entry)
+        | {"reference is": role[entry["role"]], "p": entry["p"], "p, Holm": entry["p_holm"]}
+        for entry in results["comparisons"]
+    ]
 
 
 def _named(entry: Mapping[str, Any]) -> Row:
@@ -217,16 +184,7 @@ def rate_table(results: Mapping[str, Any]) -> list[Row]:
 
 def failure_table(results: Mapping[str, Any]) -> list[Row]:
     """Runs that failed, with their messages."""
-    return [
-        {
-            **_named(entry),
-            "method": entry["arm"],
-            "seed": entry["seed"],
-            "run": entry["run"],
-            "message": entry["message"],
-        }
-        for entry in results["failures"]
-    ]
+    return [_named(entry) | failure_row(entry) for entry in results["failures"]]
 
 
 def numbers(results: Mapping[str, Any]) -> list[Row]:
@@ -234,9 +192,7 @@ def numbers(results: Mapping[str, Any]) -> list[Row]:
     rows = []
     for cell in results["cells"]:
         head = {key: cell[key] for key in (*CONDITION, "arm", "runs", "failed")}
-        for name, entry in cell.get("test", {}).items():
-            if isinstance(entry, Mapping):
-                rows.append(head | {"metric": name, **{key: entry[key] for key in ("mean", "sd", "low", "high")}})
+        rows += metric_numbers(head, cell.get("test", {}))
         for name in ("precision", "dev_loss", f"dev_{cell['metric']}", "passes_total", "flops"):
             if name in cell["means"]:
                 entry = cell["means"][name]

@@ -14,9 +14,8 @@ from ntkjax.commands.validate.flip import other_answers
 from ntkjax.data.mapping import Source
 from ntkjax.errors import ConfigError
 from ntkjax.pipeline.evaluate import shot_records
-from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.inputs import Inputs, inputs_of
 from ntkjax.pipeline.load import Loaded
-from ntkjax.pipeline.run_dir import Inputs
 from ntkjax.pipeline.study.arms import EQUAL, Arm, Given
 from ntkjax.pipeline.study.grid import Condition, Grid, Task, read_inputs, set_up
 from ntkjax.pipeline.study.spec import WHOLE, DomainSpec, StudySpec

@@ -22,6 +22,7 @@ from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines
 from ntkjax.ntk.features import gradient_features
 from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams, square_root
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.sketch import RademacherSketch
 from ntkjax.pipeline.load import fresh_parameters
 from ntkjax.pipeline.run_dir import RunDir
@@ -301,10 +302,12 @@ class KernelSuite:
                 checkpoint.params,
                 self._batches(tokens),
                 RademacherSketch(size, signs),
-                rows=len(tokens),
-                store=store,
-                memory_budget=self.config.memory_budget,
-                progress=self.progress and f"{subset.name}, {checkpoint.key}: {name} sketched",
+                rows=Pass(
+                    len(tokens),
+                    store,
+                    memory_budget=self.config.memory_budget,
+                    progress=self.progress and f"{subset.name}, {checkpoint.key}: {name} sketched",
+                ),
             ).astype(np.float64)
         if missing:
             self.run.log(column=subset.name, point=checkpoint.key, kernel=f"{name} sketched", sketch_size=size,

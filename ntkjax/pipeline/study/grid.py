@@ -24,10 +24,10 @@ from ntkjax.pipeline.evaluate import shot_records
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
 from ntkjax.pipeline.options import ModelOptions, SelectorOptions
-from ntkjax.pipeline.run_dir import package_version
 from ntkjax.pipeline.select import method_options
 from ntkjax.pipeline.study.arms import BASE, Arm
 from ntkjax.pipeline.study.spec import EMBEDDED, WHOLE, DomainSpec, StudySpec
+from ntkjax.pipeline.versions import package_version
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import check_size
 from ntkjax.training import NO_EFFECT, TrainConfig

@@ -66,6 +66,7 @@ class MethodSpec:
       warmup: ``shared``: the study's; ``none``: this arm selects with parameters that were not warmed up.
       parameters: what this arm trains (selection is as for all); default: the model's.
       learning_rates: this arm's own; default: the study's.
+      representations, algorithms: of method ``parts``: an arm for each pair, in the place of its option of that name.
     """
 
     method: str
@@ -75,6 +76,8 @@ class MethodSpec:
     warmup: Literal["shared", "none"] = "shared"
     parameters: Literal["lora", "all"] | None = None
     learning_rates: tuple[float, ...] = ()
+    representations: tuple[str, ...] = ()
+    algorithms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,8 @@ def domain_groups(
         return _groups(features(), count, problem.seed)
     manifest = {**problem.manifest, **options, "seed": problem.seed, "rows": "domain groups", "groups": count}
     path, members = problem.work_dir / "domain groups", len(problem.domain)
-    with RowStore.open(path, rows=members, width=1, dtype=np.int32, manifest=manifest) as store:
+    options = {"manifest": manifest, "together": problem.together}
+    with RowStore.open(path, rows=members, width=1, dtype=np.int32, **options) as store:
         if not store.done().all():
             groups = _groups(features(), count, problem.seed).astype(np.int32)
             groups = np.asarray(broadcast(jnp.asarray(groups)))

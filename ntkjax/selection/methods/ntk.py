@@ -22,7 +22,17 @@ from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
 from ntkjax.ntk.kernels import KernelFunctions, build, parse
 from ntkjax.ntk.precondition import PASSES, build_preconditioner
-from ntkjax.ntk.scores import MANY, MAX_TANGENTS, KernelScores, kernel_scores, score_directions
+from ntkjax.ntk.rows import Pass
+from ntkjax.ntk.scores import (
+    MANY,
+    MAX_TANGENTS,
+    ForwardScorer,
+    KernelScores,
+    Scorer,
+    SketchScorer,
+    kernel_scores,
+    score_directions,
+)
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.aggregation import BY_EXAMPLE, AggregationName, check_aggregation, compare_examples
@@ -148,13 +158,13 @@ class NtkSelector(NtkOptions, Stage1Selector):
             problem.params,
             domain[0],
             problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
-            rows=len(problem.pool),
-            method=self.scores,
+            rows=Pass(
+                len(problem.pool),
+                self.store(problem, "scores", width=len(domain) + 1),
+                progress=problem.progress and "score pool",
+            ),
             references=[*domain[1:], sample],
-            sketch=self.make_sketch(problem),
-            precondition=self.preconditioner(problem),
-            store=self.store(problem, "scores", width=len(domain) + 1),
-            progress=problem.progress and "score pool",
+            scorer=self.scorer(problem),
         )
         report = report | self.solved(scored.residual)
         by_group = self.along(scored, problem, kernel, candidates)
@@ -206,10 +216,12 @@ class NtkSelector(NtkOptions, Stage1Selector):
             kernel,
             problem.params,
             problem.pool.batches(token_budget=problem.token_budget, indices=candidates),
-            rows=len(problem.pool),
+            rows=Pass(
+                len(problem.pool),
+                self.store(problem, "norms", width=1),
+                progress=problem.progress and "gradient norms",
+            ),
             sketch=self.make_sketch(problem),
-            store=self.store(problem, "norms", width=1),
-            progress=problem.progress and "gradient norms",
         )
 
     def solved(self, residual: float | None) -> dict[str, Any]:
@@ -280,6 +292,11 @@ class NtkSelector(NtkOptions, Stage1Selector):
         """The projection of the paper's path, or None on the exact path."""
         return SKETCHES[self.sketch](self.sketch_size, problem.seed) if self.scores == "sketch" else None
 
+    def scorer(self, problem: SelectionProblem) -> Scorer:
+        """How the scores are computed."""
+        sketch = self.make_sketch(problem)
+        return ForwardScorer(self.preconditioner(problem)) if sketch is None else SketchScorer(sketch)
+
     def preconditioner(self, problem: SelectionProblem) -> Any:
         """P^-1 at theta from the domain's loss, or None."""
         return build_preconditioner(
@@ -303,4 +320,5 @@ class NtkSelector(NtkOptions, Stage1Selector):
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
         manifest = {**problem.manifest, **options, "n": problem.n, "seed": problem.seed, "rows": name}
         path: Path = problem.work_dir / name
-        return RowStore.open(path, rows=len(problem.pool), width=width, dtype=np.float32, manifest=manifest)
+        shared: dict[str, Any] = {"manifest": manifest, "together": problem.together}
+        return RowStore.open(path, rows=len(problem.pool), width=width, dtype=np.float32, **shared)

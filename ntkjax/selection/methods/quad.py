@@ -17,6 +17,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.precondition import build_preconditioner
+from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, mean_direction, scores_along
 from ntkjax.parallel import broadcast
 from ntkjax.rng import numpy_rng
@@ -222,8 +223,7 @@ class Probe:
             self.problem.params,
             [self.direction],
             self.batches(rows),
-            rows=len(self.problem.pool),
-            store=self.store,
+            rows=Pass(len(self.problem.pool), self.store),
         )
         return np.asarray(influences[rows, 0], np.float64)
 

@@ -1,0 +1,263 @@
+"""A mesh over the devices of several processes: every command gives there what it gives on one device.
+
+The equality matrix is marked slow; with ``-s`` it prints the rows of the table in docs/guide/several-machines.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file as read_safetensors
+
+from ntkjax.cli import main
+
+WORKER = Path(__file__).with_name("mesh_worker.py")
+ROOT = WORKER.parents[2]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def worker(load_file) -> ModuleType:
+    return load_file(WORKER)
+
+
+def job(folder: Path, processes: int, devices: int, steps: list[dict]) -> list[list[Any]]:
+    """What each of ``processes`` with ``devices`` simulated devices says of the steps, which all of them do."""
+    folder.mkdir()
+    (folder / "steps.json").write_text(json.dumps(steps))
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags), "NTKJAX_CACHE": str(folder / "data")}
+    if processes > 1:
+        common |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    running = []
+    for index in range(processes):
+        log = (folder / f"log.{index}").open("wb")
+        env = common | {"JAX_PROCESS_ID": str(index)}
+        command = [sys.executable, str(WORKER), str(folder)]
+        running.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder))
+    codes = [process.wait() for process in running]
+    logs = "\n".join((folder / f"log.{index}").read_text()[-3000:] for index in range(processes))
+    assert not any(codes), f"{codes}\n{logs}"
+    return [json.loads((folder / f"results.{index}.json").read_text()) for index in range(processes)]
+
+
+# -- what is compared: the numbers of a finished run, by name --
+
+
+def scores(out: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(out / "scores.parquet")
+    exact = {name: np.array(table[name].to_pylist(), np.float64) for name in ("votes", "rank", "selected")}
+    return exact | {"score": table["score"].to_numpy(zero_copy_only=False).astype(np.float64)}
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    kept = "adapter/adapter_model.safetensors" if (out / "adapter").is_dir() else "merged/model.safetensors"
+    losses = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    numbers = [line["loss"] if line["kind"] == "train" else line["dev_loss"] for line in losses]
+    return read_safetensors(out / kept) | {"losses": np.array(numbers)}
+
+
+def outcomes(out: Path) -> dict[str, np.ndarray]:
+    lines = [json.loads(line) for line in (out / "outcomes.jsonl").read_text().splitlines()]
+    texts = np.array([zlib.crc32(line["generated"].encode()) for line in lines], np.float64)
+    logs = np.array([line["logprobs"] for line in lines])
+    return {"nll": np.array([line["nll"] for line in lines]), "logprobs": logs, "texts": texts}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command with its flags, and the numbers of its run directory."""
+
+    name: str
+    flags: Callable[[Any], list[str]]
+    numbers: Callable[[Path], dict[str, np.ndarray]]
+
+    def argv(self, files: Any, out: Path, mesh: str | None = None) -> list[str]:
+        spread = [] if mesh is None else ["--mesh", mesh]
+        return [*self.flags(files), "--out", str(out), *spread]
+
+
+COMMON = ["--lora-rank", "2", "--token-budget", "512"]
+SELECT = [*COMMON, "--n", "5", "--warmup.batch-size", "4", "--warmup.learning-rate", "1e-3"]
+TUNE = [*COMMON, "--train.batch-size", "6", "--train.steps", "3", "--train.learning-rate", "1e-3"]
+EVALUATE = [*COMMON, "--generation", "--max-new-tokens", "8"]
+
+
+def cases() -> list[Case]:
+    found = []
+    for parameters in ("lora", "all"):
+        for packing in ("off", "on"):
+            how = ["--parameters", parameters, "--packing", packing]
+            name = f"{parameters}, {'packed' if packing == 'on' else 'padded'}"
+            select = lambda files, how=how: ["select", *files.flags("model", "domain", "pool"), *SELECT, *how]
+            tune = lambda files, how=how: ["finetune", *files.flags("model", "domain", "dev"), *TUNE, *how]
+            found += [Case(f"select, {name}", select, scores), Case(f"finetune, {name}", tune, weights)]
+    for packing in ("off", "on"):
+        evaluate = lambda files, packing=packing: [
+            "evaluate", *files.flags("model", "test"), *EVALUATE, "--packing", packing,
+        ]  # fmt: skip
+        found.append(Case(f"evaluate, {'packed' if packing == 'on' else 'padded'}", evaluate, outcomes))
+    return found
+
+
+CASES = {case.name: case for case in cases()}
+EXACT = ("votes", "rank", "selected", "texts")
+
+
+def worst(case: Case, spread: Path, one: Path) -> float:
+    """The largest difference of two runs, relative to the largest number of its kind; what is counted must be equal."""
+    found, expected = case.numbers(spread), case.numbers(one)
+    assert found.keys() == expected.keys()
+    largest = 0.0
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        if name in EXACT:
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+            continue
+        np.testing.assert_array_equal(np.isnan(found[name]), np.isnan(value), err_msg=name)
+        scale = float(np.nanmax(np.abs(value))) or 1.0
+        largest = max(largest, float(np.nanmax(np.abs(found[name] - value))) / scale)
+    return largest
+
+
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory) -> Callable[[str], Path]:
+    """The run directory of a case on one device of this process, run when first asked for."""
+    root, done = tmp_path_factory.mktemp("alone"), {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            done[name] = root / name.replace(", ", "-")
+            assert main(CASES[name].argv(files, done[name])) == 0
+        return done[name]
+
+    return run
+
+
+# -- in the usual suite: two processes of two devices, one job --
+
+QUICK = {
+    "select, lora, padded": "fsdp=4",
+    "finetune, all, packed": "data=2,fsdp=2",
+    "evaluate, padded": "data=2,model=2",
+}
+OTHER = "fsdp=2,model=2"
+
+
+@pytest.fixture(scope="module")
+def two(files, tmp_path_factory) -> dict[str, Any]:
+    """What two processes of two devices say of the steps below, by the name of the step."""
+    root = tmp_path_factory.mktemp("two")
+    model, out = files.model, root / "out"
+    refuse = lambda *argv: {"do": "command", "argv": [*argv, "--out", str(root / "refused")]}
+    evaluate = ["evaluate", *files.flags("model", "test"), *COMMON]
+    steps = {
+        "load": {"do": "load", "model": model, "mesh": "fsdp=4", "keep": str(root / "fsdp.npz")},
+        "load both": {"do": "load", "model": model, "mesh": OTHER, "keep": str(root / "both.npz")},
+        "save": {"do": "save", "folder": str(root / "state"), "mesh": "fsdp=4"},
+        "restore": {"do": "restore", "folder": str(root / "state"), "mesh": OTHER},
+        "no mesh": refuse(*evaluate),
+        "does not divide": refuse(*evaluate, "--mesh", "data=3"),
+        "tasks": refuse(*evaluate, "--mesh", "auto", "--tasks", "task.yaml"),
+        **{name: {"do": "command", "argv": CASES[name].argv(files, out / name, QUICK[name])} for name in QUICK},
+    }
+    said = job(root / "job", 2, 2, list(steps.values()))
+    return {"root": root, "out": out} | {name: [own[i] for own in said] for i, name in enumerate(steps)}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_give_on_a_mesh_what_one_device_gives(name, two, alone):
+    assert [said["code"] for said in two[name]] == [0, 0], two[name]
+    assert two[name][0]["out"] and not two[name][1]["out"]  # the first prints
+    assert worst(CASES[name], two["out"] / name, alone(name)) < TOLERANCE
+
+
+def test_each_process_reads_the_bytes_of_its_own_shards(two, files):
+    from ntkjax.models import load_lm
+    from ntkjax.models.lm import paths
+
+    whole = load_lm(files.model, lora=None)
+    flat = paths(whole.params)
+    split = {path: leaf.nbytes for path, leaf in flat.items() if whole.config.split(path).data is not None}
+    rest = sum(leaf.nbytes for path, leaf in flat.items() if path not in split)
+    assert whole.report.bytes_read == whole.report.weight_bytes == sum(split.values()) + rest
+    for said in two["load"]:  # two devices of four: half of what fsdp divides, and all of what it does not
+        assert said["counted"] == said["reported"] == sum(split.values()) // 2 + rest
+        assert said["all"] == whole.report.weight_bytes
+    for name in ("fsdp", "both"):
+        kept = np.load(two["root"] / f"{name}.npz")
+        assert set(kept) == set(flat)
+        for path, leaf in flat.items():
+            np.testing.assert_array_equal(kept[path], leaf, err_msg=path)
+
+
+def test_what_was_read_is_told_by_each_and_recorded_by_the_first(two):
+    name = "select, lora, padded"
+    recorded = json.loads((two["out"] / name / "data.json").read_text())["weights"]
+    for index, (said, count) in enumerate(zip(two[name], recorded["read_by_process"], strict=True)):
+        assert f"process {index} of 2: read {count:,} of {recorded['bytes']:,} bytes of weights" in said["err"]
+        assert 0 < count < recorded["bytes"]
+
+
+def test_a_checkpoint_of_all_processes_is_restored_elsewhere_bit_for_bit(two, worker):
+    assert len(two["save"][0]["files"]) >= 2, "one process alone wrote it"
+    everywhere = dict.fromkeys(worker.SIZES, True)
+    for said in two["restore"]:
+        assert said == {"same": everywhere, "as_asked": everywhere, "progress": {"step": 3}}
+    for mesh in (None, "model=8", "data=2,fsdp=4"):  # one process: one device, eight devices
+        said = worker.restore(str(two["root"] / "state"), mesh)
+        assert said["same"] == everywhere and said["as_asked"] == everywhere, mesh
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no mesh", "evaluate runs in one process, and this job has 2; start one, or give --mesh"),
+        (
+            "does not divide",
+            "a mesh of data=3 x model=1 needs 3 devices and there are 4: the nearest that fits",
+        ),
+        ("tasks", "--tasks: lm-eval runs its tasks in one process, and this job has 2"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(name, message, two):
+    for said in two[name]:
+        assert said["code"] == 2 and message in said["err"]
+    assert not (two["root"] / "refused").exists()
+
+
+# -- the whole matrix --
+
+MATRIX = {
+    2: ("data=4", "data=2,fsdp=2", "data=2,model=2", "fsdp=4"),
+    4: ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,model=2", "fsdp=8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [(count, mesh) for count, meshes in MATRIX.items() for mesh in meshes])
+def test_every_command_gives_the_same_on_every_mesh(processes, mesh, files, alone, tmp_path):
+    steps = [{"do": "command", "argv": case.argv(files, tmp_path / name, mesh)} for name, case in CASES.items()]
+    for said in zip(*job(tmp_path / "job", processes, 2, steps)):
+        assert [own["code"] for own in said] == [0] * processes, said
+    found = {name: worst(case, tmp_path / name, alone(name)) for name, case in CASES.items()}
+    for name, difference in found.items():
+        print(f"\n| {name} | {processes} x 2 | {mesh} | {difference:.0e} |", end="")
+    assert max(found.values()) < TOLERANCE, found
