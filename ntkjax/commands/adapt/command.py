@@ -34,10 +34,10 @@ from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
 from ntkjax.pipeline.deduplicate import summary, totals
 from ntkjax.pipeline.evaluate import shot_records
-from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.inputs import Inputs, inputs_of
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading
-from ntkjax.pipeline.run_dir import Inputs, RunDir
+from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
 from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import FAILURE, Runner

@@ -208,7 +208,7 @@ def pick(grid: Grid, which: Which, path: Path) -> Task:
     proposed = [label for label in grid.focus if label in labels]
     wanted: dict[str, Any] = {"arm": which.arm or (proposed or labels)[0]}
     wanted |= {name: getattr(which, name) for name in ("domain", "size", "budget", "seed")}
-    flags = {"arm": "--arm"} | {name: f"--of-{name}" for name in ("domain", "size", "budget", "seed")}
+    flags = dict(zip(wanted, ("--arm", "--of-domain", "--of-size", "--of-budget", "--of-seed")))
     of = {
         "arm": lambda task: task.arm.label,
         "domain": lambda task: task.condition.domain,
