@@ -128,19 +128,18 @@ OF_EVERY_METHOD = {
 
 FLAGS = """
 adam adapter aggregation algorithm arms-per-round buckets cg-iterations cg-tolerance classifier-sample
-classifier-share core-share curvature
-damping dedup.mode dedup.shingle dedup.threshold direction diversity diversity-factor diversity-kernel domain
-domain-clusters domain-groups dry-run dtype entropy-high entropy-keep entropy-low exploration graph-edges
-graph-features graph-nodes graph-steps gumbel kernel lora-alpha lora-rank lora-targets loss-turns max-length mesh
-method model n nearest neighbours on-bad-record order out packing parameters perplexity pool pool-clusters
-pool-sample precondition prefilter-factor probe-factor probes remat representation scores seed selected-format
-semantic-samples semantic-similarity semantic-tokens sentence-model similarity sketch sketch-size skip-warmup stage1
-test token-budget tracker trajectory transport-alpha transport-scale transport-sigma uot-domain uot-epsilon
-uot-iterations uot-pool walk-core warmup.accumulation warmup.b1 warmup.b2 warmup.batch-size warmup.buckets warmup.clip-norm
-warmup.domain-share warmup.epochs warmup.eps warmup.eval-every warmup.keep-checkpoints warmup.learning-rate
-warmup.lift-interval warmup.lift-rank warmup.loss-reweighting warmup.max-buckets warmup.micro-batch-tokens
-warmup.patience warmup.restore-best warmup.reweighting-temperature warmup.save-every warmup.schedule warmup.steps
-warmup.tracker warmup.warmup-ratio warmup.weight-decay weights
+classifier-share core-share curvature damping dedup.mode dedup.shingle dedup.threshold direction diversity
+diversity-factor diversity-kernel domain domain-clusters domain-groups dry-run dtype entropy-high entropy-keep
+entropy-low exploration graph-edges graph-features graph-nodes graph-steps gumbel kernel lora-alpha lora-rank
+lora-targets loss-turns max-length mesh method model n nearest neighbours on-bad-record order out packing parameters
+perplexity pool pool-clusters pool-sample precondition prefilter-factor probe-factor probes remat representation
+scores seed selected-format semantic-samples semantic-similarity semantic-tokens sentence-model similarity sketch
+sketch-size skip-warmup stage1 test token-budget tracker trajectory transport-alpha transport-scale transport-sigma
+uot-domain uot-epsilon uot-iterations uot-pool walk-core warmup.accumulation warmup.b1 warmup.b2 warmup.batch-size
+warmup.buckets warmup.clip-norm warmup.domain-share warmup.epochs warmup.eps warmup.eval-every warmup.keep-checkpoints
+warmup.learning-rate warmup.lift-interval warmup.lift-rank warmup.loss-reweighting warmup.max-buckets
+warmup.micro-batch-tokens warmup.patience warmup.restore-best warmup.reweighting-temperature warmup.save-every
+warmup.schedule warmup.steps warmup.tracker warmup.warmup-ratio warmup.weight-decay weights
 """.split()  # noqa: SIM905
 
 
