@@ -9,7 +9,8 @@ Runtime:  experiments/README.md; every finished training is kept, and more subse
 Expect:   experiments/README.md, "Do scores predict training?". A score that is right about single examples has an LDS
           near the ceiling, which two seeds of the same subsets give; `random` shows what chance looks like.
 
-All methods and kernels on one set of trainings: `ntkjax validate` with the sizes below.
+All methods and kernels on one set of trainings: `ntkjax validate` with the sizes below. --methods perplexity ifd
+loss-drop for-value trak parts judges some alone, by the trainings that --out holds.
 """
 
 from __future__ import annotations
