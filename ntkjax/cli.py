@@ -1,7 +1,7 @@
 """The command line: ``ntkjax COMMAND`` and flags. Its flags are the fields of the command's config.
 
 Exit codes: 0 done, 1 done but for runs of a study that failed, 2 something the user can mend (printed in a line or two,
-no traceback), 130 interrupted.
+no traceback), 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ntkjax.parallel import barrier, is_primary, start
     from ntkjax.pipeline.help import asks_for_help, help_config
     from ntkjax.pipeline.programs import keep_programs
+    from ntkjax.preemption import EXIT_CODE, Preempted, heeded
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {name: load_command(name) for name in COMMANDS}
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if count > 1 and not (command.divides or meshed):
             mesh = ", or give --mesh (such as --mesh auto) to run on the devices of all" if command.spans else ""
             raise ConfigError(f"{name} runs in one process, and this job has {count}; start one{mesh}")
-        text, code = command.from_command_line(config)
+        with heeded():
+            text, code = command.from_command_line(config)
         barrier("end")  # whoever leaves first would end the others
         if is_primary():
             print(text)
@@ -68,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used; check it")
         return _fail(f"{error.filename or 'a file'}: {error.strerror}. What was finished is kept; make room or choose "
                      "another --out, then run the same command again to go on.")  # fmt: skip
+    except Preempted:
+        print("\nended by SIGTERM; run the same command again to go on from what is finished", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from what is finished", file=sys.stderr)
         return 130

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ntkjax.errors import UserError
 from ntkjax.parallel import data_parallel, shard_batch, spans_processes, to_host
+from ntkjax.preemption import Preempted, deferred
 from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
 from ntkjax.training.loss_reweighting import LossReweighting
@@ -141,7 +142,11 @@ class Run:
         stream = ((rows, *self.padding.collate(self.train_data, rows)) for rows in self.plan.batches(first, self.steps))
         running: RunningStep | None = None
         upcoming: Any = next(stream)
-        with tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar:
+        together = spans_processes(self.mesh)
+        with (
+            tqdm(total=self.steps, initial=first, disable=not show, unit="step", desc="fine-tuning") as bar,
+            deferred(together) as must_end,
+        ):
             # One step runs ahead of what is read. Step k is sent to the device, batch k + 1 is built, and only then the
             # numbers of step k - 1 are read, which waits for them: the device always has a step to do. Where an
             # evaluation or a checkpoint is due after step k it is read too, before either, since `self.progress`, which
@@ -151,7 +156,8 @@ class Run:
                 running = self.begin_step(step, *upcoming)
                 upcoming = next(stream, None)
                 step, last = step + 1, step + 1 == self.steps
-                due = step % self.eval_every == 0, step % self.save_every == 0
+                ending = must_end(step)
+                due = step % self.eval_every == 0, step % self.save_every == 0 or ending
                 for done in (behind, running if last or any(due) else None):
                     if done is not None:
                         bar.set_postfix(loss=f"{self.end_step(done):.4f}", refresh=False)
@@ -165,6 +171,8 @@ class Run:
                     self.save()
                 if self.progress.stopped_early:
                     return
+                if ending and not last:
+                    raise Preempted(f"training stopped after step {step}")
 
     def begin_step(self, step: int, rows: np.ndarray, batch: Batch, accumulation: int) -> RunningStep:
         """Send optimiser step ``step`` + 1 to the device, without waiting for it."""

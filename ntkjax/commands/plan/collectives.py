@@ -164,8 +164,9 @@ def main(settings: dict[str, Any]) -> Counted:
     kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn))
     stacked = Direction(jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, 1, *p.shape), jnp.float32), params))
     program = score_batch.lower(kernel, params, stacked, shaped).compile()
-    memory = program.memory_analysis()
-    text = program.as_text()
+    text, memory = program.as_text(), program.memory_analysis()
+    if text is None or memory is None:
+        raise UserError("the compiler of this machine's jax tells nothing of its programs; expected that of CPUs")
     return Counted(count(text, mesh.size, config.num_layers), int(memory.temp_size_in_bytes))
 
 

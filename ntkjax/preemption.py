@@ -1,0 +1,75 @@
+"""SIGTERM, the notice that a machine is about to be taken away (Slurm, Kubernetes and spot machines send it).
+
+Passes write rows as they go and can be stopped anywhere: there SIGTERM raises `Preempted`. Training holds a state that
+only a checkpoint keeps: there it is noted, and the loop saves after the step at hand before it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from ntkjax.parallel import process
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Preempted(KeyboardInterrupt):
+    """This process was asked to end; like Ctrl-C, no ``except Exception`` holds it."""
+
+
+class _Handler:
+    """What SIGTERM does: signals are the process's, and so is this."""
+
+    def __init__(self) -> None:
+        self.deferred, self.noted = 0, False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.deferred and not self.noted:
+            self.noted = True
+            return
+        raise Preempted("SIGTERM")
+
+
+_HANDLER = _Handler()
+
+
+@contextlib.contextmanager
+def heeded() -> Iterator[None]:
+    """Inside, SIGTERM raises `Preempted`, or is noted where it is `deferred`; a second one raises in any case.
+
+    Only the main thread can ask for it, where nobody else handles SIGTERM. In a job of several processes jax does: it
+    lets them agree on a step (`deferred`).
+    """
+    free = threading.current_thread() is threading.main_thread() and process()[1] == 1
+    if not free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _HANDLER)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _HANDLER.noted = False
+
+
+@contextlib.contextmanager
+def deferred(together: bool = False) -> Iterator[Callable[[int], bool]]:
+    """Inside, SIGTERM is noted: gives a function of the step, which tells whether to save and end now.
+
+    Args:
+      together: the steps are those of all processes of the job, which must all ask at every step: they are told to end
+        at the same one, whichever of them was noticed.
+    """
+    if together:
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        yield reached_preemption_sync_point
+        return
+    _HANDLER.deferred += 1
+    try:
+        yield lambda step: _HANDLER.noted
+    finally:
+        _HANDLER.deferred -= 1
