@@ -55,8 +55,9 @@ demo: $(STAMP)
 	$(VENV)/bin/ntkjax demo
 
 # SmolLM2-135M-Instruct into build/models (or $NTKJAX_MODELS), for --model real; what is there is not fetched again.
+# MODEL=gemma3: Gemma 3 270M, for --model gemma3, once its terms are accepted (docs/guide/real-model.md).
 real-model: $(STAMP)
-	$(VENV)/bin/python -m ntkjax.assets.make_real_model
+	$(VENV)/bin/python -m ntkjax.assets.make_real_model $(MODEL) $(if $(filter yes,$(ACCEPT_TERMS)),--accept-terms)
 
 # A file's tests stay in one worker (--dist loadfile), so that what they share is made once. A test that hangs is stopped
 # after 15 minutes with its traceback; those of `make test-slow` may take longer.

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkjax.devices import peak_tflops
 from ntkjax.models.attention import attend
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.functions import param_shapes
@@ -69,12 +70,6 @@ TINY = {
     ),
 }  # fmt: skip
 
-# Dense bfloat16 TFLOP/s of one device, by the vendors' data sheets; the first name that the device's kind contains.
-PEAKS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
-    "TPU v6": 918, "TPU v5p": 459, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v4": 275,
-}  # fmt: skip
-
 PAPER_GPU_HOURS = 31  # A100-hours that arXiv 2511.07380 reports for its selection
 CANDIDATES = 36_000  # 4 N, N = 9,000: what stage 1 leaves
 PASSES = {"forward": 1, "score": 2, "direction": 2, "train": 2, "features": 2}
@@ -99,11 +94,6 @@ LINES = (
 )
 SHAPES = ((8, 2048, 16, 8, 128), (32, 512, 16, 8, 128), (8, 2048, 9, 3, 64))
 """Of the attention lines: rows, tokens, heads, key/value heads, head size."""
-
-
-def peak_tflops(kind: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a device kind, or None where it is not in the table."""
-    return next((float(value) for name, value in PEAKS.items() if name in kind), None)
 
 
 def flops_per_token(config: ModelConfig, length: float) -> float:

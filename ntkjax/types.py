@@ -123,6 +123,20 @@ def owned(batch: Batch) -> Bool[Array, "R S T"] | None:
     return owner[:, None, :] == jnp.arange(slots, dtype=owner.dtype)[None, :, None]
 
 
+def sequence_lengths(batch: Batch) -> Int[Array, "R T"]:
+    """How many tokens the example has that each token belongs to, int32 [R, T]; in packed choices the prompt with the
+    longest choice. At padding any number.
+    """
+    shape = batch.tokens.shape
+    if batch.positions is None:
+        return jnp.broadcast_to(jnp.asarray(batch.lengths)[:, None], shape)
+    positions, owners = jnp.asarray(batch.positions), owned(batch)
+    if owners is None:
+        return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, shape)
+    of_slot = jnp.max(jnp.where(owners, positions[:, None, :] + 1, 0), axis=2)
+    return jnp.take_along_axis(of_slot, jnp.maximum(jnp.asarray(batch.examples), 0), axis=1)
+
+
 def count_positions(batch: Batch, mask: Bool[Array, "R T"]) -> Int[Array, " B"]:
     """How many positions of each example are True in ``mask``, int32 [B]; 0 for an empty slot."""
     owners = owned(batch)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng", "files"),
-    ("store", "parallel", "fingerprint", "tangents"),
+    ("store", "parallel", "fingerprint", "tangents", "devices"),
     ("data",),
     ("models",),
     ("ntk",),

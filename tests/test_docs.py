@@ -224,6 +224,7 @@ def test_the_generated_flags_are_those_of_the_classes(generate, pages):
             "file",
             "study",
             "run",
+            "command",
         }
 
 

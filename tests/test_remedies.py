@@ -24,7 +24,7 @@ from ntkjax.commands import COMMANDS, load_command
 PACKAGE = Path(ntkjax.__file__).parent
 OWN_PARSER = {"assets/make_tiny_lm.py", "assets/make_real_model.py"}
 """Scripts whose flags are their own, or pip's."""
-OTHER_PROGRAMS = {"--no-deps": "pip", "--porcelain": "git"}
+OTHER_PROGRAMS = {"--no-deps": "pip", "--porcelain": "git", "--xla_force_host_platform_device_count": "xla"}
 OTHER_PACKAGES = {
     *("JAX_COORDINATOR_ADDRESS", "JAX_ENABLE_X64", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),  # the environment, of jax
     *("safe_serialization", "max_shard_size", "pad_token", "eos_token", "tokenizer_config", "lm_head"),  # transformers

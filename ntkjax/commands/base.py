@@ -24,6 +24,8 @@ class Command:
       spans: whether it runs on a mesh over the devices of all processes of a job.
       dry_run: ``dry_run(config, progress=...) -> result``: what runs instead where the config has ``dry_run`` True;
         None for a command without it.
+      grid: ``grid(config) -> Grid``: of a command that compares arms, its grid (`ntkjax.pipeline.study.grid`) with
+        model and data loaded and nothing computed; None for the others.
     """
 
     config: type
@@ -32,6 +34,7 @@ class Command:
     divides: bool = False
     spans: bool = False
     dry_run: Callable[..., Any] | None = None
+    grid: Callable[[Any], Any] | None = None
 
     def start(self, config: Any, *, progress: bool = True) -> Any:
         """Do the work, or the dry run where the config asks for it."""

@@ -133,15 +133,23 @@ def score_packed(
     Batches are grouped by packed length, longest first; each length has one number of rows and of scored
     tokens, so the scorer compiles once for each. With ``packing`` a row of `ROW_LENGTH` tokens (more where an example
     needs it) holds several examples. The rows of a batch are spread over the model's ``mesh``, where it has one, and
-    the budget is that of each part of them.
+    the budget is that of each part of them. Where the model's rotary frequencies depend on a sequence's length, choices
+    of one example that would turn differently are scored in sequences of their own.
 
     Args:
       model: anything with the callable pytrees ``states_fn(params, batch) -> [B, T, D]`` and
         ``head_fn(params) -> [V, D]``.
     """
     states_fn, head_fn = as_pytree_fn(model.states_fn), as_pytree_fn(model.head_fn)
-    lengths = np.asarray([p.tokens.size for p in packed], dtype=np.int32)
     _check_positions(model, packed)
+    together = [_turn_alike(model, p.lengths()) for p in packed]
+    if not all(together):
+        apart = [i for i, alike in enumerate(together) for _ in range(1 if alike else packed[i].choices)]
+        parts = [p for i, p in enumerate(packed) for p in ([p] if together[i] else map(p.alone, range(p.choices)))]
+        options = {"token_budget": token_budget, "max_buckets": max_buckets, "packing": packing}
+        yield from _joined(score_packed(model, params, parts, **options), apart)
+        return
+    lengths = np.asarray([p.tokens.size for p in packed], dtype=np.int32)
     buckets = most_buckets(6) if max_buckets is None else max_buckets
     mesh = getattr(model, "mesh", None)  # a stub may have none
     parts = data_parallel(mesh)
@@ -153,6 +161,30 @@ def score_packed(
             (int(i), packed[i].sums(log_probs[row, start : start + packed[i].target.size]))
             for i, row, start in zip(b.rows, b.places, b.starts)
         ]
+
+
+def _turn_alike(model: Any, lengths: np.ndarray) -> bool:
+    """Whether sequences of these lengths have the same rotary frequencies."""
+    config = getattr(model, "config", None)  # a stub may have none
+    if config is None or not config.turns_by_length:
+        return True
+    end = config.same_turns_until(int(lengths.min()))
+    return end is None or int(lengths.max()) <= end
+
+
+def _joined(
+    scored: Iterator[list[tuple[int, np.ndarray]]], owners: Sequence[int]
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """What ``scored`` gives of parts, by the ``owners`` of the parts: an owner comes as soon as all its parts did."""
+    waiting = {owner: list[int]() for owner in owners}
+    for part, owner in enumerate(owners):
+        waiting[owner].append(part)
+    found: dict[int, np.ndarray] = {}
+    for batch in scored:
+        found |= dict(batch)
+        done = {owners[part]: waiting[owners[part]] for part, _ in batch}
+        whole = {owner: parts for owner, parts in done.items() if all(part in found for part in parts)}
+        yield [(owner, np.concatenate([found.pop(part) for part in parts])) for owner, parts in whole.items()]
 
 
 def _padded(
@@ -183,9 +215,8 @@ def _check_positions(model: Any, packed: Sequence[Packed]) -> None:
     limit = getattr(config, "position_limit", None)
     longest = max((int(p.positions.max()) + 1 for p in packed), default=0)
     if limit is not None and longest > limit:
-        reach = getattr(config, "limited_by", "learned positions")
         raise UserError(
-            f"an example of {longest} tokens does not fit the model's {limit} {reach}; "
+            f"an example of {longest} tokens does not fit the model's {limit} learned positions; "
             f"set max_length to {limit} or less"
         )
 

@@ -41,6 +41,26 @@ class Packed:
     choices: int
     dropped: int
 
+    def lengths(self) -> np.ndarray:
+        """int64 [C]: tokens of the prompt with each choice, as it is alone."""
+        return (self.segments == 0).sum() + np.bincount(self.segments, minlength=self.choices + 1)[1:]
+
+    def alone(self, choice: int) -> Packed:
+        """The sequence with one of its choices, numbered from 0."""
+        kept, scored = np.isin(self.segments, (0, choice + 1)), np.isin(self.branch, (0, choice + 1))
+        place = np.cumsum(kept, dtype=np.int32) - 1
+        one = lambda x: np.minimum(x, 1).astype(np.int32)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[kept],
+            segments=one(self.segments[kept]),
+            positions=self.positions[kept],
+            predictor=place[self.predictor[scored]],
+            target=self.target[scored],
+            branch=one(self.branch[scored]),
+            choices=1,
+        )
+
     def counts(self) -> np.ndarray:
         """int64 [C]: scored tokens of each choice, the shared ones included."""
         return self._per_choice(np.ones(self.branch.size)).astype(np.int64)

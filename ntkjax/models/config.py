@@ -148,19 +148,28 @@ class ModelConfig(ModelShape):
 
     @property
     def position_limit(self) -> int | None:
-        """The longest sequence that the model can take at all: ``max_positions`` where positions are learned, and what
-        longrope and dynamic rotary positions allow (RopeConfig); None for any.
-        """
-        limits = [self.max_positions] if self.learned_positions else []
-        for rope in (layer.rope for layer in self.layers if layer.rope is not None):
-            limits += {"longrope": [rope.original_max_positions], "dynamic": [self.max_positions]}.get(rope.kind, [])
-        return min(limits, default=None)
+        """The longest sequence that the model can take at all: ``max_positions`` where positions are learned; None for
+        any."""
+        return self.max_positions if self.learned_positions else None
 
     @property
-    def limited_by(self) -> str:
-        """What ``position_limit`` counts, for errors: "learned positions", or the rotary positions of that kind."""
-        kinds = sorted({layer.rope.kind for layer in self.layers if layer.rope is not None} & {"dynamic", "longrope"})
-        return "learned positions" if self.learned_positions else f"positions of rope_type {' and '.join(kinds)}"
+    def turns_by_length(self) -> bool:
+        """Whether rotary frequencies depend on how many tokens a sequence has (RopeConfig: longrope, dynamic)."""
+        return any(rope.kind in ("longrope", "dynamic") for rope in _ropes(self))
+
+    def same_turns_until(self, length: int) -> int | None:
+        """The longest sequence whose rotary frequencies are those of one of ``length`` tokens; None for any longer one.
+
+        Up to original_max_positions longrope has one set of frequencies, beyond it another. Dynamic ones are the same
+        up to max_positions, and differ for every length beyond.
+        """
+        ends = []
+        for rope in _ropes(self):
+            if rope.kind == "longrope" and length <= rope.original_max_positions:
+                ends.append(rope.original_max_positions)
+            if rope.kind == "dynamic":
+                ends.append(max(length, self.max_positions))
+        return min(ends, default=None)
 
     @property
     def embed_scale(self) -> float | None:
@@ -217,6 +226,10 @@ class ModelConfig(ModelShape):
 def _layers(config: ModelConfig) -> tuple[LayerSpec, ...]:
     family = family_of(config.family)
     return tuple(family.layer(config, i) for i in range(config.num_layers))
+
+
+def _ropes(config: ModelConfig) -> tuple[RopeConfig, ...]:
+    return tuple(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
 
 
 def _settings(value: Any) -> dict[str, Any]:

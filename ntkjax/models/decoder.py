@@ -43,25 +43,26 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         segments: Int[Array, "B T"] | None = None,
         examples: Int[Array, "B T"] | None = None,
+        extents: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the last norm, float32 or better [B, T, D], and the extended cache (None without one).
 
         ``positions`` None means 0, 1, ... from the start of the sequence, or from ``cache.lengths``.
-        ``segments`` and ``examples`` as in Batch; not together with a cache. UserError when the sequence or the cache
-        is longer than positions reach (ModelConfig.position_limit).
+        ``segments`` and ``examples`` as in Batch; not together with a cache. ``extents``: see make_context. UserError
+        when the sequence or the cache is longer than positions reach (ModelConfig.position_limit).
         """
         c, limit = self.spec.config, self.spec.config.position_limit
         needed = tokens.shape[1] if cache is None else cache.keys.shape[2]
         # Given positions (packed choices restart them) are below T; only the default ones reach T - 1.
         if limit is not None and needed > limit and positions is None:
             raise UserError(
-                f"a sequence of {needed} tokens is longer than the model's {limit} {c.limited_by}: "
+                f"a sequence of {needed} tokens is longer than the model's {limit} learned positions: "
                 "shorten the prompts, the answers or the batch's length"
             )
         x = self.embed(tokens)
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
-        positions, context = make_context(c, tokens, positions, cache, segments, examples, x.dtype)
+        positions, context = make_context(c, tokens, positions, cache, segments, examples, x.dtype, extents)
         if c.learned_positions:
             x = x + self.wpe(positions)
         x, cache = scan_layers(self.layers, x, context, cache, self.spec)

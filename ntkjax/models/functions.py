@@ -26,6 +26,7 @@ from ntkjax.types import (
     count_positions,
     owned,
     predict_mask,
+    sequence_lengths,
     valid_mask,
 )
 
@@ -80,9 +81,10 @@ def forward(
     cache: KVCache | None = None,
     segments: Int[Array, "B T"] | None = None,
     examples: Int[Array, "B T"] | None = None,
+    extents: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Hidden states after the last norm [B, T, D], float32 or better, and the extended cache. See Decoder.forward."""
-    return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments, examples)
+    return nnx.merge(structure(spec)[0], weights).forward(tokens, positions, cache, segments, examples, extents)
 
 
 def head_weight(weights: dict) -> Float[Array, "V D"]:
@@ -317,7 +319,8 @@ class ModelFn:
         tokens = jnp.asarray(batch.tokens)
         optional = lambda x: None if x is None else jnp.asarray(x)
         positions, segments, examples = map(optional, (batch.positions, batch.segments, batch.examples))
-        states, _ = forward(self.spec, weights, tokens, positions, segments=segments, examples=examples)
+        extents = sequence_lengths(batch) if self.spec.config.turns_by_length else None
+        states, _ = forward(self.spec, weights, tokens, positions, None, segments, examples, extents)
         if self.kind == "states":
             return states
         if self.kind in ("embed", "weighted_embed"):

@@ -37,7 +37,9 @@ def generate(
     """Continue each prompt by up to ``max_new_tokens`` tokens; the new tokens alone, in the order of the prompts.
 
     A continuation ends with the first stop token, which is kept: one without it was cut at
-    ``max_new_tokens``. A prompt's continuation does not depend on the others': padding is never attended to,
+    ``max_new_tokens``. Each token follows from the whole sequence before it: where rotary frequencies depend on a
+    sequence's length, the cache is made anew when they change (longrope once, dynamic ones for every token beyond
+    max_positions). A prompt's continuation does not depend on the others': padding is never attended to,
     and its random stream is ``key`` folded with its place in ``prompts``. On a mesh every device takes all rows: only
     the weights are spread.
 
@@ -59,29 +61,45 @@ def generate(
     weights, stop = overlay(model.params, params), jnp.asarray(_stop_tokens(model, stop_tokens), jnp.int32)
     key = _typed(key)
     results: list[list[int]] = [[] for _ in prompts]
-    for bucket, members in _buckets([len(p) for p in prompts], limit).items():
-        size = bucket + max_new_tokens
-        size = size if limit is None else min(size, limit)
-        for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
-            tokens, lengths, index = _pad([prompts[i] for i in chosen], chosen, bucket, batch_size)
-            settings = jnp.asarray([temperature, top_p], jnp.float32)
-            out = _continue(
-                model.spec,
-                size,
-                max_new_tokens,
-                temperature > 0,
-                weights,
-                tokens,
-                lengths,
-                index,
-                stop,
-                key,
-                settings,
-            )
-            for i, row in zip(chosen, to_host(out).tolist()):
-                results[i] = row[: row.index(-1)] if -1 in row else row
+    settings, ends = jnp.asarray([temperature, top_p], jnp.float32), set(np.asarray(stop).tolist())
+    pending = list(range(len(prompts)))
+    while pending:
+        texts = [prompts[i] + results[i] for i in pending]
+        for bucket, members in _buckets([len(text) for text in texts], limit).items():
+            size = bucket + max_new_tokens
+            size = size if limit is None else min(size, limit)
+            for start in range(0, len(members), batch_size):
+                some = members[start : start + batch_size]
+                chosen = [pending[i] for i in some]
+                tokens, lengths, index = _pad([texts[i] for i in some], chosen, bucket, batch_size)
+                began = np.zeros_like(lengths)
+                began[: len(some)] = [len(results[i]) for i in chosen]
+                room = np.asarray([_room(model.config, n, max_new_tokens) for n in lengths.tolist()], np.int32)
+                steps = np.stack([began, np.minimum(max_new_tokens, began + room)])
+                out = _continue(
+                    model.spec,
+                    size,
+                    max_new_tokens,
+                    temperature > 0,
+                    weights,
+                    tokens,
+                    lengths,
+                    index,
+                    stop,
+                    key,
+                    settings,
+                    steps,
+                )
+                for i, row in zip(chosen, to_host(out).tolist()):
+                    results[i] += row[: row.index(-1)] if -1 in row else row
+        pending = [i for i in pending if results[i][-1] not in ends and len(results[i]) < max_new_tokens]
     return results
+
+
+def _room(config: ModelConfig, length: int, most: int) -> int:
+    """How many tokens, at most ``most``, follow from sequences that turn as one of ``length`` tokens does."""
+    end = config.same_turns_until(length)
+    return most if end is None else min(most, end - length + 1)
 
 
 def _check_options(max_new_tokens: int, key: Array | None, temperature: float, top_p: float, batch_size: int) -> None:
@@ -114,7 +132,7 @@ def _check_prompt(i: int, prompt: list[int], config: ModelConfig, new: int) -> N
     if limit is not None and len(prompt) + new > limit:
         raise UserError(
             f"prompt {i}: {len(prompt)} tokens and max_new_tokens = {new} do not fit the model's {limit} "
-            f"{config.limited_by}: shorten the prompt or ask for fewer tokens"
+            "learned positions: shorten the prompt or ask for fewer tokens"
         )
 
 
@@ -159,35 +177,39 @@ def _continue(
     stop: Int[Array, " E"],
     key: Array,
     settings: Float[Array, "2"],
+    steps: Int[Array, "2 B"],
 ) -> Int[Array, "B N"]:
-    """New tokens [B, new], -1 after a row's stop token and in filler rows. ``settings``: temperature and top_p."""
-    rows = tokens.shape[0]
+    """New tokens [B, new], -1 after a row's stop token and in filler rows. ``settings``: temperature and top_p.
+    ``steps``: of each row the number of its first new token and the number at which it ends, at most ``new`` apart.
+    """
+    rows, (began, ended) = tokens.shape[0], steps
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.maximum(index, 0))
 
     def choose(hidden: Array, step: Array) -> Array:
         logits = at_least_float32(project(spec, weights, hidden))
         if not sampled:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return _sample(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step), settings)
+        return _sample(logits, jax.vmap(jax.random.fold_in)(keys, began + step), settings)
 
     def stops(token: Array) -> Bool[Array, " B"]:
         return jnp.any(token[:, None] == stop[None, :], axis=-1)
 
     def body(state):
         step, token, done, cache, out = state
-        hidden, cache = forward(spec, weights, token[:, None], cache=cache)
+        hidden, cache = forward(spec, weights, token[:, None], cache=cache, extents=extents[:, :1])
         token = choose(hidden[:, 0], step)
         out = jax.lax.dynamic_update_slice(out, jnp.where(done, -1, token)[:, None], (jnp.int32(0), step))
-        return step + 1, token, done | stops(token), cache, out
+        return step + 1, token, done | stops(token) | (began + step + 1 >= ended), cache, out
 
     # The prompt's keys and values in one pass; its padding is overwritten by the tokens that follow.
-    hidden, cache = forward(spec, weights, tokens, cache=KVCache.zeros(spec, rows, cache_size))
+    extents = jnp.broadcast_to(lengths[:, None], tokens.shape)
+    hidden, cache = forward(spec, weights, tokens, cache=KVCache.zeros(spec, rows, cache_size), extents=extents)
     assert cache is not None
     cache = KVCache(cache.keys, cache.values, lengths)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     first, filler = choose(last, jnp.int32(0)), index < 0
     out = jnp.full((rows, new), -1, jnp.int32).at[:, 0].set(jnp.where(filler, -1, first))
-    state = (jnp.int32(1), first, filler | stops(first), cache, out)
+    state = (jnp.int32(1), first, filler | stops(first) | (began + 1 >= ended), cache, out)
     return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[2]), body, state)[4]
 
 

@@ -142,7 +142,7 @@ def _config(file: GgufFile, family: Family, naming: Gguf) -> ModelConfig:
         inner = key.removeprefix(f"{prefix}.")
         if inner == key or value in (0, False, "", []):
             continue
-        if inner not in KEYS and inner not in _READ:
+        if inner not in KEYS and inner not in _READ and inner not in naming.keys:
             raise reader.fail(f"key {key!r} = {value!r} is not known, and may change what the model computes; {_HF}")
         if isinstance(value, list):
             raise reader.fail(f"{key} = {value!r}, another for each layer, is not supported; {_HF}")
@@ -166,9 +166,11 @@ def _config(file: GgufFile, family: Family, naming: Gguf) -> ModelConfig:
         **family.fixed,
         **naming.fields,
     }
-    _refuse(reader, prefix, said)
     if not family.learned_positions:
         said["rope"] = _rope(file, reader, prefix, said["head_dim"])
+    if naming.more is not None:
+        said |= naming.more(reader, said)
+    _refuse(reader, prefix, said)
     try:
         config = ModelConfig(family=family.name, **said)
         again = ModelConfig.from_hf(config.to_hf(), "config.json")
@@ -256,7 +258,8 @@ def _generation(tokenizer: TokenizerFiles) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class _Piece:
     """One parameter (of one layer) of a tensor of the checkpoint: ``width`` rows from ``start`` on of the file's tensor
-    ``name``; ``heads``: their rows are paired in that many heads (0: they are not)."""
+    ``name``; ``heads``: their rows are paired in that many heads (0: they are not); ``offset``: the file holds offset +
+    weight (norms that multiply by that, as llama.cpp's converter adds it up)."""
 
     source: Source
     name: str
@@ -264,6 +267,7 @@ class _Piece:
     width: int
     inputs: tuple[int, ...]
     heads: int = 0
+    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +303,7 @@ class _Plan:
                 shape[0],
                 tuple(shape[1:]),
                 heads.get(stem, 0) if naming.paired_rows else 0,
+                config.block.norm_offset if leaf == "scale" else 0.0,
             )
             for layer in range(config.num_layers) if stacked else (0,):
                 needed[name.format(layer)] = (start + shape[0], *shape[1:])
@@ -330,7 +335,7 @@ class _Plan:
         value = self.file.tensors[piece.name].read()[piece.start : piece.start + piece.width]
         if piece.heads:
             value = value.reshape(piece.heads, -1, 2, *piece.inputs).swapaxes(1, 2).reshape(value.shape)
-        return value
+        return value - np.float32(piece.offset) if piece.offset else value
 
 
 def _check(file: GgufFile, needed: dict[str, tuple[int, ...]]) -> None:

@@ -293,9 +293,9 @@ def activation(name: str) -> Callable[[Array], Array]:
     return named[name]
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+def rope_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> np.ndarray:
     """Inverse frequencies, float32 [R / 2] for R rotated dimensions, computed as transformers does
-    (modeling_rope_utils).
+    (modeling_rope_utils). ``long``: with the long factors of longrope. Of dynamic ones, those up to max_positions.
     """
     dims = rope.dims(head_dim)
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
@@ -304,7 +304,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     if rope.kind == "linear":
         inverse = inverse / np.float32(rope.factor)
     if rope.kind == "longrope":
-        inverse = np.float32(1.0) / (np.asarray(rope.short_factors, np.float32) * powers)
+        inverse = np.float32(1.0) / (np.asarray(rope.long_factors if long else rope.short_factors, np.float32) * powers)
     if rope.kind == "yarn":
         return _yarn_frequencies(rope, powers)
     if rope.kind != "llama3":
@@ -340,16 +340,40 @@ def _yarn_frequencies(rope: RopeConfig, powers: Float[np.ndarray, " h"]) -> Floa
     return (divided * (np.float32(1) - kept) + np.float32(1) / powers * kept).astype(np.float32)
 
 
-def rope_angles(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array]:
-    """cos and sin of position * frequency, times ``attention_factor``, each [B, T, R / 2] in float32 or better."""
+def frequencies_by_length(
+    rope: RopeConfig, config: ModelConfig, extents: Int[Array, "B T"], dtype: Any
+) -> Float[Array, "b t h"]:
+    """Inverse frequencies [B, T, R / 2] of tokens whose sequences have ``extents`` tokens, by the equations of
+    RopeConfig, in float32 or better; [1, 1, R / 2] where they depend on no length.
+    """
+    usual = jnp.asarray(rope_frequencies(rope, config.head_dim)).astype(dtype)[None, None, :]
+    if rope.kind == "longrope":
+        long = jnp.asarray(rope_frequencies(rope, config.head_dim, long=True)).astype(dtype)
+        return jnp.where((extents > rope.original_max_positions)[:, :, None], long[None, None, :], usual)
+    if rope.kind == "dynamic":
+        dims, most = rope.dims(config.head_dim), config.max_positions
+        length = jnp.maximum(extents, most).astype(dtype)[:, :, None]
+        theta = rope.theta * (rope.factor * length / most - (rope.factor - 1)) ** (dims / (dims - 2))
+        exponents = jnp.asarray(np.arange(0, dims, 2) / dims, dtype)[None, None, :]
+        return jnp.where((extents > most)[:, :, None], theta**-exponents, usual)
+    return usual
+
+
+def rope_angles(
+    rope: RopeConfig, config: ModelConfig, positions: Int[Array, "B T"], extents: Int[Array, "B T"], dtype: Any
+) -> tuple[Array, Array]:
+    """cos and sin of position * frequency, times ``attention_factor``, each [B, T, R / 2] in float32 or better.
+    ``extents``: see frequencies_by_length.
+    """
     dtype = float32_or_better(dtype)
-    frequencies = jnp.asarray(rope_frequencies(rope, head_dim)).astype(dtype)
-    angles = positions.astype(dtype)[:, :, None] * frequencies[None, None, :]
+    angles = positions.astype(dtype)[:, :, None] * frequencies_by_length(rope, config, extents, dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if rope.attention_factor == 1 else (rope.attention_factor * cos, rope.attention_factor * sin)
 
 
-def all_angles(config: ModelConfig, positions: Int[Array, "B T"], dtype: Any) -> tuple[Array, Array] | None:
+def all_angles(
+    config: ModelConfig, positions: Int[Array, "B T"], extents: Int[Array, "B T"], dtype: Any
+) -> tuple[Array, Array] | None:
     """The ``rope`` of a Context for all layers. A layer without rotary positions among others turns by no angle."""
     kinds = rope_kinds(config)
     if not config.rotary_dims:
@@ -359,7 +383,7 @@ def all_angles(config: ModelConfig, positions: Int[Array, "B T"], dtype: Any) ->
     angles = [
         (jnp.ones(still, wide), jnp.zeros(still, wide))
         if rope is None
-        else rope_angles(rope, config.head_dim, positions, dtype)
+        else rope_angles(rope, config, positions, extents, dtype)
         for rope in kinds
     ]
     if len(angles) == 1:
@@ -593,24 +617,32 @@ def make_context(
     segments: Int[Array, "B T"] | None,
     examples: Int[Array, "B T"] | None,
     dtype: Any,
+    extents: Int[Array, "B T"] | None = None,
 ) -> tuple[Int[Array, "B T"], Context]:
     """Where each token stands, and what the layers need beside their input.
 
     ``positions`` None means 0, 1, ..., T - 1 in every row, after what the cache already holds. ``segments`` and
-    ``examples`` as in Batch; ValueError together with a cache, or for examples without positions.
+    ``examples`` as in Batch; ValueError together with a cache, or for examples without positions. ``extents``: how many
+    tokens the sequence has that each token belongs to; None means T, and is a ValueError where rotary frequencies
+    depend on it (ModelConfig.turns_by_length) and rows hold more or less than one sequence of T tokens for all that is
+    known: with positions, segments, examples or a cache.
     """
     if cache is not None and not (segments is None and examples is None):
         raise ValueError("segments or examples and cache together are not supported")
     if examples is not None and positions is None:
         raise ValueError("packed examples need their positions")
     rows, length = tokens.shape
+    if extents is None:
+        if config.turns_by_length and not (positions is segments is examples is cache is None):
+            raise ValueError("rotary positions that depend on a sequence's length need extents")
+        extents = jnp.full((rows, length), length, jnp.int32)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
         positions = positions if cache is None else positions + cache.lengths[:, None]
     windows = any(layer.window is not None for layer in config.layers)
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     return positions, Context(
-        all_angles(config, positions, dtype),
+        all_angles(config, positions, extents, dtype),
         attention_mask(rows, length, segments, cache, examples),
         None if cache is None else cache.lengths,
         key_distance(positions, segments, cache) if windows else None,

@@ -27,7 +27,7 @@ from ntkjax.models.lm import LanguageModel, LoadReport, check_dtype, init_leaf, 
 from ntkjax.models.lora import LoraConfig
 from ntkjax.models.names import Source, is_buffer, sources
 from ntkjax.models.quantised import is_scale, quantised, scale_path
-from ntkjax.models.real import REAL, real_directory
+from ntkjax.models.real import DIRECTORIES, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
 from ntkjax.parallel import everyone, process, put, spans_processes, weight_sharding, weights_over_rows
 
@@ -91,7 +91,7 @@ def load_lm(
         lora.matches(spec.linears())
     params, report = _load_params(spec, Reading(tensors, mesh, weights), str(directory), seed)
     tokenizer = load_tokenizer(directory, config)
-    here = Path(path).expanduser().is_dir() or str(path) == REAL
+    here = Path(path).expanduser().is_dir() or str(path) in DIRECTORIES
     report = dataclasses.replace(report, name=str(directory.resolve()) if here else str(path))
     return LanguageModel(spec, params, tokenizer, mesh, hf_config, report)
 
@@ -111,7 +111,7 @@ def read_config(directory: Path, hf_config: dict[str, Any] | None = None) -> Mod
 
 
 def find_directory(path: str | Path) -> Path:
-    """The local directory of a model: ``path`` itself, that of the model named ``real`` (`ntkjax.models.real`), or
+    """The local directory of a model: ``path`` itself, that of a model that has a name (`ntkjax.models.real`), or
     where it is a hub id the one that it is downloaded to."""
     local, text = Path(path).expanduser(), str(path)
     if not text:  # else the current directory
@@ -123,8 +123,8 @@ def find_directory(path: str | Path) -> Path:
             return local
     except OSError as error:  # a name that is too long, a link to itself
         raise CheckpointError(f"{path}: not a usable path ({error.strerror}); expected a model directory") from error
-    if text == REAL and not local.exists():
-        return real_directory()
+    if text in DIRECTORIES and not local.exists():
+        return real_directory(text)
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "is a file" if local.exists() else "does not exist"
         raise CheckpointError(f"{path}: {what}; expected a model directory with config.json and model.safetensors")

@@ -1,6 +1,7 @@
-"""The model named ``real``: a small instruct model that experiments run on, and where it is looked for.
+"""The models that have a name, such as ``real``, a small instruct model that experiments run on: where they are looked
+for.
 
-``make real-model`` puts it there (`ntkjax.assets.make_real_model`).
+``make real-model`` puts them there (`ntkjax.assets.make_real_model`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from ntkjax.errors import CheckpointError
 
 REAL = "real"
 """What names it wherever a model directory is asked for; a directory of that name here goes first."""
-DIRECTORY = "SmolLM2-135M-Instruct"
+DIRECTORIES = {REAL: "SmolLM2-135M-Instruct", "gemma3": "gemma-3-270m"}
+"""Name -> its directory in `models_folder`."""
 _FOLDER = "NTKJAX_MODELS"
 
 
@@ -21,13 +23,14 @@ def models_folder() -> Path:
     return Path(os.environ.get(_FOLDER) or Path("build") / "models").expanduser()
 
 
-def real_directory() -> Path:
-    """The directory of the real model. Raises CheckpointError where it is not there."""
-    directory = models_folder() / DIRECTORY
+def real_directory(name: str = REAL) -> Path:
+    """The directory of the model ``name``, one of `DIRECTORIES`. Raises CheckpointError where it is not there."""
+    directory = models_folder() / DIRECTORIES[name]
     if not directory.is_dir():
+        make = "make real-model" if name == REAL else f"make real-model MODEL={name}"
         raise CheckpointError(
-            f"model {REAL!r}: {directory} is not there; expected the model that `make real-model` fetches: run that in "
+            f"model {name!r}: {directory} is not there; expected the model that `{make}` fetches: run that in "
             f"the checkout of ntkjax and this command in the same folder, or let {_FOLDER} name the folder that holds "
-            f"{DIRECTORY}"
+            f"{directory.name}"
         )
     return directory

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ntkjax.errors import UserError
 from ntkjax.ntk.kernel import Kernel, as_kernel, feature_vector
-from ntkjax.ntk.rows import NonFiniteError, Pass, one_a_row, real_rows
+from ntkjax.ntk.rows import NonFiniteError, Pass, Progress, one_a_row, real_rows
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.parallel import to_host
 from ntkjax.types import ArrayLike, Params
@@ -150,7 +150,7 @@ def mean_features(
     *,
     microbatch: int | None = None,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, " K"]:
     """1/M sum_i phi_i over the real rows, float64 [K], without keeping the features."""
     total, count, bad = 0.0, 0, []

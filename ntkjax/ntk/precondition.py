@@ -53,7 +53,7 @@ from jaxtyping import Array, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.conjugate import ConjugateGradients, conjugate_gradients
 from ntkjax.ntk.features import group_rows, per_example_gradients, pieces
-from ntkjax.ntk.rows import NonFiniteError, iterate, one_a_row, real_rows
+from ntkjax.ntk.rows import NonFiniteError, Progress, iterate, one_a_row, real_rows
 from ntkjax.parallel import to_host
 from ntkjax.types import Params, as_pytree_fn
 
@@ -191,7 +191,7 @@ def _mean_over(
     params: Params,
     batches: Iterable,
     memory_budget: int,
-    progress: bool | str,
+    progress: Progress,
     basis: Any = None,
 ) -> Any:
     """1/M of ``sums(gradients, basis)`` over all real rows, the gradients of ``memory_budget`` bytes at a time."""
@@ -202,6 +202,8 @@ def _mean_over(
         rows = real_rows(piece)
         checks.append((rows[rows >= 0], finite))
         count += len(checks[-1][0])
+        if len(checks) > 1:
+            jax.block_until_ready(checks[-2][1])  # one batch in flight: what is told of the pass is not ahead of it
     if count == 0:
         raise UserError("curvature of no examples: expected at least one row with index >= 0")
     bad = [row for rows, finite in checks if not finite for row in rows.tolist()]
@@ -224,7 +226,7 @@ def adam(
     batch_size: int = ADAM_BATCH,
     eps: float = ADAM_EPS,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> AdamPreconditioner:
     """The Adam preconditioner (see the module) of ``loss_fn(params, batch) -> [B]`` on ``batches`` with ``index``.
 
@@ -252,7 +254,7 @@ def kfac(
     damping: float = DAMPING,
     max_side: int = MAX_SIDE,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> KroneckerPreconditioner:
     """The Kronecker-factored Fisher (see the module) of ``loss_fn(params, batch) -> [B]`` on ``batches``.
 
@@ -282,7 +284,7 @@ def ekfac(
     damping: float = DAMPING,
     max_side: int = MAX_SIDE,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> KroneckerPreconditioner:
     """`kfac` with its eigenvalues measured in its eigenbasis (see the module), from a second pass over ``batches``.
 
@@ -312,7 +314,7 @@ def cg(
     iterations: int = CG_ITERATIONS,
     tolerance: float = CG_TOLERANCE,
     memory_budget: int = 1 << 30,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> ConjugateGradients:
     """The whole Fisher (see `ntkjax.ntk.conjugate`) of ``loss_fn(params, batch) -> [B]`` on ``batches``.
 
@@ -408,7 +410,7 @@ def build_preconditioner(
     damping: float = DAMPING,
     iterations: int = CG_ITERATIONS,
     tolerance: float = CG_TOLERANCE,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Callable[[Params], Params] | None:
     """The preconditioner of that name, P^-1 as a function of trees of leaves [c, ...]; None for ``none``.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,73 @@ def alone(batches: Any, of: Callable[[Iterable], Iterable], rows: int) -> Callab
     return again
 
 
+Told = Callable[[str, int, Mapping[str, float]], None]
+"""``told(title, new, numbers)``, called every `TELL_SECONDS` or a little later, and at the end of a pass: ``new``
+examples are done since the last call. Numbers: ``examples`` done so far (those of a store not counted), ``seconds``
+since the pass began, and, where batches say how long their examples are, ``tokens_per_second`` since the last call,
+compilation included. A batch counts as done when the pass asks for the next one: the device may still be at work on it,
+and not on one before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """How a pass over batches is watched.
+
+    Attributes:
+      title: the description of its progress bar; None: what the pass calls itself.
+      shown: whether there is a bar.
+      told: see `Told`.
+    """
+
+    title: str | None = None
+    shown: bool = True
+    told: Told | None = None
+
+
+TELL_SECONDS = 5.0
+Progress = bool | str | Bar
+"""Whether to show a progress bar; a text is its description."""
+
+
+def bar_of(progress: Progress, default: str | None = None) -> Bar:
+    """``progress`` in full; ``default``: its title where it has none."""
+    if not isinstance(progress, Bar):
+        progress = Bar(progress if isinstance(progress, str) else None, progress is not False)
+    return progress if progress.title is not None else dataclasses.replace(progress, title=default)
+
+
 def title(progress: bool | str, default: str) -> str:
     """The description of a progress bar: ``progress`` where it is a text, else ``default``."""
     return progress if isinstance(progress, str) else default
 
 
-def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = None) -> Iterator:
+class _Meter:
+    """Counts what a pass has done, and tells it."""
+
+    def __init__(self, bar: Bar):
+        self.bar, self.began = bar, time.perf_counter()
+        self.last, self.examples, self.tokens, self.new = self.began, 0, 0, 0
+
+    def add(self, batch: Any) -> None:
+        real, lengths = real_rows(batch) >= 0, getattr(batch, "lengths", None)
+        self.new += int(real.sum())
+        self.tokens += 0 if lengths is None else int(np.asarray(lengths)[real].sum())
+        if time.perf_counter() - self.last >= TELL_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        if self.bar.told is None or not self.new:
+            return
+        now, new = time.perf_counter(), self.new
+        self.examples += new
+        numbers = {"examples": float(self.examples), "seconds": now - self.began}
+        if self.tokens:
+            numbers["tokens_per_second"] = self.tokens / max(now - self.last, 1e-9)
+        self.last, self.tokens, self.new = now, 0, 0
+        self.bar.told(self.bar.title or "", new, numbers)
+
+
+def iterate(batches: Iterable, progress: Progress, default: str, store: Any = None) -> Iterator:
     """The batches under a progress bar; with a ``store``, those that are left for this process to do.
 
     Batches whose real rows the store holds are skipped (a plan of batches that has ``without`` does not even make
@@ -85,7 +147,9 @@ def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = 
     if done is not None and hasattr(batches, "without"):
         batches = batches.without(done)  # type: ignore[attr-defined]
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    bar = tqdm(batches, total=total, desc=title(progress, default), disable=progress is False, unit="batch")
+    watched = bar_of(progress, default)
+    meter = _Meter(watched)
+    bar = tqdm(batches, total=total, desc=watched.title, disable=not watched.shown, unit="batch")
     bar.set_postfix_str("compiling")  # until the caller, who has called the pass's program by then, asks for the second
     for number, batch in enumerate(bar):
         if number == 1:
@@ -93,6 +157,8 @@ def iterate(batches: Iterable, progress: bool | str, default: str, store: Any = 
         index = real_rows(batch)
         if done is None or not done[index[index >= 0]].all():
             yield batch
+            meter.add(batch)
+    meter.tell()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +171,14 @@ class Pass:
         a pass that was stopped goes on.
       microbatch: rows whose gradients are taken at a time where each row has its own (None: a whole batch).
       memory_budget: bytes of such gradients held at a time.
-      progress: show a progress bar; a string is its description.
+      progress: how it is watched, see `Bar`; a text is the description of its progress bar.
     """
 
     rows: int
     store: Any = None
     microbatch: int | None = None
     memory_budget: int = 1 << 30
-    progress: bool | str = False
+    progress: Progress = False
 
     @classmethod
     def of(cls, rows: int | Pass) -> Pass:

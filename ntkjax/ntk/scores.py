@@ -28,7 +28,7 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, as_kernel
-from ntkjax.ntk.rows import NonFiniteError, Pass, alone, iterate, one_a_row, real_rows, title
+from ntkjax.ntk.rows import Bar, NonFiniteError, Pass, Progress, alone, bar_of, iterate, one_a_row, real_rows
 from ntkjax.ntk.sketch import RademacherSketch, Sketch
 from ntkjax.tangents import stacked_jvp
 from ntkjax.types import Params, as_pytree_fn, at_least_float32, forward_mode
@@ -88,7 +88,7 @@ def _all_finite(tree: Any) -> Array:
 
 
 def mean_direction(
-    kernel: Kernel | Callable, params: Params, batches: Iterable, *, progress: bool | str = False
+    kernel: Kernel | Callable, params: Params, batches: Iterable, *, progress: Progress = False
 ) -> Direction:
     """g_bar = 1/M sum_i g(x_i) over the real rows of ``batches`` (filler rows, index -1, do not count).
 
@@ -109,7 +109,8 @@ def mean_direction(
     for batch in iterate(batches, progress, "mean gradient"):
         if total is None:
             total = zero = zero_direction(kernel, params, batch)
-        total = add_direction(kernel, params, batch, total)
+        before, total = total, add_direction(kernel, params, batch, total)
+        jax.block_until_ready(before)  # one batch in flight: what is told of the pass is not ahead of it
         count += int((real_rows(batch) >= 0).sum())
     if count == 0:
         raise UserError("mean gradient of no examples: expected at least one row with index >= 0")
@@ -120,7 +121,7 @@ def mean_direction(
     return _divide(total, jnp.asarray(count))
 
 
-def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, progress: bool | str = False) -> Params:
+def mean_gradient(output_fn: Callable, params: Params, batches: Iterable, *, progress: Progress = False) -> Params:
     """g_bar = 1/M sum_i dF(x_i)/dtheta of one output ``F(params, batch) -> [B]``: a pytree like ``params``.
 
     The case m = 1 of `mean_direction`, which see.
@@ -244,7 +245,7 @@ def scores_along(
     kernel, run = as_kernel(kernel), Pass.of(rows)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
     if len(directions) >= MANY:
-        run = dataclasses.replace(run, progress=run.progress and title(run.progress, "scores"))
+        run = dataclasses.replace(run, progress=bar_of(run.progress, "scores"))
         return gradient_features(kernel, params, batches, InnerProducts(stacked), rows=run)
 
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
@@ -259,7 +260,7 @@ def scores_by_position(
     directions: Sequence[Direction],
     batches: Iterable,
     *,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> Iterator[tuple[int, Float[np.ndarray, "T R"]]]:
     """(row, its scores by position s_jtr [T_j, R]) for every real row of ``batches`` and R `Direction` u_r.
 
@@ -397,7 +398,7 @@ class ForwardScorer:
         self, kernel: Kernel, params: Params, sets: Sequence[Iterable], pool_batches: Iterable, run: Pass
     ) -> KernelScores:
         """ConfigError: a preconditioner with a trained head whose gradient the kernel does not hold."""
-        along, gram, residual = _solved(kernel, params, sets, self.precondition, run.progress is not False)
+        along, gram, residual = _solved(kernel, params, sets, self.precondition, _of_sets(run))
         return KernelScores(scores_along(kernel, params, along, pool_batches, rows=run), gram, residual)
 
 
@@ -416,10 +417,15 @@ class SketchScorer:
     ) -> KernelScores:
         """The Gram matrix is of the sketched means."""
         options = {"microbatch": run.microbatch, "memory_budget": run.memory_budget}
-        options |= {"progress": run.progress is not False}
+        options |= {"progress": _of_sets(run)}
         means = np.stack([mean_features(kernel, params, examples, self.sketch, **options) for examples in sets])
         scores = feature_products(kernel, params, pool_batches, self.sketch, means, rows=run)
         return KernelScores(scores, means @ means.T)
+
+
+def _of_sets(run: Pass) -> Bar:
+    """How the passes over the sets are watched: as that over the pool, under titles of their own."""
+    return dataclasses.replace(bar_of(run.progress), title=None)
 
 
 def kernel_scores(
@@ -457,7 +463,7 @@ def score_directions(
     sets: Sequence[Iterable],
     *,
     precondition: Callable[[Params], Params] | None = None,
-    progress: bool | str = False,
+    progress: Progress = False,
 ) -> tuple[list[Direction], Float[np.ndarray, "R R"]]:
     """(u_r = P^-1 g_bar_r for each of R example sets, g_bar_r^T P^-1 g_bar_s): along u_r are the scores of set r.
 
@@ -468,7 +474,7 @@ def score_directions(
 
 
 def _solved(
-    kernel: Kernel | Callable, params: Params, sets: Sequence[Iterable], precondition: Any, progress: bool | str
+    kernel: Kernel | Callable, params: Params, sets: Sequence[Iterable], precondition: Any, progress: Progress
 ) -> tuple[list[Direction], np.ndarray, float | None]:
     """`score_directions`, and the largest residual where they are solved for by iteration (None elsewhere)."""
     means = [mean_direction(kernel, params, examples, progress=progress) for examples in sets]

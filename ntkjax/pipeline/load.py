@@ -157,6 +157,8 @@ def check_tokens(tokens: TokenisedDataset, model: LanguageModel) -> None:
 
 
 def longest(model: LanguageModel, options: DataOptions) -> int:
-    """Tokens of the longest sequence: the option, or the model's own limit where positions are learned."""
-    limit = model.config.max_positions
-    return options.max_length if limit is None else min(options.max_length, limit)
+    """Tokens of the longest sequence: the option, or the context that the model was trained for. Dynamic rotary
+    positions are made for sequences beyond it."""
+    config = model.config
+    dynamic = any(layer.rope is not None and layer.rope.kind == "dynamic" for layer in config.layers)
+    return options.max_length if dynamic else min(options.max_length, config.max_positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ntkjax.parallel import barrier, describe_mesh, is_primary, spans_processes
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of
+from ntkjax.pipeline.passes import Passes
 from ntkjax.pipeline.sample import Sampler
 from ntkjax.pipeline.selection_io import SelectedFormat, read_selection, write_selection
 from ntkjax.pipeline.versions import package_version
@@ -34,6 +36,7 @@ class ChoiceSettings:
       shared: a folder in which many selections keep what does not depend on the method (embeddings, gradient features);
         None: each in its own ``out``. Selections that run at the same time need folders of their own.
       selected_format: how the selected records are written (see `ntkjax.pipeline.selection_io.write_selected`).
+      tracker: where the numbers of long passes go besides passes.jsonl, a name of `ntkjax.training.trackers.TRACKERS`.
     """
 
     n: int
@@ -43,6 +46,7 @@ class ChoiceSettings:
     shared: Path | None = None
     selected_format: SelectedFormat = "original"
     progress: bool = True
+    tracker: str = "none"
 
 
 def choose(
@@ -91,18 +95,23 @@ def choose(
         n=settings.n, data=settings.data, seed=seed, work_dir=out / "rows", progress=progress,
     )  # fmt: skip
     start = None if warmup is None else params
-    problem = dataclasses.replace(
-        problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints, start_params=start
-    )
-    chosen = diversify(
-        selector(problem),
-        problem,
-        diversity=options.diversity,
-        factor=options.diversity_factor,
-        kernel=options.diversity_kernel,
-        sketch=options.sketch,
-        size=options.sketch_size,
-    )
+    with contextlib.ExitStack() as stack:
+        told = None
+        if is_primary():
+            shown = {"method": options.method, "n": settings.n, "seed": seed, **method_options(options)}
+            told = stack.enter_context(Passes(out, settings.tracker, shown)).told
+        problem = dataclasses.replace(
+            problem, shared_dir=settings.shared, checkpoints=warmed.checkpoints, start_params=start, told=told
+        )
+        chosen = diversify(
+            selector(problem),
+            problem,
+            diversity=options.diversity,
+            factor=options.diversity_factor,
+            kernel=options.diversity_kernel,
+            sketch=options.sketch,
+            size=options.sketch_size,
+        )
     result = described(chosen, pool.tokens)
     if is_primary():
         write_selection(out, result, pool, settings.selected_format)

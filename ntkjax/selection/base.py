@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ntkjax.errors import ConfigError
+from ntkjax.ntk.rows import Bar, Told
 from ntkjax.parallel import spans_processes
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.directional import Directional
@@ -110,6 +111,7 @@ class SelectionProblem:
       work_dir: where finished rows are kept so that a killed run goes on; None keeps all in memory.
       manifest: what the rows in ``work_dir`` depend on besides the method's own options (model, weights, data).
       progress: show progress bars.
+      told: is told the numbers of every pass over batches while it goes on (`ntkjax.ntk.rows.Bar`); None: nobody is.
       domain_texts, pool_texts: text (prompt and response) of every example, read when asked for; None where there are
         only tokens. Methods that read text raise ConfigError then.
       weighted_embed_fn: ``(params, batch) -> [B, D]`` final hidden state averaged over all real tokens with weight i
@@ -156,9 +158,14 @@ class SelectionProblem:
     start_params: Params | None = None
     margin_fn: Callable | None = None
     error_fn: Callable | None = None
+    told: Told | None = None
 
     def __post_init__(self) -> None:
         check_size(self.n, len(self.pool))
+
+    def bar(self, title: str | None = None) -> Bar:
+        """How a pass over batches is watched, under that title or its own."""
+        return Bar(title, self.progress, self.told)
 
     @property
     def together(self) -> bool:

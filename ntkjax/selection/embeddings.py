@@ -43,7 +43,7 @@ def embed_both(
     once."""
     batches = lambda data: data.batches(token_budget=problem.token_budget)
     run = lambda data, store, what: embed(
-        embed_fn, problem.params, batches(data), rows=Pass(len(data), store, progress=problem.progress and what)
+        embed_fn, problem.params, batches(data), rows=Pass(len(data), store, progress=problem.bar(what))
     )
     domain = run(problem.domain, None, "embed domain")(np.arange(len(problem.domain)))
     store, width, dtype = None, domain.shape[1], domain.dtype

@@ -44,7 +44,7 @@ def row_values(
     def of(batches: Iterable) -> Iterator[tuple[np.ndarray, Array]]:
         return ((np.asarray(batch.index), apply(fn, params, batch)) for batch in batches)
 
-    run = Pass(rows, store, progress=problem.progress and what)
+    run = Pass(rows, store, progress=problem.bar(what))
     values = run.collect(of(run.over(batches, what)), what=what, again=alone(batches, of, rows))
     return np.asarray(values, np.float64)
 

@@ -259,7 +259,7 @@ class _Features:
                 "gradient, so it cannot be preconditioned; hold the head fixed (lora), or use kernel sum_logits or loss"
             )
         batches = self.problem.domain.batches(token_budget=self.problem.gradient_budget)
-        progress = self.problem.progress and "curvature of the domain loss"
+        progress = self.problem.bar("curvature of the domain loss")
         solve = build_preconditioner(
             name, self.problem.nll_fn, self.params, batches, damping=damping, progress=progress
         )
@@ -294,7 +294,7 @@ class _Features:
         return self.data.batches(token_budget=self.problem.token_budget, indices=rows)
 
     def _compute(self, batches: Any, store: Any) -> np.ndarray:
-        run = Pass(len(self.data), store, progress=self.problem.progress and self.kind.replace("-", " "))
+        run = Pass(len(self.data), store, progress=self.problem.bar(self.kind.replace("-", " ")))
         return ntk.gradient_features(self.kernel, self.params, batches, self.sketch, rows=run, read=store is None)
 
 

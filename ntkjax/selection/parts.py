@@ -26,6 +26,8 @@ from ntkjax.selection.gradients import BLOCK, Candidates, ReadRows, in_blocks, s
 from ntkjax.selection.options import Options
 from ntkjax.selection.vote import Neighbours, nearest, unit_rows
 
+KEPT_BYTES = 1 << 30
+"""Of similarities that are kept between the passes of an algorithm that takes many."""
 CHUNK_BLOCKS = 4
 """Blocks in a chunk of the search for nearest rows, which compares in float32 what the sums take in float64."""
 
@@ -79,19 +81,25 @@ class Similarities:
         """Domain examples that have a part of zeros."""
         return max(int(np.sum(~np.any(part.domain, axis=1))) for part in self.parts)
 
+    def repeated(self, budget: int = KEPT_BYTES) -> KeptBlocks:
+        """Those of `blocks`, for an algorithm that goes through them many times."""
+        return KeptBlocks(self, budget)
+
     def blocks(
-        self, weights: Float[np.ndarray, "G M"] | None = None
+        self, weights: Float[np.ndarray, "G M"] | None = None, *, start: int = 0
     ) -> Iterator[tuple[slice, Float[np.ndarray, "b G"], Int[np.ndarray, " t"]]]:
         """(places, sum_i weights_gi s_ij as [b, G] float64, zero vectors of the block in each part), block by block.
 
         ``weights``: None takes every domain example for itself, G = M. A sum over domain examples costs one product
-        for each of the G sums, however many examples there are: s_ij is linear in phi(x_i).
+        for each of the G sums, however many examples there are: s_ij is linear in phi(x_i). ``start``: the first place,
+        a multiple of ``block``.
         """
         folded = []
         for part in self.parts:
             vectors = self._scaled(np.asarray(part.domain, np.float64))[0]
             folded.append(part.weight * (vectors if weights is None else weights @ vectors))
-        for at, rows in in_blocks(self.rows, self.block):
+        for place, rows in in_blocks(self.rows[start:], self.block):
+            at = slice(place.start + start, place.stop + start)
             products, zeros = 0.0, []
             for part, columns in zip(self.parts, folded):
                 vectors, zero = self._scaled(np.asarray(part.read(rows), np.float64))
@@ -122,13 +130,16 @@ class Similarities:
             zeros[:] += zero
             return joined
 
-        domain, _ = self._joined([part.domain for part in self.parts])
-        neighbours = nearest(domain, read_all, cosine=False, **options)
+        neighbours = nearest(self.domain_vectors(), read_all, cosine=False, **options)
         return dataclasses.replace(neighbours, zero_norm=int(zeros.max()))
 
     def pool_vectors(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b K"]:
         """Vectors of pool rows whose inner products are sum_t w_t <psi_t(x_j), psi_t(x_j')>, scaled as in s_ij."""
         return self._joined([part.read(self.rows[places]) for part in self.parts])[0]
+
+    def domain_vectors(self) -> Float[np.ndarray, "M K"]:
+        """Vectors of the domain whose inner products with those of `pool_vectors` are s_ij."""
+        return self._joined([part.domain for part in self.parts])[0]
 
     def _scaled(self, vectors: Float[np.ndarray, "n K"]) -> tuple[Float[np.ndarray, "n K"], int]:
         return unit_rows(vectors) if self.cosine else (vectors, int(np.sum(~np.any(vectors, axis=1))))
@@ -140,6 +151,31 @@ class Similarities:
             return scaled[0][0], zeros
         roots = [each * each.dtype.type(np.sqrt(part.weight)) for (each, _), part in zip(scaled, self.parts)]
         return np.concatenate(roots, axis=1), zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptBlocks:
+    """The blocks of similarities s_ij, any number of times: the first that ``budget`` bytes hold are made once, the
+    others in each pass; either way the same numbers.
+
+    Attributes:
+      kept: the blocks that are held, in order, once a pass has made them.
+    """
+
+    similarities: Similarities
+    budget: int
+    kept: list[tuple[slice, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[slice, Float[np.ndarray, "b M"], Int[np.ndarray, " t"]]]:
+        yield from self.kept
+        held = sum(found.nbytes for _, found, _ in self.kept)
+        whole = True  # so far every block is held
+        for at, found, zeros in self.similarities.blocks(start=self.kept[-1][0].stop if self.kept else 0):
+            whole = whole and held + found.nbytes <= self.budget
+            if whole:
+                self.kept.append((at, found, zeros))
+                held += found.nbytes
+            yield at, found, zeros
 
 
 # -- algorithms --
@@ -260,6 +296,11 @@ class Representation(abc.ABC):
     def feature_size(self) -> int:
         """Numbers that are kept on disk of the domain and of every candidate besides; 0: none."""
         return 0
+
+
+def named_parts(representation: str, algorithm: str, similarity: str = "cosine") -> dict[str, str]:
+    """What a selection made of parts says of itself in its diagnostics; the names are those of ``--method parts``."""
+    return {"representation": representation, "similarity": similarity, "algorithm": algorithm}
 
 
 def options_of(cls: type) -> list[type[Options]]:

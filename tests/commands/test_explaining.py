@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import ntkjax
-import ntkjax.commands.explain.command as command
+import ntkjax.commands.explain.reopen as reopen
 from ntkjax.cli import main
 from ntkjax.commands.explain.neighbours import Index, link, top
 from ntkjax.commands.explain.parts import choose_shown
@@ -184,7 +184,7 @@ def test_a_question_from_the_pool_finds_itself(features, indexed, files, tmp_pat
     pool = lines(Path(files.pool))
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({**pool[row], "id": f"asked-{row}"}) + "\n" for row in (31, 4)))
-    monkeypatch.setattr(command, "read_pool", lambda *a: pytest.fail("the pool was looked at"))
+    monkeypatch.setattr(reopen, "read_pool", lambda *a: pytest.fail("the pool was looked at"))
     argv = ["explain", "--index", str(indexed), "--queries", str(queries), "--k", "4", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     said = {"gradients": "gradients of the kernel loss, sketched to 256", "embeddings": "mean final hidden states)"}
@@ -218,7 +218,7 @@ def test_what_cannot_be_explained_is_said(run, files, tmp_path, capsys):
         (folder / "config.yaml").write_text(f"command: {words}\nconfig: {{}}\n")
     with pytest.raises(ConfigError, match="is not finished"):
         ntkjax.explain(run=str(unfinished))
-    with pytest.raises(ConfigError, match="is a run of evaluate; expected one of select"):
+    with pytest.raises(ConfigError, match="is a run of evaluate; expected one of select, adapt or study"):
         ntkjax.explain(run=str(other))
     for wrong in ({}, {"run": "a", "index": "b"}, {"index": "a"}, {"run": "a", "queries": "b"}, {"run": "a", "k": -1}):
         with pytest.raises(ConfigError, match=r"expected one of the two|go together|at least 0"):

@@ -68,7 +68,7 @@ def test_finetune_ends_the_same_on_a_mesh(files, tmp_path, flags):
     [
         ("data=3", "there are 8: the nearest that fits is data=8, model=1"),
         ("data=1,model=8", "embed/weight (260, 16): axis 0 does not divide over model=8 devices; model=4 would"),
-        ("all", "expected data=D,model=M"),
+        ("all", "expected data=D,fsdp=F,model=M"),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_one_that_does(files, tmp_path, capsys, mesh, message):

@@ -14,9 +14,15 @@ import pytest
 import ntkjax
 from ntkjax.cli import main
 from ntkjax.commands.select.forecast import Forecast
+from ntkjax.ntk import rows
 from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.pipeline.select import make_selector
 from ntkjax.pipeline.selection_io import read_selection
 from ntkjax.selection import METHODS
+from ntkjax.selection.methods import ntk as ntk_method
+from ntkjax.training import trackers
+from ntkjax.training.trackers import TRACKERS, Kind
+from ntkjax.training.trackers.base import numbers
 
 QUICK = ["--lora-rank", "2", "--token-budget", "1024", "--warmup.batch-size", "4", "--warmup.learning-rate", "1e-3"]
 
@@ -139,7 +145,9 @@ def test_every_method_is_forecast(method, files):
     """From the same count as in a study's tables, the speed of a forward pass measured here."""
     found = dry_run(files, method=method)
     phases = {phase.name: phase for phase in found.phases}
-    assert phases.pop("warm up").examples == 2 * 12 and found.pool_examples == 40
+    warm = phases.pop("warm up", None)  # of those that look at the model
+    assert (warm is not None) == make_selector(SelectorOptions(method=method)).uses_model
+    assert (warm is None or warm.examples == 2 * 12) and found.pool_examples == 40
     if method in ("random", "length", "dsir"):
         assert not phases
     elif method != "ntk":
@@ -199,14 +207,25 @@ def test_every_option_of_a_method_is_a_flag_with_the_same_default(method):
     assert own.items() <= flags.items()
 
 
-@pytest.mark.parametrize("method", ["gradient-cosine", "influence", "less", "g2is"])
+@pytest.mark.parametrize("method", ["gradient-cosine", "influence", "less", "trak", "g2is"])
 def test_every_gradient_method_writes_a_selection(method, files, tmp_path):
     out, flags = tmp_path / "run", ("--method", method, "--sketch-size", "64", "--warmup.epochs", "2")
     assert select(files, out, *flags) == 0
     found = read_selection(out)
     assert found.method == method and len(set(found.selected.tolist())) == 5 and found.scored.sum() == 20
-    if method == "less":
+    if method in ("less", "trak"):
         assert found.diagnostics["checkpoint_steps"] == [3, 6]
+
+
+def test_a_method_that_never_looks_at_the_model_is_not_warmed_up_for(files, tmp_path):
+    for name, flags, warm in (("words", (), False), ("then-gradients", ("--diversity", "d-optimal"), True)):
+        out = tmp_path / name
+        assert select(files, out, "--method", "dsir", *flags) == 0
+        assert (out / "warmup").exists() == (out / "adapter").exists() == warm
+    options = {"model": files.model, "domain": files.domain, "pool": files.pool, "n": 5, "lora_rank": 2}
+    found = ntkjax.select(method="dsir", out=str(tmp_path / "dry"), dry_run=True, progress=False, **options)
+    assert "warm up" not in {phase.name for phase in found.phases}
+    assert ntkjax.explain(run=str(tmp_path / "words"), k=0, progress=False).counts["chosen"] == (5, 5)
 
 
 @pytest.mark.slow
@@ -219,7 +238,7 @@ def test_an_unconverged_solve_is_told(files, tmp_path, capsys):
     assert found["cg_residual"] > 1e-3 and not found["cg_converged"]
 
 
-@pytest.mark.parametrize("method", ["less", "g2is"])
+@pytest.mark.parametrize("method", ["less", "trak", "g2is"])
 def test_methods_that_look_at_the_warm_up_need_one(method, files, tmp_path, capsys):
     assert select(files, tmp_path / "run", "--skip-warmup", "--method", method) == 2
     assert "leave out --skip-warmup" in capsys.readouterr().err
@@ -235,3 +254,45 @@ def test_every_aggregation_writes_a_selection(aggregation, files, tmp_path, caps
         assert select(files, tmp_path / "run", *flags, "--scores", "sketch") == 0
     found = read_selection(tmp_path / "run")
     assert found.diagnostics["aggregation"] == aggregation and found.scored.sum() == 20
+
+
+class Recorder:
+    """A tracker that keeps what it is given."""
+
+    def __init__(self, folder, settings, step):
+        self.folder, self.settings, self.first, self.seen, self.closed = folder, settings, step, [], False
+
+    def log(self, step, values):
+        self.seen.append((step, dict(values)))
+
+    def close(self):
+        self.closed = True
+
+
+def test_long_passes_are_written_down_and_tracked(files, tmp_path, monkeypatch):
+    """Every pass with all its examples, from a run that is stopped before its scores and goes on."""
+    opened: list[Recorder] = []
+    monkeypatch.setitem(TRACKERS, "recorder", Kind("for tests", lambda *a: opened.append(Recorder(*a)) or opened[-1]))
+    monkeypatch.setattr(rows, "TELL_SECONDS", 0.0)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ntk_method, "kernel_scores", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert select(files, out, "--tracker", "recorder", "--scores", "forward") == 130
+    assert select(files, out, "--tracker", "recorder", "--scores", "forward") == 0
+    lines = [json.loads(line) for line in (out / "passes.jsonl").read_text().splitlines()]
+    last = {line["kind"]: line["examples"] for line in lines}
+    assert {"embed-domain": 12, "embed-pool": 40, "mean-gradient": 40, "score-pool": 20}.items() <= last.items()
+    assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] == 2 * 12 + 40 + 12 + 40 + 20  # domain anew, then pool
+    assert all(one.closed and one.folder == out and one.settings["method"] == "ntk" for one in opened)
+    assert [one.first for one in opened] == [0, opened[0].seen[-1][0]]
+    told = [pair for one in opened for pair in one.seen]
+    assert told == [numbers(line) for line in lines]
+    assert len([line for line in lines if line["kind"] == "embed-pool"]) > 1  # batch by batch, not at the end alone
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert select(files, tmp_path / "run", "--tracker", "tensorboard") == 2
+    assert "pip install 'ntkjax[tensorboard]'" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -342,6 +342,21 @@ def family_cases() -> dict[str, Case]:
             **FAR,
         ),
         **expert_cases(plain, used, biased),
+        "phi3-longrope": Case(
+            t.Phi3Config(
+                **gqa,
+                sliding_window=None,
+                original_max_position_embeddings=21,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0, 1.4],
+                    "long_factor": [1.5, 6.0],
+                },
+            ),
+            "longrope beyond its switch",
+            **FAR,
+        ),
     }
 
 

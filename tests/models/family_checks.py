@@ -149,7 +149,9 @@ def packed_difference(name: str) -> float:
     packed = jnp.asarray([prompt + choices[0] + choices[1]], jnp.int32)
     places = jnp.asarray([[*range(10), 6, 7, 8]], jnp.int32)
     segments = jnp.asarray([[0] * 6 + [1] * 4 + [2] * 3], jnp.int32)
-    states, _ = jax.jit(functools.partial(forward, model.spec))(model.params, packed, places, segments=segments)
+    extents = jnp.full_like(packed, 10)  # where frequencies depend on it, both choices are on one side
+    run = jax.jit(functools.partial(forward, model.spec))
+    states, _ = run(model.params, packed, places, segments=segments, extents=extents)
     logits, worst = project(model.spec, model.params, states), 0.0
     for choice, at in zip(choices, (6, 10)):
         row = np.zeros((1, 10), np.int32)  # padded on the right to one length

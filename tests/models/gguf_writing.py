@@ -31,6 +31,11 @@ LLAMA_LIKE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3 = LLAMA_LIKE | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 GPT2 = {
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
@@ -63,7 +68,7 @@ def paired(weight: np.ndarray, heads: int) -> np.ndarray:
 def content(folder: Path, architecture: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(keys, tensors) of the GGUF file of a checkpoint, in float32."""
     config = json.loads((folder / "config.json").read_text())
-    kind = architecture or {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    kind = architecture or {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
     source = load_file(folder / "model.safetensors")
     return (*_content(config, kind, source),)
 
@@ -86,11 +91,14 @@ def _content(config: dict, kind: str, source: dict) -> tuple[dict[str, Any], dic
         keys["attention.layer_norm_epsilon"] = float(get("layer_norm_epsilon"))
     else:
         rope = config.get("rope_parameters") or config
+        rope = rope.get("full_attention") or rope
         keys["attention.layer_norm_rms_epsilon"] = float(get("rms_norm_eps"))
         keys["rope.freq_base"] = float(rope["rope_theta"])
         if config.get("head_dim"):
             keys |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
         keys["rope.dimension_count"] = config.get("head_dim") or hidden // heads
+        if kind == "gemma3":
+            keys["attention.sliding_window"] = config["sliding_window"]
         if rope.get("rope_type") == "linear":
             keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     tensors = {}
@@ -102,8 +110,10 @@ def _content(config: dict, kind: str, source: dict) -> tuple[dict[str, Any], dic
         if (place := ".h." if gpt2 else ".layers.") in path:
             number, _, path = path.partition(place)[2].partition(".")
             layer = f"blk.{number}."
-        new = (GPT2 if gpt2 else LLAMA_LIKE)[path]
+        new = {"gpt2": GPT2, "gemma3": GEMMA3}.get(kind, LLAMA_LIKE)[path]
         value = value.astype(np.float32)
+        if kind == "gemma3" and value.ndim == 1:
+            value = value + np.float32(1)  # the converter adds Gemma's 1 up
         if gpt2 and layer and value.ndim == 2:
             value = value.T
         if kind == "llama" and new in ("attn_q", "attn_k"):

@@ -255,7 +255,12 @@ def test_yarn_s_factor_on_cos_and_sin_follows_from_the_stretch_where_none_is_giv
     longrope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     phi = ModelConfig.from_hf(as_architecture("Phi3ForCausalLM", rope_scaling=longrope, max_position_embeddings=2**17))
     assert phi.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
-    assert (phi.position_limit, phi.limited_by) == (4096, "positions of rope_type longrope")
+    assert phi.position_limit is None and phi.turns_by_length
+    assert [phi.same_turns_until(n) for n in (1, 4096, 4097)] == [4096, 4096, None]
+    dynamic = ModelConfig.from_hf(LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    most = dynamic.max_positions
+    assert [dynamic.same_turns_until(n) for n in (1, most, most + 1)] == [most, most, most + 1]
+    assert not ModelConfig.from_hf(LLAMA).turns_by_length and ModelConfig.from_hf(LLAMA).same_turns_until(9) is None
 
 
 @pytest.mark.parametrize("keys", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])

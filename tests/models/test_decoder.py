@@ -49,7 +49,8 @@ def test_rope_rotates_each_pair_by_position_times_frequency(x64):
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 6))
     rope = RopeConfig(theta=100.0)
     positions = np.array([[0, 1, 2, 7, 1000]], np.int32)
-    cos, sin = rope_angles(rope, 6, jnp.asarray(positions), jnp.float64)
+    at = jnp.asarray(positions)
+    cos, sin = rope_angles(rope, FAMILIES["qwen3"], at, jnp.full_like(at, 5), jnp.float64)
     got = np.asarray(rotate(jnp.asarray(x), cos, sin))
     for t, position in enumerate(positions[0]):
         for i in range(3):

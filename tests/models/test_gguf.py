@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -199,9 +200,54 @@ def test_llama_3_1_s_scaling_of_positions_is_read_from_its_factors(writing, tmp_
         import_gguf(writing.write(tmp_path / "m.gguf", keys, tensors), tmp_path / "other")
 
 
+def gemma(layers: int = 7, **changes) -> ModelConfig:
+    """A Gemma 3 as llama.cpp has it; norms w of multiples of 1/1024, so that 1 + w is exact."""
+    kinds = tuple("full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers))
+    fields = {
+        "vocab_size": 32, "hidden_size": 24, "intermediate_size": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
+        "num_layers": layers, "max_positions": 64, "activation": "gelu_pytorch_tanh", "tied": True, "qk_norm": True,
+        "window": 5, "layer_types": kinds, "rope": RopeConfig(1e6, "linear", 8.0), "local_rope": RopeConfig(1e4),
+        "eos_token_ids": (0,),
+    }  # fmt: skip
+    return ModelConfig("gemma3", **fields | changes)
+
+
+def saved(config: ModelConfig, folder: Path) -> Path:
+    model, random = init_lm(config, seed=0, lora=None), np.random.default_rng(0)
+    norm = lambda x: np.asarray(random.integers(-512, 512, x.shape) / 1024, np.float32)
+    drawn = lambda path, x: norm(x) if path[-1].key == "scale" else x
+    save_merged(folder, model.with_params(jax.tree_util.tree_map_with_path(drawn, model.params)), {})
+    return folder
+
+
+def test_gemma_3_has_norms_windows_and_positions_of_its_own(writing, tmp_path: Path) -> None:
+    """llama.cpp keeps 1 + w, and neither the pattern of layers nor the base of sliding ones: they are its code's."""
+    config = gemma()
+    keys, tensors = writing.content(saved(config, tmp_path / "source"))
+    import_gguf(writing.write(tmp_path / "m.gguf", keys, tensors), tmp_path / "hf")
+    assert read_config(tmp_path / "hf") == config
+    source, written = weights(tmp_path / "source"), weights(tmp_path / "hf")
+    assert source.keys() == written.keys() and all(np.array_equal(source[name], written[name]) for name in source)
+    assert np.array_equal(tensors["blk.0.attn_q_norm.weight"], source["model.layers.0.self_attn.q_norm.weight"] + 1)
+    newer = {"attention.sliding_window_pattern": 2, "rope.freq_base_swa": 500.0, "final_logit_softcapping": 20.0}
+    keys |= {f"gemma3.{key}": value for key, value in newer.items()}
+    import_gguf(writing.write(tmp_path / "m.gguf", keys, tensors), tmp_path / "newer")
+    read = read_config(tmp_path / "newer")
+    assert read.layer_types == ("sliding_attention", "full_attention") * 3 + ("sliding_attention",)
+    assert (read.local_rope, read.logit_cap) == (RopeConfig(500.0), 20.0)
+
+
+def test_queries_of_the_largest_gemma_3_are_scaled_by_the_width_of_a_head(writing, tmp_path: Path) -> None:
+    """The 27B model, which llama.cpp knows by its 62 layers: 1 / sqrt(hidden_size / heads)."""
+    config = gemma(62, query_scale=6**-0.5)
+    file = writing.write(tmp_path / "m.gguf", *writing.content(saved(config, tmp_path / "source")))
+    import_gguf(file, tmp_path / "hf")
+    assert read_config(tmp_path / "hf") == config
+
+
 def test_every_family_that_declares_a_name_has_one_of_its_own() -> None:
     names = [family.gguf.architecture for family in FAMILIES.values() if family.gguf is not None]
-    assert {"llama", "qwen2", "qwen3", "gpt2"} <= set(names) and len(set(names)) == len(names)
+    assert {"llama", "qwen2", "qwen3", "gpt2", "gemma3"} <= set(names) and len(set(names)) == len(names)
 
 
 # -- what cannot be used is named, and nothing is written --

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from ntkjax.models import ModelConfig, init_lm, load_lm  # noqa: E402
+from ntkjax.models import ModelConfig, RopeConfig, init_lm, load_lm  # noqa: E402
 from ntkjax.models.export import save_merged  # noqa: E402
 from ntkjax.models.gguf import import_gguf  # noqa: E402
 
@@ -53,6 +54,26 @@ def test_logits_equal_those_of_transformers_loader(name: str, writing, tmp_path:
     difference = np.abs(ours - theirs).max()
     print(f"{name}: largest difference {difference:.2g}, largest logit {np.abs(theirs).max():.2f}")
     assert difference < 1e-5
+
+
+def test_gemma_3_s_logits_equal_those_of_transformers_loader(writing, tmp_path: Path) -> None:
+    """Norms other than 0, beyond the window, with both bases of rotary positions."""
+    kinds = ("sliding_attention",) * 5 + ("full_attention", "sliding_attention")
+    config = ModelConfig(
+        "gemma3", vocab_size=32, hidden_size=24, intermediate_size=16, num_layers=7, num_heads=4, num_kv_heads=2,
+        head_dim=4, activation="gelu_pytorch_tanh", tied=True, qk_norm=True, window=5, layer_types=kinds,
+        rope=RopeConfig(1e6), local_rope=RopeConfig(1e4), initializer_range=0.3, eos_token_ids=(0,),
+    )  # fmt: skip
+    model, random = init_lm(config, seed=0, lora=None), np.random.default_rng(0)
+    norm = lambda x: np.asarray(0.3 * random.normal(size=x.shape), np.float32)
+    drawn = lambda path, x: norm(x) if path[-1].key == "scale" else x
+    save_merged(tmp_path / "source", model.with_params(jax.tree_util.tree_map_with_path(drawn, model.params)), {})
+    file = writing.write(tmp_path / "m.gguf", *with_whole_vocabulary(*writing.content(tmp_path / "source")))
+    import_gguf(file, tmp_path / "hf")
+    ids = np.random.default_rng(0).integers(0, 32, (2, 20)).astype(np.int32)
+    ours, theirs = np.asarray(load_lm(tmp_path / "hf", lora=None).logits(ids)), torch_logits(file, ids)
+    print(f"gemma3: largest difference {np.abs(ours - theirs).max():.2g}, largest logit {np.abs(theirs).max():.2f}")
+    assert np.abs(ours - theirs).max() < 1e-5 * max(1, np.abs(theirs).max()) and np.abs(theirs).max() > 0.5
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])

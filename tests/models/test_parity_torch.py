@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from ntkjax.data import TokenisedDataset  # noqa: E402
 from ntkjax.errors import CheckpointError  # noqa: E402
 from ntkjax.models import LanguageModel, LoraConfig, load_lm  # noqa: E402
 from ntkjax.models.export import save_merged  # noqa: E402
@@ -58,17 +59,21 @@ def configs() -> dict:
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3-moe", "gpt2")
 
 
-def checkpoint(name: str, folder: Path, seed: int = 7) -> Path:
+def checkpoint(name: str, folder: Path) -> Path:
+    """A fresh random checkpoint of that configuration."""
+    return made(configs()[name], folder / name)
+
+
+def made(config, folder: Path, seed: int = 7) -> Path:
     """A fresh random checkpoint, norms and biases away from 1 and 0."""
-    config = configs()[name]
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=generator)
         p.data.copy_(p.data + 0.3 * noise if p.ndim == 1 else noise / p.shape[-1] ** 0.5)
-    model.save_pretrained(folder / name)
-    return folder / name
+    model.save_pretrained(folder)
+    return folder
 
 
 def tokens(seed: int = 0, length: int = 60) -> np.ndarray:
@@ -205,6 +210,55 @@ def test_experts_that_transformers_saved_together_are_read_after_what_the_error_
     new.save_pretrained(tmp_path / "apart")
     again, first = load_lm(tmp_path / "apart", lora=None), load_lm(folder, lora=None)
     jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+
+
+LONG = {"short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 2.5, 4.0, 9.0]}
+
+
+def stretched(kind: str):
+    """A checkpoint's configuration whose rotary frequencies change at 24 tokens."""
+    if kind == "phi3":
+        parameters = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.8, **LONG}
+        own = {"original_max_position_embeddings": 24, "sliding_window": None, "pad_token_id": None}
+        return transformers.Phi3Config(**SIZES, **HEADS, **own, rope_parameters=parameters)
+    parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    return transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": 24}, **HEADS, rope_parameters=parameters)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "llama-dynamic"])
+def test_frequencies_by_length_are_torch_s_of_each_example_alone(kind: str, tmp_path: Path) -> None:
+    """On both sides of the switch and at it: alone, padded on the right, packed in rows, and continued with a cache.
+
+    torch takes the longest row of a batch, so it is asked one by one; for dynamic frequencies without a cache, whose
+    keys would keep the turns of shorter sequences.
+    """
+    folder = made(stretched(kind), tmp_path / kind)
+    model, theirs = load_lm(folder, lora=None), torch_model(folder)
+    texts = [tokens(n, n)[0] for n in (7, 23, 24, 25, 40)]
+    expected = [torch_logits(torch_model(folder), text[None])[0] for text in texts]
+    for text, right in zip(texts, expected):
+        assert largest_difference(f"{kind} {len(text)}", model.logits(text[None])[0], right) < 1e-5
+    fixed = torch_logits(torch_model(folder), texts[-1][None, :24])[0]
+    assert np.abs(fixed - expected[-1][:24]).max() > 0.1  # the same tokens, turned by another length
+    data = TokenisedDataset.from_sequences([text.tolist() for text in texts], [1] * len(texts))
+    nll = [-(np.take_along_axis(np.asarray(jax.nn.log_softmax(right[:-1])), text[1:, None], 1)).mean()
+           for text, right in zip(texts, expected)]  # fmt: skip
+    for packing in (False, True):
+        for batch in data.packed(packing).batches(token_budget=256, max_buckets=1):
+            got, index = np.asarray(model.nll_fn({}, batch)), np.asarray(batch.index)
+            np.testing.assert_allclose(got[index >= 0], np.asarray(nll)[index[index >= 0]], atol=1e-5)
+    prompts = [text[:n].tolist() for text in texts for n in [min(len(text), 30)]]
+    got = generate(model, {}, prompts, max_new_tokens=6)
+    for prompt, ours in zip(prompts, got):
+        out = theirs.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=kind == "phi3",
+        )
+        assert ours == out[0, len(prompt) :].tolist()
 
 
 _spec = importlib.util.spec_from_file_location("family_checks", Path(__file__).with_name("family_checks.py"))

@@ -1,5 +1,6 @@
-"""Scores of the real model with LoRA against per-example gradients of torch and peft, tokenised by transformers' chat
-template; skipped where torch, the model (`make real-model`) or ../shared/data is missing."""
+"""Scores of the real model with LoRA, in float32, against per-example gradients of torch and peft in float64,
+tokenised by transformers' chat template; skipped where torch, the model (`make real-model`) or ../shared/data is
+missing."""
 
 from __future__ import annotations
 
@@ -25,6 +26,16 @@ KERNELS = ("sum_logits", "loss")
 DOMAIN, POOL, LONGEST = 16, 10, 200
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other by spinning: on two cores with other work an example took minutes with two of
+    them, and 2.3 seconds of one core with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +93,9 @@ def test_scores_equal_torch_s_per_example_gradients(directory: Path, shared_dir:
         ours[name] = np.asarray(found.scores[:, 0], np.float64)
 
     save_adapter(tmp_path / "adapter", model, model.lora)
-    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    # In float64: torch's own float32 is 3e-5 of the largest score away from it where the output is the loss.
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval().double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     mean: dict[str, torch.Tensor] = {}
     for gradient in torch_gradients(theirs, tokenizer, domain):
@@ -99,4 +111,4 @@ def test_scores_equal_torch_s_per_example_gradients(directory: Path, shared_dir:
               f"relative to the largest score {error.max() / np.abs(expected).max():.2g}; "
               f"scores {np.abs(expected).min():.3g} to {np.abs(expected).max():.3g}")  # fmt: skip
         assert error.max() < 1e-5 * np.abs(expected).max()
-        assert (error / np.abs(expected)).max() < 1e-4
+        assert (error / np.abs(expected)).max() < 1e-5

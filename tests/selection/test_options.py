@@ -64,7 +64,13 @@ DEFAULTS = {
     "dsir": {"buckets": 10000, "gumbel": True},
     "rds": {},
     "betr": {"classifier_sample": 20000, "classifier_share": 0.1},
-    "tsds": {"transport_alpha": 0.5, "transport_scale": 5.0, "transport_sigma": 0.75, "neighbours": 5000},
+    "tsds": {
+        "transport_alpha": 0.5,
+        "transport_scale": 5.0,
+        "transport_sigma": 0.75,
+        "transport_rows": "draw",
+        "neighbours": 5000,
+    },
     "euds": {
         "entropy_keep": "intersection",
         "entropy_low": 0.25,
@@ -111,6 +117,7 @@ DEFAULTS = {
         "transport_alpha": 0.5,
         "transport_scale": 5.0,
         "transport_sigma": 0.75,
+        "transport_rows": "draw",
         "neighbours": 5000,
         "uot_epsilon": 0.01,
         "uot_domain": None,
@@ -136,8 +143,9 @@ graph-features graph-nodes graph-steps gumbel kernel lora-alpha lora-rank lora-t
 method model n nearest neighbours on-bad-record order out packing parameters perplexity pool pool-clusters
 pool-sample precondition prefilter-factor probe-factor probes remat representation scores seed selected-format
 semantic-samples semantic-similarity semantic-tokens sentence-model similarity sketch sketch-size skip-warmup stage1
-test token-budget trajectory transport-alpha transport-scale transport-sigma uot-domain uot-epsilon uot-iterations
-uot-pool walk-core warmup.accumulation warmup.b1 warmup.b2 warmup.batch-size warmup.buckets warmup.clip-norm
+test token-budget tracker trajectory transport-alpha transport-rows transport-scale transport-sigma uot-domain
+uot-epsilon uot-iterations uot-pool walk-core warmup.accumulation warmup.b1 warmup.b2 warmup.batch-size warmup.buckets
+warmup.clip-norm
 warmup.domain-share warmup.epochs warmup.eps warmup.eval-every warmup.keep-checkpoints warmup.learning-rate
 warmup.lift-interval warmup.lift-rank warmup.loss-reweighting warmup.max-buckets warmup.micro-batch-tokens
 warmup.patience warmup.restore-best warmup.reweighting-temperature warmup.save-every warmup.schedule warmup.steps

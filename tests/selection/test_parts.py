@@ -16,7 +16,7 @@ from ntkjax.pipeline.options import SelectorOptions, check_used
 from ntkjax.selection import METHODS
 from ntkjax.selection.algorithms import ALGORITHMS
 from ntkjax.selection.algorithms.knn_kde import density_of, transport
-from ntkjax.selection.parts import CHUNK_BLOCKS, Part, Similarities
+from ntkjax.selection.parts import CHUNK_BLOCKS, KeptBlocks, Part, Similarities
 from ntkjax.selection.representations import REPRESENTATIONS
 
 MEMBERS, ROWS, N = 5, 40, 8
@@ -202,6 +202,42 @@ def test_a_transport_that_was_stopped_says_so(vectors, problem):
     assert "did not converge in 1 passes" in choice.report["uot_warning"]
 
 
+@pytest.mark.parametrize("blocks", [0, 2, 5])
+def test_similarities_that_are_kept_between_passes_are_the_same(vectors, problem, blocks):
+    """Blocks of 7 rows: what the budget holds is read once, the others in every pass; no number changes."""
+    asked = []
+    found = similarities(vectors, 7, asked=asked)
+    count, bytes_of_a_block = -(-ROWS // 7), 7 * MEMBERS * 8
+    kept = found.repeated(blocks * bytes_of_a_block)
+    passes = [list(kept) for _ in range(3)]
+    expected = list(found.blocks())
+    for each in passes:
+        assert [at for at, _, _ in each] == [at for at, _, _ in expected] and len(each) == count
+        for (_, values, zeros), (_, right, empty) in zip(each, expected):
+            np.testing.assert_array_equal(values, right)
+            np.testing.assert_array_equal(zeros, empty)
+    assert len(kept.kept) == blocks
+    assert len(asked) == len(vectors) * (count + 2 * (count - blocks) + count)
+
+
+def test_transport_reads_vectors_that_fit_once(vectors, problem, monkeypatch):
+    whole, asked = made("uot")(similarities(vectors, 7), problem), []
+    once = made("uot")(similarities(vectors, 7, asked=asked), problem)
+    assert once.report["uot_iterations"] > 2 and len(asked) == len(vectors) * -(-ROWS // 7)
+    monkeypatch.setattr(Similarities, "repeated", lambda self: KeptBlocks(self, 0))
+    anew = made("uot")(similarities(vectors, 7), problem)
+    for other in (once, anew):
+        np.testing.assert_array_equal(other.scores, whole.scores)
+        assert other.report == whole.report
+
+
+def test_more_votes_than_rows_are_said(vectors, problem):
+    choice = ALGORITHMS["knn-uniform"](nearest=ROWS + 1)(similarities(vectors), problem)
+    assert choice.report["nearest"] == ROWS and set(choice.votes.tolist()) == {MEMBERS}
+    assert f"nearest {ROWS + 1} is more than the {ROWS} pool examples" in choice.report["nearest_warning"]
+    assert "nearest_warning" not in ALGORITHMS["knn-uniform"](nearest=ROWS)(similarities(vectors), problem).report
+
+
 # -- what holds for every algorithm --
 
 
@@ -281,7 +317,8 @@ def test_a_named_method_is_its_pair(method, make):
     np.testing.assert_array_equal(parts.scores, named.scores)
     np.testing.assert_array_equal(parts.ranks, named.ranks)
     recorded = {k: pair.get(k, "gradients") for k in ("representation", "algorithm")}
-    assert {k: parts.diagnostics[k] for k in recorded} == recorded
+    for chosen in (named, parts):
+        assert {k: chosen.diagnostics[k] for k in recorded} == recorded and chosen.diagnostics["similarity"] == "cosine"
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "max", "round-robin", "clusters"])
@@ -292,6 +329,8 @@ def test_ntk_with_a_sketch_is_gradients_as_products(aggregation, kernel, make):
     parts = METHODS["parts"](algorithm=aggregation, similarity="product", **options)(make())
     assert parts.selected.tolist() == named.selected.tolist()
     np.testing.assert_allclose(parts.scores, named.scores, rtol=1e-4, atol=1e-5 * np.abs(named.scores).max())
+    names = ("representation", "similarity", "algorithm")
+    assert [named.diagnostics[name] for name in names] == [parts.diagnostics[name] for name in names]
 
 
 # -- representations --

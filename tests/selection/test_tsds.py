@@ -6,7 +6,7 @@ from scipy.optimize import linprog
 
 from ntkjax.errors import ConfigError
 from ntkjax.selection import METHODS
-from ntkjax.selection.algorithms.knn_kde import density_of, draw, transport
+from ntkjax.selection.algorithms.knn_kde import density_of, in_order, transport
 from ntkjax.selection.methods.tsds import TsdsSelector
 
 
@@ -50,10 +50,22 @@ def test_density_counts_near_duplicates():
 
 def test_the_draw_is_in_proportion_to_the_mass_and_then_by_similarity():
     mass, similarity = np.array([0.0, 0.5, 0.25, 0.0, 0.25]), np.array([0.1, 0, 0, 0.9, 0])
-    drawn = np.array([draw(mass, similarity, np.random.default_rng(i)) for i in range(2000)])
+    drawn = np.array([in_order(mass, similarity, np.random.default_rng(i)) for i in range(2000)])
     assert (drawn[:, 3:] == [3, 0]).all()
     shares = np.bincount(drawn[:, 0], minlength=5) / 2000
     np.testing.assert_allclose(shares, mass, atol=0.05)  # more than 4 standard errors
+
+
+def test_without_a_draw_rows_come_by_mass_then_similarity_then_row(planted):
+    mass, similarity = np.array([0.0, 0.25, 0.5, 0.0, 0.25, 0.0]), np.array([0.1, 0, 0, 0.9, 0.2, 0.1])
+    assert in_order(mass, similarity, None).tolist() == [2, 4, 1, 3, 0, 5]
+    rng = np.random.default_rng(3)
+    problem = planted(rng.normal(size=(5, 3)), rng.normal(size=(40, 3)), 8)
+    drawn, top = (TsdsSelector(transport_rows=rows)(problem) for rows in ("draw", "top"))
+    np.testing.assert_array_equal(top.scores, drawn.scores)
+    assert sorted(top.scores[top.selected], reverse=True) == top.scores[top.selected].tolist()
+    assert top.scores[top.selected].min() >= np.delete(top.scores, top.selected).max()
+    assert top.selected.tolist() != drawn.selected.tolist()
 
 
 def test_it_finds_the_planted_group_and_spares_its_copies(planted):
@@ -73,9 +85,11 @@ def test_it_finds_the_planted_group_and_spares_its_copies(planted):
     assert (METHODS["random"]()(problem).selected >= 30).any()
 
 
-@pytest.mark.parametrize(
-    "option", [{"transport_alpha": 0.0}, {"transport_scale": 0.0}, {"transport_sigma": -1.0}, {"neighbours": 0}]
-)
+BAD = ({"transport_alpha": 0.0}, {"transport_scale": 0.0}, {"transport_sigma": -1.0}, {"neighbours": 0},
+       {"transport_rows": "best"})  # fmt: skip
+
+
+@pytest.mark.parametrize("option", BAD)
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         TsdsSelector(**option)

@@ -34,7 +34,7 @@ from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
 from ntkjax.pipeline.deduplicate import summary, totals
 from ntkjax.pipeline.evaluate import shot_records
-from ntkjax.pipeline.inputs import inputs_of
+from ntkjax.pipeline.inputs import Inputs, inputs_of
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading
 from ntkjax.pipeline.run_dir import RunDir
@@ -146,6 +146,20 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
 
 
 def _load(config: AdaptConfig, progress: bool) -> tuple[Grid, RunDir]:
+    grid, inputs = _read(config, progress)
+    run = RunDir.create(Path(config.out), "adapt", config, inputs=inputs)
+    run.tell("results.json", progress)
+    if grid.reports["domain duplicates"] is not None:
+        run.write_json(DUPLICATES, grid.reports["domain duplicates"])
+    return grid, run
+
+
+def grid_of(config: AdaptConfig) -> Grid:
+    """The arms of an adaptation, with its model and data loaded and checked against those of OUT."""
+    return _read(config, progress=False)[0]
+
+
+def _read(config: AdaptConfig, progress: bool) -> tuple[Grid, Inputs]:
     check_used(config.select)
     out = Path(config.out)
     domain = DomainSpec(sources(config.domain), sources(config.dev), sources(config.test))
@@ -160,14 +174,8 @@ def _load(config: AdaptConfig, progress: bool) -> tuple[Grid, RunDir]:
     RunDir.check(out, "adapt", config, inputs=inputs)  # before the search for duplicates, which takes time
     names = sorted(dict.fromkeys(config.arms), key=lambda name: name != BASE)  # the base model comes first
     arms = tuple(_arm(config, name) for name in names)
-    grid = set_up(
-        spec, arms, read, out, focus=(NTK,), evaluated=("test",), shared_lengths=False, progress=progress
-    )  # fmt: skip
-    run = RunDir.create(out, "adapt", config, inputs=inputs)
-    run.tell("results.json", progress)
-    if grid.reports["domain duplicates"] is not None:
-        run.write_json(DUPLICATES, grid.reports["domain duplicates"])
-    return grid, run
+    options = {"focus": (NTK,), "evaluated": ("test",), "shared_lengths": False, "progress": progress}
+    return set_up(spec, arms, read, out, **options), inputs
 
 
 def _arm(config: AdaptConfig, name: str) -> Arm:
@@ -232,4 +240,4 @@ def describe(config: Any, result: Any) -> str:
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
-COMMAND = Command(AdaptConfig, adapt, describe, spans=True)
+COMMAND = Command(AdaptConfig, adapt, describe, spans=True, grid=grid_of)

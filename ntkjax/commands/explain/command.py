@@ -11,11 +11,19 @@ import numpy as np
 from tyro.conf import Positional
 
 from ntkjax.commands.base import Command
-from ntkjax.commands.explain.neighbours import Index, Links, computed_index, kept_index, link, need_index, top
+from ntkjax.commands.explain.neighbours import (
+    Index,
+    Links,
+    computed_index,
+    kept_index,
+    link,
+    need_index,
+    similarity_index,
+    top,
+)
 from ntkjax.commands.explain.parts import Parts, choose_shown, take_apart
-from ntkjax.commands.explain.reopen import Run, read_pool, reopen
+from ntkjax.commands.explain.reopen import Run, Which, reopen
 from ntkjax.commands.explain.report import FILES, LABELS, ExplainedRun, about_links, write_explained
-from ntkjax.data import read_records
 from ntkjax.errors import ConfigError
 from ntkjax.files import write_jsonl
 from ntkjax.pipeline.load import Loaded, load_data
@@ -23,30 +31,43 @@ from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.selection_io import read_scores
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection import SelectionProblem
+from ntkjax.selection.methods.parts import PartsSelector
 
 ANSWERS = "answers.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainConfig:
-    """Why were these chosen? RUN of `ntkjax select`: scores by token, layer and module, and the nearest domain
-    examples, on one page; or, with --index and --queries, the nearest pool examples of any question."""
+    """Why were these chosen? RUN of `ntkjax select`, or one selection of a RUN of `adapt` or `study`: scores by token,
+    layer and module, and the nearest domain examples, on one page; or, with --index and --queries, the nearest pool
+    examples of any question."""
 
     run: Positional[str | None] = None
-    """Run directory of a finished selection."""
+    """Run directory of a finished selection, or of a comparison of several."""
     index: str | None = None
     """In the place of RUN, the run directory of a selection that kept features of its pool: they answer --queries, and
     the pool is not looked at again."""
     queries: tuple[str, ...] = ()
     """Files of questions with responses, as for --domain of select."""
+    arm: str | None = None
+    """Of a run of adapt or study: the arm, by its name in the tables. None: the first that the run proposes."""
+    of_domain: str | None = None
+    """Of a run of study: the domain. None: the first; likewise the others."""
+    of_size: str | None = None
+    """Of a run of study: domain training examples, a number or `all`."""
+    of_budget: int | None = None
+    """Of a run of study: N."""
+    of_seed: int | None = None
+    """Of a run of adapt or study: the seed."""
     k: int = 10
     """Nearest examples for each; 0: none."""
     out: str | None = None
-    """Where the page and its files go; RUN/explain by default. With --index: answers.jsonl there, and none without."""
+    """Where the page and its files go; by default RUN/explain, of a run of adapt or study RUN/selections/HASH/explain.
+    With --index: answers.jsonl there, and none without."""
     chosen: int = 1000
     """Chosen examples to show; of more, so many are drawn."""
     nearly: int = 1000
-    """Examples that follow them by score."""
+    """Examples that follow them by rank, at most as many as were chosen and half of those left."""
     rejected: int = 1000
     """Examples drawn from the others that have a score."""
     seed: int = 0
@@ -59,6 +80,11 @@ class ExplainConfig:
             raise ConfigError("--index and --queries go together: --index RUN --queries FILE")
         if min(self.k, self.chosen, self.nearly, self.rejected) < 0 or (self.index is not None and self.k < 1):
             raise ConfigError("k, chosen, nearly and rejected must be at least 0, and k at least 1 with --index")
+
+    @property
+    def which(self) -> Which:
+        """Which selection of a run that has several."""
+        return Which(self.arm, self.of_domain, self.of_size, self.of_budget, self.of_seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +107,7 @@ class Explained:
       links: what is near to what; None without.
       answers: to the queries. features: what they were compared by.
       out: where the files are; None where none were asked for.
+      of: which selection it is.
     """
 
     counts: dict[str, tuple[int, int]]
@@ -90,6 +117,7 @@ class Explained:
     answers: list[Answer]
     features: str
     out: Path | None
+    of: str = ""
 
 
 def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
@@ -101,10 +129,12 @@ def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
     if config.index is not None:
         return answer(config, progress=progress)
     assert config.run is not None
-    out = Path(config.run) / "explain" if config.out is None else Path(config.out)
+    given = None if config.out is None else Path(config.out)
+    RunDir.check(given or Path(config.run) / "explain", "explain", config)  # before anything is loaded
+    run = reopen(config.run, progress=progress, which=config.which)
+    out = given or run.path / "explain"
     RunDir.check(out, "explain", config)
-    run = reopen(config.run, progress=progress)
-    pool = read_pool(run)
+    pool = run.pool()
     directory = RunDir.create(out, "explain", config, inputs={"run": _stamp(run)})
     directory.tell(FILES[0], progress)
     most = (config.chosen, config.nearly, config.rejected)
@@ -117,7 +147,7 @@ def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
     links = _links(config, run, problem, shown.rows, out)
     explained = ExplainedRun(run, pool, shown, parts, why, links)
     write_explained(out, explained)
-    return Explained(shown.counts(), parts, why, links, [], "", out)
+    return Explained(shown.counts(), parts, why, links, [], "", out, run.name)
 
 
 def _stamp(run: Run) -> dict[str, str | None]:
@@ -127,13 +157,16 @@ def _stamp(run: Run) -> dict[str, str | None]:
 
 
 def _links(config: ExplainConfig, run: Run, problem: SelectionProblem, shown: np.ndarray, out: Path) -> Links | None:
-    """By the run's kept gradients; else, where its scores are of gradients, by those of the shown examples, computed
-    now; else by its embeddings; None where there is nothing."""
+    """By what ``parts`` compares; else by the run's kept gradients; else, where its scores are of gradients, by those
+    of the shown examples, computed now; else by its embeddings; None where there is nothing."""
     if config.k == 0 or len(shown) == 0:
         return None
-    index: Index | None = kept_index(run.rows, problem)
+    if isinstance(run.selector, PartsSelector):
+        index = similarity_index(run.selector, dataclasses.replace(problem, shared_dir=run.shared))
+        return link(index, index.encode(problem), shown, config.k)
+    index: Index | None = kept_index(run.rows, problem, shared=run.shared, kernel=_kernel(run))
     if (index is None or not index.name.startswith("gradients")) and run.selector.no_parts is None:
-        options, here = run.config.select, {"work_dir": out / "rows", "shared_dir": None}
+        options, here = run.select, {"work_dir": out / "rows", "shared_dir": None}
         kernel = run.selection.diagnostics["kernel"]
         problem = dataclasses.replace(problem, **here)
         index = computed_index(problem, shown, kernel, options.sketch, options.sketch_size)
@@ -142,13 +175,18 @@ def _links(config: ExplainConfig, run: Run, problem: SelectionProblem, shown: np
     return link(index, index.encode(problem), shown, config.k)
 
 
+def _kernel(run: Run) -> str | None:
+    return run.selection.diagnostics.get("kernel")
+
+
 def answer(config: ExplainConfig, *, progress: bool = True) -> Explained:
     """The nearest pool examples of every question, from the features that the run has kept."""
     assert config.index is not None
-    run = reopen(config.index, progress=progress)
-    queries = load_data(config.queries, run.model, run.config.data)
+    run = reopen(config.index, progress=progress, which=config.which)
+    queries = load_data(config.queries, run.model, run.data)
     problem = run.problem(queries, queries, progress=progress, work_dir=None)
-    index = need_index(run.rows, problem)
+    pool = None if run.shared is None else run.pool().tokens.fingerprint
+    index = need_index(run.rows, problem, shared=run.shared, kernel=_kernel(run), pool=pool)
     places, cosines = top(index.encode(problem), index.read, len(index.rows), config.k)
     rows = np.where(places >= 0, index.rows[places], -1)
     answers = _answers(run, queries, rows, cosines)
@@ -163,7 +201,7 @@ def _answers(run: Run, queries: Loaded, rows: np.ndarray, cosines: np.ndarray) -
     wanted = np.unique(rows[rows >= 0])
     table = read_scores(run.path, ["id", "score", "selected", "source", "file", "line"])
     facts = dict(zip(wanted.tolist(), table.take(wanted).to_pylist()))
-    records = read_records(list(run.config.pool), on_bad_record=run.config.data.on_bad_record)
+    records = run.records()
     places = _places(records, {(fact["file"], fact["line"], fact["id"]) for fact in facts.values()})
     answers = []
     for k, question in enumerate(queries.records):
@@ -201,7 +239,8 @@ def describe(config: ExplainConfig, result: Explained) -> str:
             rows = [{name: near[name] for name in names} | {"prompt": _start(near["prompt"])} for near in item.nearest]
             lines.append(to_markdown(rows))
         return "\n".join(lines if result.out is None else [*lines, f"answers: {result.out / ANSWERS}"])
-    lines = [f"{LABELS[name]}: {shown} of {of} shown" for name, (shown, of) in result.counts.items()]
+    counts = [f"{LABELS[name]}: {shown} of {of} shown" for name, (shown, of) in result.counts.items()]
+    lines = [result.of, *counts]
     if result.parts is None:
         lines.append(f"no parts by token: {result.no_parts}")
     else:

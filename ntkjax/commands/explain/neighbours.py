@@ -10,14 +10,17 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
+from ntkjax.ntk.kernels import KERNELS
 from ntkjax.selection import SelectionProblem
 from ntkjax.selection.gradients import domain_features, gradient_features
+from ntkjax.selection.methods.parts import PartsSelector
 from ntkjax.selection.vote import embed, nearest
 from ntkjax.store import RowStore
 
@@ -67,31 +70,66 @@ class Links:
     among: int
 
 
-def kept_index(rows: Path, problem: SelectionProblem) -> Index | None:
-    """The features that a run has kept in ``rows`` under the parameters of ``problem``: gradients, else embeddings.
+def kept_index(
+    rows: Path,
+    problem: SelectionProblem,
+    *,
+    shared: Path | None = None,
+    kernel: str | None = None,
+    pool: str | None = None,
+) -> Index | None:
+    """The features that a run has kept under the parameters and the seed of ``problem``: gradients, those of ``kernel``
+    before others, else embeddings.
 
-    Gradients under the parameters of an epoch of the warm-up, and Adam's steps, are not compared with a question's
-    gradient under the last ones, and are left out.
+    Gradients under the parameters of an epoch of the warm-up, Adam's steps, and gradients of what is no kernel by name
+    are not compared with a question's gradient, and are left out.
+
+    Args:
+      rows: the run's own folder. shared: where it shares rows with others; only rows of its pool count there.
+      pool: fingerprint of that pool; None: that of ``problem``.
     """
-    for folder in sorted(rows.glob("gradients-*")):
+    theta, pool = tree_digest(problem.params), problem.pool.fingerprint if pool is None else pool
+    ours = lambda made: made.get("theta") == theta and made.get("data") == pool
+    found = []
+    for folder in [*sorted(rows.glob("gradients-*")), *_below(shared, "gradients-*")]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         made = manifest["manifest"]
-        if made.get("theta") == tree_digest(problem.params) and "adam" not in made:
-            store = _open(folder, manifest)
-            options = {"kernel": made["kernel"], "sketch": made["sketch"], "size": made["size"]}
-            encode = lambda of, options=options: domain_features(of, **options)
-            name = f"gradients of the kernel {made['kernel']}, sketched to {made['size']}"
-            return _index(name, store, encode)
-    if (rows / "embeddings" / "manifest.json").exists():
-        folder = rows / "embeddings"
-        store = _open(folder, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-        return _index("embeddings (mean final hidden states)", store, _embedded)
+        usable = "adam" not in made and made.get("seed") == problem.seed and made["kernel"].split(":")[0] in KERNELS
+        if usable and made.get("theta") == theta and (folder.parent != shared or ours(made)):
+            found.append((made["kernel"] != kernel, folder, manifest))
+    if found:
+        _, folder, manifest = min(found, key=lambda item: item[0])  # the first of the right kernel
+        made, store = manifest["manifest"], _open(folder, manifest)
+        options = {"kernel": made["kernel"], "sketch": made["sketch"], "size": made["size"]}
+        name = f"gradients of the kernel {made['kernel']}, sketched to {made['size']}"
+        return _index(name, store, lambda of: domain_features(of, **options))
+    for folder in (rows / "embeddings", *_below(shared, "embeddings-*")):
+        if (folder / "manifest.json").exists():
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            if folder.parent != shared or ours(manifest["manifest"]):
+                return _index("embeddings (mean final hidden states)", _open(folder, manifest), _embedded)
     return None
 
 
-def need_index(rows: Path, problem: SelectionProblem) -> Index:
+def _below(folder: Path | None, pattern: str) -> list[Path]:
+    return [] if folder is None else sorted(folder.glob(pattern))
+
+
+def similarity_index(selector: PartsSelector, problem: SelectionProblem) -> Index:
+    """What a selection from parts compared, its vectors read back or made again: the cosine of an `Index` is then s_ij
+    (of a product: the cosine of the same vectors)."""
+    representation = selector.made_representation()
+    candidates = representation.candidates(problem).rows
+    found = representation.similarities(problem, candidates, cosine=selector.similarity == "cosine")
+    return Index(
+        f"{selector.representation}, as the selection compared them", candidates, found.pool_vectors,
+        lambda _: found.domain_vectors(),
+    )  # fmt: skip
+
+
+def need_index(rows: Path, problem: SelectionProblem, **where: Any) -> Index:
     """`kept_index`; ConfigError with a remedy where there is none."""
-    index = kept_index(rows, problem)
+    index = kept_index(rows, problem, **where)
     if index is None or len(index.rows) == 0:
         raise ConfigError(
             f"{rows}: holds no features of the pool that a question could be compared with (its scores come of a "

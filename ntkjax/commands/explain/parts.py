@@ -55,11 +55,12 @@ class Shown:
 
 def choose_shown(selection: Selection, most: tuple[int, int, int], *, seed: int) -> Shown:
     """The rows of each group, and where there are more than ``most`` of it so many of them, drawn evenly from ``seed``;
-    of the nearly chosen the first."""
+    of the nearly chosen the first: those that follow by rank, at most as many as were chosen and half of what is
+    left."""
     ranked = np.argsort(np.where(selection.scored, selection.ranks, np.iinfo(np.int64).max), kind="stable")
     ranked = ranked[: int(selection.scored.sum())]
     rest = ranked[~np.isin(ranked, selection.selected)]
-    nearly = min(most[1], len(rest))
+    nearly = min(most[1], len(selection.selected), -(-len(rest) // 2))  # where there are few, some are rejected
     members = (selection.selected, rest[:nearly], rest[nearly:])
     rng = numpy_rng(seed, "explain", "shown")
     picked = []

@@ -22,6 +22,8 @@ from ntkjax.report.explanation import DomainExample, Explanation, ShownExample, 
 
 LABELS = {"chosen": "chosen", "nearly": "nearly chosen", "rejected": "rejected"}
 FILES = ("explain.html", "explained.jsonl", "explained.parquet", "domain.jsonl")
+PARTS = ("representation", "similarity", "algorithm")
+"""What a selection from parts says of itself."""
 ROWS = 512
 """Records of a group of rows in the Parquet file."""
 
@@ -150,12 +152,12 @@ def _write_parquet(path: Path, explained: ExplainedRun, examples: list[ShownExam
 
 def _page(explained: ExplainedRun, examples: list[ShownExample], domain: list[DomainExample]) -> Explanation:
     run, parts, links = explained.run, explained.parts, explained.links
-    config, counts = run.config, explained.shown.counts()
+    counts = explained.shown.counts()
     scored, pool = int(run.selection.scored.sum()), len(run.selection.scores)
     lead = (
-        f"{Path(config.model.model).name}: {len(run.selection.selected):,} of {pool:,} pool examples chosen by "
+        f"{Path(run.model_name).name}: {len(run.selection.selected):,} of {pool:,} pool examples chosen by "
         f"{run.selection.method} for {len(run.domain):,} examples of "
-        f"{', '.join(dict.fromkeys(Path(name).name for name in config.domain))}."
+        f"{', '.join(dict.fromkeys(Path(name).name for name in run.domain_files))}."
     )
     if scored < pool:
         lead += f" {pool - scored:,} were left out before they were scored, and are not shown."
@@ -188,16 +190,16 @@ def about_links(links: Links) -> str:
 
 
 def _facts(explained: ExplainedRun) -> list[tuple[str, str]]:
-    config, parts = explained.run.config, explained.parts
+    run, parts = explained.run, explained.parts
     facts = [
-        ("run", str(explained.run.path)),
-        ("model", str(config.model.model)),
-        ("method", explained.run.selection.method),
-        ("domain", ", ".join(config.domain)),
-        ("pool", ", ".join(config.pool)),
-        ("seed", str(config.seed)),
+        ("run", run.name),
+        ("model", run.model_name),
+        ("method", run.selection.method),
+        ("domain", ", ".join(run.domain_files)),
+        ("pool", ", ".join(run.pool_files)),
+        ("seed", str(run.seed)),
     ]
-    for name in ("kernel", "direction", "scores", "precondition", "aggregation"):
+    for name in (*PARTS, "kernel", "direction", "scores", "precondition", "aggregation"):
         if name in explained.run.selection.diagnostics:
             facts.append((name, str(explained.run.selection.diagnostics[name])))
     if parts is not None:
@@ -209,7 +211,10 @@ def _facts(explained: ExplainedRun) -> list[tuple[str, str]]:
 def scale(run: Run, parts: Parts | None) -> list[str]:
     """What a score of this run means, in paragraphs."""
     known = run.selection.diagnostics
-    said, own = [_what(known.get("kernel"), known.get("direction"), known.get("precondition"))], _own(parts)
+    made_of = [known.get(name) for name in PARTS]
+    first = _what(known.get("kernel"), known.get("direction"), known.get("precondition"))
+    said = [first if "kernel" in known or None in made_of else _of_parts(*made_of)]
+    own = _own(parts)
     if own:
         best = float(run.selection.scores[run.selection.selected[0]])
         said.append(
@@ -244,6 +249,16 @@ def scale(run: Run, parts: Parts | None) -> list[str]:
 
 def _number(value: Any) -> str:
     return "not known" if value is None else f"{value:.2f}"
+
+
+def _of_parts(representation: Any, similarity: Any, algorithm: Any) -> str:
+    """The first paragraph of a selection from parts."""
+    return (
+        f"What it is. The score of an example is what the algorithm {algorithm} makes of its {similarity} with every "
+        f"domain example, by representation {representation} (formulas: docs, Which method, Parts). Higher is chosen "
+        "first, but for algorithms that put rows in order themselves, by taking turns or by a draw. Which domain "
+        "examples an example is near to, by the same similarity, stands beside it."
+    )
 
 
 def _what(kernel: Any, direction: Any, precondition: Any) -> str:

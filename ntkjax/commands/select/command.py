@@ -11,7 +11,7 @@ from tyro.conf import arg
 from ntkjax.commands.base import Command
 from ntkjax.commands.select.forecast import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
 from ntkjax.errors import ConfigError
-from ntkjax.pipeline.cost import forward_tokens
+from ntkjax.pipeline.cost import forward_tokens, uses_model
 from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model, trained_parameters, weights_read
@@ -25,7 +25,7 @@ from ntkjax.report.tables import to_markdown
 from ntkjax.selection import Selection
 from ntkjax.selection.base import check_size
 from ntkjax.training import TrainConfig
-from ntkjax.training.trackers import check_tracker
+from ntkjax.training.trackers import TrackerName, check_tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class SelectConfig:
     """Time a few batches, print what the selection would take, and do nothing else."""
     skip_warmup: bool = False
     """Score with the parameters as they are, without warming up on the domain."""
+    tracker: TrackerName = "none"
     data: Annotated[DataOptions, arg(name="")] = DataOptions()
     select: Annotated[SelectorOptions, arg(name="")] = SelectorOptions()
     dedup: DedupOptions = DedupOptions()
@@ -60,6 +61,11 @@ class SelectConfig:
         if self.n < 1:
             raise ConfigError(f"n must be at least 1, got {self.n}")
 
+    @property
+    def warms_up(self) -> bool:
+        """Whether there is a warm-up: unless it is skipped, where something looks at the model."""
+        return not self.skip_warmup and uses_model(self.select)
+
 
 def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     """Select as ``config`` says. (The command with ``dry_run`` is `forecast`.)
@@ -68,7 +74,7 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
       UserError: unusable model, data or options; scores that are not finite; a full disk.
     """
     check_used(config.select)
-    check_tracker(config.warmup.tracker)
+    check_tracker(config.tracker, config.warmup.tracker)
     RunDir.check(config.out, "select", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
@@ -85,9 +91,11 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     run.tell("selection.json", progress)
     deduplicated.write(run)
     settings = ChoiceSettings(
-        config.n, config.seed, config.data, run.path, selected_format=config.selected_format, progress=progress
-    )
-    theta, warmup = trained_parameters(model, config.model), None if config.skip_warmup else config.warmup
+        config.n, config.seed, config.data, run.path, selected_format=config.selected_format, progress=progress,
+        tracker=config.tracker,
+    )  # fmt: skip
+    theta = trained_parameters(model, config.model)
+    warmup = config.warmup if config.warms_up else None
     result = choose(model, theta, domain, pool, config.select, settings, warmup=warmup)
     asides = {name: {"records": records.report} for name, records in held_out.items()}
     reports = {"domain": domain.report(), "pool": pool.report(), **asides}
@@ -108,7 +116,7 @@ def forecast(config: SelectConfig, *, progress: bool = True) -> Forecast:
     domain = load_data(config.domain, model, config.data, limit=SAMPLE_ROWS)
     sample = load_data(config.pool, model, config.data, limit=SAMPLE_ROWS)
     (pool_rows, exact), (domain_rows, _) = count_examples(config.pool, sample), count_examples(config.domain, domain)
-    epochs = 0.0 if config.skip_warmup else config.warmup.epochs_over(domain_rows)
+    epochs = config.warmup.epochs_over(domain_rows) if config.warms_up else 0.0
     timing = Timing(model, params, domain, sample, domain_rows, pool_rows, epochs, config.data.token_budget)
     scored, kernel = selector.scored_rows(config.n, pool_rows), selector.forward_kernel
     if kernel is not None and options.diversity == "none":

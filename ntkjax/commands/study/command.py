@@ -95,10 +95,19 @@ def study(config: StudyConfig, *, progress: bool = True) -> Study:
     Raises:
       UserError: an unusable study file, model or data; a full disk.
     """
-    files = [str(study_path()) if name == EMBEDDED and not Path(name).exists() else name for name in config.study]
+    files = _files(config)
     spec, content = read_study(files)
     mode = {"listing": config.list, "report_only": config.report_only, "retry_failed": config.retry_failed}
     return run_study(spec, content, config.out, where=" + ".join(files), progress=progress, **mode)
+
+
+def _files(config: StudyConfig) -> list[str]:
+    return [str(study_path()) if name == EMBEDDED and not Path(name).exists() else name for name in config.study]
+
+
+def grid_of_config(config: StudyConfig) -> Grid:
+    """`grid_of` the study that ``config`` names."""
+    return grid_of(read_study(_files(config))[0], Path(config.out))
 
 
 def run_study(
@@ -178,4 +187,4 @@ def describe(config: Any, result: Any) -> str:
     return "\n".join(parts) + f"\n{done}\nreport: {Path(config.out) / 'report.html'}"
 
 
-COMMAND = Command(StudyConfig, study, describe, spans=True)
+COMMAND = Command(StudyConfig, study, describe, spans=True, grid=grid_of_config)

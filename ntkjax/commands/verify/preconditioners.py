@@ -18,7 +18,8 @@ from ntkjax.commands.verify.config import VerifyConfig
 from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.metrics import bootstrap_interval, relative_error, spearman, top_n_overlap
 from ntkjax.ntk.precondition import build_preconditioner, explicit_scores
-from ntkjax.ntk.scores import kernel_scores
+from ntkjax.ntk.rows import Pass
+from ntkjax.ntk.scores import ForwardScorer, kernel_scores
 from ntkjax.types import Params
 
 EXACT = "exact"
@@ -58,10 +59,8 @@ def preconditioned_scores(
         scores, residual = {EXACT: exact.tolist()}, {}
         for name in config.precondition:
             solver = build_preconditioner(name, loss_fn, params, domain, damping=damping, progress=progress)
-            along = kernel_scores(
-                kernel, params, domain, pool, rows=sizes[1], precondition=solver,
-                memory_budget=config.memory_budget, progress=progress and f"scores, {name}",
-            )  # fmt: skip
+            run = Pass(sizes[1], memory_budget=config.memory_budget, progress=progress and f"scores, {name}")
+            along = kernel_scores(kernel, params, domain, pool, rows=run, scorer=ForwardScorer(solver))
             scores[name] = np.asarray(along.scores[:, 0], np.float64).tolist()
             if along.residual is not None:
                 residual[name] = along.residual

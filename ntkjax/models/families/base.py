@@ -39,10 +39,11 @@ class RopeConfig:
     ``factor``, keeps those that turn more than beta_fast times, goes linearly from one to the other between (whole
     dimensions with ``truncate``), and multiplies cos and sin by ``attention_factor``.
 
-    ``longrope`` (arXiv 2402.13753) divides frequency i by short_factors[i] and multiplies cos and sin by
-    ``attention_factor``; for a sequence longer than original_max_positions it is long_factors[i]. ``dynamic`` changes
-    nothing up to max_positions, and above every frequency with the sequence's length. Both therefore depend on the
-    longest sequence in the batch; longer ones are refused (ModelConfig.position_limit).
+    ``longrope`` (arXiv 2402.13753) divides frequency i by short_factors[i], and in a sequence of more than
+    original_max_positions tokens by long_factors[i], and multiplies cos and sin by ``attention_factor``. ``dynamic``
+    changes nothing in a sequence of at most the model's max_positions tokens; in one of n it puts theta (factor n /
+    max_positions - (factor - 1))^(d / (d - 2)) in the place of theta. n counts the tokens of the example that a token
+    belongs to, padding and the rest of the batch left out (transformers takes the longest row of the batch, padded).
     """
 
     theta: float = 10_000.0
@@ -209,12 +210,17 @@ class Gguf:
       paired_rows: the rows of a head's queries and keys are in the order in which rotary positions turn neighbours,
         rows 2i and 2i + 1, and not rows i and i + head_dim / 2 as in a checkpoint (llama.cpp: ``permute``).
       fields: fields of ModelShape that no key says.
+      more: further fields of ModelShape, from the file's keys (each with "ARCHITECTURE." in front of it) and the fields
+        that are known already, rotary positions among them. keys: those that it reads besides the common ones, without
+        the architecture's name.
     """
 
     architecture: str
     tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     paired_rows: bool = False
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    more: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

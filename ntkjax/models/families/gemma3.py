@@ -6,9 +6,10 @@ Refused: attention in both directions, and checkpoints with a vision tower.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ntkjax.models.families.base import Family, ModelShape, Reader, kinds_of_rope_keys
+from ntkjax.models.families.base import LOCAL, Family, Gguf, ModelShape, Reader, RopeConfig, kinds_of_rope_keys
 from ntkjax.models.families.gemma2 import GEMMA_TENSORS, gemma_fields, gemma_keys, gemma_layer, gemma_scale
 
 
@@ -31,6 +32,26 @@ def _write(shape: ModelShape) -> dict[str, Any]:
     return gemma_keys(shape) | kinds_of_rope_keys(shape) | {"rope_local_base_freq": local.theta}
 
 
+def _from_gguf(reader: Reader, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp knows of Gemma 3 (src/models/gemma3.cpp, llama-model.cpp) and old files do not say: five of six
+    layers slide, with rotary positions of base 1e4; queries of the 27B model, the one of 62 layers, are scaled by the
+    width of a head that hidden_size would give it."""
+    key = "gemma3.{}".format
+    every = reader.number(key("attention.sliding_window_pattern"), 6)
+    local = RopeConfig(theta=reader.number(key("rope.freq_base_swa"), 1e4, float))
+    kinds = [LOCAL if (i + 1) % every else "full_attention" for i in range(said["num_layers"])]
+    config = {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    if (window := reader.config.get(key("attention.sliding_window"))) is not None:
+        config["sliding_window"] = window
+    inner = Reader(config, reader.where)
+    windows = inner.windows(inner.layer_types(), 4096, keep=True)
+    return windows | {
+        "local_rope": local if windows and local != said["rope"] else None,
+        "query_scale": (said["hidden_size"] / said["num_heads"]) ** -0.5 if len(kinds) == 62 else None,
+        "logit_cap": reader.optional(key("final_logit_softcapping"), None),
+    }
+
+
 GEMMA3 = Family(
     name="gemma3",
     architectures={"Gemma3ForCausalLM": "gemma3_text"},
@@ -44,4 +65,14 @@ GEMMA3 = Family(
         "Gemma3ForConditionalGeneration": "it holds a vision tower beside the text model; use a checkpoint of text "
         "alone (Gemma3ForCausalLM, such as gemma-3-270m and gemma-3-1b)"
     },
+    gguf=Gguf(
+        "gemma3",
+        tensors={
+            "layers/post_norm_1": "blk.{}.post_attention_norm",
+            "layers/post_norm_2": "blk.{}.post_ffw_norm",
+        },
+        fields={"activation": "gelu_pytorch_tanh"},
+        more=_from_gguf,
+        keys=("attention.sliding_window_pattern", "rope.freq_base_swa", "final_logit_softcapping"),
+    ),
 )

@@ -1,7 +1,5 @@
 """Phi-3, Phi-3.5 and Phi-4-mini: Llama with q, k, v in one tensor and gate, up in another, rotary positions of part of
 a head, and longrope.
-
-Refused: sequences beyond original_max_position_embeddings under longrope, for which the other factors would hold.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ class Runner:
                 warmed, seconds["warmup"] = self.warm_up(task)
             settings = ChoiceSettings(
                 task.condition.budget, task.seed, grid.spec.data, folder, shared=grid.out / "shared",
-                progress=self.progress,
+                progress=self.progress, tracker=grid.spec.train.tracker,
             )  # fmt: skip
             start, domain, pool = grid.start_of_selection(task.seed), grid.training_set(task), grid.data(task).pool
             began = time.monotonic()

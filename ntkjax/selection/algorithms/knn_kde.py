@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from ntkjax.errors import ConfigError
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import SelectionProblem
-from ntkjax.selection.options import Options, check_least
+from ntkjax.selection.options import Options, check_choice, check_least
 from ntkjax.selection.parts import Algorithm, Choice, Similarities
 
 BLOCK = 1024
+RowsName = Literal["draw", "top"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,12 @@ class TsdsOptions(TransportOptions):
     transport_sigma: float = 0.75
     """sigma: distance within which examples count as near-duplicates; 0: none do, every rho is 1."""
 
+    transport_rows: RowsName = "draw"
+    """draw: n rows in proportion to their mass, as TSDS does; top: the n with the most mass."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("transport_rows", self.transport_rows, RowsName)
         if not self.transport_sigma >= 0:
             raise ConfigError(f"transport_sigma must be at least 0, got {self.transport_sigma}")
 
@@ -64,16 +69,16 @@ class TsdsOptions(TransportOptions):
 class KnnKde(TsdsOptions, Algorithm):
     """min over gamma [M, N] >= 0 with sum_j gamma_ij = 1/M of
     alpha/C sum_ij gamma_ij d_ij + (1 - alpha) M max_ij rho_j gamma_ij;
-    n rows are drawn in proportion to the mass p_j = sum_i gamma_ij.
+    n rows are drawn in proportion to the mass p_j = sum_i gamma_ij, or (``transport_rows`` top) those with the most.
 
     d_ij = sqrt(2 - 2 s_ij): Euclidean distance between vectors of length 1; rho_j = sum_j' max(0, 1 - d_jj'^2 /
-    sigma^2) >= 1: how many near-duplicates row j has, itself included. score_j = p_j; ranks are the order of the draw,
-    then rows without mass by similarity to the domain.
+    sigma^2) >= 1: how many near-duplicates row j has, itself included. score_j = p_j; ranks are the order of the draw
+    (of the mass, ties by similarity), then rows without mass by similarity to the domain.
 
     Source: arXiv 2410.11303 (the KDE-regularised problem; its maximum is over |gamma_ij - uniform|, of which we keep
     the side above, as the authors' program does; alpha, C, sigma are that program's defaults). Chosen by us: the search
-    is exact; the draw is without replacement (Gumbel noise on log p), since a selection holds every row once (the
-    program of arXiv 2602.14696 takes the n rows with the most mass, at alpha = 0.01); where fewer than n rows have mass
+    is exact; the draw is without replacement (Gumbel noise on log p), since a selection holds every row once
+    (``top`` is what the program of arXiv 2602.14696 does, at alpha = 0.01); where fewer than n rows have mass
     the nearest others fill up, counted in the report.
 
     Cost: besides the search, |U|^2 K for rho, U the rows among the neighbours of any domain example.
@@ -90,7 +95,9 @@ class KnnKde(TsdsOptions, Algorithm):
         moved = transport(distances(nearby.similarity), density[position], self.price, self.weight)
         mass = np.zeros(rows)
         np.add.at(mass, nearby.rows.ravel(), moved.ravel())
-        order = draw(mass, nearby.highest, numpy_rng(problem.seed, "selection", "tsds"))
+        drawn = self.transport_rows == "draw"
+        rng = numpy_rng(problem.seed, "selection", "tsds") if drawn else None
+        order = in_order(mass, nearby.highest, rng)
         report = {
             "rows_with_mass": int(np.sum(mass > 0)),
             "filled_without_mass": int(np.sum(mass[order[: problem.n]] == 0)),
@@ -147,9 +154,11 @@ def transport(
     return np.clip(1 - before / s, 0, 1 / (density * s)) / len(distance)
 
 
-def draw(mass: Float[np.ndarray, " N"], similarity: np.ndarray, rng: np.random.Generator) -> Int[np.ndarray, " N"]:
-    """All rows: those with mass in the order of a draw without replacement in proportion to it, then the others by
-    similarity, ties by lower row."""
+def in_order(
+    mass: Float[np.ndarray, " N"], similarity: np.ndarray, rng: np.random.Generator | None
+) -> Int[np.ndarray, " N"]:
+    """All rows: those with mass in the order of a draw without replacement in proportion to it (without ``rng`` in the
+    order of the mass), then the others; ties by similarity, then by lower row."""
     with np.errstate(divide="ignore"):
-        keys = np.log(mass) + rng.gumbel(size=len(mass))
+        keys = np.log(mass) + (np.zeros(len(mass)) if rng is None else rng.gumbel(size=len(mass)))
     return np.lexsort((np.arange(len(mass)), -similarity, -keys))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,5 +51,10 @@ class KnnUniform(KnnOptions, Algorithm):
             k = round(spread(distance, np.ones_like(distance), self.price, self.weight))
         votes = Votes.of(neighbours, len(similarities.rows), k)
         scores = votes.votes + (1 + votes.similarity.astype(np.float64)) / 4
-        report = {"nearest": k, "rows_with_votes": int(np.sum(votes.votes > 0))}
+        report: dict[str, Any] = {"nearest": k, "rows_with_votes": int(np.sum(votes.votes > 0))}
+        if self.nearest > k:
+            report["nearest_warning"] = (
+                f"nearest {self.nearest} is more than the {k} pool examples that were compared: every domain example "
+                "votes for all of them, which tells none from another; ask for fewer"
+            )
         return Choice(scores, zeros=neighbours.zero_norm, votes=votes.votes, report=report)

@@ -58,7 +58,8 @@ class UnbalancedTransport(UotOptions, Algorithm):
     ranked by the mass they get); the iterations are those of arXiv 1607.05816 (Chizat et al., "Scaling algorithms for
     unbalanced optimal transport problems"). Ours: a pass that changes no f_i by more than 1e-9 eps is the last.
 
-    Cost: a pass over the features for each iteration; the report says how many there were.
+    Cost: a pass over the similarities for each iteration; the report says how many there were. Those that fit into 1
+    GiB (8 M bytes a pool row) are kept, the others made anew from the features in every pass.
     """
 
     of_cosines: ClassVar[bool] = True
@@ -66,10 +67,10 @@ class UnbalancedTransport(UotOptions, Algorithm):
     def __call__(self, similarities: Similarities, problem: SelectionProblem) -> Choice:
         members, rows = similarities.members, len(similarities.rows)
         potential, change, passes, zeros = np.zeros(members), np.inf, 0, 0
-        scores = np.empty(rows)
+        scores, blocks = np.empty(rows), similarities.repeated()
         while change > TOLERANCE * self.uot_epsilon and passes < self.uot_iterations:
             sums, zeros = np.full(members, -np.inf), 0
-            for at, similarity, zero in similarities.blocks():
+            for at, similarity, zero in blocks:
                 cost = (1 - similarity) / 2 / self.uot_epsilon  # [b, M], in units of eps
                 reach = logsumexp(potential / self.uot_epsilon - cost, axis=1) - math.log(members)
                 given = -self.uot_pool / (self.uot_pool + self.uot_epsilon) * reach  # g / eps

@@ -7,6 +7,7 @@ import dataclasses
 from ntkjax.selection.algorithms.knn_uniform import KnnUniform
 from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.embeddings import EmbeddingMethod
+from ntkjax.selection.parts import named_parts
 from ntkjax.selection.representations.embeddings import Embeddings
 
 
@@ -22,4 +23,5 @@ class EmbeddingSelector(EmbeddingMethod):
         embeddings = Embeddings()
         candidates = embeddings.candidates(problem)
         choice = KnnUniform(nearest=problem.n)(embeddings.similarities(problem, candidates.rows), problem)
-        return dataclasses.replace(choice.selection("embedding", candidates, problem, {}), votes=choice.votes)
+        report = named_parts("embeddings", "knn-uniform")
+        return dataclasses.replace(choice.selection("embedding", candidates, problem, report), votes=choice.votes)

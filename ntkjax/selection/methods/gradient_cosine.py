@@ -8,7 +8,7 @@ from ntkjax.selection.algorithms.mean import Mean
 from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.gradients import GradientSelector, find_candidates, gradient_features, unit_direction
-from ntkjax.selection.parts import Part, Similarities
+from ntkjax.selection.parts import Part, Similarities, named_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,4 +40,5 @@ class GradientCosineSelector(GradientSelector):
         domain, read = gradient_features(problem, candidates.rows, sketch=self.sketch, size=self.sketch_size)
         direction = unit_direction(domain.mean(axis=0), "the domain's mean gradient")
         choice = Mean()(Similarities((Part(direction[None], read),), candidates.rows), problem)
-        return choice.selection("gradient-cosine", candidates, problem, {"zero_gradients": choice.zeros})
+        report = named_parts("gradients", "mean") | {"zero_gradients": choice.zeros}
+        return choice.selection("gradient-cosine", candidates, problem, report)

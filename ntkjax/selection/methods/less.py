@@ -13,6 +13,7 @@ from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.gradients import GradientSelector
 from ntkjax.selection.options import AdamOptions, GradientOptions
+from ntkjax.selection.parts import named_parts
 from ntkjax.selection.representations.gradients import Gradients
 
 
@@ -64,7 +65,7 @@ class LessSelector(LessOptions, GradientSelector):
         chosen, names = choice.selection("less", candidates, problem, {}), choice.report["domain_clusters"]
         assert choice.groups is not None
         best = choice.groups[np.searchsorted(candidates.rows, chosen.selected)]
-        report = {
+        report = named_parts("gradients", "clusters") | {
             "checkpoint_steps": [checkpoint.step for checkpoint in problem.checkpoints],
             "checkpoint_weights": [part.weight for part in similarities.parts],
             "zero_gradients": choice.zeros,

@@ -52,6 +52,7 @@ from ntkjax.selection.options import (
     Stage1Options,
     check_choice,
 )
+from ntkjax.selection.parts import named_parts
 from ntkjax.store import RowStore
 
 ScoreMethod = Literal["forward", "sketch"]
@@ -142,6 +143,8 @@ class NtkSelector(NtkOptions, Stage1Selector):
             scores, pool_mean_scores, report = self.score(problem, candidates.rows)
             chosen = select_top("ntk", scores, problem.n, votes=candidates.counts, pool_mean_scores=pool_mean_scores)
         options = {k: getattr(self, k) for k in ("kernel", "direction", "scores", "precondition", "aggregation")}
+        similarity = "cosine" if self.direction == "cosine" else "product"
+        options |= named_parts("gradients", self.aggregation, similarity)
         return dataclasses.replace(chosen, diagnostics=options | report | candidates.report())
 
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -158,7 +161,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             rows=Pass(
                 len(problem.pool),
                 self.store(problem, "scores", width=len(domain) + 1),
-                progress=problem.progress and "score pool",
+                progress=problem.bar("score pool"),
             ),
             references=[*domain[1:], sample],
             scorer=self.scorer(problem),
@@ -193,7 +196,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             problem.params,
             [*domain, sample] if self.direction == "contrast" else domain,
             precondition=self.preconditioner(problem),
-            progress=problem.progress,
+            progress=problem.bar(),
         )
         if self.direction == "raw":
             return Directional(kernel, tuple(along), tuple(np.diagonal(gram).tolist()))
@@ -216,7 +219,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             rows=Pass(
                 len(problem.pool),
                 self.store(problem, "norms", width=1),
-                progress=problem.progress and "gradient norms",
+                progress=problem.bar("gradient norms"),
             ),
             sketch=self.make_sketch(problem),
         )
@@ -304,7 +307,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             damping=self.damping,
             iterations=self.cg_iterations,
             tolerance=self.cg_tolerance,
-            progress=problem.progress and "curvature of the domain loss",
+            progress=problem.bar("curvature of the domain loss"),
         )
 
     def store(self, problem: SelectionProblem, name: str, *, width: int) -> RowStore | None:

@@ -13,7 +13,7 @@ from ntkjax.selection.algorithms import ALGORITHMS
 from ntkjax.selection.base import Selection, SelectionProblem, Selector
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.options import Options, check_choice
-from ntkjax.selection.parts import Algorithm, Representation, options_of
+from ntkjax.selection.parts import Algorithm, Representation, named_parts, options_of
 from ntkjax.selection.representations import REPRESENTATIONS
 
 SimilarityName = Literal["cosine", "product"]
@@ -129,7 +129,7 @@ class PartsSelector(PartsOptions, Selector):
         candidates = representation.candidates(problem)
         similarities = representation.similarities(problem, candidates.rows, cosine=self.similarity == "cosine")
         choice = self.made_algorithm()(similarities, problem)
-        names = {name: getattr(self, name) for name in ("representation", "similarity", "algorithm")}
+        names = named_parts(self.representation, self.algorithm, self.similarity)
         zeros = {"zero_vectors": choice.zeros, "zero_domain_vectors": similarities.zero_domain}
         reports = [part.report for part in similarities.parts]
         report = dict(itertools.chain(*(each.items() for each in (names, zeros, *reports, choice.report))))

@@ -196,14 +196,14 @@ class Probe:
         domain = problem.domain.batches(token_budget=problem.gradient_budget)
         functions = KernelFunctions(problem.hidden_fn, problem.head, problem.nll_fn)
         kernel = build("loss", functions, problem.params, seed=0)
-        mean = mean_direction(kernel, problem.params, domain, progress=problem.progress and "domain gradient")
+        mean = mean_direction(kernel, problem.params, domain, progress=problem.bar("domain gradient"))
         solve = build_preconditioner(
             "kfac",
             problem.nll_fn,
             problem.params,
             domain,
             damping=options.damping,
-            progress=problem.progress and "curvature of the domain loss",
+            progress=problem.bar("curvature of the domain loss"),
         )
         assert solve is not None
         depends = {

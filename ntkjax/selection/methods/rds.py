@@ -7,6 +7,7 @@ import dataclasses
 from ntkjax.selection.algorithms.round_robin import RoundRobin
 from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.embeddings import EmbeddingMethod
+from ntkjax.selection.parts import named_parts
 from ntkjax.selection.representations.weighted_embeddings import WeightedEmbeddings
 
 
@@ -32,4 +33,5 @@ class RdsSelector(EmbeddingMethod):
         embeddings = WeightedEmbeddings()
         candidates = embeddings.candidates(problem)
         choice = RoundRobin()(embeddings.similarities(problem, candidates.rows), problem)
-        return choice.selection("rds", candidates, problem, {"zero_embeddings": choice.zeros})
+        report = named_parts("weighted-embeddings", "round-robin") | {"zero_embeddings": choice.zeros}
+        return choice.selection("rds", candidates, problem, report)

@@ -7,6 +7,7 @@ import dataclasses
 from ntkjax.selection.algorithms.knn_kde import KnnKde, TsdsOptions
 from ntkjax.selection.base import Selection, SelectionProblem
 from ntkjax.selection.embeddings import EmbeddingMethod
+from ntkjax.selection.parts import named_parts
 from ntkjax.selection.representations.embeddings import Embeddings
 
 
@@ -28,4 +29,5 @@ class TsdsSelector(TsdsOptions, EmbeddingMethod):
         embeddings = Embeddings()
         candidates = embeddings.candidates(problem)
         choice = KnnKde(**dataclasses.asdict(self))(embeddings.similarities(problem, candidates.rows), problem)
-        return choice.selection("tsds", candidates, problem)
+        report = named_parts("embeddings", "knn-kde") | choice.report
+        return choice.selection("tsds", candidates, problem, report)

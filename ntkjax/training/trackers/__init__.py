@@ -1,4 +1,5 @@
-"""Where the numbers of a training run are shown besides metrics.jsonl: the table of trackers.
+"""Where the numbers of a training run or of long passes are shown besides metrics.jsonl or passes.jsonl: the table of
+trackers.
 
 A tracker is one file in this folder and one line in `TRACKERS`. Each needs an extra of this package, which is imported
 when a run that asks for it begins, and writes under the run's folder; none needs a network.
@@ -19,17 +20,17 @@ from ntkjax.training.trackers.tensorboard import TensorBoard
 from ntkjax.training.trackers.weights_and_biases import Wandb
 
 TRACKERS: dict[str, Kind] = {
-    "none": Kind("metrics.jsonl alone"),
+    "none": Kind("metrics.jsonl (of passes: passes.jsonl) alone"),
     "jsonl": Kind("the same"),
     "tensorboard": Kind("event files in tensorboard/", TensorBoard, "tensorboardX"),
     "wandb": Kind("Weights & Biases in wandb/, offline unless WANDB_MODE says otherwise", Wandb, "wandb"),
 }
-"""Name -> what it is. metrics.jsonl is written by every run that has a folder."""
+"""Name -> what it is. metrics.jsonl and passes.jsonl are written by every run that has a folder."""
 
 TrackerName = Annotated[
     str,
     arg(
-        help="Where the numbers of training go besides, in the run's folder. "
+        help="Where the numbers of training or of long passes go besides, in the run's folder. "
         + "; ".join(f"{name}: {kind.summary}" for name, kind in TRACKERS.items())
         + "."
     ),
