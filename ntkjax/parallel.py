@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from ntkjax.errors import ConfigError, UserError
@@ -91,7 +91,7 @@ def make_mesh(*, data: int, fsdp: int = 1, model: int = 1, devices: Sequence[jax
     return jax.make_mesh(wanted, AXES, (AxisType.Auto,) * len(AXES), devices=available)
 
 
-def _row_axes(mesh: Mesh) -> tuple[str, ...]:
+def _row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes that rows of a batch are split over: those of `DATA` and `FSDP` that are longer than 1."""
     return tuple(name for name in (DATA, FSDP) if mesh.shape.get(name, 1) > 1)
 
@@ -101,11 +101,11 @@ def data_parallel(mesh: Mesh | None) -> int:
     return 1 if mesh is None else _parts(mesh, _row_axes(mesh))
 
 
-def _parts(mesh: Mesh, names: Sequence[str]) -> int:
+def _parts(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
     return int(np.prod([mesh.shape[name] for name in names], dtype=np.int64))
 
 
-def describe_mesh(mesh: Mesh | None) -> str | None:
+def describe_mesh(mesh: Mesh | AbstractMesh | None) -> str | None:
     """``data=4,model=2`` or, where fsdp is longer than 1, ``data=2,fsdp=2,model=2``; None without a mesh."""
     if mesh is None:
         return None
@@ -132,7 +132,9 @@ class Split:
     data: int | None = None
 
 
-def weight_sharding(path: str, shape: Sequence[int], mesh: Mesh, split: Split, rule: str = "tensor") -> NamedSharding:
+def weight_sharding(
+    path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, split: Split, rule: str = "tensor"
+) -> NamedSharding:
     """Where the parameter at ``path`` (it stands in errors) lives: split over the mesh or replicated.
 
     ``tensor``: ``split.model`` is split over "model" and ``split.data`` over "fsdp". ``fully-sharded``: ``split.data``

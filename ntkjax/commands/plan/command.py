@@ -159,7 +159,7 @@ def held(config: ModelConfig, spec: ModelSpec, mesh: tuple[int, int, int]) -> fl
     place = jax.sharding.AbstractMesh(mesh, AXES)
     total = 0.0
     for path, leaf in paths(param_shapes(spec)).items():
-        parts = weight_sharding(path, leaf.shape, place, config.split(path)).spec  # type: ignore[arg-type]
+        parts = weight_sharding(path, leaf.shape, place, config.split(path)).spec
         names = [
             name for entry in parts if entry is not None for name in ([entry] if isinstance(entry, str) else entry)
         ]
@@ -305,7 +305,7 @@ def reason(config: PlanConfig, found: Plan) -> str:
 
 def mesh_text(sizes: tuple[int, int, int]) -> str:
     """As `--mesh` takes it."""
-    return str(describe_mesh(jax.sharding.AbstractMesh(sizes, AXES)))  # type: ignore[arg-type]
+    return str(describe_mesh(jax.sharding.AbstractMesh(sizes, AXES)))
 
 
 COMMAND = Command(PlanConfig, run, describe)
