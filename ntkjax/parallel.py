@@ -227,13 +227,15 @@ def _row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(over) if over else PartitionSpec())
 
 
-def shard_batch(batch: Any, mesh: Mesh | None, *, rows: int | None = None, index: np.ndarray | None = None) -> Any:
+def shard_batch(
+    batch: Any, mesh: Mesh | None, *, rows: int | None = None, whole: Mapping[str, np.ndarray] | None = None
+) -> Any:
     """Every leaf [B, ...] of a batch split by rows over "data" and "fsdp". ConfigError where B does not divide.
 
-    Over several processes the ``index`` of a `Batch`, from which the dataset rows of results are read, is whole on all.
+    Over several processes the ``index`` and the ``lengths`` of a `Batch`, which every process reads, are whole on all.
 
     Args:
-      rows: B, where ``batch`` holds `rows_here` of them alone; ``index`` is that of the whole batch then.
+      rows: B, where ``batch`` holds `rows_here` of them alone; ``whole`` then holds those two leaves of all B.
     """
     if mesh is None:
         return batch
@@ -255,9 +257,10 @@ def shard_batch(batch: Any, mesh: Mesh | None, *, rows: int | None = None, index
 
     if not isinstance(batch, Batch):
         return jax.tree.map(place, batch)
-    known = batch.index if index is None else index
-    spread_out = jax.tree.map(place, dataclasses.replace(batch, index=None))
-    return dataclasses.replace(spread_out, index=spread(known, NamedSharding(mesh, PartitionSpec())))
+    known = {"index": batch.index, "lengths": batch.lengths} if whole is None else whole
+    everywhere = {name: spread(leaf, NamedSharding(mesh, PartitionSpec())) for name, leaf in known.items()}
+    rest = jax.tree.map(place, dataclasses.replace(batch, **dict.fromkeys(known)))
+    return dataclasses.replace(rest, **everywhere)
 
 
 def keep_shardings(tree: Any, shardings: tuple | None) -> Any:

@@ -353,7 +353,9 @@ class BatchPlan:
             first, last = np.searchsorted(planned.places, [here.start, here.stop])
             held, places = planned.indices[first:last], planned.places[first:last] - here.start
             batch = data.collate_rows(held, places, **shape, slots=planned.slots)
-        return shard_batch(batch, data.mesh, rows=planned.rows, index=index)
+        filler = np.int32(1 if planned.places is None else 0)
+        lengths = np.where(index >= 0, data.lengths[index], filler).astype(np.int32)
+        return shard_batch(batch, data.mesh, rows=planned.rows, whole={"index": index, "lengths": lengths})
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.planned:

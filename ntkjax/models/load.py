@@ -260,9 +260,9 @@ class Reading:
         together = spans_processes(self.mesh)
         index, count = process() if together else (0, 1)
         rows, *others = (np.arange(size) for size in first.shape)
-        parts = [info.read([rows[index::count], *others]) for info in (first, second)]
-        self.bytes_read += sum(part.nbytes for part in parts)
-        equal = np.array_equal(*parts)
+        a, b = (info.read([rows[index::count], *others]) for info in (first, second))
+        self.bytes_read += a.nbytes + b.nbytes
+        equal = np.array_equal(a, b)
         return all(everyone(equal)) if together else equal
 
     def _read(self, info: TensorInfo, places: list[np.ndarray], index: tuple[slice, ...]) -> np.ndarray:

@@ -217,7 +217,7 @@ def alone(files, tmp_path_factory) -> Callable[[str], Path]:
 QUICK = {
     "select, lora, padded": "fsdp=4",
     "finetune, all, packed": "data=2,fsdp=2",
-    "evaluate, padded": "data=2,model=2",
+    "evaluate, packed": "data=2,model=2",
 }
 OTHER = "fsdp=2,model=2"
 
