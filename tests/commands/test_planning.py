@@ -68,7 +68,7 @@ def counted(**sizes: int) -> collectives.Counted:
 
 def test_one_device_receives_nothing_and_split_weights_are_gathered_once_a_batch():
     """Beside the kernels of the layers, what is split is the embedding, and what is looked up in it moves."""
-    assert counted().elements == {} and counted().temporary_bytes > 0
+    assert counted().elements == {} and counted().bytes_a_token > 0
     config = load_lm(tiny_lm_path()).config
     kernels = config.num_layers * sum(inputs * outputs for inputs, outputs, _ in config.linears.values())
     few, many = counted(fsdp=2), counted(fsdp=2, rows=8, length=32)

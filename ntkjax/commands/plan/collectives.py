@@ -29,10 +29,16 @@ _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """Of one batch, for each device: elements that it receives, by operation; bytes of working memory."""
+    """Of one batch, for each device.
+
+    Attributes:
+      elements: those that it receives, by operation.
+      bytes_a_token: working memory that grows with the tokens of a device, by the difference between a batch and one of
+        twice its rows.
+    """
 
     elements: dict[str, float]
-    temporary_bytes: int
+    bytes_a_token: float
 
 
 def received(kind: str, elements: int, group: int) -> float:
@@ -152,22 +158,27 @@ def main(settings: dict[str, Any]) -> Counted:
     )
     leaves = paths(param_shapes(spec))
     model = LanguageModel(spec, unflatten({path: place(path, shape) for path, shape in leaves.items()}))
-    rows, length = settings["rows"], settings["length"]
-    empty = Batch(
-        np.zeros((rows, length), np.int32), np.zeros((rows, length), bool), np.full(rows, length, np.int32),
-        np.arange(rows, dtype=np.int32),
-    )  # fmt: skip
-    shaped = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shard_batch(empty, mesh)
-    )
-    params = model.lora
     kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn))
-    stacked = Direction(jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, 1, *p.shape), jnp.float32), params))
-    program = score_batch.lower(kernel, params, stacked, shaped).compile()
-    text, memory = program.as_text(), program.memory_analysis()
-    if text is None or memory is None:
-        raise UserError("the compiler of this machine's jax tells nothing of its programs; expected that of CPUs")
-    return Counted(count(text, mesh.size, config.num_layers), int(memory.temp_size_in_bytes))
+    stacked = Direction(jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, 1, *p.shape), jnp.float32), model.lora))
+
+    def compiled_for(rows: int, length: int) -> tuple[str, int]:
+        """Text and temporary bytes of the program."""
+        empty = Batch(
+            np.zeros((rows, length), np.int32), np.zeros((rows, length), bool), np.full(rows, length, np.int32),
+            np.arange(rows, dtype=np.int32),
+        )  # fmt: skip
+        of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        batch = jax.tree.map(of, shard_batch(empty, mesh))
+        program = score_batch.lower(kernel, model.lora, stacked, batch).compile()
+        text, memory = program.as_text(), program.memory_analysis()
+        if text is None or memory is None:
+            raise UserError("the compiler of this machine's jax tells nothing of its programs; expected that of CPUs")
+        return text, int(memory.temp_size_in_bytes)
+
+    rows, length = settings["rows"], settings["length"]
+    (text, few), (_, many) = compiled_for(rows, length), compiled_for(2 * rows, length)
+    tokens = rows * length / settings["fsdp"]  # of a device
+    return Counted(count(text, mesh.size, config.num_layers), (many - few) / tokens)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ TRAINED_COPIES = 4
 """Of the trained parameters: themselves, their direction, and two moments of the warm-up."""
 FORWARD, SCORE = 1, 2
 """Forward passes that a token costs: the score's tangent pass costs as much as its primal pass."""
-CANDIDATES = 3
-"""Mesh shapes whose program is compiled: the smallest that hold the weights."""
+CANDIDATES, MOST = 3, 10
+"""Mesh shapes whose program is compiled: those that split the weights least, so many, or more until one fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Shape:
 
     Attributes:
       mesh: sizes of data, fsdp and model. held_bytes: weights, and trained parameters with their copies, of a device.
-      working_bytes: of the compiled score, an upper bound where this machine's compiler holds 16-bit arrays in 32.
+      working_bytes: of the score: what the compiled program needs for each token, halved for 16-bit arrays, which the
+        compiler of a CPU holds in 32; and the weights of a gathered layer.
       received_bytes: that a device receives for a batch of `token_budget` tokens a device, by operation.
       compute_hours, link_hours: of the scores of the whole pool: products at ``share`` of the peak; what is received at
         the link's full rate, as if nothing overlapped.
@@ -215,15 +216,21 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
     rate = count * device.tflops * 1e12 * share  # FLOP a second of all devices
     pool = config.examples * config.tokens
     found = []
-    for mesh, size in tqdm(possible[:CANDIDATES], desc="compiling", unit="mesh", disable=not progress):
+    inside = lambda shape: shape.memory_bytes <= USABLE * 1e9 * device.memory_gb
+    itemsize = np.dtype("float32" if config.dtype == "float32" else "float16").itemsize
+    for mesh, size in tqdm(possible[:MOST], desc="compiling", unit="mesh", disable=not progress):
+        if len(found) >= CANDIDATES and any(map(inside, found)):
+            break
         counted = _compiled(content, config, mesh)
-        itemsize = np.dtype("float32" if config.dtype == "float32" else "float16").itemsize
+        working = counted.bytes_a_token * config.token_budget * itemsize / 4
+        if mesh[1] > 1:
+            layer = sum(inputs * outputs for inputs, outputs, _ in shape.linears.values()) * max(1, shape.num_experts)
+            working += itemsize * layer / mesh[2]
         received = {kind: itemsize * elements for kind, elements in counted.elements.items()}
         batches = pool / (count * config.token_budget)
         links = batches * sum(received.values()) / (1e9 * device.link_gb) / 3600
         hours = SCORE * pool * flops / rate / 3600
-        found.append(Shape(mesh, size, counted.temporary_bytes, received, hours, links))
-    inside = lambda shape: shape.memory_bytes <= USABLE * 1e9 * device.memory_gb
+        found.append(Shape(mesh, size, working, received, hours, links))
     ordered = sorted(found, key=lambda shape: (not inside(shape), shape.hours))
     ways: dict[str, float] = {}
     if ordered:
