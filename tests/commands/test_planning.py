@@ -14,7 +14,7 @@ import pytest
 
 from ntkjax.assets import tiny_lm_path
 from ntkjax.cli import main
-from ntkjax.commands.plan import collectives
+from ntkjax.commands.plan import collectives, command
 from ntkjax.commands.plan.command import candidates, forward_flops, held, read_config
 from ntkjax.devices import DEVICES, parse_devices, peak_tflops
 from ntkjax.errors import ConfigError
@@ -132,6 +132,20 @@ def test_the_plan_of_a_small_model_names_the_mesh_and_why(capsys):
     config = read_config(str(tiny_lm_path()))[1]
     hours = 2 * 1e6 * 300 * forward_flops(config, 16) / (2 * 312e12 * 0.5) / 3600
     assert f"score every example: {hours:.3g} hours, {2 * hours:.3g} device-hours." in said
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 2), (1, 4, 1)])
+def test_what_is_sent_counts_for_every_batch_of_the_places_of_rows(mesh, monkeypatch):
+    """1e9 elements of 2 bytes a batch, over links of 300e9 bytes a second; devices along "model" share their rows."""
+    monkeypatch.setattr(command, "candidates", lambda *_: ([(mesh, 1e9)], 1e9))
+    monkeypatch.setattr(command, "compiled", lambda settings: collectives.Counted({"all-reduce": 1e9}, 100.0))
+    config = command.PlanConfig(str(tiny_lm_path()), "4 x A100", examples=1e6, tokens=300, token_budget=4096)
+    shape = command.run(config, progress=False).shapes[0]
+    batches = 3e8 / (mesh[0] * mesh[1] * 4096)
+    assert shape.link_hours == pytest.approx(batches * 2e9 / 300e9 / 3600, rel=1e-12)
+    layer = sum(i * o for i, o, _ in read_config(str(tiny_lm_path()))[1].linears.values())
+    gathered = 2 * layer if mesh[1] > 1 else 0
+    assert shape.working_bytes == pytest.approx(100.0 * 4096 / 2 + gathered, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ class Shape:
       mesh: sizes of data, fsdp and model. held_bytes: weights, and trained parameters with their copies, of a device.
       working_bytes: of the score: what the compiled program needs for each token, halved for 16-bit arrays, which the
         compiler of a CPU holds in 32; and the weights of a gathered layer.
-      received_bytes: that a device receives for a batch of `token_budget` tokens a device, by operation.
+      received_bytes: that a device receives for a batch, by operation; a batch has `token_budget` tokens for each place
+        along data and fsdp.
       compute_hours, link_hours: of the scores of the whole pool: products at ``share`` of the peak; what is received at
         the link's full rate, as if nothing overlapped.
     """
@@ -227,7 +228,8 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
             layer = sum(inputs * outputs for inputs, outputs, _ in shape.linears.values()) * max(1, shape.num_experts)
             working += itemsize * layer / mesh[2]
         received = {kind: itemsize * elements for kind, elements in counted.elements.items()}
-        batches = pool / (count * config.token_budget)
+        # The devices along "model" have the same rows.
+        batches = pool / (mesh[0] * mesh[1] * config.token_budget)
         links = batches * sum(received.values()) / (1e9 * device.link_gb) / 3600
         hours = SCORE * pool * flops / rate / 3600
         found.append(Shape(mesh, size, working, received, hours, links))
