@@ -70,11 +70,14 @@ def test_when_one_process_fails_the_others_end_and_its_words_are_kept():
     assert ended.codes == (-signal.SIGTERM, 2, -signal.SIGTERM)
 
 
-def test_a_process_that_does_not_listen_is_killed():
+def test_a_process_that_does_not_listen_is_killed(tmp_path):
     program = (
-        "import os, signal, sys, time\n"
+        "import os, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "if os.environ['ME'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"deaf = pathlib.Path({str(tmp_path / 'deaf')!r})\n"
+        "while os.environ['ME'] == '1':\n"
+        "    if deaf.exists(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "deaf.touch()\n"
         "time.sleep(600)"
     )
     ended = together(program, 2, grace=0.5)
