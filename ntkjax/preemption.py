@@ -41,7 +41,8 @@ def heeded() -> Iterator[None]:
     """Inside, SIGTERM raises `Preempted`, or is noted where it is `deferred`; a second one raises in any case.
 
     Only the main thread can ask for it, where nobody else handles SIGTERM. In a job of several processes jax does: it
-    lets them agree on a step (`deferred`).
+    lets them agree on a step (`deferred`), and outside of that SIGTERM changes nothing: a pass over rows goes on until
+    it ends or is killed.
     """
     free = threading.current_thread() is threading.main_thread() and process()[1] == 1
     if not free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
