@@ -1,4 +1,4 @@
-"""Accelerators by their vendors' data sheets: what `ntkjax plan` and the benchmarks compare with."""
+"""Accelerators by their vendors' data sheets, what `ntkjax plan` and the benchmarks compare with; simulated ones."""
 
 from __future__ import annotations
 
@@ -46,14 +46,27 @@ def peak_tflops(kind: str) -> float | None:
     return next((d.tflops for d in DEVICES.values() if any(name in kind for name in d.kinds)), None)
 
 
+_SIMULATED = "--xla_force_host_platform_device_count"
+MOST_DEVICES = 1_000_000
+"""Of a plan; its mesh shapes are tried one by one."""
+
+
 def parse_devices(text: str) -> tuple[int, str]:
     """(count, name) of ``64 x v5e``, or of ``v5e`` for one; upper and lower case alike.
 
     Raises:
-      ConfigError: another form, or a name that is not in DEVICES.
+      ConfigError: another form, more than MOST_DEVICES, or a name that is not in DEVICES.
     """
     match = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(\S+)\s*", text)
     names = {name.lower(): name for name in DEVICES}
     if match is None or int(match[1] or 1) < 1 or match[2].lower() not in names:
         raise ConfigError(f"--devices {text!r}: expected COUNT x NAME with a name of {', '.join(DEVICES)}: '64 x v5e'")
-    return int(match[1] or 1), names[match[2].lower()]
+    if (count := int(match[1] or 1)) > MOST_DEVICES:
+        raise ConfigError(f"--devices {text!r}: expected at most {MOST_DEVICES:,} devices")
+    return count, names[match[2].lower()]
+
+
+def simulated_devices(flags: str, count: int) -> str:
+    """XLA_FLAGS of a process that has ``count`` simulated devices on a CPU: ``flags``, whose own number is replaced."""
+    kept = [flag for flag in flags.split() if not flag.startswith(f"{_SIMULATED}=")]
+    return " ".join([*kept, f"{_SIMULATED}={count}"])

@@ -200,6 +200,26 @@ def read_json(path: str | os.PathLike, *, remedy: str = ANEW, error: type[UserEr
         raise error(f"{path}: not text in UTF-8 ({reason.reason}); {remedy}") from reason
 
 
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a log that `append_json_line` wrote, in order; [] where there is no such file yet. A last line
+    that a kill cut is removed.
+
+    Raises:
+      UserError: a line is not a JSON object (``FILE:LINE:``).
+    """
+    path = Path(path)
+    drop_partial_line(path)
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as reason:
+            raise UserError(f"{path}:{number}: not valid JSON ({reason}); {ANEW}") from reason
+        if not isinstance(found[-1], dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(found[-1]).__name__}; {ANEW}")
+    return found
+
+
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: arrays and tuples as lists, paths and dataclasses as strings and dicts.
 

@@ -299,12 +299,13 @@ def start(env: Mapping[str, str] | None = None) -> tuple[int, int]:
     (srun), on TPU pods and in indexed Kubernetes jobs jax finds the others by itself. A second call does nothing.
 
     Raises:
-      ConfigError: one of the three variables is missing or no number.
+      ConfigError: one of the three variables is missing or no number, or JAX_PLATFORMS names what is not here.
       UserError: the other processes cannot be reached.
     """
     env = os.environ if env is None else env
     found = cluster(env)
     if found is None or jax.distributed.is_initialized():
+        _look_for_platform(env)
         return process()
     options: dict[str, Any] = {}
     if found == "environment":
@@ -318,6 +319,8 @@ def start(env: Mapping[str, str] | None = None) -> tuple[int, int]:
         options = {key: int(env[name]) for key, name in names.items()}
         options |= {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "cluster_detection_method": "deactivate"}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler of SIGTERM would keep a pass from ending; `ntkjax.preemption` has ours.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options, shutdown_timeout_seconds=15)
     except (RuntimeError, ValueError, ImportError) as error:
@@ -326,7 +329,22 @@ def start(env: Mapping[str, str] | None = None) -> tuple[int, int]:
             "JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID yourself, or (on "
             "Kubernetes) install the package kubernetes, through which jax asks the cluster"
         ) from error
+    _look_for_platform(env)
     return process()
+
+
+def _look_for_platform(env: Mapping[str, str]) -> None:
+    """ConfigError where JAX_PLATFORMS names a platform that has no device here."""
+    if not (named := env.get("JAX_PLATFORMS")):
+        return
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second for cuda, where its plugin is not installed
+        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ConfigError(
+            f"JAX_PLATFORMS is {named!r}, and jax finds no such device here{said}; expected a platform of this "
+            "machine, such as cpu: set it to one (under launch: --platform), or unset it"
+        ) from error
 
 
 def process() -> tuple[int, int]:

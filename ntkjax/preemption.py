@@ -11,9 +11,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from ntkjax.parallel import process
+from ntkjax.parallel import everyone
 
 EXIT_CODE = 128 + signal.SIGTERM
+EVERY = 8
+"""Steps between two questions to the other processes, each of which waits for all of them."""
 
 
 class Preempted(KeyboardInterrupt):
@@ -40,10 +42,9 @@ _HANDLER = _Handler()
 def heeded() -> Iterator[None]:
     """Inside, SIGTERM raises `Preempted`, or is noted where it is `deferred`; a second one raises in any case.
 
-    Only the main thread can ask for it, where nobody else handles SIGTERM. In a job of several processes jax does: it
-    lets them agree on a step (`deferred`).
+    Only the main thread can ask for it, where nobody else handles SIGTERM.
     """
-    free = threading.current_thread() is threading.main_thread() and process()[1] == 1
+    free = threading.current_thread() is threading.main_thread()
     if not free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
@@ -60,16 +61,17 @@ def deferred(together: bool = False) -> Iterator[Callable[[int], bool]]:
     """Inside, SIGTERM is noted: gives a function of the step, which tells whether to save and end now.
 
     Args:
-      together: the steps are those of all processes of the job, which must all ask at every step: they are told to end
-        at the same one, whichever of them was noticed.
+      together: the steps are those of all processes of the job, which must all ask at every step: at every `EVERY`-th
+        they tell one another, and are told to end at the same one, whichever of them was noticed.
     """
-    if together:
-        from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        yield reached_preemption_sync_point
-        return
+    def must_end(step: int) -> bool:
+        if not together:
+            return _HANDLER.noted
+        return step % EVERY == 0 and any(everyone(_HANDLER.noted))
+
     _HANDLER.deferred += 1
     try:
-        yield lambda step: _HANDLER.noted
+        yield must_end
     finally:
         _HANDLER.deferred -= 1

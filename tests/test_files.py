@@ -255,6 +255,19 @@ def test_a_log_drops_the_line_that_a_kill_cut(tmp_path):
 # -- one place --
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"), [("broken\n", "log.jsonl:2: not valid JSON"), ("3\n", "log.jsonl:2: expected a JSON object")]
+)
+def test_a_damaged_line_of_a_log_is_named(tmp_path, damage, message):
+    path = tmp_path / "log.jsonl"
+    assert files.read_json_lines(path) == []
+    path.write_text('{"step": 1}\n{"step"')
+    assert files.read_json_lines(path) == [{"step": 1}] and path.read_text() == '{"step": 1}\n'
+    path.write_text('{"step": 1}\n' + damage)
+    with pytest.raises(UserError, match=message):
+        files.read_json_lines(path)
+
+
 def test_no_other_module_renames_files_or_makes_temporary_ones():
     """`data/cache.py` publishes folders that several processes may build at once, of which the first counts, and
     `data/ingest.py` names a file within such a folder.

@@ -23,6 +23,7 @@ from tyro.conf import Positional
 
 from ntkjax.commands import COMMANDS, load_command
 from ntkjax.commands.base import Command
+from ntkjax.devices import simulated_devices
 from ntkjax.errors import ConfigError
 
 GRACE_SECONDS = 20.0
@@ -30,7 +31,6 @@ GRACE_SECONDS = 20.0
 after they were asked to end (SIGTERM), before they are killed."""
 KEPT_LINES = 40
 """How many lines of a process's errors are kept, and shown when it fails."""
-SIMULATED = "--xla_force_host_platform_device_count"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ class LaunchConfig:
             raise ConfigError(f"--processes is {self.processes}: expected at least 1")
         if self.devices is not None and self.devices < 1:
             raise ConfigError(f"--devices is {self.devices}: expected at least 1")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}: expected a number from 1 to 65535, or none for a free one")
         name = self.command[0] if self.command else None
         jobs = {name: load_command(name) for name in COMMANDS if name != "launch"}
         able = sorted(name for name, command in jobs.items() if command.divides or command.spans)
@@ -105,8 +107,7 @@ def environment(config: LaunchConfig, index: int, port: int, env: Mapping[str, s
                 f"{config.devices} = {needed}; name as many, or unset it"
             )
         own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + config.devices])
-        flags = [flag for flag in env.get("XLA_FLAGS", "").split() if not flag.startswith(SIMULATED)]
-        own["XLA_FLAGS"] = " ".join([*flags, f"{SIMULATED}={config.devices}"])
+        own["XLA_FLAGS"] = simulated_devices(env.get("XLA_FLAGS", ""), config.devices)
     return own
 
 
@@ -132,7 +133,6 @@ def run_together(
     readers = []
 
     def ask(number: int, _: object) -> None:
-
         for process in started:
             if process.poll() is None:
                 process.send_signal(number)
@@ -210,8 +210,9 @@ def describe(config: LaunchConfig, ended: Ended) -> str:
         return f"{config.processes} processes ended"
     code = ended.codes[ended.first]
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    head = f"process {ended.first} of {config.processes} {how}; the others were ended. Run the same command again to "
-    lines = [head + "go on from what is finished."]
+    # A mistake in the flags or files is one until it is mended; the lines of the process say how.
+    again = "" if code == 2 else " Run the same command again to go on from what is finished."
+    lines = [f"process {ended.first} of {config.processes} {how}; the others were ended.{again}"]
     return "\n".join(lines + ([] if ended.first == 0 else [f"[process {ended.first}] {line}" for line in ended.said]))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ntkjax.files import append_json_line, drop_partial_line
+from ntkjax.errors import UserError
+from ntkjax.files import ANEW, append_json_line, read_json_lines
 from ntkjax.training.trackers import open_tracker
 from ntkjax.training.trackers.base import numbers
 
@@ -26,7 +26,7 @@ class Passes:
         """``settings``: shown by trackers that show settings.
 
         Raises:
-          UserError: the tracker's package is not installed.
+          UserError: a line of passes.jsonl is damaged.
         """
         self.path, self.step, self.name, self.settings = folder / PASSES, _last_step(folder / PASSES), tracker, settings
         self.tracker = None
@@ -49,6 +49,7 @@ class Passes:
 
 
 def _last_step(path: Path) -> int:
-    drop_partial_line(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    lines = read_json_lines(path)
+    if lines and not isinstance(lines[-1].get("step"), int):
+        raise UserError(f"{path}:{len(lines)}: no line of a pass, which has a step; {ANEW}")
+    return lines[-1]["step"] if lines else 0

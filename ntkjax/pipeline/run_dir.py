@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from ntkjax.errors import ConfigError, UserError
-from ntkjax.files import append_json_line, drop_partial_line, plain, write_bytes, write_text
+from ntkjax.files import append_json_line, plain, read_json_lines, write_bytes, write_text
 from ntkjax.parallel import is_primary
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict, read_yaml
 from ntkjax.pipeline.inputs import INPUTS, Inputs, check_inputs
@@ -137,10 +137,7 @@ class RunDir:
 
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl, in order; [] where there is none yet."""
-        file = self.path / "metrics.jsonl"
-        drop_partial_line(file)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_json_lines(self.path / "metrics.jsonl")
 
     def write_json(self, name: str, content: Any) -> Path:
         """Write ``content`` (see ``plain``) to the file ``name``, whole or not at all; gives its path."""

@@ -105,6 +105,21 @@ def test_a_mistake_of_the_user_ends_the_job_with_its_code(tmp_path, capfd):
     shown = capfd.readouterr()
     assert "nowhere" in shown.err and "Traceback" not in shown.err
     assert "ended with exit code 2; the others were ended" in shown.out and time.monotonic() > began
+    assert "again" not in shown.out  # the same command would say the same
+
+
+def test_a_platform_that_is_not_here_is_named(tmp_path, capfd):
+    words = ["launch", "--processes", "2", "--platform", "abacus", "--", "evaluate", "--model", str(tmp_path)]
+    assert main([*words, "--test", "a", "--mesh", "auto", "--out", str(tmp_path)]) == 2
+    shown = capfd.readouterr()
+    said = shown.err + shown.out
+    assert "'abacus'" in said and "--platform" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("port", [0, -5, 70000])
+def test_a_port_is_one(port):
+    with pytest.raises(ConfigError, match=f"--port is {port}: expected a number from 1 to 65535"):
+        LaunchConfig(SELECT, port=port)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 from ntkjax.assets import tiny_lm_path
 from ntkjax.cli import main
 from ntkjax.commands.plan import collectives, command
-from ntkjax.commands.plan.command import candidates, forward_flops, held, read_config
+from ntkjax.commands.plan.command import PlanConfig, candidates, forward_flops, held, read_config, share_of
 from ntkjax.devices import DEVICES, parse_devices, peak_tflops
 from ntkjax.errors import ConfigError
 from ntkjax.models import LoraConfig, load_lm
@@ -154,14 +154,47 @@ def test_what_is_sent_counts_for_every_batch_of_the_places_of_rows(mesh, monkeyp
         (["nowhere", "--devices", "H100"], "nowhere: no such file; expected the config.json of a model"),
         ([str(tiny_lm_path()), "--devices", "7 y H100"], "--devices '7 y H100': expected COUNT x NAME"),
         ([str(tiny_lm_path()), "--devices", "H100", "--share", "2"], "--share is 2.0: expected a share above 0"),
-        ([str(tiny_lm_path()), "--devices", "H100", "--rates", "RATES"], "no score with a share of the peak"),
+        ([str(tiny_lm_path()), "--devices", "H100", "--examples", "nan"], "--examples is nan: expected a number of at"),
+        ([str(tiny_lm_path()), "--devices", "H100", "--tokens", "inf"], "--tokens is inf: expected a number of at"),
+        ([str(tiny_lm_path()), "--devices", "H100", "--length", "9000"], "--length 9000 is more than --token-budget"),
+        ([str(tiny_lm_path()), "--devices", f"{10**20}xH100"], "expected at most 1,000,000 devices"),
     ],
 )
-def test_what_cannot_be_planned_is_told(words, said, tmp_path, capsys):
-    (tmp_path / "RATES").write_text('{"rows": [{"pass": "forward", "of_peak": 0.5}]}')
-    words = [str(tmp_path / "RATES") if word == "RATES" else word for word in words]
+def test_what_cannot_be_planned_is_told(words, said, capsys):
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ('{"rows": [{"pass": "forward", "of_peak": 0.5}]}', "no score with a share of the peak"),
+        ("[]", "no score with a share of the peak"),
+        ('{"rows": 3}', "no score with a share of the peak"),
+        ('{"rows": [1, {"pass": "score", "of_peak": "0.5"}]}', "of_peak is '0.5', no share above 0"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_rates_that_no_benchmark_wrote_are_named(rates, said, tmp_path, capsys):
+    path = tmp_path / "rates.json"
+    path.write_text(rates)
+    assert main(["plan", str(tiny_lm_path()), "--devices", "H100", "--rates", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and said in error and "expected a file of `make bench-gpu`" in error
+
+
+def test_the_rates_of_a_benchmark_are_the_best_of_its_scores(tmp_path):
+    path = tmp_path / "rates.json"
+    rows = [{"pass": "score", "of_peak": 0.2}, {"pass": "score", "of_peak": 0.3}, {"pass": "forward", "of_peak": 0.5}]
+    path.write_text(json.dumps({"rows": rows}))
+    assert share_of(PlanConfig(str(tiny_lm_path()), "H100", rates=str(path))) == 0.3
+
+
+def test_a_config_json_that_is_cut_has_a_remedy_for_models(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type":')
+    assert main(["plan", str(tmp_path), "--devices", "H100"]) == 2
+    error = capsys.readouterr().err
+    assert "config.json:1: not valid JSON" in error and "copy it again" in error and "output directory" not in error
 
 
 def test_a_model_that_no_mesh_holds_is_told(tmp_path, capsys):

@@ -57,6 +57,13 @@ def test_a_second_notice_ends_what_the_first_was_deferred_in():
         signal.pause()
 
 
+def test_processes_ask_one_another_at_every_eighth_step():
+    with heeded(), deferred(together=True) as must_end:
+        assert not must_end(8)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [step for step in range(1, 25) if must_end(step)] == [8, 16, 24]
+
+
 def test_a_handler_of_somebody_else_stays():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))

@@ -95,6 +95,8 @@ def test_a_missing_package_is_told_before_anything_is_written(run, monkeypatch, 
         run(name)
     assert not run.folder.exists()
     check_tracker("none", "jsonl")
+    with pytest.raises(ConfigError, match="tracker 'abacus': expected one of none, jsonl, tensorboard, wandb"):
+        check_tracker("none", "abacus")
 
 
 def records(path):

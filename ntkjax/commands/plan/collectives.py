@@ -16,10 +16,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ntkjax.devices import simulated_devices
 from ntkjax.errors import UserError
 
-DEVICE_COUNT = "--xla_force_host_platform_device_count"
-"""The flag of XLA for so many simulated devices on a CPU."""
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _OPERATION = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\(")
 _ARRAY = re.compile(r"(?:f|bf|s|u|pred)\w*\[([\d,]*)\]")
@@ -116,11 +115,8 @@ def compiled(settings: dict[str, Any]) -> Counted:
       UserError: it ended with an error, whose last line is told.
     """
     devices = settings["fsdp"] * settings["model"]
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(DEVICE_COUNT)]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join([*flags, f"{DEVICE_COUNT}={devices}"]),
-    }
+    flags = simulated_devices(os.environ.get("XLA_FLAGS", ""), devices)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     words = [sys.executable, "-m", "ntkjax.commands.plan.collectives"]
     done = subprocess.run(words, input=json.dumps(settings), env=env, capture_output=True, text=True)
     if done.returncode:

@@ -61,7 +61,7 @@ class PlanConfig:
     length: int = 2048
     """Tokens of a packed row."""
     token_budget: int = 8192
-    """Tokens in a batch of one device."""
+    """Tokens in a batch of one device, which has as many whole rows."""
     share: float = 0.18
     """Share of a device's peak that the matrix products of a pass reach. The default is that of the score of a model of
     0.6 billion parameters on one H100, as measured (experiments/README.md, "On one GPU"); larger models reach more."""
@@ -71,8 +71,15 @@ class PlanConfig:
     def __post_init__(self):
         parse_devices(self.devices)
         for name in ("examples", "tokens", "n", "lora_rank", "length", "token_budget"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+            if not 1 <= getattr(self, name) < float("inf"):  # neither is NaN
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: expected a number of at least 1"
+                )
+        if self.length > self.token_budget:
+            raise ConfigError(
+                f"--length {self.length} is more than --token-budget {self.token_budget}: expected a batch of a device "
+                "that holds a row at least; raise --token-budget or lower --length"
+            )
         if not 0 < self.share <= 1:
             raise ConfigError(f"--share is {self.share}: expected a share above 0 and at most 1")
         if self.dtype not in ("bfloat16", "float16", "float32"):
@@ -87,8 +94,8 @@ class Shape:
       mesh: sizes of data, fsdp and model. held_bytes: weights, and trained parameters with their copies, of a device.
       working_bytes: of the score: what the compiled program needs for each token, halved for 16-bit arrays, which the
         compiler of a CPU holds in 32; and the weights of a gathered layer.
-      received_bytes: that a device receives for a batch, by operation; a batch has `token_budget` tokens for each place
-        along data and fsdp.
+      received_bytes: that a device receives for a batch, by operation; a batch has the whole rows in `token_budget` for
+        each place along data and fsdp.
       compute_hours, link_hours: of the scores of the whole pool: products at ``share`` of the peak; what is received at
         the link's full rate, as if nothing overlapped.
     """
@@ -139,7 +146,7 @@ def read_config(path: str) -> tuple[dict[str, Any], ModelConfig]:
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected the config.json of a model, or a directory that holds it")
-    content = read_json(file)
+    content = read_json(file, remedy="every model directory in Hugging Face format has a whole one; copy it again")
     return content, ModelConfig.from_hf(content, str(file))
 
 
@@ -195,10 +202,16 @@ def share_of(config: PlanConfig) -> float:
     """``--share``, or the best that a benchmark's scores reached."""
     if config.rates is None:
         return config.share
-    rows = read_json(Path(config.rates)).get("rows", [])
-    found = [row["of_peak"] for row in rows if row.get("pass") == "score" and row.get("of_peak")]
+    expected = "expected a file of `make bench-gpu`, whose scores have a share of the peak"
+    content = read_json(Path(config.rates), remedy=expected)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    scores = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    found = [row["of_peak"] for row in scores if row.get("pass") == "score" and row.get("of_peak")]
     if not found:
-        raise UserError(f"{config.rates}: no score with a share of the peak; expected a file of `make bench-gpu`")
+        raise UserError(f"{config.rates}: no score with a share of the peak; {expected}")
+    wrong = [value for value in found if not (isinstance(value, int | float) and 0 < value <= 1)]
+    if wrong:
+        raise UserError(f"{config.rates}: of_peak is {wrong[0]!r}, no share above 0 and at most 1; {expected}")
     return max(found)
 
 
@@ -229,7 +242,7 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
             working += itemsize * layer / mesh[2]
         received = {kind: itemsize * elements for kind, elements in counted.elements.items()}
         # The devices along "model" have the same rows.
-        batches = pool / (mesh[0] * mesh[1] * config.token_budget)
+        batches = pool / (mesh[0] * mesh[1] * _rows(config) * config.length)
         links = batches * sum(received.values()) / (1e9 * device.link_gb) / 3600
         hours = SCORE * pool * flops / rate / 3600
         found.append(Shape(mesh, size, working, received, hours, links))
@@ -249,9 +262,14 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
     return Plan(parameters, flops, tuple(ordered), sum(map(inside, found)), least, share, ways)
 
 
+def _rows(config: PlanConfig) -> int:
+    """Of a device's batch."""
+    return config.token_budget // config.length
+
+
 def _compiled(content: dict[str, Any], config: PlanConfig, mesh: tuple[int, int, int]) -> Counted:
     _, fsdp, model = mesh
-    rows = max(1, config.token_budget // config.length)
+    rows = _rows(config)
     settings = {"config": content, "dtype": config.dtype, "rank": config.lora_rank, "fsdp": fsdp, "model": model}
     return compiled(settings | {"rows": rows * fsdp, "length": config.length})
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from ntkjax.errors import UserError
+from ntkjax.errors import ConfigError, UserError
 from ntkjax.training.trackers.base import Kind, Tracker
 from ntkjax.training.trackers.tensorboard import TensorBoard
 from ntkjax.training.trackers.weights_and_biases import Wandb
@@ -39,8 +39,11 @@ TrackerName = Annotated[
 
 
 def check_tracker(*names: str) -> None:
-    """Raise UserError, which names the extra, where the package of one of the trackers is not installed."""
+    """Raise ConfigError for a name that is not in `TRACKERS`, and UserError, which names the extra, where the package
+    of one of the trackers is not installed."""
     for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"tracker {name!r}: expected one of {', '.join(TRACKERS)}")
         package = TRACKERS[name].package
         if package is not None and importlib.util.find_spec(package) is None:
             raise UserError(
@@ -53,6 +56,7 @@ def open_tracker(name: str, folder: Path, settings: Mapping[str, Any], *, step: 
     """The tracker of a run in ``folder`` that goes on after ``step`` (0: begins); None where there is nothing to do.
 
     Raises:
+      ConfigError: there is none of this name.
       UserError: its package is not installed.
     """
     check_tracker(name)
