@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from ntkjax.commands import COMMANDS, load_command
     from ntkjax.errors import ConfigError, UserError
-    from ntkjax.parallel import barrier, is_primary, start
+    from ntkjax.parallel import barrier, is_primary, process, start
     from ntkjax.pipeline.help import asks_for_help, help_config
     from ntkjax.pipeline.programs import keep_programs
     from ntkjax.preemption import EXIT_CODE, Preempted, heeded
@@ -72,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                      "another --out, then run the same command again to go on.")  # fmt: skip
     except Preempted:
         print("\nended by SIGTERM; run the same command again to go on from what is finished", file=sys.stderr)
+        if process()[1] > 1:
+            # At the usual end jax waits for the other processes, some of which are in the middle of a product.
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
         return EXIT_CODE
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from what is finished", file=sys.stderr)

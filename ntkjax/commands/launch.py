@@ -25,6 +25,7 @@ from ntkjax.commands import COMMANDS, load_command
 from ntkjax.commands.base import Command
 from ntkjax.devices import simulated_devices
 from ntkjax.errors import ConfigError
+from ntkjax.preemption import EXIT_CODE
 
 GRACE_SECONDS = 20.0
 """How long the other processes have, after one has ended with an error, to end with a message of their own; and again
@@ -162,13 +163,19 @@ def run_together(
     return Ended(codes, first, tuple(kept[first]) if first is not None else ())
 
 
+def _cause(code: int) -> tuple[bool, int]:
+    """Orders exit codes of processes that failed together: one that was asked to end before a killed one before others,
+    which may have failed for lack of it."""
+    return code != EXIT_CODE, code
+
+
 def _wait(started: Sequence[subprocess.Popen], grace: float) -> int | None:
-    """Wait for all; which process failed first. Where several failed before they were looked at, a killed one."""
+    """Wait for all; which process failed first. Where several failed before they were looked at, by `_cause`."""
     first, deadline, asked = None, float("inf"), False
     while any(process.poll() is None for process in started):
         failed = [index for index, process in enumerate(started) if process.poll() not in (None, 0)]
         if failed and first is None:
-            first = min(failed, key=lambda index: started[index].returncode)
+            first = min(failed, key=lambda index: _cause(started[index].returncode))
             deadline = time.monotonic() + grace
         if time.monotonic() > deadline:
             for process in started:
@@ -177,7 +184,9 @@ def _wait(started: Sequence[subprocess.Popen], grace: float) -> int | None:
             asked, deadline = True, time.monotonic() + grace
         time.sleep(0.05)
     failed = [index for index, process in enumerate(started) if process.returncode != 0]
-    return first if first is not None or not failed else min(failed, key=lambda index: started[index].returncode)
+    return (
+        first if first is not None or not failed else min(failed, key=lambda index: _cause(started[index].returncode))
+    )
 
 
 def _read(lines: IO[str], kept: collections.deque[str], shown: bool) -> None:
