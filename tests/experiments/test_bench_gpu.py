@@ -125,7 +125,7 @@ def test_a_pass_that_fails_is_told_and_too_many_rows_are_halved(bench, monkeypat
         def no_rule():
             raise NotImplementedError("no forward mode")
 
-        return no_rule if what == "score" else full
+        return no_rule if what == "score" else full, None
 
     monkeypatch.setattr(bench, "step_of", step_of)
     options = argparse.Namespace(tokens=128, rounds=1, sketch=8)

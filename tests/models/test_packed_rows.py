@@ -76,7 +76,6 @@ EVERY = [kind for kind in OUTPUTS if kind not in ("states", "head")]
 @pytest.mark.parametrize(
     ("kinds", "cap", "sliced"),
     [(EVERY, None, False), (["nll", "entropy", "margin"], None, True), (["apply", "nll"], 0.5, False)],
-    [(EVERY, None, False), (["nll", "entropy", "margin"], None, True), (["apply", "nll"], 0.5, False)],
 )
 def test_every_output_pools_by_example(monkeypatch, x64, kinds, cap, sliced):
     monkeypatch.setattr(functions, "forward", no_layers)
