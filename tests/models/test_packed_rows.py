@@ -63,7 +63,7 @@ def values_and_slopes(fns, params, tangent, batch):
     return out
 
 
-def no_layers(spec, weights, tokens, positions=None, segments=None, examples=None):
+def no_layers(spec, weights, tokens, positions=None, cache=None, segments=None, examples=None, extents=None):
     """In the place of the decoder: states that depend on token and position, so that only the pooling is compiled."""
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
     states = jnp.take(weights["embed"]["weight"], tokens, axis=0)
