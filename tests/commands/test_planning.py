@@ -16,7 +16,7 @@ from ntkjax.assets import tiny_lm_path
 from ntkjax.cli import main
 from ntkjax.commands.plan import collectives, command
 from ntkjax.commands.plan.command import PlanConfig, candidates, forward_flops, held, read_config, share_of
-from ntkjax.devices import DEVICES, parse_devices, peak_tflops
+from ntkjax.devices import DEVICES, parse_devices, peak_tflops, simulated_devices
 from ntkjax.errors import ConfigError
 from ntkjax.models import LoraConfig, load_lm
 from ntkjax.models.layers import ModelSpec
@@ -228,8 +228,7 @@ for other in others:
 
 
 def test_gradients_of_gathered_weights_are_those_of_one_device():
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    env = os.environ | {"XLA_FLAGS": " ".join([*flags, f"{collectives.DEVICE_COUNT}=4"]), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": simulated_devices(os.environ.get("XLA_FLAGS", ""), 4), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", GRADIENT, str(tiny_lm_path())], env=env, capture_output=True, text=True
     )
