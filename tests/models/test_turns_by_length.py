@@ -89,7 +89,8 @@ def test_an_example_turns_by_its_own_length_whatever_stands_beside_it(kind: str,
                 continue
             met += 1
             for name, value in got.items():
-                np.testing.assert_allclose(value[slot], expected[row][name][0], atol=2e-5, err_msg=f"{row} {name}")
+                right = expected[row][name][0]  # a slope sums many terms: its error grows with its size
+                np.testing.assert_allclose(value[slot], right, rtol=2e-5, atol=2e-5, err_msg=f"{row} {name}")
     assert met == len(texts)
     others = values(model_of(right_rope(kind, 5)), alone(texts[-1]))
     assert np.abs(others["nll"] - expected[-1]["nll"]).max() > 2e-3  # the length makes a difference
