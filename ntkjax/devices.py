@@ -24,7 +24,8 @@ class Device:
     link_gb: float
 
 
-# A name that is part of another one stands after it. NVLink and ICI figures of the sheets count both ways; halved here.
+# A name that is part of another one stands after it. NVLink and PCIe figures of the sheets count both ways, and are halved
+# here; those of ICI are taken as the sheets have them.
 DEVICES = {
     "B200": Device(("B200",), 2250, 180, 900),
     "H200": Device(("H200",), 989, 141, 450),

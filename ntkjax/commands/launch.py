@@ -171,11 +171,14 @@ def _cause(code: int) -> tuple[bool, int]:
 
 def _wait(started: Sequence[subprocess.Popen], grace: float) -> int | None:
     """Wait for all; which process failed first. Where several failed before they were looked at, by `_cause`."""
+
+    def failed_first() -> int | None:
+        failed = [index for index, process in enumerate(started) if process.poll() not in (None, 0)]
+        return min(failed, key=lambda index: _cause(started[index].returncode), default=None)
+
     first, deadline, asked = None, float("inf"), False
     while any(process.poll() is None for process in started):
-        failed = [index for index, process in enumerate(started) if process.poll() not in (None, 0)]
-        if failed and first is None:
-            first = min(failed, key=lambda index: _cause(started[index].returncode))
+        if first is None and (first := failed_first()) is not None:
             deadline = time.monotonic() + grace
         if time.monotonic() > deadline:
             for process in started:
@@ -183,10 +186,7 @@ def _wait(started: Sequence[subprocess.Popen], grace: float) -> int | None:
                     process.kill() if asked else process.terminate()
             asked, deadline = True, time.monotonic() + grace
         time.sleep(0.05)
-    failed = [index for index, process in enumerate(started) if process.returncode != 0]
-    return (
-        first if first is not None or not failed else min(failed, key=lambda index: _cause(started[index].returncode))
-    )
+    return failed_first() if first is None else first
 
 
 def _read(lines: IO[str], kept: collections.deque[str], shown: bool) -> None:
