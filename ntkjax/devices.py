@@ -15,7 +15,7 @@ class Device:
     Attributes:
       kinds: parts of the name by which JAX calls it (``jax.Device.device_kind``).
       tflops: dense bfloat16 TFLOP/s. memory_gb: its memory, in units of 1e9 bytes.
-      link_gb: 1e9 bytes a second that it can send to the others of its node or slice (NVLink, ICI; else PCIe), one way.
+      link_gb: 1e9 bytes a second that it can send to the others of its node or slice (NVLink, ICI; else PCIe).
     """
 
     kinds: tuple[str, ...]
@@ -24,8 +24,8 @@ class Device:
     link_gb: float
 
 
-# A name that is part of another one stands after it. NVLink and PCIe figures of the sheets count both ways, and are halved
-# here; those of ICI are taken as the sheets have them.
+# A name that is part of another one stands after it. NVLink and PCIe figures of the sheets count both ways, and are
+# halved here; those of ICI are taken as the sheets have them.
 DEVICES = {
     "B200": Device(("B200",), 2250, 180, 900),
     "H200": Device(("H200",), 989, 141, 450),
