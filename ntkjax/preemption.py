@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from ntkjax.parallel import everyone
+from ntkjax.job import everyone
 
 EXIT_CODE = 128 + signal.SIGTERM
 EVERY = 8

@@ -30,7 +30,7 @@ import tensorstore as ts
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import write_bytes, write_json
-from ntkjax.parallel import barrier, process
+from ntkjax.job import barrier, process
 
 FORMAT = 1
 # Rows arrive by length, not in order, so a flush touches many chunks: small ones keep rewriting cheap.

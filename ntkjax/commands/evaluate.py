@@ -23,7 +23,7 @@ from ntkjax.evaluation.lm_eval import (
 from ntkjax.evaluation.options import EvaluationOptions, TaskOptions
 from ntkjax.evaluation.shots import describe_shots, draw_shots
 from ntkjax.evaluation.summary import describe_choices
-from ntkjax.parallel import is_primary, process
+from ntkjax.job import is_primary, process
 from ntkjax.pipeline.evaluate import evaluate_on, settings_of, shot_records
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model, longest, weights_read

@@ -15,7 +15,7 @@ from typing import Any
 
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.files import write_json, write_jsonl
-from ntkjax.parallel import barrier, is_primary
+from ntkjax.job import barrier, is_primary
 
 
 @dataclasses.dataclass(frozen=True)

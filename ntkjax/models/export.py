@@ -12,11 +12,12 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError, ConfigError
 from ntkjax.files import written_folder
+from ntkjax.job import is_primary
 from ntkjax.models.files import write_checkpoint, write_json
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
 from ntkjax.models.quantised import restored, scale_path
-from ntkjax.parallel import is_primary, spans_processes, to_host
+from ntkjax.parallel import spans_processes, to_host
 from ntkjax.types import Params
 
 _STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ntkjax.errors import CheckpointError, UserError
+from ntkjax.job import everyone, process
 from ntkjax.models.attention import resolve
 from ntkjax.models.config import ModelConfig
 from ntkjax.models.families import family_of
@@ -29,7 +30,7 @@ from ntkjax.models.names import Source, is_buffer, sources
 from ntkjax.models.quantised import is_scale, quantised, scale_path
 from ntkjax.models.real import DIRECTORIES, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
-from ntkjax.parallel import everyone, process, put, spans_processes, weight_sharding, weights_over_rows
+from ntkjax.parallel import put, spans_processes, weight_sharding, weights_over_rows
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = "tokenizer_config.json"

@@ -30,6 +30,7 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError
 from ntkjax.files import written_folder
+from ntkjax.job import is_primary
 from ntkjax.models.families import family_of
 from ntkjax.models.families.base import LARGEST
 from ntkjax.models.files import write_json, write_tensors
@@ -38,7 +39,7 @@ from ntkjax.models.load import read_json
 from ntkjax.models.lora import LoraConfig
 from ntkjax.models.names import every_module, layer_prefix, module_columns, modules
 from ntkjax.models.safetensors_file import read_header
-from ntkjax.parallel import is_primary, spans_processes, spread, to_host
+from ntkjax.parallel import spans_processes, spread, to_host
 from ntkjax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

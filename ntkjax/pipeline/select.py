@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ntkjax.errors import ConfigError
+from ntkjax.job import barrier, is_primary
 from ntkjax.models import LanguageModel
-from ntkjax.parallel import barrier, describe_mesh, is_primary, spans_processes
+from ntkjax.parallel import describe_mesh, spans_processes
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of

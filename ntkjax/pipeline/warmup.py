@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkjax.job import barrier, broadcast, is_primary
 from ntkjax.models import LanguageModel, save_adapter
-from ntkjax.parallel import barrier, broadcast, is_primary, spans_processes
+from ntkjax.parallel import spans_processes
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import SelectorOptions, part_of
 from ntkjax.selection import METHODS

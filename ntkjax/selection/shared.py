@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 
 from ntkjax.files import write_bytes
 from ntkjax.fingerprint import digest
-from ntkjax.parallel import barrier, is_primary, process
+from ntkjax.job import barrier, is_primary, process
 from ntkjax.selection.base import SelectionProblem
 from ntkjax.store import RowStore
 

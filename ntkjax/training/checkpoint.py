@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from ntkjax.errors import CheckpointError
-from ntkjax.parallel import process
+from ntkjax.job import process
 
 
 class Checkpoints:

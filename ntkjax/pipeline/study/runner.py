@@ -29,8 +29,8 @@ from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.metrics import means
 from ntkjax.files import read_json, write_json
+from ntkjax.job import barrier, is_primary, process
 from ntkjax.models import LanguageModel
-from ntkjax.parallel import barrier, is_primary, process
 from ntkjax.pipeline.cost import selection_cost, training_cost
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on

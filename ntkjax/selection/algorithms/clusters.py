@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ntkjax.parallel import broadcast
+from ntkjax.job import broadcast
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import SelectionProblem
 from ntkjax.selection.clusters import k_means

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
+from ntkjax.job import broadcast
 from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.precondition import build_preconditioner
 from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, mean_direction, scores_along
-from ntkjax.parallel import broadcast
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Batches, Selection, SelectionProblem, select_top
 from ntkjax.selection.clusters import k_means
