@@ -204,7 +204,7 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
     if mesh is None or not spans_processes(mesh):
         return slice(0, rows)
     places = list(_row_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values())
-    bounds = [place[0].indices(rows) for place in places if place]
+    bounds = [index[0].indices(rows) for index in places if index]
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
@@ -235,24 +235,24 @@ def shard_batch(
     if not spans_processes(mesh):
         return jax.tree.map(lambda leaf: jax.device_put(leaf, _row_sharding(mesh, leaf.shape[0])), batch)
 
-    def place(leaf: Any) -> Array:
+    def placed(leaf: Any) -> Array:
         count = leaf.shape[0] if rows is None else rows
         held = slice(0, count) if rows is None else rows_here(mesh, rows)
         each = leaf.shape[0] // (held.stop - held.start)  # a packed row has an index and a length for every slot
         total, first = count * each, held.start * each
         sharding, leaf = _row_sharding(mesh, total), np.asarray(leaf)
 
-        def part(place: Any) -> np.ndarray:
-            start, stop, _ = place[0].indices(total)
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(total)
             return leaf[start - first : stop - first]
 
         return jax.make_array_from_callback((total, *leaf.shape[1:]), sharding, part)
 
     if not isinstance(batch, Batch):
-        return jax.tree.map(place, batch)
+        return jax.tree.map(placed, batch)
     known = {"index": batch.index, "lengths": batch.lengths} if whole is None else whole
     everywhere = {name: spread(leaf, NamedSharding(mesh, PartitionSpec())) for name, leaf in known.items()}
-    rest = jax.tree.map(place, dataclasses.replace(batch, **dict.fromkeys(known)))
+    rest = jax.tree.map(placed, dataclasses.replace(batch, **dict.fromkeys(known)))
     return dataclasses.replace(rest, **everywhere)
 
 

@@ -336,9 +336,9 @@ def _open_array(path: Path, rows: int, width: int, dtype: np.dtype, processes: i
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: cannot open the row store ({_reason(error)}). {_ANEW}") from error
     if tuple(array.shape) != (rows, width) or array.dtype.numpy_dtype != dtype:
-        found = f"{array.dtype.name} {tuple(array.shape)}"
+        held = f"{array.dtype.name} {tuple(array.shape)}"
         raise UserError(
-            f"{path}: damaged: values/ holds {found}, the manifest says {dtype.name} {(rows, width)}. {_ANEW}"
+            f"{path}: damaged: values/ holds {held}, the manifest says {dtype.name} {(rows, width)}. {_ANEW}"
         )
     return array
 

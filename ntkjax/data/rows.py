@@ -184,12 +184,12 @@ def first_fit(
                 capacity.append(next(c for c in capacities if c >= length))
                 free.append(capacity[-1])
                 left.append(slots)
-            taken = min(free[row] // length, left[row], todo)
-            free[row] -= taken * length
-            left[row] -= taken
-            todo -= taken
+            fitting = min(free[row] // length, left[row], todo)
+            free[row] -= fitting * length
+            left[row] -= fitting
+            todo -= fitting
             rows.append(row)
-            counts.append(taken)
+            counts.append(fitting)
             if left[row] and free[row] >= length:
                 heapq.heappush(open_rows, row)
             elif left[row]:

@@ -179,12 +179,12 @@ def _joined(
     waiting = {owner: list[int]() for owner in owners}
     for part, owner in enumerate(owners):
         waiting[owner].append(part)
-    found: dict[int, np.ndarray] = {}
+    values: dict[int, np.ndarray] = {}
     for batch in scored:
-        found |= dict(batch)
+        values |= dict(batch)
         done = {owners[part]: waiting[owners[part]] for part, _ in batch}
-        whole = {owner: parts for owner, parts in done.items() if all(part in found for part in parts)}
-        yield [(owner, np.concatenate([found.pop(part) for part in parts])) for owner, parts in whole.items()]
+        whole = {owner: parts for owner, parts in done.items() if all(part in values for part in parts)}
+        yield [(owner, np.concatenate([values.pop(part) for part in parts])) for owner, parts in whole.items()]
 
 
 def _padded(
@@ -286,10 +286,10 @@ def gold_choice(example: Any) -> int | None:
             f"example {example.id!r}: found the choices {choices}; expected at least two; add the others, or remove "
             "the field 'choices'"
         )
-    found = find_choices(example.answer, choices)
-    if len(found) == 1:
-        return found[0]
-    meant = f"could be any of {[choices[c] for c in found]}," if found else "is not"
+    matches = find_choices(example.answer, choices)
+    if len(matches) == 1:
+        return matches[0]
+    meant = f"could be any of {[choices[c] for c in matches]}," if matches else "is not"
     raise DataError(
         f"example {example.id!r}: the answer {example.answer!r} {meant} among the choices {choices}; expected one of "
         "them as it is written there; mend the record"

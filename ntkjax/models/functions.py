@@ -220,10 +220,10 @@ def pooled_logits(
 
     def add(total: Array, at: tuple) -> tuple[Array, None]:
         hidden, share, slot = at
-        found = share[:, None] * project(spec, weights, hidden)
+        logits = share[:, None] * project(spec, weights, hidden)
         if slot is None:
-            return total + found[:, None], None
-        return total.at[rows, slot].add(found, unique_indices=True), None
+            return total + logits[:, None], None
+        return total.at[rows, slot].add(logits, unique_indices=True), None
 
     slots = 1 if slot is None else batch.index.shape[0] // states.shape[0]
     zero = jnp.zeros((states.shape[0], slots, spec.config.vocab_size), states.dtype)

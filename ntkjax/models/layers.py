@@ -664,8 +664,8 @@ def gathered(state: Any, spec: ModelSpec) -> Any:
     def whole(path: tuple, leaf: Array) -> Array:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         split = spec.config.split("/".join(["layers", *(name for name in names if name != "value")]))
-        place = weight_sharding("/".join(names), leaf.shape, mesh, dataclasses.replace(split, data=None))
-        return jax.lax.with_sharding_constraint(leaf, place)
+        sharding = weight_sharding("/".join(names), leaf.shape, mesh, dataclasses.replace(split, data=None))
+        return jax.lax.with_sharding_constraint(leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(whole, state)
 

@@ -55,13 +55,13 @@ class LoraConfig:
         """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that fits none."""
         chosen: set[str] = set()
         for target in self.targets:
-            found = _matching(target, linears)
-            if not found:
+            matched = _matching(target, linears)
+            if not matched:
                 raise ConfigError(
                     f"LoRA target {target!r} matches no linear layer of this model; it has "
                     f"{', '.join(linears)} ('all-linear' takes them all; the head never gets an adapter)"
                 )
-            chosen.update(found)
+            chosen.update(matched)
         return tuple(name for name in linears if name in chosen)
 
 

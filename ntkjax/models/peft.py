@@ -121,8 +121,8 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
         b[..., module_columns(model.spec, module)] = side_by_side
         ranks[module] = a.shape[-1]
         for layer, *expert in np.ndindex(a.shape[:-2]):
-            key, place = f"{_PREFIX}{layers}.{layer}.{module.format(*expert)}", (layer, *expert)
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[place].T, b[place].T
+            key, index = f"{_PREFIX}{layers}.{layer}.{module.format(*expert)}", (layer, *expert)
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[index].T, b[index].T
     with written_folder(directory, keep=True, error=CheckpointError) as scratch:
         write_tensors(scratch / WEIGHTS, tensors)
         write_json(scratch / CONFIG, _peft_config(model, lora, ranks))
@@ -168,8 +168,8 @@ def adapter_lora_config(directory: str | Path) -> LoraConfig:
     targets: set[str] = set()
     rank, known = 1, every_module()
     for key, tensor in (tensors := _read_tensors(folder)).items():
-        found = re.fullmatch(r".*?\.\d+\.(\w+\.\w+(?:\.\d+\.\w+)?)\.lora_[AB]\.weight", key)
-        names = known.get(re.sub(r"\.\d+\.", ".{}.", found[1])) if found else None
+        match = re.fullmatch(r".*?\.\d+\.(\w+\.\w+(?:\.\d+\.\w+)?)\.lora_[AB]\.weight", key)
+        names = known.get(re.sub(r"\.\d+\.", ".{}.", match[1])) if match else None
         if names is None:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts, so the adapter is not "
@@ -216,8 +216,8 @@ class _PeftConfig:
             return False
         if self.layers is None:
             return True
-        found = next((m for pattern in self.layer_numbers() if (m := re.match(pattern, module))), None)
-        return found is not None and int(found["layer"]) in self.layers
+        match = next((m for pattern in self.layer_numbers() if (m := re.match(pattern, module))), None)
+        return match is not None and int(match["layer"]) in self.layers
 
     def layer_numbers(self) -> list[str]:
         """Regular expressions whose group ``layer`` is the number of a module's layer."""
@@ -461,7 +461,7 @@ def _read_config(folder: Path) -> _PeftConfig:
 
     try:
         pattern = listed("layers_pattern")
-        found = _PeftConfig(
+        adapter = _PeftConfig(
             rank,
             float(alpha),
             bool(config.get("use_rslora")),
@@ -474,23 +474,23 @@ def _read_config(folder: Path) -> _PeftConfig:
             listed("target_modules"),
             listed("exclude_modules"),
         )
-        regular = [names for names in (found.targets, found.excluded) if isinstance(names, str)]
+        regular = [names for names in (adapter.targets, adapter.excluded) if isinstance(names, str)]
         for expression in (
             *regular,
-            *found.layer_numbers(),
-            *map(_ends_in, (*found.rank_pattern, *found.alpha_pattern)),
+            *adapter.layer_numbers(),
+            *map(_ends_in, (*adapter.rank_pattern, *adapter.alpha_pattern)),
         ):
             re.compile(expression)
-        if not all(abs(value) <= LARGEST for value in found.alpha_pattern.values()):
+        if not all(abs(value) <= LARGEST for value in adapter.alpha_pattern.values()):
             raise ValueError(f"alpha_pattern = {config['alpha_pattern']!r}")
     except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, re.error) as error:
         names = "rank_pattern, alpha_pattern, layers_to_transform, layers_pattern, target_modules and exclude_modules"
         raise fail(
             f"{names} cannot be read: {error}; expected what PEFT writes: save the adapter again with it"
         ) from None
-    if (least := min([rank, *found.rank_pattern.values()])) < 1:
+    if (least := min([rank, *adapter.rank_pattern.values()])) < 1:
         raise fail(f"rank_pattern holds rank {least}: expected positive integers")
-    return found
+    return adapter
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

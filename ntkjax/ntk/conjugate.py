@@ -76,8 +76,8 @@ class ConjugateGradients:
                     return lambda p: jnp.where(real, values(p), jnp.zeros((), values(p).dtype))
 
                 moved = jax.jvp(losses(pushed), (self.params,), (tangent,))[1]
-                found = jax.vjp(losses(self.loss_fn), self.params)[1](moved)[0]
-                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, found), None
+                pulled = jax.vjp(losses(self.loss_fn), self.params)[1](moved)[0]
+                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, pulled), None
 
             total = jax.lax.scan(add, total, stack)[0]
         scaled = lambda t, x: t / self.count.astype(t.dtype) + self.damping.astype(x.dtype) * x
@@ -115,7 +115,7 @@ def conjugate_gradients(
         leaves, structure = jax.tree.flatten(batch)
         leaves = [to_host(leaf) for leaf in leaves]
         stacks.setdefault((structure, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)), []).append(leaves)
-    stacked = [[jnp.asarray(np.stack(leaf)) for leaf in zip(*found)] for found in stacks.values()]
+    stacked = [[jnp.asarray(np.stack(leaf)) for leaf in zip(*alike)] for alike in stacks.values()]
     return ConjugateGradients(
         as_pytree_fn(loss_fn),
         params,

@@ -169,9 +169,9 @@ def _ekfac_sums(gradients: Params, basis: list[tuple[Any, Any]]) -> list[Float[A
 @functools.partial(jax.jit, static_argnames="sums")
 def _sum_batch(sums: Callable, basis: Any, loss_fn: Callable, params: Params, batch: Any) -> tuple[Any, Array]:
     """(sums over the real rows' gradients, whether all of them are finite)."""
-    found, real = per_example_gradients(loss_fn, params, batch), jnp.asarray(batch.index) >= 0
+    gradients, real = per_example_gradients(loss_fn, params, batch), jnp.asarray(batch.index) >= 0
     mask = lambda g: jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, jnp.zeros((), g.dtype))
-    total = sums(jax.tree.map(mask, found), basis)
+    total = sums(jax.tree.map(mask, gradients), basis)
     return total, jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(total)]).all()
 
 
@@ -197,8 +197,8 @@ def _mean_over(
     """1/M of ``sums(gradients, basis)`` over all real rows, the gradients of ``memory_budget`` bytes at a time."""
     loss_fn, total, count, checks = as_pytree_fn(loss_fn), None, 0, []
     for piece in _cut(loss_fn, params, iterate(one_a_row(batches), progress, "curvature"), memory_budget):
-        found, finite = _sum_batch(sums, basis, loss_fn, params, piece)
-        total = found if total is None else _add(total, found)
+        of_piece, finite = _sum_batch(sums, basis, loss_fn, params, piece)
+        total = of_piece if total is None else _add(total, of_piece)
         rows = real_rows(piece)
         checks.append((rows[rows >= 0], finite))
         count += len(checks[-1][0])
@@ -270,10 +270,10 @@ def kfac(
     """
     if not damping > 0:
         raise ConfigError(f"damping must be above 0, got {damping}")
-    found = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
-    trace = float(sum(np.sum(to_host(_traces(factors[0])).astype(np.float64)) for factors in found))
+    factors_by_leaf = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
+    trace = float(sum(np.sum(to_host(_traces(factors[0])).astype(np.float64)) for factors in factors_by_leaf))
     lam = _damping(trace, damping, params)
-    return KroneckerPreconditioner([_block(*factors) for factors in found], jnp.asarray(lam))
+    return KroneckerPreconditioner([_block(*factors) for factors in factors_by_leaf], jnp.asarray(lam))
 
 
 def ekfac(
@@ -301,8 +301,8 @@ def ekfac(
     options = {"memory_budget": memory_budget, "progress": progress}
     first = kfac(loss_fn, params, batches, damping=damping, max_side=max_side, **options)
     basis = [block.vectors for block in first.blocks]
-    found = _mean_over(_ekfac_sums, loss_fn, params, batches, basis=basis, **options)
-    return dataclasses.replace(first, blocks=[Block(s, vectors) for s, vectors in zip(found, basis)])
+    eigenvalues = _mean_over(_ekfac_sums, loss_fn, params, batches, basis=basis, **options)
+    return dataclasses.replace(first, blocks=[Block(s, vectors) for s, vectors in zip(eigenvalues, basis)])
 
 
 def cg(

@@ -243,9 +243,9 @@ class _RowSink:
                 raise ValueError(f"no batches to compute the {self.what} of")
             return self.values
         done = np.flatnonzero(self.store.done())
-        found = self.store.read(done)
-        values = np.full((self.rows, found.shape[1]), np.nan, found.dtype)
-        values[done] = found
+        stored = self.store.read(done)
+        values = np.full((self.rows, stored.shape[1]), np.nan, stored.dtype)
+        values[done] = stored
         return values
 
 

@@ -89,13 +89,13 @@ class Checkpoints:
             wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         args = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(step, args=args)
+            restored = self._manager.restore(step, args=args)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to"
                 f" resume from the one before it, or {self.folder} to start over"
             ) from error
-        return jax.tree.map(_placed, found["arrays"], like), found["progress"]
+        return jax.tree.map(_placed, restored["arrays"], like), restored["progress"]
 
     def close(self) -> None:
         self._manager.close()

@@ -59,8 +59,8 @@ def on_mesh(state: TrainState, mesh: jax.sharding.Mesh | None) -> tuple[TrainSta
     if mesh is None:
         return state, None
     everywhere = NamedSharding(mesh, PartitionSpec())
-    place = lambda x: x if isinstance(x.sharding, NamedSharding) else spread(x, everywhere)
-    state = jax.tree.map(place, state)
+    placed = lambda x: x if isinstance(x.sharding, NamedSharding) else spread(x, everywhere)
+    state = jax.tree.map(placed, state)
     return state, tuple(leaf.sharding for leaf in jax.tree.leaves(state))
 
 

@@ -84,11 +84,11 @@ def count(text: str, devices: int, layers: int) -> dict[str, float]:
     over layers, counts ``layers`` times."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     inside = _reached(text, bodies)
-    found: dict[str, float] = {}
+    totals: dict[str, float] = {}
     for computation, kind, elements, group in operations(text, devices):
         times = layers if computation in inside else 1
-        found[kind] = found.get(kind, 0.0) + times * received(kind, elements, group)
-    return found
+        totals[kind] = totals.get(kind, 0.0) + times * received(kind, elements, group)
+    return totals
 
 
 def _reached(text: str, start: set[str]) -> set[str]:
@@ -100,12 +100,12 @@ def _reached(text: str, start: set[str]) -> set[str]:
             computation = (line.split()[1] if line.startswith("ENTRY") else line.split()[0]).lstrip("%")
         for name in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line):
             calls.setdefault(computation, set()).add(name)
-    found, waiting = set(start), list(start)
+    reached, waiting = set(start), list(start)
     while waiting:
-        for name in calls.get(waiting.pop(), set()) - found:
-            found.add(name)
+        for name in calls.get(waiting.pop(), set()) - reached:
+            reached.add(name)
             waiting.append(name)
-    return found
+    return reached
 
 
 def compiled(settings: dict[str, Any]) -> Counted:
@@ -149,11 +149,11 @@ def main(settings: dict[str, Any]) -> Counted:
     mesh = make_mesh(data=1, fsdp=settings["fsdp"], model=settings["model"])
     lora = LoraConfig(rank=settings["rank"])
     spec = ModelSpec(config, lora, settings["dtype"], gathered_on=weights_over_rows(mesh))
-    place = lambda path, shape: jax.ShapeDtypeStruct(
+    sharded = lambda path, shape: jax.ShapeDtypeStruct(
         shape.shape, shape.dtype, sharding=weight_sharding(path, shape.shape, mesh, config.split(path))
     )
     leaves = paths(param_shapes(spec))
-    model = LanguageModel(spec, unflatten({path: place(path, shape) for path, shape in leaves.items()}))
+    model = LanguageModel(spec, unflatten({path: sharded(path, shape) for path, shape in leaves.items()}))
     kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn))
     stacked = Direction(jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, 1, *p.shape), jnp.float32), model.lora))
 

@@ -87,7 +87,7 @@ class Comparison:
 
     def run(self, config: VerifyConfig) -> dict[str, Any]:
         """The row."""
-        found = agreement(
+        metrics = agreement(
             self.approx,
             self.exact,
             domain_rows=np.arange(self.domain),
@@ -95,7 +95,7 @@ class Comparison:
             seed=config.seed,
             samples=config.bootstrap,
         )
-        return self.labels | found
+        return self.labels | metrics
 
 
 def comparisons(config: VerifyConfig, subset: ParameterSet, subsets: list[ParameterSet]) -> Iterator[Comparison]:
@@ -195,11 +195,11 @@ def _point(draws: np.ndarray, exact: np.ndarray, domain: np.ndarray, top: int) -
         "score_spearman": [spearman(a, e) for a, e in scores],
         "top_n_overlap": [top_n_overlap(a, e, top) for a, e in scores],
     }
-    found: dict[str, float] = {}
+    summary: dict[str, float] = {}
     for name, each in values.items():
-        found[name] = float(np.mean(each))
-        found[f"{name}_sd"] = float(np.std(each, ddof=1)) if count > 1 else float("nan")
-    return found
+        summary[name] = float(np.mean(each))
+        summary[f"{name}_sd"] = float(np.std(each, ddof=1)) if count > 1 else float("nan")
+    return summary
 
 
 def noise_rows(config: VerifyConfig, subset: ParameterSet) -> Iterator[dict[str, Any]]:

@@ -250,7 +250,7 @@ class Runner:
             split: self._outcomes(model, params, {"dev": data.dev, "test": data.test}[split], folder / OUTCOMES[split])
             for split in self.grid.evaluated
         }
-        measured: dict[str, Any] = {split: means(found) for split, found in outcomes.items()}
+        measured: dict[str, Any] = {split: means(of_split) for split, of_split in outcomes.items()}
         if task.arm.kind == BASE and "dev" in outcomes:
             measured["dev_loss"] = token_mean(outcomes["dev"])
         return measured | {"seconds": {"evaluation": time.monotonic() - began}}

@@ -228,14 +228,14 @@ class NtkSelector(NtkOptions, Stage1Selector):
         """What conjugate gradients reached, in words where that is not what was asked for."""
         if residual is None:
             return {}
-        found: dict[str, Any] = {"cg_residual": residual, "cg_converged": bool(residual <= self.cg_tolerance)}
-        if not found["cg_converged"]:
-            found["cg_warning"] = (
+        report: dict[str, Any] = {"cg_residual": residual, "cg_converged": bool(residual <= self.cg_tolerance)}
+        if not report["cg_converged"]:
+            report["cg_warning"] = (
                 f"conjugate gradients did not converge: a residual of {residual:.1e} |u| after at most "
                 f"{self.cg_iterations} iterations in the precision of the parameters, and {self.cg_tolerance:.1e} |u| "
                 "was asked for; raise --cg-iterations or --damping, or ask for less with a higher --cg-tolerance"
             )
-        return found
+        return report
 
     def sample(self, problem: SelectionProblem) -> np.ndarray:
         """The pool rows whose mean gradient stands for the pool's."""
