@@ -75,6 +75,8 @@ def make_mesh(*, data: int, fsdp: int = 1, model: int = 1, devices: Sequence[jax
         divisors = [d for d in range(1, count + 1) if count % d == 0]
         fits = [(count // (f * m), f, m) for m in divisors for f in divisors if count % (f * m) == 0]
         fits = [shape for shape in fits if shape[1] == 1 or fsdp > 1]
+        # Nearest in model first, then in fsdp: how far weights must be split follows from the model's size, and what is
+        # left over goes to data.
         near = min(fits, key=lambda shape: [abs(a - b) for a, b in zip(shape[::-1], wanted[::-1])])
         named = lambda sizes: [f"{name}={size}" for name, size in zip(AXES, sizes) if name != FSDP or fsdp != 1]
         raise ConfigError(
@@ -166,6 +168,8 @@ def split_rows(x: Array, mesh: Mesh | None) -> Array:
     not divide: an example that is differentiated by itself, prompts that are continued."""
     if mesh is None or x.shape[0] % data_parallel(mesh):
         return x
+    # Where weights are split over the same axis as rows, the compiler may as well move activations to the weights: held
+    # to their rows, activations stay, and the weights come to them.
     return jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x.shape[0]))
 
 
@@ -181,6 +185,7 @@ def spread(array: Array | np.ndarray, sharding: Sharding) -> Array:
     it, and none waits for another."""
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
+    # jax.device_put to devices of several processes would compare the array between them, which waits for all.
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -193,6 +198,7 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(_gather(array.sharding.mesh)(array))  # type: ignore[attr-defined]
 
 
+# One jitted function for each mesh: a new one in every call would be compiled anew in every call.
 @functools.lru_cache(maxsize=8)
 def _gather(mesh: Mesh) -> Callable[[Array], Array]:
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -205,6 +211,8 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
         return slice(0, rows)
     places = list(_row_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values())
     bounds = [index[0].indices(rows) for index in places if index]
+    # One range, so that a batch is read in one piece; where the devices of a process are no neighbours on the mesh it
+    # reads rows that none of them needs.
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
@@ -252,6 +260,7 @@ def shard_batch(
         return jax.tree.map(placed, batch)
     known = {"index": batch.index, "lengths": batch.lengths} if whole is None else whole
     everywhere = {name: spread(leaf, NamedSharding(mesh, PartitionSpec())) for name, leaf in known.items()}
+    # What passes ask a batch on the host, which rows it holds and how long they are, must be there on every process.
     rest = jax.tree.map(placed, dataclasses.replace(batch, **dict.fromkeys(known)))
     return dataclasses.replace(rest, **everywhere)
 

@@ -216,6 +216,7 @@ def shingles(words: UInt64[np.ndarray, " w"], size: int) -> UInt64[np.ndarray, "
 
 def jaccard(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> float:
     """|A n B| / |A u B| of two ascending arrays of distinct numbers; 0 where both are empty."""
+    # Both are distinct and ascending already, which saves intersect1d the two calls of unique.
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / max(len(a) + len(b) - both, 1)
 
@@ -241,8 +242,10 @@ class _Minima:
     def bands(self, members: UInt64[np.ndarray, " s"], bands: int, width: int) -> UInt64[np.ndarray, " b"]:
         """A key for each of ``bands`` bands of ``width`` minima; none is 0."""
         self._minima.clear()
+        # datasketch permutes hashes of 32 bits: the upper half of ours.
         self._minima.update_batch((members >> np.uint64(32)).tolist())
         minima = self._minima.hashvalues[: bands * width].astype(np.uint64).reshape(width, bands)
+        # 0 stands for a key that was taken away (`_thin`).
         return np.maximum(combine(list(minima)), np.uint64(1))
 
 
@@ -258,6 +261,7 @@ def _sketch(
     prompt_keys = _mapped(folder / "prompt-keys", total, 1 + bands) if prompts else None
 
     def fill(keys: np.ndarray, text: str, words: np.ndarray) -> None:
+        # The whole text as the first key: exact copies meet there even where all bands are crowded.
         keys[0] = _hash(text)
         keys[1:] = minima.bands(shingles(words, settings.shingle), bands, width)
 
@@ -341,6 +345,7 @@ class _Buckets:
         for table, key in zip(self.tables, keys):
             if key:
                 bucket = table.setdefault(key, deque(maxlen=CROWD))
+                # A full bucket drops its oldest row, which is counted: pairs with it by this key are lost.
                 self.crowded += len(bucket) == CROWD
                 bucket.append(row)
 
@@ -374,6 +379,7 @@ class _Matcher:
         for level in range(LEVELS):
             first = _crowds(bands)
             _thin(bands, CROWD)
+            # No key is crowded any more.
             if (first < 0).all():
                 return
             self.firsts.append(first)
@@ -425,6 +431,8 @@ class _Matcher:
             yield from pairs
             if row < first:
                 others.add(row, keys)
+            # Only the first of several copies is met by later rows: a cluster of k gives k - 1 pairs, not k (k - 1) /
+            # 2.
             elif not pairs:
                 kept.add(row, keys)
         self.crowded = others.crowded + kept.crowded

@@ -145,6 +145,7 @@ def uncovered(
     Equally often: a question that quotes its document has a run twice, which one on the same document has once.
     """
     least = min(len(a), len(b))
+    # The common end is looked for behind the common start: in a text that repeats itself they would overlap.
     start = _equal(a[:least], b[:least])
     end = _equal(a[start:][::-1][: least - start], b[start:][::-1][: least - start])
     inner = a[start : len(a) - end], b[start : len(b) - end]

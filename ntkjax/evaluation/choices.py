@@ -108,6 +108,7 @@ def token_scores(
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = hidden.astype(dtype), head.astype(dtype)
 
+    # Position by position instead of [B, M, V] at once; `block` of them, so that their logits stay within bounds.
     def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), logit_cap(head_fn))
         best = jnp.argmax(logits).astype(pair[1].dtype) == pair[1]
@@ -194,6 +195,7 @@ def _padded(
     scored: dict[int, int] = {}
     for planned in plan:
         most = max(packed[i].target.size for i in planned.indices)
+        # One number of scored tokens for each length, the most of its batches: it is a shape of the program.
         scored[planned.length] = max(scored.get(planned.length, 0), round_up(most, 8))
     for planned in plan:
         yield collate(packed, planned.indices, planned.rows, planned.length, scored[planned.length])

@@ -191,6 +191,7 @@ class OutcomeLog:
                 fields.update(rows.get(row, {}))
             outcomes.append(dataclasses.replace(base, **fields))
         if self.path is not None and is_primary():
+            # Settings first: outcomes without them are refused, settings without outcomes are nothing.
             write_json(self._settings_path, self.settings, indent=1)
             write_outcomes(self.path, outcomes)
             self._part.unlink(missing_ok=True)

@@ -70,6 +70,7 @@ class Packed:
         return self._per_choice(np.asarray(log_probs, dtype=np.float64))
 
     def _per_choice(self, values: np.ndarray) -> np.ndarray:
+        # Branch 0 is what all choices share: its log-probabilities are those of each.
         totals = np.bincount(self.branch, weights=values, minlength=self.choices + 1)
         return totals[0] + totals[1:]
 
@@ -143,6 +144,8 @@ def _lay_out(sequences: list[list[int]], starts: list[int], shared: int, score_s
         scored += [(t - 1, tokens[t], 0) for t in range(starts[0], shared)]
     for c, (sequence, start) in enumerate(zip(sequences, starts), 1):
         for t in range(shared, len(sequence)):
+            # The first token of every choice is predicted by the last token of the prefix, whatever lies between them
+            # in the row; the others by the token before.
             predictor = shared - 1 if t == shared else len(tokens) - 1
             if t >= start:
                 scored.append((predictor, sequence[t], c))

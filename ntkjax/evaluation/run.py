@@ -70,6 +70,8 @@ def evaluate_model(
         if settings.generation:
             check_separable(shots, model.tokenizer)
         records = ShotRecords(records, shots.examples, model.tokenizer)
+    # All that the outcomes depend on: a file that holds others is refused by the name of the setting. The token budget
+    # is not in it: it moves results by rounding alone, and differs from machine to machine.
     decides = dataclasses.asdict(settings) | {"max_length": batching.max_length, "answer_pattern": pattern}
     # What was drawn decides, not how; an evaluation without shots is the same as before there were any.
     decides |= {"shots": None if shots is None else {"ids": shots.report()["ids"], "content": shots.fingerprint}}

@@ -295,6 +295,8 @@ class _Plan:
             stacked = path.startswith("layers/")
             shape = shapes[path].shape[1:] if stacked else shapes[path].shape
             shape = shape[::-1] if stacked and leaf == "kernel" else shape
+            # Fused tensors hold several of our layers one under another, in the order of `linears`: each begins where
+            # the rows so far end.
             start = needed[name.format(0)][0] if name.format(0) in needed else 0
             piece = _Piece(
                 source,

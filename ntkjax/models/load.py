@@ -238,6 +238,7 @@ class Reading:
                 f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected F32, BF16, F16 or F64 "
                 "(quantised weights are not supported)"
             )
+        # Rows and columns by number: of a fused tensor (q, k and v in one) only those of this layer are read.
         places = [np.arange(size) for size in info.shape]
         if source.share is not None:
             places[0 if source.transpose else -1] = source.share.columns()
@@ -420,6 +421,7 @@ def _slice_sharding(sharding: NamedSharding | None, source: Source, rank: int) -
     """The sharding of one layer's (and expert's) tensor as it lies in the file."""
     if sharding is None:
         return None
+    # A spec may leave out trailing axes that are not split; filled up it can be cut and reversed.
     axes = (tuple(sharding.spec) + (None,) * rank)[len(source.stack) : rank]
     axes = axes[::-1] if source.transpose else axes
     return NamedSharding(sharding.mesh, PartitionSpec(*axes) if any(axes) else PartitionSpec())
@@ -438,6 +440,7 @@ def _as_leaf(array: Array, transpose: bool, dtype: str, sharding: NamedSharding 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _write_at(stack: Array, index: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
     tensor = (tensor.T if transpose else tensor).astype(stack.dtype)
+    # The index is data, so that all layers are written by one program; the stack is donated and written in place.
     starts = [*index, *[np.int32(0)] * tensor.ndim]
     out = jax.lax.dynamic_update_slice(stack, tensor[(None,) * len(index)], starts)
     return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)

@@ -285,8 +285,10 @@ def _fuse(parts: list[Factors | None], widths: list[int]) -> Factors:
         return parts[0]
     present = [part for part in parts if part is not None]
     first = present[0][0]
+    # Equal A, as PEFT itself trains fused layers: one A and the B side by side keep the rank.
     if len(present) == len(parts) and all(np.array_equal(a, first) for a, _ in present):
         return first, np.concatenate([b for _, b in present], axis=-1)
+    # Different A: side by side too, each B in its own rows and columns, zeros elsewhere. The rank is their sum.
     a = np.concatenate([a for a, _ in present], axis=-1)
     b = np.zeros((a.shape[0], a.shape[-1], sum(widths)), present[0][1].dtype)
     row = column = 0
@@ -319,6 +321,7 @@ def _split(
         return {name: (a, b[..., columns[name]]) for name in targets}
     rows = {name: slice(i * rank, (i + 1) * rank) for i, name in enumerate(targets)}
     blocks = {name: (a[..., rows[name]], b[..., rows[name], columns[name]]) for name in targets}
+    # Only what was fused in blocks can be taken apart: B has no number outside them.
     in_blocks = sum(np.count_nonzero(block) for _, block in blocks.values()) == np.count_nonzero(b)
     if a.shape[-1] != rank * len(targets) or not in_blocks:
         raise CheckpointError(
@@ -359,6 +362,7 @@ def _stack(
         rank = config.rank_of(full)
         a = _take(tensors, keys[0], (rank, inputs), where)
         b = _take(tensors, keys[1], (outputs, rank), where)
+        # Modules may have scales of their own, our model has one: the quotient goes into B.
         factor = config.scale_of(full) / lora.scale
         stacked.append((a.T, b.T if factor == 1 else b.T * b.dtype.type(factor)))
     present = [part for part in stacked if part is not None]

@@ -58,6 +58,7 @@ class ConjugateGradients:
 
     def __call__(self, direction: Params) -> Params:
         """(F + lambda I)^-1 u for a tree of leaves [c, ...], one direction after the other."""
+        # One direction after the other: solved together they would all take as many steps as the slowest.
         solve = lambda u: cg(self.product, u, tol=self.tolerance, maxiter=self.iterations)[0]
         return jax.lax.map(solve, direction)
 
@@ -73,12 +74,14 @@ class ConjugateGradients:
 
                 def losses(fn: Callable) -> Callable[[Params], Float[Array, " B"]]:
                     values = lambda p: at_least_float32(fn(p, batch))
+                    # Fillers are masked in both products: their losses neither move nor are pulled back.
                     return lambda p: jnp.where(real, values(p), jnp.zeros((), values(p).dtype))
 
                 moved = jax.jvp(losses(pushed), (self.params,), (tangent,))[1]
                 pulled = jax.vjp(losses(self.loss_fn), self.params)[1](moved)[0]
                 return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, pulled), None
 
+            # Batches of one shape are one scan: the program, which CG runs in every step, has one body a shape.
             total = jax.lax.scan(add, total, stack)[0]
         scaled = lambda t, x: t / self.count.astype(t.dtype) + self.damping.astype(x.dtype) * x
         return jax.tree.map(scaled, total, v)

@@ -38,6 +38,7 @@ def _empty_buffer(gradients: Params, rows: int) -> Params:
     return jax.tree.map(lambda g: jnp.zeros((rows, *g.shape[1:]), g.dtype), gradients)
 
 
+# The buffer is donated, so that a batch is written into it in place; otherwise every batch would copy all of it.
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(buffer: Params, gradients: Params, start: Array) -> Params:
     return jax.tree.map(lambda b, g: jax.lax.dynamic_update_slice_in_dim(b, g, start, axis=0), buffer, gradients)
@@ -89,6 +90,8 @@ def _gathered(
             buffer, index = _empty_buffer(shapes, group), np.full(group, -1)
         for piece in pieces(batch, group):
             rows = real_rows(piece)
+            # The buffer is not cleared for the next group: rows behind ``used`` still hold gradients of the one before,
+            # and their index of -1 makes them fillers.
             if used + len(rows) > group:
                 yield index, _apply_sketch(sketch, buffer, group)
                 index, used = np.full(group, -1), 0

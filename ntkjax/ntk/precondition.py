@@ -119,6 +119,7 @@ class Block:
     def solve(self, u: Float[Array, "c ..."], damping: Float[Array, ""]) -> Float[Array, "c ..."]:
         """(H + lambda I)^-1 u."""
         turned = _turn(u.reshape(u.shape[0], *self.curvature.shape), *self.vectors, inverse=False)
+        # Into the eigenbasis, where H + lambda I is diagonal, divided, and back.
         turned = turned / (self.curvature + damping)[None].astype(u.dtype)
         return _turn(turned, *self.vectors, inverse=True).reshape(u.shape)
 
@@ -140,6 +141,7 @@ def _as_matrices(leaf: Float[Array, "B ..."]) -> Float[Array, "B s m n"]:
 def _factor(matrices: Float[Array, "B s m n"], side: int, max_side: int) -> Float[Array, "..."]:
     """sum_i G_i G_i^T [s, m, m] (side 0) or sum_i G_i^T G_i [s, n, n] (side 1); only its diagonal where it is long."""
     if matrices.shape[2 + side] > max_side:
+        # The diagonal: squares summed over the examples and the other side, [B, s, m, n] without axis 0 and 3 (2).
         return jnp.sum(matrices * matrices, axis=(0, 3 - side))
     equation = ("bsmk,bsnk->smn", "bskm,bskn->smn")[side]
     return jnp.einsum(equation, matrices, matrices, precision=jax.lax.Precision.HIGHEST)
@@ -170,6 +172,7 @@ def _ekfac_sums(gradients: Params, basis: list[tuple[Any, Any]]) -> list[Float[A
 def _sum_batch(sums: Callable, basis: Any, loss_fn: Callable, params: Params, batch: Any) -> tuple[Any, Array]:
     """(sums over the real rows' gradients, whether all of them are finite)."""
     gradients, real = per_example_gradients(loss_fn, params, batch), jnp.asarray(batch.index) >= 0
+    # By where, not by a factor: a filler row's gradient may be NaN, and 0 times NaN is NaN.
     mask = lambda g: jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, jnp.zeros((), g.dtype))
     total = sums(jax.tree.map(mask, gradients), basis)
     return total, jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(total)]).all()
@@ -363,6 +366,7 @@ def _block(left: Float[Array, "s ..."], right: Float[Array, "s ..."]) -> Block:
     trace = _traces(left)
     root = jnp.sqrt(jnp.where(trace > 0, trace, jnp.ones_like(trace)))
     (rows, a), (columns, b) = (_decompose(factor, root) for factor in (left, right))
+    # Both factors were divided by sqrt(t), so the products of their eigenvalues are l_a r_b / t.
     return Block(rows[:, :, None] * columns[:, None, :], (a, b))
 
 
@@ -397,6 +401,7 @@ def explicit_scores(
         raise ConfigError(f"damping must be above 0, got {damping}")
     own = kernel[np.ix_(domain, domain)]
     lam, count = _lambda(float(np.trace(own)) / len(domain), damping, parameters), len(domain)
+    # The n x n form of the P x P inverse: exact however many parameters there are.
     weights = np.linalg.solve(own + count * lam * np.eye(count), np.ones(count))
     return np.delete(kernel, domain, axis=0)[:, domain] @ weights, lam
 

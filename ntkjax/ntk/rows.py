@@ -155,6 +155,8 @@ def iterate(batches: Iterable, progress: Progress, default: str, store: Any = No
         if number == 1:
             bar.set_postfix_str("", refresh=False)
         index = real_rows(batch)
+        # A batch is skipped whole or not at all: batches keep their shapes, so that a pass that goes on runs the
+        # programs of the one that was stopped, at the price of a few rows computed twice.
         if done is None or not done[index[index >= 0]].all():
             yield batch
             meter.add(batch)
@@ -217,6 +219,7 @@ class _RowSink:
             if self.values is None:
                 self.values = np.full((self.rows, values.shape[1]), np.nan, values.dtype)
             self.values[index] = values
+        # In between, not at the end of the pass alone: a model that overflows on every row is to stop after a few.
         if len(self.suspects) >= MAX_BAD_ROWS:
             self.try_again()
         if len(self.bad) >= MAX_BAD_ROWS:
@@ -228,6 +231,7 @@ class _RowSink:
             return
         suspects, again = np.unique(self.suspects), self.again
         assert again is not None
+        # Each is alone in its row now: without ``again`` what is not finite this time is bad.
         self.suspects, self.again = [], None
         for index, values in again(suspects):
             self.write(index, to_host(values))
@@ -244,6 +248,7 @@ class _RowSink:
             return self.values
         done = np.flatnonzero(self.store.done())
         stored = self.store.read(done)
+        # A pass over a part of the data set leaves other rows of the store undone, which reading all would refuse.
         values = np.full((self.rows, stored.shape[1]), np.nan, stored.dtype)
         values[done] = stored
         return values
@@ -288,6 +293,7 @@ def collect_rows(
         raise
     if store is not None:
         store.flush()
+    # Before the barrier in `gather`: a process with bad rows then ends, and ends the waiting of the others with it.
     sink.check()
     if store is not None:
         store.gather()

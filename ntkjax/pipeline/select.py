@@ -77,6 +77,7 @@ def choose(
       ConfigError: a method that looks at the warm-up, and none to look at.
     """
     out, seed, progress = settings.out, settings.seed, settings.progress
+    # selection.json is written last: where it is, the selection is whole.
     chosen_before = (out / "selection.json").exists()
     if spans_processes(model.mesh):
         barrier("selection to be made")  # all have looked before the first writes it

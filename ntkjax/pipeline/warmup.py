@@ -64,8 +64,11 @@ def warm_up(
     """
     ends = epoch_ends(config, domain) if checkpoints else []
     if checkpoints:
+        # A step is saved where ``save_every`` divides it: the greatest common divisor also keeps the ends of all
+        # epochs.
         every = ends[0] if config.save_every is None else math.gcd(config.save_every, ends[0])
         config = dataclasses.replace(config, save_every=every, keep_checkpoints=None)
+    # Of the right structure on every process: `broadcast` sends into what each has.
     warmed, states = params, [(params, *(_moments_like(params),) * 2) for _ in ends]
     if is_primary() or spans_processes(model.mesh):
         progress = progress and is_primary()

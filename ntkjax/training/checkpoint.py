@@ -39,6 +39,7 @@ class Checkpoints:
         self._alone = count > 1 and not together
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            # `save` returns when the checkpoint is on the disk: at SIGTERM the process ends right behind it.
             enable_async_checkpointing=False,
             create=not self._alone,
             multiprocessing_options=alone if self._alone else MultiprocessingOptions(),

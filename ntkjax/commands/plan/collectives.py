@@ -115,6 +115,7 @@ def compiled(settings: dict[str, Any]) -> Counted:
       UserError: it ended with an error, whose last line is told.
     """
     devices = settings["fsdp"] * settings["model"]
+    # In a process of its own, because the number of devices is fixed when JAX starts.
     flags = simulated_devices(os.environ.get("XLA_FLAGS", ""), devices)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     words = [sys.executable, "-m", "ntkjax.commands.plan.collectives"]
@@ -152,6 +153,7 @@ def main(settings: dict[str, Any]) -> Counted:
     sharded = lambda path, shape: jax.ShapeDtypeStruct(
         shape.shape, shape.dtype, sharding=weight_sharding(path, shape.shape, mesh, config.split(path))
     )
+    # Shapes and shardings are all that a compiler wants: no weight of the model is ever made.
     leaves = paths(param_shapes(spec))
     model = LanguageModel(spec, unflatten({path: sharded(path, shape) for path, shape in leaves.items()}))
     kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn))
@@ -172,6 +174,7 @@ def main(settings: dict[str, Any]) -> Counted:
         return text, int(memory.temp_size_in_bytes)
 
     rows, length = settings["rows"], settings["length"]
+    # Of two batches, because what does not grow with the tokens (gathered weights) would count in one.
     (text, few), (_, many) = compiled_for(rows, length), compiled_for(2 * rows, length)
     tokens = rows * length / settings["fsdp"]  # of a device
     return Counted(count(text, mesh.size, config.num_layers), (many - few) / tokens)

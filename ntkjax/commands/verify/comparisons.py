@@ -116,6 +116,8 @@ def comparisons(config: VerifyConfig, subset: ParameterSet, subsets: list[Parame
         if step is not None:
             yield row(approximation, "top", TRACE, matrices, kernels[TRACE], "exact")
             yield row(approximation, "step", step, matrices, kernels[step], "exact")
+        # Also against what can change the loss: a kernel may agree with the trace through the shift of all logits,
+        # which softmax does not see.
         if approximation != CENTRED_TRACE:
             yield row(approximation, "centred", CENTRED_TRACE, matrices, kernels[CENTRED_TRACE], "exact")
         if subset.name == "lora" and full is not None:
@@ -134,6 +136,7 @@ def _against_full(
     draws = subset.kernels[approximation]
     if not config.skip_warmup:  # each seed has its own weights after warm-up
         draws = draws[: len(full.seeds)]
+    # All parameters are costly, so theirs is a part of the sample: the LoRA kernel is cut to the same examples.
     part = draws[:, full.rows[:, None], full.rows[None]]
     labels = {"column": subset.name, "rung": approximation, "against": "full", "reference": f"all: {TRACE}",
               "passes": passes(approximation, subset.width), "method": "exact"}  # fmt: skip

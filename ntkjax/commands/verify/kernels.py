@@ -138,6 +138,7 @@ class KernelSuite:
         params = fresh_parameters(self.model, config.model, seed)
         if config.skip_warmup:
             fixed = config.model.parameters == "all" or config.model.adapter is not None
+            # Weights that no seed touches share their rows between seeds: kernels without probes are computed once.
             return params, "as-loaded" if fixed else f"seed-{seed}"
         trained = self.sample.sources.get("domain", self.sample.sources["data"])
         result = fit(
@@ -216,6 +217,8 @@ class KernelSuite:
             elif kind.nested == "none":
                 kernels |= {f"{name}:{m}": swept(f"{name}:{m}").matrix() for m in sizes}
             else:
+                # Outputs are nested: one sweep of the most of them holds the kernel of every smaller m. Where the full
+                # set was swept already (the trace in the eigenbasis of the head), no pass is left to do.
                 whole = done[kind.complete] if kind.complete in done else swept(f"{name}:{sizes[0]}")
                 part = functools.partial(whole.matrix, rescale=kind.nested == "mean")
                 kernels |= {f"{name}:{m}": part(m) for m in sizes}
@@ -239,6 +242,7 @@ class KernelSuite:
         """The Gram matrices of every output of a kernel; ``seed`` where it has probes."""
         began, n = time.monotonic(), len(tokens)
         kernel = build(name, checkpoint.functions, checkpoint.params, seed=seed or 0)
+        # All kernels of the logits become one base with other selectors: one program, compiled once.
         base, selectors = common_form(kernel, checkpoint.functions, checkpoint.params)
         batches, count = self._batches(tokens), 1 if selectors is None else len(selectors)
         folder = self.run.path / "rows" / subset.name / checkpoint.key
@@ -279,6 +283,8 @@ class KernelSuite:
         """Two independent sketches [2, n, n] of a kernel, and how they were made."""
         size = self.config.sketch_size
         if passes(name, self.model.config.hidden_size) * parameters * size > self.config.max_signs:
+            # More signs than config.max_signs. A Gaussian sketch depends on the gradients through their kernel matrix
+            # alone, which is here already, so one is drawn from its law.
             rng = numpy_rng(seed, "verify", "sketch", subset.name, name)
             root = square_root(matrix)
             return np.stack([gaussian_sketch(root, size, rng) for _ in range(2)]), "law"
@@ -324,6 +330,7 @@ class KernelSuite:
         if not config.cross_examples:
             return None
         count = min(config.cross_examples, len(tokens))
+        # Evenly over the sample, so that domain and pool are both there.
         chosen = tokens.subset(np.linspace(0, len(tokens) - 1, count).astype(int))
         manifest = self._manifest(subset, checkpoint, chosen, outputs=config.cross_outputs, seed=seed,
                                   memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip

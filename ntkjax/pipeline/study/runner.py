@@ -68,6 +68,7 @@ def recorded(folder: Path, work: Callable[[], Any], *, done: str) -> Any:
         written(folder / FAILURE, {"kind": "stands on a failure", "message": str(error)})
         raise
     except Exception as error:
+        # A full disk would fail every run that follows, and be remembered by each as its own failure.
         if _of_the_environment(error) or (process()[1] > 1 and not isinstance(error, UserError)):
             raise  # of several processes one alone may have failed: the job ends
         trace = None if isinstance(error, UserError) else traceback.format_exc()
@@ -295,6 +296,7 @@ class Runner:
         if epochs:  # they are kept, which an earlier study may not have done
             folder = folder.with_name(folder.name + "-epochs")
         if self.warmed is None or self.warmed[0] != folder:
+            # The last one alone is held: tasks come in an order in which those that share a warm-up are neighbours.
             self.warmed = None  # its memory first
             work = lambda: warm_up(
                 grid.model, grid.start_of_selection(task.seed), grid.training_set(task), grid.warmup_config(task),

@@ -50,6 +50,8 @@ class Clusters(GroupOptions, Algorithm):
     def __call__(self, similarities: Similarities, problem: SelectionProblem) -> Choice:
         labels, names = self.groups(similarities, problem)
         sizes = np.bincount(labels)
+        # [c, M], row c averages over group c: similarities are linear in the domain's vectors, so a group costs one
+        # product however large it is.
         weights = (labels[None] == np.arange(len(sizes))[:, None]) / sizes[:, None]
         scores, groups, zeros = np.empty(len(similarities.rows)), np.empty(len(similarities.rows), np.int64), 0
         for at, products, zero in similarities.blocks(weights):

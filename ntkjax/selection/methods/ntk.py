@@ -167,6 +167,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             scorer=self.scorer(problem),
         )
         report = report | self.solved(scored.residual)
+        # The raw scores and the Gram matrix hold every direction: contrasts and cosines cost no pass over the pool.
         by_group = self.along(scored, problem, kernel, candidates)
         return by_group.max(axis=1), np.asarray(scored.scores[:, -1], np.float64), report
 
@@ -262,6 +263,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             return raw
         if self.direction == "contrast":  # what each direction shares with the pool's, the last
             return raw - gram[:-1, -1] / gram[-1, -1] * np.asarray(scored.scores[:, -1:], np.float64)
+        # |g_j| is the one thing that forward mode does not give: it takes a gradient for each example.
         squares = self.squares(problem, kernel, candidates)
         zero = np.flatnonzero(squares == 0)
         if len(zero):

@@ -68,6 +68,7 @@ class TrakSelector(TrakOptions, GradientSelector):
         kernel, rows = Kernel(as_pytree_fn(problem.margin_fn), name="margin"), candidates.rows
         total, errors, zeros = np.zeros(len(rows)), np.zeros(len(rows)), 0
         for number, checkpoint in enumerate(problem.checkpoints):
+            # A projection of its own for every checkpoint: the members of the ensemble then err independently.
             own = int(numpy_rng(problem.seed, "trak", number).integers(1 << 30))
             domain, read = gradient_features(
                 dataclasses.replace(problem, seed=own), rows, kernel=kernel, sketch=self.sketch, size=self.sketch_size,
