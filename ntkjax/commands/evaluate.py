@@ -20,7 +20,7 @@ from ntkjax.evaluation.lm_eval import (
     task_digests,
     write_results,
 )
-from ntkjax.evaluation.options import EvaluationOptions, TaskOptions
+from ntkjax.evaluation.options import Batching, EvaluationOptions, TaskOptions
 from ntkjax.evaluation.shots import describe_shots, draw_shots
 from ntkjax.evaluation.summary import describe_choices
 from ntkjax.job import is_primary, process
@@ -118,8 +118,10 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluated:
         result = Evaluated(evaluated.outcomes, evaluated.summary, evaluated.shots, against)
     if names:
         if tasks_to_run is not None:
-            lengths = {"max_length": longest(model, config.data), "token_budget": config.data.token_budget}
-            done = run_tasks(model, {}, tasks_to_run, config.harness, **lengths, seed=config.seed, progress=progress)
+            batching = Batching(longest(model, config.data), config.data.token_budget)
+            done = run_tasks(
+                model, {}, tasks_to_run, config.harness, batching=batching, seed=config.seed, progress=progress
+            )
             write_results(stored.parent, *done)
         tasks, counts = read_results(stored.parent)
         compared = None if earlier_tasks is None else compare_tasks(earlier_tasks, tasks, seed=config.seed)

@@ -31,11 +31,11 @@ from ntkjax.data.prompts import encode, render_text
 from ntkjax.data.rows import lay_out
 from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.evaluation.answers import find_choices
+from ntkjax.evaluation.options import DEFAULT_TEMPLATE, Batching
 from ntkjax.evaluation.packing import Packed, PackedBatch, collate, collate_rows, pack
 from ntkjax.parallel import data_parallel, shard_batch, to_host
 from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped, logit_cap
 
-DEFAULT_TEMPLATE = "So the answer is {}."
 LOGIT_ELEMENTS = 1 << 24
 """Logits held at once while scoring: 64 MiB in float32, whatever the vocabulary."""
 ROW_LENGTH = 512
@@ -303,26 +303,22 @@ def score_choices(
     params: Params,
     records: Any,
     *,
-    max_length: int,
-    token_budget: int,
+    batching: Batching,
     answer_template: str = DEFAULT_TEMPLATE,
     rows: Sequence[int] | None = None,
     max_buckets: int | None = None,
-    packing: bool = False,
 ) -> Iterator[list[ChoiceScores]]:
     """Likelihoods of the choices of every example that has choices and an answer, one list for each batch.
 
     Args:
       model: a `LanguageModel`, or anything with ``tokenizer``, ``states_fn`` and ``head_fn``.
       params: the trained parameters, any subset of the model's tree.
+      batching: how they are put into batches; an example longer than its token budget forms a batch alone.
       rows: which rows of the records; None for all.
-      token_budget: tokens in a batch, padding included; a packed example longer than that forms a batch
-        alone.
-      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation is dear.
-      packing: several examples a row.
+      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation takes long.
 
     Raises:
-      UserError: no example has choices and an answer, or one does not fit into ``max_length``.
+      UserError: no example has choices and an answer, or one does not fit into ``batching.max_length``.
     """
     check_template(answer_template)
     rows = range(len(records)) if rows is None else rows
@@ -336,7 +332,7 @@ def score_choices(
         )
     kept, examples = zip(*chosen)
     responses = [[answer_template.format(choice) for choice in example.choices] for example in examples]
-    packed = pack_choices(model.tokenizer, examples, responses, max_length=max_length)
-    options = {"token_budget": token_budget, "max_buckets": max_buckets, "packing": packing}
+    packed = pack_choices(model.tokenizer, examples, responses, max_length=batching.max_length)
+    options = {"token_budget": batching.token_budget, "max_buckets": max_buckets, "packing": batching.packing}
     for done in score_packed(model, params, packed, **options):
         yield [ChoiceScores(kept[i], sums, packed[i].counts(), packed[i].dropped) for i, sums in done]

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation.choices import DEFAULT_TEMPLATE, check_template
+from ntkjax.evaluation.choices import check_template
+from ntkjax.evaluation.options import DEFAULT_TEMPLATE
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.ntk.regression import FORMULAS
