@@ -48,11 +48,11 @@ def count(arguments: list[str]) -> tuple[Count, int]:
 
 
 def rows(counted: Count) -> list[dict[str, object]]:
-    """One row for each function that takes long to compile, the dearest first, and their sum."""
+    """One row for each function that takes long to compile, the longest first, and their sum."""
     large = {name: took for name, took in counted.seconds.items() if sum(took) / len(took) >= LARGE}
-    dearest = sorted(large.items(), key=lambda item: -sum(item[1]))
+    longest = sorted(large.items(), key=lambda item: -sum(item[1]))
     every = [second for took in counted.seconds.values() for second in took]
-    made = [{"function": name, "programs": len(took), "seconds": round(sum(took), 1)} for name, took in dearest]
+    made = [{"function": name, "programs": len(took), "seconds": round(sum(took), 1)} for name, took in longest]
     return [*made, {"function": "all, small ones too", "programs": len(every), "seconds": round(sum(every), 1)}]
 
 

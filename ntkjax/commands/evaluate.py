@@ -42,8 +42,7 @@ class EvaluateConfig:
     test: tuple[str, ...] = ()
     """Files with prompt and response: their likelihood; and accuracy of the records that have answer and choices."""
     against: str | None = None
-    """Run directory of an earlier evaluate of the same files and tasks: adds paired bootstrap intervals and McNemar's
-    test."""
+    """Run directory of an earlier evaluate of the same files and tasks: adds paired intervals and McNemar's test."""
     seed: int = 0
     """Seed of the bootstrap."""
     data: Annotated[DataOptions, arg(name="")] = DataOptions()

@@ -20,9 +20,8 @@ def bucket_lengths(
     """At most ``max_buckets`` padded lengths, ascending multiples of ``multiple``, with the fewest padded tokens.
 
     Minimises ``sum_i L(i) + bucket_cost * (number of buckets)`` exactly, where L(i) is the smallest chosen
-    length
-    that holds example i, by dynamic programming on the histogram of lengths: O(max_buckets * C^2) for C
-    distinct rounded lengths. ``bucket_cost`` (in tokens) is what one more compiled shape is worth.
+    length that holds example i, by dynamic programming on the histogram of lengths: O(max_buckets * C^2) for C distinct
+    rounded lengths. ``bucket_cost`` (in tokens) is what one more compiled shape costs.
     """
     if max_buckets < 1 or multiple < 1:
         raise ConfigError(f"max_buckets is {max_buckets} and multiple {multiple}; expected at least 1 of both")

@@ -222,7 +222,7 @@ def jaccard(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> float:
 
 
 def _mapped(file: Path, rows: int, width: int) -> UInt64[np.ndarray, "rows width"]:
-    """Room for numbers in ``file``, whose name is gone at once and whose space is when the array is."""
+    """An array in ``file``, which is unlinked at once, so that its space is freed with the array."""
     with file.open("w+b") as handle:
         handle.writelines(itertools.repeat(bytes(8 * width), rows))  # a full disk is an error here, not a dead process
         handle.flush()

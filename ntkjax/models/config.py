@@ -148,8 +148,7 @@ class ModelConfig(ModelShape):
 
     @property
     def position_limit(self) -> int | None:
-        """The longest sequence that the model can take at all: ``max_positions`` where positions are learned; None for
-        any."""
+        """The longest sequence that the model can take: ``max_positions`` where positions are learned, else None."""
         return self.max_positions if self.learned_positions else None
 
     @property

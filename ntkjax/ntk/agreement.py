@@ -97,8 +97,8 @@ def agreement(
       - ``flips`` = N - |T(A, 1) n T(E, 1)|: how many of the N selected change;
       - ``expected_flips`` = mean_b [N - |T(A, w^b) n T(E, w^b)|], ``_low`` and ``_high`` its percentiles over b: the
         same for a domain of other examples from the same source;
-      - ``domain_flips`` = mean_b [N - |T(E, w^b) n T(E, 1)|]: what drawing another domain changes by itself, the
-        yardstick for the one above;
+      - ``domain_flips`` = mean_b [N - |T(E, w^b) n T(E, 1)|]: what drawing another domain changes by itself, to
+        compare the one above with;
       - ``examples``, ``scored``, ``n``, ``draws``; ``undefined_resamples``: those left out of some interval because a
         metric was not defined there (a constant matrix, say). A metric that is not defined at all is NaN.
     """

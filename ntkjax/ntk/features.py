@@ -55,8 +55,7 @@ def _sketched(kernel: Kernel, params: Params, sketch: Sketch, x: Any, *, microba
 
 
 def group_rows(gradients: Params, memory_budget: int) -> int:
-    """Rows of gradients shaped like ``gradients`` (leaves [B, ...]) that fit in ``memory_budget`` bytes, from 1 to
-    `MAX_GROUP`."""
+    """Rows of gradients like ``gradients`` (leaves [B, ...]) that fit in ``memory_budget`` bytes: 1 to `MAX_GROUP`."""
     row = sum(math.prod(g.shape[1:]) * g.dtype.itemsize for g in jax.tree.leaves(gradients))
     return min(max(1, memory_budget // max(row, 1)), MAX_GROUP)
 
@@ -81,7 +80,7 @@ def _feature_groups(
 def _gathered(
     kernel: Kernel, params: Params, batches: Iterable, sketch: Sketch, run: Pass
 ) -> Iterator[tuple[np.ndarray, Array]]:
-    """`_feature_groups` where the gradients of many batches meet one generation of signs."""
+    """`_feature_groups` where the gradients of many batches share one draw of the sketch's signs."""
     buffer, index, used, group = None, np.empty(0, int), 0, 0
     for batch in batches:
         if buffer is None:

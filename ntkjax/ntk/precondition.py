@@ -29,8 +29,8 @@ depends neither on how the examples are batched nor on any layer's structure:
            to the block in Frobenius norm, K-FAC's among them; it is the block itself where that is diagonal in it. Its
            trace is that of ``kfac``: 1/M sum_i |G_i|^2.
 
-``cg``     P = F + lambda I,  F = 1/M sum_i g_i g_i^T, whole, by conjugate gradients (`ntkjax.ntk.conjugate`): the
-           yardstick of the two above, at a pass over the domain for each iteration and direction
+``cg``     P = F + lambda I,  F = 1/M sum_i g_i g_i^T, whole, by conjugate gradients (`ntkjax.ntk.conjugate`): what
+           the two above are measured against, at a pass over the domain for each iteration and direction
 
 The inverse is that of H + lambda I itself, in the eigenbasis of both factors: (U_L x U_R) diag(1 / (l r / t + lambda))
 (U_L x U_R)^T, not of the factored damping (A + pi sqrt(lambda) I) x (S + sqrt(lambda) / pi I) that K-FAC inverts.

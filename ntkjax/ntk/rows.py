@@ -265,10 +265,10 @@ def collect_rows(
 ) -> np.ndarray:
     """Gather (index [B], values [B, m]) pairs into [rows, m]; rows never visited are NaN.
 
-    One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False
-    the values stay in the store, for what does not fit into memory, and the
-    array returned is empty. ``again``: the results of the rows given, each example in a row of its own; asked for what
-    was not finite, since in a packed row one example that is not makes its neighbours so (see `alone`).
+    One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False the
+    values stay in the store, for what does not fit into memory, and the array returned is empty. ``again``: the results
+    of the rows given, each example in a row of its own; asked for what was not finite, since in a packed row one
+    example that is not makes its neighbours so (see `alone`).
 
     Raises:
       NonFiniteError: some real row is NaN or infinite. The finite rows reach the store first, so that a

@@ -116,7 +116,7 @@ def mean_direction(
         count += int((real_rows(batch) >= 0).sum())
     if count == 0:
         raise UserError("mean gradient of no examples: expected at least one row with index >= 0")
-    if not _all_finite(total):  # only now look for the culprits, batch by batch
+    if not _all_finite(total):  # only now look for the rows, batch by batch
         bad = [b for b in batches if not _all_finite(add_direction(kernel, params, b, zero))]
         rows = [int(row) for batch in bad for row in real_rows(batch) if row >= 0]
         raise NonFiniteError("gradient (in the batches that hold them)", rows)

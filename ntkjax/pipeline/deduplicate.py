@@ -21,7 +21,7 @@ FILE = "duplicates.json"
 
 @dataclasses.dataclass(frozen=True)
 class Deduplicated:
-    """A pool, and what the search for duplicates in it came to.
+    """A pool, and the result of the search for duplicates in it.
 
     Attributes:
       pool: without the repeated examples in mode ``remove``; as it was otherwise. What is scored, written to

@@ -66,7 +66,7 @@ def against_cost(
     percent: bool = False,
     highlight: Sequence[str] = (),
 ) -> bytes:
-    """One point per arm: what it cost (log axis) and what it came to, with one standard deviation as a whisker.
+    """One point per arm: its cost (log axis) and its result, with one standard deviation as a whisker.
 
     Args:
       points: dicts with ``arm``, ``cost``, ``mean`` and ``sd`` (or None).

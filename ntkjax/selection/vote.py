@@ -91,8 +91,7 @@ def _compare(
     real: Bool[Array, " C"],
 ) -> tuple[tuple[Float[Array, "M k"], Int[Array, "M k"]], Float[Array, " C"], Float[Array, " C"]]:
     """Merge a chunk of pool rows (numbered from ``first``) into each domain point's k nearest; also their mean and
-    highest similarity. Chunks come in row order, so that top_k, which prefers earlier entries, breaks ties by lower
-    row."""
+    highest similarity. Chunks come in row order: top_k prefers earlier entries, so ties go to the lower row."""
     similarity = jnp.matmul(domain, chunk.T, precision=jax.lax.Precision.HIGHEST)
     mean, highest = jnp.mean(similarity, axis=0), jnp.max(similarity, axis=0)
     masked = jnp.where(real[None, :], similarity, -jnp.inf)

@@ -60,8 +60,8 @@ class Checkpoints:
         """Save both under ``step`` and return when they are on disk.
 
         Raises:
-          OSError: the disk is full, or about to be: the room is looked at first, as a failure half-way leaves
-            rubbish behind and complaints from the threads that write.
+          OSError: the disk is full, or would be: free space is compared first, since a failure half-way leaves partial
+            files behind and messages from the threads that write.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.folder).free

@@ -92,7 +92,7 @@ class AdaptConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What an adaptation came to; ``results`` is the content of results.json.
+    """The result of an adaptation; ``results`` is the content of results.json.
 
     Attributes:
       results: per-method summaries, comparisons, runs with their folders, selections, failures.

@@ -89,8 +89,8 @@ class ExplainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question and the pool examples nearest to it: dicts of id, cosine, score, selected, source, file, line, prompt,
-    response."""
+    """A question and the pool examples nearest to it: each a dict of id, cosine, score, selected, source, file,
+    line, prompt and response."""
 
     id: str
     prompt: str

@@ -54,9 +54,8 @@ class Shown:
 
 
 def choose_shown(selection: Selection, most: tuple[int, int, int], *, seed: int) -> Shown:
-    """The rows of each group, and where there are more than ``most`` of it so many of them, drawn evenly from ``seed``;
-    of the nearly chosen the first: those that follow by rank, at most as many as were chosen and half of what is
-    left."""
+    """The rows of each group, and where there are more than ``most`` of it so many of them, drawn evenly from ``seed``.
+    Of the nearly chosen the first: those that follow by rank, at most as many as were chosen and half of the rest."""
     ranked = np.argsort(np.where(selection.scored, selection.ranks, np.iinfo(np.int64).max), kind="stable")
     ranked = ranked[: int(selection.scored.sum())]
     rest = ranked[~np.isin(ranked, selection.selected)]

@@ -1,5 +1,4 @@
-"""What ``explain`` writes: explained.jsonl, explained.parquet, domain.jsonl, explain.html; and what a score means, in
-words."""
+"""What ``explain`` writes: explained.jsonl, explained.parquet, domain.jsonl, explain.html; the meaning of a score."""
 
 from __future__ import annotations
 

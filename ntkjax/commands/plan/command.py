@@ -1,4 +1,4 @@
-"""``ntkjax plan``: a selection on devices that are not here, on paper: memory, hours, the mesh and why.
+"""``ntkjax plan``: a forecast of a selection on devices that are not here: memory, hours, the mesh and why.
 
 What is measured and what is not: sizes of weights follow from config.json, what is sent between devices is counted from
 the compiled program (`ntkjax.commands.plan.collectives`), peaks and links are those of data sheets (`ntkjax.devices`);
@@ -163,8 +163,7 @@ def forward_flops(config: ModelConfig, length: float) -> float:
 
 
 def held(config: ModelConfig, spec: ModelSpec, mesh: tuple[int, int, int]) -> float:
-    """Bytes of weights, and of the trained parameters' copies, on one device; ConfigError where an axis does not
-    divide."""
+    """Bytes of weights and of the trained parameters' copies on one device; ConfigError: an axis does not divide."""
     abstract = jax.sharding.AbstractMesh(mesh, AXES)
     total = 0.0
     for path, leaf in paths(param_shapes(spec)).items():

@@ -30,8 +30,7 @@ class StabilityConfig:
     """Fine-tune several ways and follow the tangent kernel and the linearised model along the epochs."""
 
     model: str
-    """Hugging Face directory (config.json and safetensors), hub id, or `real`: the one that `make real-model`
-    fetches."""
+    """Hugging Face directory (config.json and safetensors), hub id, or `real` (`make real-model` fetches it)."""
     data: tuple[str, ...]
     """Training files; every seed draws its examples from them."""
     out: str

@@ -52,7 +52,7 @@ TRUTH = "truth"
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What a validation came to; ``results`` is the content of results.json.
+    """The result of a validation; ``results`` is the content of results.json.
 
     Attributes:
       results: ``scores`` (a row for each), ``ceiling``, ``losses``, ``leave_in``, ``unjudged``, ``failures``, sizes.

@@ -36,8 +36,7 @@ def step_of(approximation: str) -> str | None:
 
 
 def compare(config: VerifyConfig, subsets: list[ParameterSet], *, progress: bool) -> dict[str, Any]:
-    """The content of results.json: ``ladder``, ``cross_terms``, ``preconditioners``, ``curves``, ``noise`` and the
-    sizes."""
+    """results.json: the sizes, ``ladder``, ``cross_terms``, ``preconditioners``, ``curves`` and ``noise``."""
     tasks = [task for subset in subsets for task in comparisons(config, subset, subsets)]
     ladder = [task.run(config) for task in tqdm(tasks, desc="compare kernels", disable=not progress, unit="comparison")]
     return {

@@ -253,8 +253,7 @@ class Grid:
 
 
 def choice_options(select: SelectorOptions) -> dict[str, Any]:
-    """The options that decide a selection: the method's own, and with a pass for diversity, which takes any of them,
-    all."""
+    """The options that decide a selection: the method's own, or all with a pass for diversity, which reads them."""
     return config_to_dict(select) if select.diversity != "none" else method_options(select)
 
 

@@ -28,8 +28,7 @@ class GroupOptions(ClusterOptions):
     """Options of algorithm=clusters."""
 
     domain_groups: GroupName = "k-means"
-    """How domain examples are grouped. k-means: by their vectors; sources: by the file or field that they come from, as
-    less does."""
+    """How domain examples are grouped. k-means: by their vectors; sources: by file or field of origin, as less does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
