@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import tiny_lm_path, write_planted_task
@@ -76,7 +76,8 @@ class Experiment:
 
 def files(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     """(name of the study, what differs between the embedded model and a real one)."""
-    if experiment.data is None:
+    script.both_or_neither(experiment.data, experiment.model)
+    if experiment.data is None or experiment.model is None:
         paths = write_planted_task(
             experiment.out / "task", 7, pool_size=400, domain_size=128, dev_size=90, test_size=300
         )
@@ -86,8 +87,6 @@ def files(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         kernels = kernels[:2] if experiment.arms == "full" else kernels
         settings |= {"model": str(tiny_lm_path()), "kernels": kernels, "max_length": 64}
         return "tiny", settings | {"at": experiment.looks(1, 5, 10), "pool_n": 96, "top": 24, "test_n": 100}
-    if experiment.model is None:
-        raise SystemExit("--data needs --model: the embedded model cannot read real text")
     folder, length = experiment.data / experiment.domain, experiment.max_length
     settings = {"data": str(folder / "train.jsonl"), "model": experiment.model, "max_length": length}
     settings |= {"kernels": ("sum_logits", "centred_spectral:4"), "at": experiment.looks(1, 5)}
@@ -126,4 +125,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import DEMO, tiny_lm_path, write_planted_task
@@ -186,12 +186,12 @@ class Task:
 
 def load(experiment: Experiment) -> Task:
     """The embedded model on its task, or a checkpoint on finance and the pool; half of the examples from each."""
-    if experiment.model is None:
+    script.both_or_neither(experiment.data, experiment.model)
+    if experiment.data is None or experiment.model is None:
         paths = write_planted_task(Path("runs/02_cross_output_terms/data"), 7)
         name, path, files, longest = "embedded", str(tiny_lm_path()), (paths["train"], paths["pool"]), DEMO.max_length
         warmup = TrainConfig(epochs=DEMO.warmup_epochs, learning_rate=DEMO.learning_rate, max_buckets=1)
     else:
-        assert experiment.data is not None, "--data names the folder with finance/ and pool/"
         name, path, longest = Path(experiment.model).name, experiment.model, experiment.max_length
         files = (experiment.data / "finance" / "train.jsonl", experiment.data / "pool" / "cot-01.jsonl")
         warmup = TrainConfig(epochs=1, learning_rate=experiment.learning_rate, max_buckets=3)
@@ -344,4 +344,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

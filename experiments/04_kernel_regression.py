@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import tiny_lm_path, write_planted_task
@@ -104,4 +104,4 @@ def table(n: int, results: Any) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -17,8 +17,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import script
 import studies
-import tyro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,4 +64,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

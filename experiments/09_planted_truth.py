@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import script
 import studies
-import tyro
 
 from ntkjax.assets.planted import PlantedTask, planted_task, told_row
 from ntkjax.assets.skills import SHOP_TASKS, SKILLS, draw_arguments, pick
@@ -141,4 +141,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

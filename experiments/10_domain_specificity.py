@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import tyro
+import script
 
 from ntkjax import load_lm
 from ntkjax.assets import tiny_lm_path
@@ -250,4 +250,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from ntkjax.evaluation.choices import token_scores
 from ntkjax.evaluation.metrics import right_or_wrong
 from ntkjax.evaluation.options import Batching, TaskOptions
 from ntkjax.evaluation.significance import bootstrap_mean, paired_bootstrap, wilson_interval
-from ntkjax.files import plain, read_json, write_json, write_jsonl
+from ntkjax.files import plain, read_json, read_json_lines, write_json, write_jsonl
 from ntkjax.models.generate import generate
 from ntkjax.types import Batch, Params, as_pytree_fn
 
@@ -622,11 +621,14 @@ def read_results(folder: Path) -> tuple[list[TaskResult], dict[str, int]]:
     Raises:
       UserError: no such folder, or a damaged file.
     """
-    content = read_json(Path(folder) / "results.json", remedy="run the tasks again with evaluate --tasks")
+    again = "run the tasks again with evaluate --tasks"
+    content = read_json(Path(folder) / "results.json", remedy=again)
     results = []
     for entry in content["tasks"]:
-        with (Path(folder) / entry["samples"]).open(encoding="utf-8") as file:
-            samples = [json.loads(line) for line in file]
+        path = Path(folder) / entry["samples"]
+        if not path.is_file():
+            raise UserError(f"{path}: not found; expected the samples of {entry['task']}; {again}")
+        samples = read_json_lines(path)
         values = {name: float(value) for name, value in entry["values"].items()}
         results.append(TaskResult(entry["task"], entry["n"], values, samples))
     return results, content["counts"]

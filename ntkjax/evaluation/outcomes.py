@@ -154,11 +154,17 @@ class OutcomeLog:
             # A run killed while writing leaves a last line without its end: that piece is done again.
             if not line.endswith(b"\n"):
                 break
-            record = json.loads(line)
-            if number == 0:
-                self._check(record)
-            else:
-                self.pieces.setdefault(record.pop("kind"), {})[record.pop("row")] = record
+            try:
+                record = json.loads(line)
+                if number == 0:
+                    self._check(record)
+                else:
+                    self.pieces.setdefault(record.pop("kind"), {})[record.pop("row")] = record
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise DataError(
+                    f"{self._part}:{number + 1}: not a piece of an evaluation ({error}); "
+                    "remove the file to evaluate anew"
+                ) from None
             good.append(line)
         if not is_primary():
             return

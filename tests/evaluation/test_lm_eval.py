@@ -184,6 +184,9 @@ def test_intervals_are_paired_by_sample(tmp_path):
     assert compare_tasks([first], [result([1.0], task="other")]) == []
     lm_eval.write_results(tmp_path / "tasks", [first, second], {"cut": 2})
     assert lm_eval.read_results(tmp_path / "tasks") == ([first, second], {"cut": 2})
+    (tmp_path / "tasks" / "001-t.jsonl").unlink()
+    with pytest.raises(UserError, match="not found; expected the samples of t; run the tasks again"):
+        lm_eval.read_results(tmp_path / "tasks")
 
 
 def test_options(monkeypatch):

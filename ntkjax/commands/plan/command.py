@@ -62,9 +62,9 @@ class PlanConfig:
     """Tokens of a packed row."""
     token_budget: int = 8192
     """Tokens in a batch of one device, which has as many whole rows."""
-    share: float = 0.18
+    share: float = 0.3
     """Share of a device's peak that the matrix products of a pass reach. The default is that of the score of a model of
-    0.6 billion parameters on one H100, as measured (experiments/README.md, "On one GPU"); larger models reach more."""
+    0.6 billion parameters on one H100, as measured (experiments/README.md, "On one GPU"); 8 billion reached 0.55."""
     rates: str | None = None
     """build/bench_gpu.json of `make bench-gpu` on one such device: the best share that its scores reached."""
 

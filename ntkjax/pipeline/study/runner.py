@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import shutil
 import time
 import traceback
@@ -28,7 +27,7 @@ import numpy as np
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.metrics import means
-from ntkjax.files import read_json, write_json
+from ntkjax.files import read_json, read_json_lines, write_json
 from ntkjax.job import barrier, is_primary, process
 from ntkjax.models import LanguageModel
 from ntkjax.pipeline.cost import selection_cost, training_cost
@@ -303,8 +302,7 @@ class Runner:
                 seed=task.seed, out=folder, progress=self.progress, checkpoints=epochs,
             )  # fmt: skip
             self.warmed = folder, recorded(folder, work, done=".none")
-        lines = (folder / "warmup" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return self.warmed[1], training_cost([json.loads(line) for line in lines])[1]
+        return self.warmed[1], training_cost(read_json_lines(folder / "warmup" / "metrics.jsonl"))[1]
 
 
 def dev_loss(result: FitResult, config: TrainConfig) -> float | None:
