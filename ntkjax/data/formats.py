@@ -231,6 +231,7 @@ def _iter_json(source: str, wanted: Wanted = None) -> Iterator[Item]:
     try:
         with open_text() as file:
             head = file.read(_JSON_CHUNK)
+            # Told from the beginning alone, since a file of any size may follow.
             keyed = _holds_records_by_key(head, whole=len(head) < _JSON_CHUNK)
         if keyed or head.lstrip().startswith("["):
             with open_text() as file:
@@ -238,6 +239,7 @@ def _iter_json(source: str, wanted: Wanted = None) -> Iterator[Item]:
             return
         with open_text() as file:
             first = next((line for line in file if not line.isspace()), "")
+        # A first line that is no JSON by itself: one object written over several lines.
         if not _is_json(first):
             with open_text() as file:
                 yield 1, loads(file.read())
@@ -314,6 +316,8 @@ class _JsonArray:
             raise _broken_array(self.source, self.line, "text after the closing bracket")
 
     def _more(self) -> None:
+        # As much again as is unread: an element that is not whole yet is decoded again from its start, and with a
+        # buffer that doubles these attempts add up to a constant times its length.
         piece = self.file.read(max(_JSON_CHUNK, len(self.buffer) - self.position))
         self.ended = not piece
         self.buffer, self.position = self.buffer[self.position :] + piece, 0

@@ -289,6 +289,7 @@ def init_leaf(spec: ModelSpec, path: str, shape: jax.ShapeDtypeStruct, seed: int
         return jnp.zeros(shape.shape, shape.dtype)
     if name == "scale":
         return jnp.ones(shape.shape, shape.dtype) - spec.config.block.norm_offset
+    # A stream for each path: adapters and layers can be added without changing any other weight.
     noise = numpy_rng(seed, "weights", path).standard_normal(shape.shape, np.float32)
     return jnp.asarray((spec.config.initializer_range * noise).astype(shape.dtype))
 

@@ -109,6 +109,7 @@ def load() -> types.ModuleType:
         for name in _FILES:
             _execute(f"{_NAME}.{name}", source / f"{name.replace('.', '/')}.py", imports)
     except BaseException:
+        # Half a package would be taken for a whole one by the next call.
         for name in [name for name in sys.modules if name.partition(".")[0] == _NAME]:
             del sys.modules[name]
         raise
@@ -120,6 +121,7 @@ def _execute(name: str, file: Path, imports: Callable) -> None:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # A module's import statements call the ``__import__`` of its own builtins: no other module's imports change.
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": imports}
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -88,6 +88,8 @@ class RowPadding:
         length, micro_rows = self.lengths[bucket], self.rows[bucket]
         micro_batches = -(-self.batch_size // micro_rows)
         row = first_fit(lengths, (length,), self.slots)[0]
+        # Filled rows come first, and micro-batch i is rows i, i + A, ...: row q of the filling goes to micro-batch q //
+        # micro_rows, so that the first micro-batches are full and the others empty.
         row = row // micro_rows + row % micro_rows * micro_batches
         order = np.argsort(row, kind="stable")
         shape = {"rows": micro_batches * micro_rows, "length": length, "slots": self.slots}

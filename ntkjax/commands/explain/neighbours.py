@@ -157,6 +157,7 @@ def link(index: Index, questions: Float[np.ndarray, "M K"], shown: Int[np.ndarra
     near = np.full((len(shown), min(k, len(alive))), -1)
     near_cosine = np.full(near.shape, np.nan, np.float32)
     order = np.searchsorted(index.rows, shown)
+    # searchsorted says where a row would stand; whether it does stand there is another question.
     there = (order < len(index.rows)) & (index.rows[np.minimum(order, len(index.rows) - 1)] == shown)
     if there.any() and len(alive):
         places, near_cosine[there] = top(index.read(order[there]), lambda at: questions[alive[at]], len(alive), k)

@@ -169,6 +169,7 @@ def _by_token(
             cuts = np.cumsum(kept["lengths"])[:-1]
             pieces = np.split(np.asarray(kept["parts"], np.float64), cuts)
         for row, values in zip(block, pieces):
+            # Of several directions, one for each group of domain examples, the one that gave the example its score.
             along = int(np.argmax(values.sum(axis=0)))
             chosen = values[:, along] if directional.divisors is None else values[:, along] / directional.divisors[row]
             # The position that predicts a token is the one before it.
@@ -190,6 +191,7 @@ def _by_leaf(
     options: dict[str, Any] = {"rows": total, "width": width, "dtype": np.float32, "manifest": manifest}
     with RowStore.open(folder, **options) as store:
         for number, direction in enumerate(directional.directions):
+            # Each example's products with the direction that gave it its score; with the others nothing is computed.
             mine = np.sort(rows[which == number])
             if len(mine) == 0 or store.done()[mine].all():
                 continue

@@ -106,6 +106,7 @@ def attributions(
     """
     size, count, zeros = len(mean), len(rows), 0
     blocks = lambda: ((at, np.asarray(read(part), np.float64)) for at, part in in_blocks(rows))
+    # The smaller of the two systems: Phi Phi^T [C, C] or Phi^T Phi [K, K].
     few = count < size
     held, along = np.zeros((count, size) if few else (size, size)), np.zeros(count)
     for at, phi in blocks():
