@@ -27,7 +27,7 @@ class Experiment(studies.Setting):
 
     methods: tuple[str, ...] = ("all", "loss-reweighting")
     whole_pool: bool = True
-    """Also ntk with the `loss` kernel over the whole pool, without stage 1, in three forms: the dearest arms."""
+    """Also ntk with the `loss` kernel over the whole pool, without stage 1, in three forms; they take longest."""
     lift: bool = False
     kernels: tuple[str, ...] = ("sum_logits",)
     """Kernels of ntk."""

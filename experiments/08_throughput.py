@@ -170,7 +170,7 @@ def prepare(config: Throughput, folder: Path) -> dict[str, Any]:
 def commands(config: Throughput, task: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     """Variant ("trak features") -> the command of its worker."""
     file = str(folder / "task.json")
-    found = {
+    workers = {
         f"ntkjax {variant}": [sys.executable, str(HERE / "peers" / "run_ntkjax.py"), file, variant]
         for variant in task["our_rows"]
     }
@@ -178,8 +178,8 @@ def commands(config: Throughput, task: dict[str, Any], folder: Path) -> dict[str
         if not config.only or peer in config.only:
             python = HERE.parent / "build" / "peers" / peer / "bin" / "python"
             script = str(HERE / "peers" / f"run_{peer}.py")
-            found |= {f"{peer} {variant}": [str(python), script, file, variant] for variant in variants}
-    return found
+            workers |= {f"{peer} {variant}": [str(python), script, file, variant] for variant in variants}
+    return workers
 
 
 def environment(task: dict[str, Any]) -> dict[str, str]:
@@ -245,14 +245,14 @@ def agreement(field: Field, folder: Path) -> dict[str, dict[str, float]]:
             with np.load(path) as file:
                 held[name] = dict(file)
     ours = held["ntkjax scores"]
-    found = {name: report.compare_kernels(evidence, ours) for name, evidence in held.items()}
-    for name, row in found.items():
+    distances = {name: report.compare_kernels(evidence, ours) for name, evidence in held.items()}
+    for name, row in distances.items():
         print(f"{name:28s} " + "  ".join(f"{key} {value:.2e}" for key, value in row.items()), flush=True)
         worst = max(row.get("kernel", 0.0), row.get("scores", 0.0))
         if not worst <= AGREE:
             field.workers.pop(name).close()
             field.fail(name, f"its kernel or scores differ from ours by {worst:.2e}: not the same gradients")
-    return found
+    return distances
 
 
 def rounds(field: Field, config: Throughput, began: float) -> int:

@@ -82,8 +82,7 @@ class Experiment:
     minutes: float = 8
     """When to stop; a run that is being done then is done anew next time, and its checkpoints serve."""
     first: str = "steps"
-    """The first stage: a stage holds those before it, and reads the data anew; skip those that the time surely
-    allows."""
+    """The first stage. A stage holds those before it and reads the data anew: skip those that the time allows."""
     last: str = "all"
     """The last stage: steps, selection, seeds, size-100, sizes or all."""
     methods: int = len(METHODS)

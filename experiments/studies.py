@@ -119,12 +119,12 @@ def run(content: Mapping[str, Any], out: Path, results: Path | None) -> Study:
     Several studies may share ``out``: what one has computed the others find there.
     """
     made = normalised(dict(content), "study")
-    found = run_study(spec_of(made), made, out)
+    study = run_study(spec_of(made), made, out)
     if results is not None:
         keep(out, results)
-    for row in found.results["failures"]:
+    for row in study.results["failures"]:
         print(f"failed: {row['domain']}, {row['arm']}, seed {row['seed']}: {row['message']}")
-    return found
+    return study
 
 
 def keep(out: Path, results: Path) -> None:

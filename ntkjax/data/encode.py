@@ -150,6 +150,7 @@ def _write(records: Records, tokenizer: Any, options: _Options, folder: Path) ->
     end, counts, read = end_token(tokenizer), Counter(), 0
     counts["dated_template"] = int(writes_the_date(tokenizer))
     # Columns: row in records, length, start of the response, trained tokens. Arrays, so that millions cost little.
+    # Lengths are known when all is written; the table has room for every record, and is cut to those that were kept.
     table, done, skipped = np.zeros((len(records), 4), np.int32), 0, []
     fields: Counter[str] = Counter()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.files import write_json, write_jsonl
-from ntkjax.parallel import barrier, is_primary
+from ntkjax.job import barrier, is_primary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,7 @@ class OutcomeLog:
                 fields.update(rows.get(row, {}))
             outcomes.append(dataclasses.replace(base, **fields))
         if self.path is not None and is_primary():
+            # Settings first: outcomes without them are refused, settings without outcomes are nothing.
             write_json(self._settings_path, self.settings, indent=1)
             write_outcomes(self.path, outcomes)
             self._part.unlink(missing_ok=True)

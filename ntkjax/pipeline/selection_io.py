@@ -214,8 +214,7 @@ SCORES = pa.schema(
 
 
 def write_selection(out: Path, result: Selection, pool: Loaded, selected_format: SelectedFormat = "original") -> None:
-    """scores.parquet (every pool row), the selected records (best first), and last selection.json: the mark of the
-    end."""
+    """scores.parquet (every pool row), the selected records (best first), and selection.json, which marks the end."""
     _write_scores(out, result, pool)
     write_selected(out, pool.records, result, selected_format)
     content = {

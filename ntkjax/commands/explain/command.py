@@ -92,8 +92,8 @@ class ExplainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question and the pool examples nearest to it: dicts of id, cosine, score, selected, source, file, line, prompt,
-    response."""
+    """A question and the pool examples nearest to it: each a dict of id, cosine, score, selected, source, file,
+    line, prompt and response."""
 
     id: str
     prompt: str
@@ -215,13 +215,13 @@ def _answers(run: Run, queries: Loaded, rows: np.ndarray, cosines: np.ndarray) -
             if row < 0:
                 continue
             fact = facts[row]
-            place = places.get((fact["file"], fact["line"], fact["id"]))
-            if place is None:
+            position = places.get((fact["file"], fact["line"], fact["id"]))
+            if position is None:
                 raise ConfigError(
                     f"{fact['file']}:{fact['line']}: the record {fact['id']} is not there any more; expected the pool "
                     f"of {run.path}; put its files back, or run the selection again"
                 )
-            example = records[place]
+            example = records[position]
             nearest.append(fact | {"cosine": cosine, "prompt": example.prompt, "response": example.response})
         answers.append(Answer(question.id, question.prompt, nearest))
     return answers

@@ -69,14 +69,15 @@ class TrakSelector(TrakOptions, GradientSelector):
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
         kernel, rows = Kernel(as_pytree_fn(problem.margin_fn), name="margin"), candidates.rows
         total, errors, zeros = np.zeros(len(rows)), np.zeros(len(rows)), 0
-        for place, checkpoint in enumerate(problem.checkpoints):
-            own = int(numpy_rng(problem.seed, "trak", place).integers(1 << 30))
+        for number, checkpoint in enumerate(problem.checkpoints):
+            # A projection of its own for every checkpoint: the members of the ensemble then err independently.
+            own = int(numpy_rng(problem.seed, "trak", number).integers(1 << 30))
             domain, read = gradient_features(
                 dataclasses.replace(problem, seed=own), rows, kernel=kernel, sketch=self.sketch, size=self.sketch_size,
                 checkpoint=checkpoint,
             )  # fmt: skip
-            found, empty = attributions(domain.mean(axis=0, dtype=np.float64), read, rows, self.damping)
-            total, zeros = total + found, zeros + empty
+            attributed, empty = attributions(domain.mean(axis=0, dtype=np.float64), read, rows, self.damping)
+            total, zeros = total + attributed, zeros + empty
             q = row_values(problem, problem.error_fn, checkpoint.params, kind="error", what="prediction errors")
             errors += q[rows, 0]
         count = len(problem.checkpoints)
