@@ -155,12 +155,11 @@ def iter_source(source: str, split: str, revision: str | None = None, wanted: Wa
     """The records of one file, saved data set or hub id (of that split and revision) in order.
 
     Args:
-      wanted: places in the order of the records, from 0 and ascending; the values of others may be None. None: all.
+      wanted: places in the order of the records, from 0 and ascending; the values of others may be None, and those
+        behind the last may be left out. None: all.
     """
-    if is_hub_id(source):
-        return _iter_rows(_load_hub(source, split, revision), wanted)
-    if Path(source).is_dir():
-        return _iter_rows(_load_saved(source), wanted)
+    if is_hub_id(source) or Path(source).is_dir():
+        return _iter_rows(_load(source, split, revision), wanted)
     return FORMATS[suffix_of(source)].read(source, wanted)
 
 
@@ -169,6 +168,48 @@ def count_records(source: str) -> int | None:
     if Path(source).is_dir():
         return len(_load_saved(source))
     return None if is_hub_id(source) else FORMATS[suffix_of(source)].count(source)
+
+
+def divide(sources: Sequence[str], split: str, count: int) -> list[list[tuple[int, range | None]]]:
+    """For each of ``count`` readers what it reads: positions in ``sources``, and of each the places of the records that
+    are its own (None: all of them). In the order of the readers that is every record once, in order.
+
+    About as many bytes for each: a source is cut where ranges of it can be read (plain JSON lines, Parquet, saved and
+    hub data sets), and else goes to one reader whole.
+    """
+    sizes = [_size(source, split) for source in sources]
+    total, begin = sum(sizes), 0
+    shares: list[list[tuple[int, range | None]]] = [[] for _ in range(count)]
+    bounds = [total * k // count for k in range(count + 1)]
+    for number, (source, size) in enumerate(zip(sources, sizes)):
+        owners = [k for k in range(count) if bounds[k] < begin + size and begin < bounds[k + 1]]
+        records = (_records_by_range(source, split) or 0) if len(owners) > 1 else 0
+        if records:
+            places = [records * min(max(bound - begin, 0), size) // size for bound in bounds]
+            for k in owners:
+                shares[k].append((number, range(places[k], places[k + 1])))
+        else:
+            shares[owners[0]].append((number, None))
+        begin += size
+    return shares
+
+
+def _size(source: str, split: str) -> int:
+    if is_hub_id(source) or Path(source).is_dir():
+        return max(1, _load(source, split).data.nbytes)
+    return Path(source).stat().st_size
+
+
+def _records_by_range(source: str, split: str) -> int | None:
+    """How many records the source holds; None where ranges of it cannot be read, and where it is damaged: whoever reads
+    it says so."""
+    if is_hub_id(source) or Path(source).is_dir():
+        return len(_load(source, split))
+    kind = FORMATS[suffix_of(source)]
+    try:
+        return kind.count(source) if kind.by_range else None
+    except (OSError, ValueError, DataError):
+        return None
 
 
 def source_signature(source: str, split: str) -> list[Any]:
@@ -184,15 +225,22 @@ def source_signature(source: str, split: str) -> list[Any]:
 
 def _iter_rows(dataset: Any, wanted: Wanted) -> Iterator[Item]:
     """Rows of a data set of the datasets library, a block at a time."""
-    if wanted is not None:
+    row = 0
+    if isinstance(wanted, range):
+        yield from ((row, None) for row in range(1, wanted.start + 1))
+        row, dataset = wanted.start, dataset.select(wanted)
+    elif wanted is not None:
         chosen = frozenset(wanted)
         yield from ((row, dataset[row - 1] if row - 1 in chosen else None) for row in range(1, len(dataset) + 1))
         return
-    row = 0
     for block in dataset.iter(_ROWS):
         for values in zip(*block.values()):
             row += 1
             yield row, dict(zip(block, values))
+
+
+def _load(source: str, split: str, revision: str | None = None) -> Any:
+    return _load_hub(source, split, revision) if is_hub_id(source) else _load_saved(source)
 
 
 def _load_saved(source: str) -> Any:
