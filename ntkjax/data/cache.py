@@ -67,9 +67,9 @@ class Crew:
             said["failed"] = str(error)
         file = lambda index: self.folder / f"{step}-{index}.json"
         file(self.index).write_text(json.dumps(said), encoding="utf-8")
-        barrier(f"{step} {self.folder.name}")
+        barrier(f"{self.folder.parent.name}: {step}")
         all_said = [json.loads(file(index).read_text(encoding="utf-8")) for index in range(self.count)]
-        barrier(f"{step} heard")  # before an error has the folder removed
+        barrier(f"{self.folder.parent.name}: {step}, heard")  # before an error has the folder removed
         for index, found in enumerate(all_said):
             if "error" in found:
                 raise DataError(found["error"])

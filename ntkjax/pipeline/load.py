@@ -142,8 +142,10 @@ def load_data(
 
 
 def shared_cache(out: str | Path) -> Shared | None:
-    """OUT/cache, where the processes of a job prepare a pool together; None for a process that stands alone."""
-    return Shared(Path(out) / "cache") if process()[1] > 1 else None
+    """OUT/cache, where the processes of a job prepare a pool together; None for a process that stands alone, unless it
+    goes on with the run of a job, whose pool is there."""
+    folder = Path(out) / "cache"
+    return Shared(folder) if process()[1] > 1 or folder.is_dir() else None
 
 
 def within_positions(lengths: np.ndarray, model: LanguageModel) -> bool:
