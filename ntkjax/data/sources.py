@@ -1,5 +1,6 @@
 """Sources of data: files, directories, folders of ``Dataset.save_to_disk`` and hub ids, read one record at a time.
 
+A file may be named by a URL of an object store (`ntkjax.remote`): it is copied into the cache once, and read there.
 Readers are those of `ntkjax.data.formats`; saved data sets and hub data count their rows from 1.
 """
 
@@ -11,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkjax.data.cache import file_signature
-from ntkjax.data.formats import FORMATS, Item, Wanted, stem_of, suffix_of, suffixes
+from ntkjax.data.cache import default_cache_dir, file_signature
+from ntkjax.data.formats import FORMATS, Item, Wanted, stem_of, suffix_of, suffixes, unpacked_bytes
 from ntkjax.data.problems import printable
-from ntkjax.errors import DataError
+from ntkjax.errors import DataError, UserError
+from ntkjax.remote import fetch, identity, is_url, listing
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _ROWS = 1000
@@ -52,6 +54,8 @@ def is_saved(source: str | Path) -> bool:
 
 
 def _expand(source: str, split: str) -> list[str]:
+    if is_url(source):
+        return _expand_url(source)
     path = Path(source)
     try:
         if is_hub_id(source):
@@ -77,6 +81,37 @@ def _expand(source: str, split: str) -> list[str]:
         remedy = "unpack it" if path.suffix.lower() in _ARCHIVES else "convert it to one of these"
         raise DataError(f"{source}: unknown extension {suffix_of(path)!r}; expected one of {suffixes()}; {remedy}")
     return [_readable(source)]
+
+
+def _expand_url(url: str) -> list[str]:
+    try:
+        found = listing(url)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    if not found:
+        raise DataError(f"{url}: no such object or folder; expected data; check the spelling")
+    files = [file for file in found if suffix_of(file) in FORMATS]
+    if not files:
+        raise DataError(f"{url}: no data there; expected files ending in {suffixes()}; check the path")
+    return files
+
+
+def _local(source: str) -> str:
+    """A path for ``source``, which is no hub id: its own, or that of its copy."""
+    if not is_url(source):
+        return source
+    try:
+        return str(fetch(source, default_cache_dir() / "remote"))
+    except UserError as error:
+        raise DataError(str(error)) from error
+
+
+def _iter_url(url: str, wanted: Wanted) -> Iterator[Item]:
+    copy = _local(url)
+    try:
+        yield from FORMATS[suffix_of(url)].read(copy, wanted)
+    except DataError as error:
+        raise DataError(str(error).replace(copy, url)) from error
 
 
 def _inside(folder: Path, split: str, seen: Iterator[int], top: Path) -> Iterator[str]:
@@ -160,6 +195,8 @@ def iter_source(source: str, split: str, revision: str | None = None, wanted: Wa
     """
     if is_hub_id(source) or Path(source).is_dir():
         return _iter_rows(_load(source, split, revision), wanted)
+    if is_url(source):
+        return _iter_url(source, wanted)
     return FORMATS[suffix_of(source)].read(source, wanted)
 
 
@@ -167,7 +204,12 @@ def count_records(source: str) -> int | None:
     """How many records a file or saved data set holds; None where that cannot be told without decoding them."""
     if Path(source).is_dir():
         return len(_load_saved(source))
-    return None if is_hub_id(source) else FORMATS[suffix_of(source)].count(source)
+    return None if is_hub_id(source) else FORMATS[suffix_of(source)].count(_local(source))
+
+
+def unpacked_size(source: str) -> int:
+    """Size of the content of a file or URL, decompressed."""
+    return unpacked_bytes(_local(source))
 
 
 def divide(sources: Sequence[str], split: str, count: int) -> list[list[tuple[int, range | None]]]:
@@ -197,7 +239,7 @@ def divide(sources: Sequence[str], split: str, count: int) -> list[list[tuple[in
 def _size(source: str, split: str) -> int:
     if is_hub_id(source) or Path(source).is_dir():
         return max(1, _load(source, split).data.nbytes)
-    return Path(source).stat().st_size
+    return Path(_local(source)).stat().st_size
 
 
 def _records_by_range(source: str, split: str) -> int | None:
@@ -207,7 +249,7 @@ def _records_by_range(source: str, split: str) -> int | None:
         return len(_load(source, split))
     kind = FORMATS[suffix_of(source)]
     try:
-        return kind.count(source) if kind.by_range else None
+        return kind.count(_local(source)) if kind.by_range else None
     except (OSError, ValueError, DataError):
         return None
 
@@ -218,6 +260,11 @@ def source_signature(source: str, split: str) -> list[Any]:
     if is_hub_id(source):
         # The prepared files, whose paths hold the revision.
         return [source, split, *(file["filename"] for file in _load_hub(source, split).cache_files)]
+    if is_url(source):
+        try:
+            return [source, *identity(source)]
+        except UserError as error:
+            raise DataError(str(error)) from error
     path = Path(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [source, *(part for file in files for part in file_signature(file))]
