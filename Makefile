@@ -85,13 +85,14 @@ test-matrix:
 test-torch: $(TORCH_STAMP)
 	$(TORCH_VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
-$(TORCH_STAMP): $(LOCK) requirements/nt.txt requirements/torch.txt requirements/lm-eval.txt requirements/trackers.txt requirements/sentence.txt pyproject.toml
-	@echo "Installing $(LOCK), torch.txt, lm-eval.txt, trackers.txt and sentence.txt of requirements/ into $(TORCH_VENV)"
+$(TORCH_STAMP): $(LOCK) requirements/nt.txt requirements/torch.txt requirements/lm-eval.txt requirements/trackers.txt requirements/sentence.txt requirements/remote.txt pyproject.toml
+	@echo "Installing $(LOCK), torch.txt, lm-eval.txt, trackers.txt, sentence.txt and remote.txt of requirements/ into $(TORCH_VENV)"
 	@$(call fresh_venv,$(TORCH_VENV))
 	@$(TORCH_VENV)/bin/python $(PIP) -r $(LOCK) -r requirements/torch.txt -r requirements/trackers.txt \
 		-r requirements/sentence.txt
-	@# All that lm-eval needs is listed there. It wants an older python-dateutil than the lock has; the others take either.
-	@$(TORCH_VENV)/bin/python $(PIP) --no-deps -r requirements/lm-eval.txt
+	@# All that lm-eval and s3fs need is listed there. lm-eval wants an older python-dateutil than the lock has; the others
+	@# take either.
+	@$(TORCH_VENV)/bin/python $(PIP) --no-deps -r requirements/lm-eval.txt -r requirements/remote.txt
 	@$(TORCH_VENV)/bin/python $(PIP) --no-deps -r requirements/nt.txt
 	@$(TORCH_VENV)/bin/python $(PIP) --no-deps --editable .
 	@touch $@

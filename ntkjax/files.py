@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +50,8 @@ def written_file(path: str | os.PathLike, *, error: type[UserError] = UserError)
             os.close(handle)
             yield work
             work.chmod(mode)  # a library may have put a file of its own in the place of this one
+            now = time.time_ns()  # the system's own times are some milliseconds coarse: files are told apart by order
+            os.utime(work, ns=(now, now))
             _sync(work)
             work.replace(path)
             _sync(path.parent)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng", "files"),
-    ("store", "parallel", "job", "fingerprint", "tangents", "devices", "preemption"),
+    ("store", "remote", "parallel", "job", "fingerprint", "tangents", "devices", "preemption"),
     ("data",),
     ("models",),
     ("ntk",),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from ntkjax.data.cache import default_cache_dir
 from ntkjax.errors import ConfigError
+from ntkjax.job import process
+from ntkjax.remote import is_url, mirrored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +59,39 @@ class Command:
         def call(config: Any = None, *, progress: bool = True, **options: Any) -> Any:
             if config is not None and options:
                 raise ConfigError(f"give either a {cls.__name__} or options, not both (got {', '.join(options)})")
-            return self.start(build_config(cls, options) if config is None else config, progress=progress)
+            with local_out(build_config(cls, options) if config is None else config) as (own, _):
+                return self.start(own, progress=progress)
 
         call.__signature__ = _signature(cls)  # type: ignore[attr-defined]
         return call
 
     def from_command_line(self, config: Any) -> tuple[str, int]:
         """Run; the text to print, and the exit code: 0 unless the result has one of its own."""
-        result = self.start(config)
-        return self.describe(config, result), getattr(result, "exit_code", 0)
+        with local_out(config) as (own, named):
+            result = self.start(own)
+            return named(self.describe(own, result)), getattr(result, "exit_code", 0)
+
+
+@contextlib.contextmanager
+def local_out(config: Any) -> Iterator[tuple[Any, Callable[[str], str]]]:
+    """(``config``, whose ``out`` is a directory of this machine; a function that names it in a text as the user did).
+
+    Where ``out`` is a URL the directory mirrors it (`ntkjax.remote`).
+
+    Raises:
+      ConfigError: a URL in a job of several processes.
+    """
+    out = getattr(config, "out", None)
+    if not isinstance(out, str) or not is_url(out):
+        yield config, str
+        return
+    if process()[1] > 1:
+        raise ConfigError(
+            f"--out {out}: the processes of a job share files while they work, which an object store cannot do; give "
+            "a directory that all of them see, and copy it when the job has ended"
+        )
+    with mirrored(out, default_cache_dir() / "runs") as mirror:
+        yield dataclasses.replace(config, out=str(mirror.local)), mirror.named
 
 
 def _signature(cls: type) -> inspect.Signature:

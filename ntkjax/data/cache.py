@@ -1,9 +1,15 @@
-"""The cache of prepared data: directories named by a digest of their inputs, which appear whole or not at all."""
+"""The cache of prepared data: directories named by a digest of their inputs, which appear whole or not at all.
+
+In a job of several processes a `Shared` cache, in a directory that all of them see, is filled by all: each prepares its
+own part of every entry, and all read what all have made. What comes out does not depend on how many they are.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -11,10 +17,65 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ntkjax.errors import DataError
+from ntkjax.errors import DataError, UserError
+from ntkjax.job import barrier, everyone, process
 
 # Below this size a file is recognised by its content, above it by path, size, inode and times.
 HASHED_FILE_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A cache directory that every process of a job sees, for entries that they make together."""
+
+    path: Path
+
+
+CacheDir = str | Path | Shared | None
+"""A cache directory of this process, or one that a job shares; None: `default_cache_dir`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Crew:
+    """The processes that make one entry of the cache, each its own part: this one is ``index`` of ``count``."""
+
+    folder: Path
+    index: int = 0
+    count: int = 1
+
+    def part(self, size: int, index: int | None = None) -> range:
+        """Which of ``size`` rows process ``index`` (by default this one) prepares. Ranges follow one another."""
+        index = self.index if index is None else index
+        return range(size * index // self.count, size * (index + 1) // self.count)
+
+    def each(self, step: str, do: Callable[[], Any]) -> list[Any]:
+        """What ``do`` returns (a JSON value) on every process, in their order; what it wrote into ``folder`` can be
+        read by all of them then. All take the same steps in the same order.
+
+        Raises:
+          DataError: as the first process whose ``do`` raises an error of the user's does, on all of them.
+          OSError: a process could not write.
+        """
+        if self.count == 1:
+            return [do()]
+        said: dict[str, Any] = {}
+        try:
+            said["made"] = do()
+        except UserError as error:
+            said["error"] = str(error)
+        except OSError as error:
+            said["failed"] = str(error)
+        file = lambda index: self.folder / f"{step}-{index}.json"
+        file(self.index).write_text(json.dumps(said), encoding="utf-8")
+        barrier(f"{self.folder.parent.name}: {step}")
+        all_said = [json.loads(file(index).read_text(encoding="utf-8")) for index in range(self.count)]
+        barrier(f"{self.folder.parent.name}: {step}, heard")  # before an error has the folder removed
+        for index, found in enumerate(all_said):
+            if "error" in found:
+                raise DataError(found["error"])
+            if "failed" in found:
+                raise OSError(f"process {index}: {found['failed']}")
+        return [found["made"] for found in all_said]
 
 
 def default_cache_dir() -> Path:
@@ -37,16 +98,21 @@ def file_signature(path: Path) -> list[Any]:
         return [hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
 
 
-def build_once(kind: str, key: str, cache_dir: str | Path | None, build: Callable[[Path], None]) -> Path:
-    """The directory ``kind/key`` of the cache, made by ``build(directory)`` if it is not there.
+def build_once(kind: str, key: str, cache_dir: CacheDir, build: Callable[[Crew], None]) -> Path:
+    """The directory ``kind/key`` of the cache, made by ``build(crew)`` if it is not there.
 
-    ``build`` fills a temporary directory that is then renamed, so a killed process leaves no half-made
-    entry and two processes that build the same entry do not disturb one another.
+    ``build`` fills the temporary directory ``crew.folder``, which is then renamed, so a killed process leaves no
+    half-made entry and two processes that build the same entry do not disturb one another. Of a `Shared` cache all
+    processes of the job build the entry together, one after another entry.
 
     Raises:
-      DataError: the cache directory cannot be written.
+      DataError: the cache directory cannot be written; a shared one that a process does not see; processes of a job
+        that ask for different entries.
     """
-    root = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / kind
+    if isinstance(cache_dir, Shared) and process()[1] > 1:
+        return _build_together(cache_dir.path / kind, key, build)
+    given = cache_dir.path if isinstance(cache_dir, Shared) else cache_dir
+    root = (Path(given) if given is not None else default_cache_dir()) / kind
     final = root / key
     if final.is_dir():
         return final
@@ -59,7 +125,7 @@ def build_once(kind: str, key: str, cache_dir: str | Path | None, build: Callabl
             "directory that can, with room for about twice the data"
         ) from error
     try:
-        build(work)
+        build(Crew(work))
         # Losing this race means that another process has published the same content.
         with contextlib.suppress(OSError):
             work.rename(final)
@@ -70,4 +136,45 @@ def build_once(kind: str, key: str, cache_dir: str | Path | None, build: Callabl
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _build_together(root: Path, key: str, build: Callable[[Crew], None]) -> Path:
+    """`build_once` by all processes of a job, which ask for the same entries in the same order."""
+    index, count = process()
+    final, work = root / key, root / f".{key}.work"
+    asked = everyone(int(key[:15], 16))
+    other = next((k for k, number in enumerate(asked) if number != asked[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{root}: process {other} of {count} reads other {root.name} than process 0 (other files, times, sizes or "
+            "settings); expected the same on all of them; give files that all processes see by the same path, and "
+            "start all with the same command"
+        )
+    if everyone(int(final.is_dir()))[0]:
+        return final
+    try:
+        if index == 0:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        barrier(f"begin {root.name}")
+        blind = [k for k, seen in enumerate(everyone(int(work.is_dir()))) if not seen]
+        if blind:
+            raise DataError(
+                f"{root}: process {blind[0]} of {count} does not see this directory; expected one that all processes "
+                "of the job see; choose an --out on a file system that they share"
+            )
+        build(Crew(work, index, count))
+        barrier(f"made {root.name}")
+        if index == 0:
+            work.rename(final)
+        barrier(f"end {root.name}")
+    except OSError as error:
+        raise DataError(
+            f"{root}: preparing the data failed ({error}); expected room for about twice the data; free some "
+            "space, or choose another --out"
+        ) from error
+    finally:
+        if index == 0:
+            shutil.rmtree(work, ignore_errors=True)
     return final

@@ -20,8 +20,9 @@ the new group are taken away as well, up to `LEVELS` times. A row is compared wi
 at most `CROWD` of each bucket; what fell out of a bucket of the last level is counted (``crowded``).
 
 Keys of 8 (b + 1) bytes a row and level, twice that with held-out sets, lie in mapped files of the data cache while the
-search lasts; memory holds what sorting one column of them takes, and the text of a few rows. (MinHashLSH of the same
-library would hold b Python objects a row instead.)
+search lasts; memory holds what sorting one column of them takes, 4 bytes for each key that two rows share, and the text
+of a few rows. (MinHashLSH of the same library would hold b Python objects a row instead.) In a job each process reads
+its own part of the texts into keys, and the first compares, over all of them.
 
 A pool row is a duplicate where it matches a row of another set, or an earlier pool row that is none: each group keeps
 its first row. Other sets are searched (domain in test, say) but nothing is taken from them.
@@ -33,7 +34,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -43,7 +44,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from tqdm import tqdm
 
-from ntkjax.data.cache import build_once
+from ntkjax.data.cache import CacheDir, Crew, build_once
 from ntkjax.data.differences import Words, changed_words, combine, difference, runs, uncovered, words_of
 from ntkjax.data.records import Records
 from ntkjax.errors import ConfigError
@@ -145,7 +146,7 @@ def find_duplicates(
     *,
     held_out: Collection[str] = (),
     settings: DedupSettings = DedupSettings(),
-    cache_dir: str | Path | None = None,
+    cache_dir: CacheDir = None,
     progress: bool = False,
 ) -> Duplicates:
     """Search ``pool`` and ``others`` for repeated texts; see the module. Same records and settings, same result.
@@ -156,6 +157,7 @@ def find_duplicates(
       others: sets by name, such as ``{"test": ..., "domain": ...}``; each is compared with itself, those before it and
         the pool.
       held_out: those of ``others`` whose prompts alone are leakage too.
+      cache_dir: see `ntkjax.data.read_records`.
 
     Raises:
       ConfigError: a set is called ``pool``; a held-out name that is no set.
@@ -174,9 +176,26 @@ def find_duplicates(
 
 
 def _search(
-    sets: Mapping[str, Records], held_out: Collection[str], settings: DedupSettings, progress: bool, folder: Path
+    sets: Mapping[str, Records], held_out: Collection[str], settings: DedupSettings, progress: bool, crew: Crew
 ) -> None:
-    text_keys, prompt_keys = _sketch(sets, settings, bool(held_out), progress, folder)
+    text_keys, prompt_keys = _sketch(sets, settings, bool(held_out), progress, crew)
+    crew.each("compare", lambda: _compare_all(sets, text_keys, prompt_keys, held_out, settings, progress, crew))
+    _word_hash.cache_clear()
+
+
+def _compare_all(
+    sets: Mapping[str, Records],
+    text_keys: UInt64[np.ndarray, "n k"],
+    prompt_keys: UInt64[np.ndarray, "n k"] | None,
+    held_out: Collection[str],
+    settings: DedupSettings,
+    progress: bool,
+    crew: Crew,
+) -> None:
+    """Find the pairs and write them, on the first process."""
+    if crew.index > 0:
+        return
+    folder = crew.folder
     texts = _Matcher(sets, text_keys, settings, folder, prompts=False)
     pairs = list(texts.within(progress))
     crowded = texts.crowded
@@ -190,7 +209,6 @@ def _search(
     apart = {where: dict(sorted(why.items())) for where, why in sorted(texts.apart.items())}
     content = {"pairs": [dataclasses.astuple(p) for p in pairs], "apart": apart, "crowded": crowded}
     (folder / "pairs.json").write_text(json.dumps(content), encoding="utf-8")
-    _word_hash.cache_clear()
 
 
 # -- a text as numbers --
@@ -226,7 +244,7 @@ def _mapped(file: Path, rows: int, width: int) -> UInt64[np.ndarray, "rows width
     with file.open("w+b") as handle:
         handle.writelines(itertools.repeat(bytes(8 * width), rows))  # a full disk is an error here, not a dead process
         handle.flush()
-        mapped = np.memmap(handle, np.uint64, "r+", shape=(rows, width))
+        mapped = np.memmap(handle, np.uint64, "r+", shape=(rows, width)) if rows else np.zeros((0, width), np.uint64)
     file.unlink()
     return mapped.view(np.ndarray)
 
@@ -250,23 +268,48 @@ class _Minima:
 
 
 def _sketch(
-    sets: Mapping[str, Records], settings: DedupSettings, prompts: bool, progress: bool, folder: Path
+    sets: Mapping[str, Records], settings: DedupSettings, prompts: bool, progress: bool, crew: Crew
 ) -> tuple[UInt64[np.ndarray, "n k"], UInt64[np.ndarray, "n k"] | None]:
     """One pass over all texts: for every row the hash of its words and a key for each band [n, 1 + b]; the same of its
-    prompt, or None. Both lie in files of ``folder``."""
+    prompt, or None. Both lie in files of the crew's folder. Each process makes its own part, and the first has all."""
+    made: dict[str, np.ndarray] = {}
+    crew.each("keys", lambda: made.update(_sketch_part(sets, settings, prompts, progress, crew)))
+    if crew.count > 1:
+        made = {name: _joined(name, keys, sets, crew) for name, keys in made.items()}
+    return made["text-keys"], made.get("prompt-keys")
+
+
+def _joined(name: str, own: np.ndarray, sets: Mapping[str, Records], crew: Crew) -> UInt64[np.ndarray, "n k"]:
+    """The keys of all rows on the first process, from the files of all; on others those of their own rows."""
+    if crew.index > 0:
+        return own
+    total = sum(len(records) for records in sets.values())
+    whole = _mapped(crew.folder / name, total, own.shape[1])
+    for index in range(crew.count):
+        rows, file = crew.part(total, index), crew.folder / f"{name}-{index:05}"
+        whole[rows.start : rows.stop] = np.fromfile(file, np.uint64).reshape(-1, own.shape[1])
+        file.unlink()
+    return whole
+
+
+def _sketch_part(
+    sets: Mapping[str, Records], settings: DedupSettings, prompts: bool, progress: bool, crew: Crew
+) -> dict[str, np.ndarray]:
+    """The keys of this process's rows; of several processes each writes them into files as well."""
     bands, width = settings.banding
     minima = _Minima(settings.permutations, settings.seed)
-    total = sum(len(records) for records in sets.values())
-    text_keys = _mapped(folder / "text-keys", total, 1 + bands)
-    prompt_keys = _mapped(folder / "prompt-keys", total, 1 + bands) if prompts else None
+    rows = crew.part(sum(len(records) for records in sets.values()))
+    names = ["text-keys", "prompt-keys"] if prompts else ["text-keys"]
+    made = {name: _mapped(crew.folder / f"{name}.{crew.index}", len(rows), 1 + bands) for name in names}
+    text_keys, prompt_keys = made["text-keys"], made.get("prompt-keys")
 
     def fill(keys: np.ndarray, text: str, words: np.ndarray) -> None:
         # The whole text as the first key: exact copies meet there even where all bands are crowded.
         keys[0] = _hash(text)
         keys[1:] = minima.bands(shingles(words, settings.shingle), bands, width)
 
-    both = ((p, r) for records in sets.values() for p, r in zip(records.prompts, records.responses))
-    bar = tqdm(both, total=total, desc="read for duplicates", disable=not progress, unit="example")
+    both = ((p, r) for records in _rows_of(sets.values(), rows) for p, r in zip(records.prompts, records.responses))
+    bar = tqdm(both, total=len(rows), desc="read for duplicates", disable=not progress, unit="example")
     for row, texts in enumerate(bar):
         prompt, response = (words_of(text) for text in texts)
         hashes = word_hashes(prompt)
@@ -274,7 +317,22 @@ def _sketch(
              np.concatenate([hashes, word_hashes(response)]))  # fmt: skip
         if prompt_keys is not None:
             fill(prompt_keys[row], " ".join(prompt), hashes)
-    return text_keys, prompt_keys
+    if crew.count > 1:
+        for name, keys in made.items():
+            keys.tofile(crew.folder / f"{name}-{crew.index:05}")
+    return made
+
+
+def _rows_of(sets: Iterable[Records], rows: range) -> Iterator[Records]:
+    """The records of ``rows``, where those of the sets are numbered one after another."""
+    start = 0
+    for records in sets:
+        inside = range(max(rows.start - start, 0), min(rows.stop - start, len(records)))
+        if len(inside) == len(records):
+            yield records
+        elif len(inside):
+            yield records.subset(np.arange(inside.start, inside.stop))
+        start += len(records)
 
 
 # -- keys that few rows have --
@@ -318,6 +376,17 @@ def _thin(keys: UInt64[np.ndarray, "n k"], crowd: int | None) -> None:
         column[order[np.repeat(useless, sizes)]] = 0
 
 
+def _number(levels: Iterable[UInt64[np.ndarray, "n _"]]) -> Int[np.ndarray, " keys"]:
+    """Put numbers from 1, each for one key of one column, in the place of keys; gives how many rows have each."""
+    sizes, count = [np.zeros(0, np.int32)], 0
+    for column in itertools.chain.from_iterable(level.T for level in levels):
+        order, starts = _groups(column)
+        sizes.append(np.diff(np.append(starts, len(order))).astype(np.int32))
+        column[order] = np.repeat(np.arange(count + 1, count + 1 + len(starts), dtype=np.uint64), sizes[-1])
+        count += len(starts)
+    return np.concatenate(sizes)
+
+
 # -- finding pairs --
 
 
@@ -333,25 +402,35 @@ class _Text:
 
 
 class _Buckets:
-    """Rows by key, one table for each column of keys; 0 is none."""
+    """The last `CROWD` rows that were added with each key, keys being numbers from 1; 0 is none.
 
-    def __init__(self, tables: int):
-        self.tables: list[dict[int, deque[int]]] = [{} for _ in range(tables)]
-        self.rows: set[int] = set()
+    Arrays, not Python objects: 4 bytes for a row and key, 5 for a key, 1 for a row.
+    """
+
+    def __init__(self, sizes: Int[np.ndarray, " keys"], rows: int):
+        """``sizes``: rows that have each key at most. ``rows``: how many there are in all."""
+        self._room = np.minimum(sizes, CROWD).astype(np.int8)
+        self._start = np.cumsum(self._room, dtype=np.int64) - self._room
+        self._held = np.zeros(len(sizes), np.int32)
+        self._slots = np.zeros(int(self._room.sum(dtype=np.int64)), np.int32)
+        self._added = np.zeros(rows, bool)
         self.crowded = 0
 
-    def add(self, row: int, keys: list[int]) -> None:
-        self.rows.add(row)
-        for table, key in zip(self.tables, keys):
-            if key:
-                bucket = table.setdefault(key, deque(maxlen=CROWD))
-                # A full bucket drops its oldest row, which is counted: pairs with it by this key are lost.
-                self.crowded += len(bucket) == CROWD
-                bucket.append(row)
+    def add(self, row: int, keys: Int[np.ndarray, " k"]) -> None:
+        self._added[row] = True
+        at = keys[keys > 0] - 1
+        held, room = self._held[at], self._room[at]
+        # A full bucket drops its oldest row, which is counted: pairs with it by this key are lost.
+        self.crowded += int((held >= CROWD).sum())
+        self._slots[self._start[at] + held % room] = row
+        self._held[at] += 1
 
-    def candidates(self, keys: list[int], firsts: list[int]) -> set[int]:
-        sharing = {row for table, key in zip(self.tables, keys) if key for row in table.get(key, ())}
-        return sharing | self.rows.intersection(firsts)
+    def candidates(self, keys: Int[np.ndarray, " k"], firsts: list[int]) -> set[int]:
+        at = keys[keys > 0] - 1
+        count = np.minimum(self._held[at], self._room[at])
+        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        sharing = self._slots[np.repeat(self._start[at], count) + within].tolist()
+        return {*sharing, *(row for row in firsts if self._added[row])}
 
 
 class _Matcher:
@@ -370,6 +449,7 @@ class _Matcher:
         self.firsts: list[np.ndarray] = []
         self.keys = [keys]
         self._refine(folder)
+        self._sizes = _number(self.keys)
 
     def _refine(self, folder: Path) -> None:
         """Take crowded keys away and give their rows keys of what sets them apart, level by level."""
@@ -403,9 +483,9 @@ class _Matcher:
         alone = [a[uncovered(a, b, self.settings.shingle)[0]] for a, b in sides]
         return np.unique(np.concatenate(alone))
 
-    def _row(self, row: int) -> tuple[list[int], list[int]]:
+    def _row(self, row: int) -> tuple[Int[np.ndarray, " k"], list[int]]:
         """(keys, first rows of its crowds)."""
-        keys = [key for level in self.keys for key in level[row].tolist()]
+        keys = np.concatenate([level[row] for level in self.keys]).astype(np.int64)
         return keys, [int(first[row]) for first in self.firsts if first[row] >= 0]
 
     def _linked(self) -> Bool[np.ndarray, " n"]:
@@ -419,7 +499,7 @@ class _Matcher:
         return linked
 
     def _buckets(self) -> _Buckets:
-        return _Buckets(sum(level.shape[1] for level in self.keys))
+        return _Buckets(self._sizes, len(self.keys[0]))
 
     def within(self, progress: bool) -> Iterator[Pair]:
         """Pairs of all sets: a row of the pool is compared with pool rows that repeat nothing, others with all."""

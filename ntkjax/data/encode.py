@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data.batches import TokenisedDataset
-from ntkjax.data.cache import build_once
+from ntkjax.data.cache import CacheDir, Crew, build_once
 from ntkjax.data.prompts import (
     LossTurns,
     Rendered,
@@ -29,6 +29,7 @@ from ntkjax.errors import ConfigError, DataError
 from ntkjax.fingerprint import digest
 
 VERSION = 5  # part of the cache key: raise it when the tokens of the same text change
+LAYOUT = 1  # part of the cache key, and of nothing else: raise it when the files of an entry change
 BLOCK = 512
 LISTED_SKIPS = 10_000
 
@@ -87,11 +88,12 @@ def tokenise(
     max_length: int = 2048,
     loss_turns: LossTurns = "all",
     on_bad_record: Literal["raise", "skip"] = "raise",
-    cache_dir: str | Path | None = None,
+    cache_dir: CacheDir = None,
 ) -> TokenisedDataset:
     """Tokenise ``records`` into memory-mapped storage, reused for the same content, tokenizer and options.
 
     Args:
+      cache_dir: see `ntkjax.data.read_records`.
       loss_turns: ``all``: S(x) is every assistant turn of a conversation; ``last``: the last alone.
       on_bad_record: ``skip`` leaves out records that the chat template refuses or in which no token is to be learned;
         the ``records`` of the result are without them, and ``.report`` counts them.
@@ -113,17 +115,20 @@ def tokenise(
         raise DataError("there are no records to tokenise; expected at least one")
     options = _Options(max_length, loss_turns, on_bad_record == "skip")
     recipe = digest(VERSION, tokenizer_digest(tokenizer), *dataclasses.astuple(options))
-    key = digest(records.fingerprint, recipe)
-    made = build_once("tokens", key, cache_dir, lambda folder: _write(records, tokenizer, options, folder))
-    lengths, kept = np.load(made / "lengths.npy"), np.load(made / "kept.npy")
+    key = digest(LAYOUT, records.fingerprint, recipe)
+    made = build_once("tokens", key, cache_dir, lambda crew: _write(records, tokenizer, options, crew))
+    parts = sorted(made.glob("part-*"))
+    columns = [[np.load(part / f"{name}.npy") for name in _COLUMNS] for part in parts]
+    kept, lengths, response_starts, response_lengths = map(np.concatenate, zip(*columns))
+    sizes = [len(column[0]) for column in columns]
     return TokenisedDataset(
-        stores=(np.memmap(made / "tokens.bin", np.int32, "r"),),
-        masks=(np.memmap(made / "trained.bin", np.bool_, "r"),),
-        part=np.zeros(len(kept), np.int16),
-        start=np.cumsum(lengths, dtype=np.int64) - lengths,
+        stores=tuple(_mapped(part / "tokens.bin", np.int32) for part in parts),
+        masks=tuple(_mapped(part / "trained.bin", np.bool_) for part in parts),
+        part=np.repeat(np.arange(len(parts), dtype=np.int16), sizes),
+        start=np.concatenate([np.cumsum(column[1], dtype=np.int64) - column[1] for column in columns]),
         lengths=lengths,
-        response_starts=np.load(made / "response_starts.npy"),
-        response_lengths=np.load(made / "response_lengths.npy"),
+        response_starts=response_starts,
+        response_lengths=response_lengths,
         pad_id=pad_token(tokenizer),
         report=json.loads((made / "report.json").read_text(encoding="utf-8")),
         records=records if len(kept) == len(records) else records.subset(kept),
@@ -146,12 +151,40 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest(type(tokenizer).__name__, rules, special, str(getattr(tokenizer, "chat_template", None)))
 
 
-def _write(records: Records, tokenizer: Any, options: _Options, folder: Path) -> None:
-    end, counts, read = end_token(tokenizer), Counter(), 0
-    counts["dated_template"] = int(writes_the_date(tokenizer))
-    # Columns: row in records, length, start of the response, trained tokens. Arrays, so that millions cost little.
-    # Lengths are known when all is written; the table has room for every record, and is cut to those that were kept.
-    table, done, skipped = np.zeros((len(records), 4), np.int32), 0, []
+_COLUMNS = ("kept", "lengths", "response_starts", "response_lengths")
+"""Of every example: its row in the records, tokens, first token of the response, tokens that are trained."""
+
+
+def _mapped(file: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)  # none can be mapped
+
+
+def _write(records: Records, tokenizer: Any, options: _Options, crew: Crew) -> None:
+    """The tokens in folders ``part-K``, one by each process of the crew, and report.json of all of them."""
+    found = crew.each("tokens", lambda: _write_part(records, tokenizer, options, crew))
+    done, skipped = sum(part["examples"] for part in found), [line for part in found for line in part["skipped_lines"]]
+    if done == 0:
+        raise DataError(f"no record is left to tokenise; the first of {len(skipped)} that were skipped: {skipped[0]}")
+    if crew.index > 0:
+        return
+    counts, fields = Counter({"dated_template": int(writes_the_date(tokenizer))}), Counter()
+    for part in found:
+        counts.update(part["counts"])
+        fields.update(part["template_fields"])
+    total = lambda name: sum(part[name] for part in found)
+    report = {"examples": done, "tokens": total("tokens")} | dict(sorted(counts.items()))
+    report |= {"skipped": total("skipped"), "skipped_lines": skipped[:LISTED_SKIPS], "template_fields": dict(fields)}
+    (crew.folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_part(records: Records, tokenizer: Any, options: _Options, crew: Crew) -> dict[str, Any]:
+    """Tokenise this process's part of the records; gives its part of the report."""
+    rows, folder = crew.part(len(records)), crew.folder / f"part-{crew.index:05}"
+    folder.mkdir()
+    end, counts, read = end_token(tokenizer), Counter(), rows.start
+    # Columns of ``_COLUMNS``. Arrays, so that millions cost little. Lengths are known when all is written; the table
+    # has room for every record, and is cut to those that were kept.
+    table, done, skipped = np.zeros((len(rows), 4), np.int32), 0, []
     fields: Counter[str] = Counter()
 
     def skip(row: int, error: DataError) -> None:
@@ -161,7 +194,7 @@ def _write(records: Records, tokenizer: Any, options: _Options, folder: Path) ->
         skipped.append(located)
 
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "trained.bin").open("wb") as mask_file:
-        examples = iter(records)
+        examples = iter(records.subset(np.arange(rows.start, rows.stop)))
         while block := list(islice(examples, BLOCK)):
             texts: list[tuple[int, RenderedText]] = []
             for row, example in enumerate(block, read):
@@ -183,13 +216,11 @@ def _write(records: Records, tokenizer: Any, options: _Options, folder: Path) ->
                 np.asarray(cut.tokens, np.int32).tofile(tokens_file)
                 mask.tofile(mask_file)
             read += len(block)
-    if done == 0:
-        raise DataError(f"no record is left to tokenise; the first of {len(skipped)} that were skipped: {skipped[0]}")
-    for name, column in zip(("kept", "lengths", "response_starts", "response_lengths"), table[:done].T):
+    for name, column in zip(_COLUMNS, table[:done].T):
         np.save(folder / f"{name}.npy", np.ascontiguousarray(column))
-    report = {"examples": done, "tokens": int(table[:done, 1].sum(dtype=np.int64))} | dict(sorted(counts.items()))
-    report |= {"skipped": len(skipped), "skipped_lines": skipped[:LISTED_SKIPS], "template_fields": dict(fields)}
-    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    tokens = int(table[:done, 1].sum(dtype=np.int64))
+    return {"examples": done, "tokens": tokens, "counts": counts, "template_fields": fields,
+            "skipped": len(skipped), "skipped_lines": skipped[:LISTED_SKIPS]}  # fmt: skip
 
 
 def _nothing_to_learn(example: Example) -> DataError:

@@ -2,7 +2,8 @@
 
 Readers yield ``(line, value)`` for every record of a file, in order; in Parquet ``line`` is the row, from 1. ``value``
 is a :class:`RecordProblem` where that one record could not be decoded. What makes the rest of a file unreadable is a
-:class:`DataError`. A reader may yield None for records whose place in the file, from 0, is not in ``wanted``.
+:class:`DataError`. A reader may yield None for records whose place in the file, from 0, is not in ``wanted``, which
+ascends; a range is never written out as a list.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Wanted = Sequence[int] | None
 
 _JSON_CHUNK = 2**20
 _PARQUET_ROWS = 1000
+_PARQUET_BUFFER = 2**20
 _ENTRY = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _COMMA = re.compile(r"\s*,")
 
@@ -40,10 +42,12 @@ class Format:
     Attributes:
       read: ``(path, wanted)`` -> the records.
       count: path -> how many records it holds, without decoding them; None where that cannot be told.
+      by_range: whether a range of its records is read at a fraction of the cost of the whole file.
     """
 
     read: Callable[[str, Wanted], Iterator[Item]]
     count: Callable[[str], int | None]
+    by_range: bool = False
 
 
 def suffix_of(path: str | Path) -> str:
@@ -181,7 +185,7 @@ def _raw_decode(text: str, position: int) -> tuple[Any, int]:
 
 
 def _iter_jsonl(source: str, wanted: Wanted = None) -> Iterator[Item]:
-    chosen, number = None if wanted is None else frozenset(wanted), -1
+    chosen, number = wanted if wanted is None or isinstance(wanted, range) else frozenset(wanted), -1
     with _opened(source) as file:
         for line, raw in enumerate(file, 1):
             if line == 1:
@@ -367,9 +371,8 @@ def _broken_array(source: str, line: int, fault: str) -> DataError:
 # -- tables --
 
 
-def iter_batches(batches: Any, wanted: Wanted = None) -> Iterator[Item]:
-    """Rows of Arrow batches, those alone that are wanted decoded."""
-    row = 0
+def iter_batches(batches: Any, wanted: Wanted = None, row: int = 0) -> Iterator[Item]:
+    """Rows of Arrow batches that follow ``row`` others, those alone that are wanted decoded."""
     for batch in batches:
         if wanted is not None and bisect_left(wanted, row) == bisect_left(wanted, row + len(batch)):
             values: Sequence[Any] = [None] * len(batch)
@@ -381,14 +384,24 @@ def iter_batches(batches: Any, wanted: Wanted = None) -> Iterator[Item]:
 
 
 def _iter_parquet(source: str, wanted: Wanted = None) -> Iterator[Item]:
+    """Row groups without a wanted row are not read; of the others a buffer of each column is held, however large they
+    are (pre-buffering would hold them whole)."""
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(source) as file:
-            for row, value in iter_batches(file.iter_batches(batch_size=_PARQUET_ROWS), wanted):
-                yield row, value
+        with pyarrow.parquet.ParquetFile(source, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):
+                first, end = row, row + file.metadata.row_group(group).num_rows
+                here = None if wanted is None else wanted[bisect_left(wanted, first) : bisect_left(wanted, end)]
+                if here is not None and not len(here):
+                    yield from ((row, None) for row in range(first + 1, end + 1))
+                    row = end
+                    continue
+                batches = file.iter_batches(_PARQUET_ROWS, row_groups=[group], use_threads=False)
+                for row, value in iter_batches(batches, here, first):
+                    yield row, value
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).split(". ")[0].strip().rstrip(".")
         raise DataError(
@@ -404,15 +417,19 @@ def _count_parquet(source: str) -> int:
 
 
 _TEXT = {
-    ".jsonl": Format(_checked(_iter_jsonl), _count_lines),
-    ".ndjson": Format(_checked(_iter_jsonl), _count_lines),
+    ".jsonl": Format(_checked(_iter_jsonl), _count_lines, by_range=True),
+    ".ndjson": Format(_checked(_iter_jsonl), _count_lines, by_range=True),
     ".json": Format(_checked(_iter_json), lambda source: None),
 }
 
 FORMATS: dict[str, Format] = {
     **_TEXT,
-    **{suffix + packed: text_format for suffix, text_format in _TEXT.items() for packed in _OPENERS},
-    ".parquet": Format(_iter_parquet, _count_parquet),
+    **{
+        suffix + packed: dataclasses.replace(text_format, by_range=False)
+        for suffix, text_format in _TEXT.items()
+        for packed in _OPENERS
+    },
+    ".parquet": Format(_iter_parquet, _count_parquet, by_range=True),
 }
 """Suffix -> how such files are read: the one list of formats."""
 

@@ -1,4 +1,7 @@
-"""Raw records to a validated Arrow file: one pass in flat memory, then ids are made unique."""
+"""Raw records to validated Arrow files: one pass in flat memory, then ids are made unique.
+
+In a job the processes divide the pass, each a range of the records and a file of its own; ids are compared over all.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,24 @@ import dataclasses
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ntkjax.data.cache import Crew
 from ntkjax.data.problems import RecordProblem
 from ntkjax.data.schema import Row, parse_record
-from ntkjax.data.sources import fills_nulls, iter_source, source_name
+from ntkjax.data.sources import divide, fills_nulls, iter_source, source_name
 from ntkjax.data.table import Table, TableWriter
 from ntkjax.errors import DataError
+from ntkjax.files import write_npz
 
-VERSION = 3  # part of the cache key: raise it when what is stored, or what is accepted, changes
-TABLE, REPORT = "records.arrow", "report.json"
+VERSION = 4  # part of the cache key: raise it when what is stored, or what is accepted, changes
+TABLE, REPORT = "records-{:05}.arrow", "report.json"
+_FIRST_PASS, _KEYS = "first-pass-{:05}.arrow", "keys-{:05}.npz"
 LISTED_SKIPS = 10_000
 
 
@@ -48,30 +54,29 @@ class _Skips:
             self.lines.append(f"{place}: {problem}")
 
 
-def ingest(sources: Sequence[str], signatures: Sequence[list[Any]], options: Options, folder: Path) -> None:
-    """Validate every record of ``sources`` into ``folder``: ``records.arrow`` and ``report.json``.
+def ingest(sources: Sequence[str], signatures: Sequence[list[Any]], options: Options, crew: Crew) -> None:
+    """Validate every record of ``sources`` into the crew's folder: a table of each process (`tables`) and
+    ``report.json``.
 
     ``signatures`` of the sources go into the report.
 
-    Memory does not depend on the number of records but for 13 bytes each: a 64-bit hash of the id, whether the id was
-    given, and the file.
+    Memory does not depend on the number of records but for 13 bytes each of all of them: a 64-bit hash of the id,
+    whether the id was given, and the file.
 
     Raises:
       DataError: the first bad record, unless ``options.skip_bad``; an unreadable file; no usable record at all.
     """
-    pass_ = _FirstPass(sources, options, _Skips(options.skip_bad))
-    first = folder / "first-pass.arrow"
-    with TableWriter(first) as writer:
-        for number in range(len(sources)):
-            if options.limit is not None and len(pass_.keys) >= options.limit:
-                break
-            pass_.read(number, writer)
-    skips = pass_.skips
-    if not pass_.keys:
+    readers = crew.count if options.limit is None else 1
+    shares = [*divide(sources, options.split, readers), *([] for _ in range(readers, crew.count))]
+    found = crew.each("read", lambda: _read_part(sources, options, crew, shares[crew.index]))
+    read = _FirstPass.joined(sources, options, crew, found)
+    skips = read.skips
+    if not len(read.keys):
         why = f"; the first of {skips.count} bad records is {skips.lines[0]}" if skips.count else ""
         raise DataError(f"{sources[0]}: no usable record{why}; check that this is the right file")
-    repeated, qualified = _make_unique(Table(first), pass_, folder)
-    kept = len(Table(folder / TABLE))
+    repeated, qualified, kept = _make_unique(read, crew)
+    if crew.index > 0:
+        return
     unlisted = skips.count - len(skips.lines)
     report = {
         "records": kept,
@@ -80,11 +85,34 @@ def ingest(sources: Sequence[str], signatures: Sequence[list[Any]], options: Opt
         "skipped": skips.count,
         "skipped_lines": skips.lines + ([f"and {unlisted} more, not listed"] if unlisted else []),
         "duplicate_contents": repeated,
-        "made_ids": len(pass_.given) - sum(pass_.given),
+        "made_ids": len(read.given) - int(np.sum(read.given)),
         "renamed_ids": qualified,
-        "ignored_fields": dict(sorted(pass_.unused.items())),
+        "ignored_fields": dict(sorted(read.unused.items())),
     }
-    (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    (crew.folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+
+
+def tables(folder: Path) -> tuple[Table, ...]:
+    """The tables that ``ingest`` wrote, one behind another in the order of the sources."""
+    return tuple(Table(file) for file in sorted(folder.glob(TABLE.replace("{:05}", "*"))))
+
+
+def _read_part(
+    sources: Sequence[str], options: Options, crew: Crew, share: Sequence[tuple[int, range | None]]
+) -> dict[str, Any]:
+    """Read this process's share of the sources (see `divide`) into its table of the first pass; gives its counts."""
+    pass_ = _FirstPass(sources, options, _Skips(options.skip_bad))
+    with TableWriter(crew.folder / _FIRST_PASS.format(crew.index)) as writer:
+        for number, places in share:
+            if options.limit is not None and len(pass_.keys) >= options.limit:
+                break
+            pass_.read(number, writer, places)
+    columns = {name: np.frombuffer(getattr(pass_, name), kind) for name, kind in _COLUMNS.items()}
+    write_npz(crew.folder / _KEYS.format(crew.index), columns)
+    return {"skipped": pass_.skips.count, "lines": pass_.skips.lines, "unused": pass_.unused}
+
+
+_COLUMNS = {"keys": np.uint64, "given": np.int8, "files": np.int32}
 
 
 class _FirstPass:
@@ -97,15 +125,36 @@ class _FirstPass:
 
     def __init__(self, sources: Sequence[str], options: Options, skips: _Skips):
         self.sources, self.options, self.skips = sources, options, skips
-        self.keys, self.given, self.files = array("Q"), array("b"), array("i")
+        self.keys: Any = array("Q")
+        self.given: Any = array("b")
+        self.files: Any = array("i")
         self.unused: Counter[str] = Counter()
 
-    def read(self, number: int, writer: TableWriter) -> None:
-        """Add the records of one source."""
+    @classmethod
+    def joined(
+        cls, sources: Sequence[str], options: Options, crew: Crew, found: Sequence[dict[str, Any]]
+    ) -> _FirstPass:
+        """The first passes of all processes as one over all records, from what each gave (`_read_part`)."""
+        read = cls(sources, options, _Skips(options.skip_bad))
+        parts = [np.load(crew.folder / _KEYS.format(k)) for k in range(crew.count)]
+        for name in _COLUMNS:
+            setattr(read, name, np.concatenate([part[name] for part in parts]))
+        for part in found:
+            read.skips.count += part["skipped"]
+            read.skips.lines = (read.skips.lines + part["lines"])[:LISTED_SKIPS]
+            read.unused.update(part["unused"])
+        return read
+
+    def read(self, number: int, writer: TableWriter, places: range | None) -> None:
+        """Add the records of one source, or those at ``places`` among them."""
         source, options, skips = self.sources[number], self.options, self.skips
         default, before = source_name(source), len(self.keys) + skips.count
         optional, filled = options.allow_missing_response, fills_nulls(source)
-        for item, (line, value) in enumerate(iter_source(source, options.split)):
+        for item, (line, value) in enumerate(iter_source(source, options.split, wanted=places)):
+            if places is not None and item not in places:
+                if item >= places.stop:
+                    break
+                continue
             try:
                 if isinstance(value, RecordProblem):
                     raise value
@@ -125,7 +174,7 @@ class _FirstPass:
                     self.unused.update(dict.fromkeys(row.unused, 1))
                 if len(self.keys) == options.limit:
                     return
-        if len(self.keys) + skips.count == before:
+        if places is None and len(self.keys) + skips.count == before:
             raise DataError(f"{source}: the file holds no records; expected at least one; check how it was written")
 
 
@@ -156,17 +205,61 @@ def _encodable(text: str, fields: tuple[Any, ...]) -> str:
     return text
 
 
-def _make_unique(table: Table, read: _FirstPass, folder: Path) -> tuple[int, int]:
-    """Write the final table, in which every id occurs once.
+class _Tables:
+    """The tables of the first pass, their rows numbered one after another."""
+
+    def __init__(self, crew: Crew):
+        self.parts = [Table(crew.folder / _FIRST_PASS.format(k)) for k in range(crew.count)]
+        self.starts = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+
+    def value(self, name: str, i: int) -> Any:
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part].value(name, i - int(self.starts[part]))
+
+
+def _make_unique(read: _FirstPass, crew: Crew) -> tuple[int, int, int]:
+    """Write the final tables, in which every id occurs once.
 
     An id that a file gives twice is a bad record. One that two files give stays as it is in the first, and the others
     put the name of the file in front of it.
 
     Returns:
-      (how many records repeat the content of an earlier one, both without id; how many ids were renamed).
+      (how many records repeat the content of an earlier one, both without id; how many ids were renamed; how many
+      records are left).
     """
-    keys, given = np.frombuffer(read.keys, np.uint64), np.frombuffer(read.given, np.int8).astype(bool)
-    again, first_of, elsewhere = _given_twice(keys, given, _distinct(read)[np.frombuffer(read.files, np.int32)])
+    table, plans = _Tables(crew), []
+
+    def plan() -> None:  # the same on every process
+        plans.append(_plan(table, read))
+
+    crew.each("ids", plan)
+    drop, new_names, qualify, repeated = plans[0]
+    mine = range(int(table.starts[crew.index]), int(table.starts[crew.index + 1]))
+    own = [i - mine.start for i in drop if i in mine]
+    first, final = (crew.folder / name.format(crew.index) for name in (_FIRST_PASS, TABLE))
+    changed = own or any(i in mine for i in new_names) or qualify[mine.start : mine.stop].any()
+    rename = _renaming(read, new_names, qualify)
+
+    def write() -> None:
+        if not changed:
+            first.rename(final)
+            return
+        for i in np.flatnonzero(qualify[: mine.start]).tolist():  # the names that are taken when this part begins
+            rename(i, table.value("id", i))
+        table.parts[crew.index].rewrite(final, np.asarray(own, np.int64), lambda i, name: rename(i + mine.start, name))
+
+    crew.each("write", write)
+    if changed:
+        first.unlink()
+    (crew.folder / _KEYS.format(crew.index)).unlink()
+    return repeated, int(qualify.sum()), len(read.keys) - len(drop)
+
+
+def _plan(table: _Tables, read: _FirstPass) -> tuple[list[int], dict[int, str], np.ndarray, int]:
+    """(rows to leave out, new names of rows, rows whose ids the name of their file goes in front of, how many records
+    repeat the content of an earlier one)."""
+    keys, given = read.keys, read.given.astype(bool)
+    again, first_of, elsewhere = _given_twice(keys, given, _distinct(read)[read.files])
     drop = []
     for i, first in sorted(zip(again.tolist(), first_of.tolist())):
         name = table.value("id", i)
@@ -177,11 +270,12 @@ def _make_unique(table: Table, read: _FirstPass, folder: Path) -> tuple[int, int
     qualify = np.zeros(len(keys), bool)
     qualify[elsewhere] = True
     qualify[drop] = False
-    first, final = folder / "first-pass.arrow", folder / TABLE
-    if not (drop or new_names or qualify.any()):
-        first.rename(final)
-        return repeated, 0
-    names, taken = _file_names(read.sources), _Taken(keys)
+    return drop, new_names, qualify, repeated
+
+
+def _renaming(read: _FirstPass, new_names: dict[int, str], qualify: np.ndarray) -> Callable[[int, str], str]:
+    """``(row, id) -> new id``, to be asked of the rows that ``qualify`` in order."""
+    names, taken = _file_names(read.sources), _Taken(read.keys)
 
     def rename(i: int, name: str) -> str:
         if not qualify[i]:
@@ -189,9 +283,7 @@ def _make_unique(table: Table, read: _FirstPass, folder: Path) -> tuple[int, int
         qualified = f"{names[read.files[i]]}:{name}"
         return taken.free(qualified) if qualified in taken else qualified
 
-    table.rewrite(final, np.asarray(drop, np.int64), rename)
-    first.unlink()
-    return repeated, int(qualify.sum())
+    return rename
 
 
 def _distinct(read: _FirstPass) -> np.ndarray:
@@ -238,7 +330,7 @@ class _Taken:
         return f"{name}-{suffix}"
 
 
-def _numbered(table: Table, keys: np.ndarray, given: np.ndarray) -> tuple[dict[int, str], int]:
+def _numbered(table: _Tables, keys: np.ndarray, given: np.ndarray) -> tuple[dict[int, str], int]:
     """New names for made ids that are in use already, and how many records repeat an earlier one's content."""
     renamed, repeated, taken = {}, 0, _Taken(keys)
     for rows in _equal_runs(keys, given):
@@ -278,7 +370,7 @@ def _file_names(sources: Sequence[str]) -> list[str]:
     return [names[source] for source in sources]
 
 
-def _place(table: Table, sources: Sequence[str], i: int) -> str:
+def _place(table: _Tables, sources: Sequence[str], i: int) -> str:
     return f"{sources[table.value('file', i)]}:{table.value('line', i)}"
 
 

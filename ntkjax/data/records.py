@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data import ingest
-from ntkjax.data.cache import build_once
+from ntkjax.data.cache import CacheDir, build_once
 from ntkjax.data.indices import Positions, as_indices
 from ntkjax.data.messages import Message
 from ntkjax.data.originals import Originals
@@ -84,7 +84,7 @@ def read_records(
     on_bad_record: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
     allow_missing_response: bool = False,
-    cache_dir: str | Path | None = None,
+    cache_dir: CacheDir = None,
 ) -> Records:
     """Read JSONL, JSON, Parquet, directories of those, or hub ids (``owner/name`` or ``owner/name:config``).
 
@@ -96,6 +96,8 @@ def read_records(
       on_bad_record: ``raise`` at the first bad record, or ``skip`` it, counted and listed in ``.report``.
       limit: stop after this many good records.
       allow_missing_response: accept prompts without a response (data to generate answers for).
+      cache_dir: a directory that all processes of a job share (`ntkjax.data.cache.Shared`) is filled by all of them,
+        and each reads its own part of the files; all must then make the same calls in the same order.
 
     Returns:
       Records. An id that is missing becomes the first 16 hex digits of BLAKE2b(prompt, response), with
@@ -110,11 +112,12 @@ def read_records(
     options = ingest.Options(split, on_bad_record == "skip", limit, allow_missing_response)
     signatures = [source_signature(source, split) for source in sources]
     key = digest(ingest.VERSION, dataclasses.astuple(options), signatures)
-    made = build_once("records", key, cache_dir, lambda folder: ingest.ingest(sources, signatures, options, folder))
-    table = Table(made / ingest.TABLE)
+    made = build_once("records", key, cache_dir, lambda crew: ingest.ingest(sources, signatures, options, crew))
+    tables = ingest.tables(made)
     report = json.loads((made / ingest.REPORT).read_text(encoding="utf-8"))
-    rows = np.arange(len(table), dtype=np.int64)
-    return Records((table,), np.zeros(len(table), np.int16), rows, report)
+    sizes = [len(table) for table in tables]
+    rows = np.concatenate([np.arange(size, dtype=np.int64) for size in sizes])
+    return Records(tables, np.repeat(np.arange(len(tables), dtype=np.int16), sizes), rows, report)
 
 
 def _check_options(on_bad_record: str, limit: int | None) -> None:
@@ -213,12 +216,17 @@ class Records:
         """For rows of this view the position of their file in the report's list, and the column ``name``."""
         part, row = self.part[chosen], self.row[chosen]
         files, places = np.zeros(len(chosen), np.int64), np.zeros(len(chosen), np.int64)
-        offsets = self.report.get("file_offsets", [0])
+        offsets = self.file_offsets
         for number in np.unique(part).tolist():
             here, table = part == number, self.tables[number]
             files[here] = np.asarray(table.take("file", row[here]), np.int64) + offsets[number]
             places[here] = table.take(name, row[here])
         return files, places
+
+    @property
+    def file_offsets(self) -> list[int]:
+        """For each of ``tables`` where the files that its rows name begin in the report's list."""
+        return self.report.get("file_offsets", [0] * len(self.tables))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -295,12 +303,11 @@ def _plain(value: Any) -> Any:
 def concat_records(first: Records, second: Records) -> Records:
     """The records of ``first``, then those of ``second``. Ids are kept as they are, also where they coincide."""
     a, b = first.report, second.report
-    offsets = a.get("file_offsets", [0])
     report = {
         "records": len(first) + len(second),
         "files": a["files"] + b["files"],
         "signatures": a["signatures"] + b["signatures"],
-        "file_offsets": offsets + [len(a["files"]) + k for k in b.get("file_offsets", [0])],
+        "file_offsets": first.file_offsets + [len(a["files"]) + k for k in second.file_offsets],
         "skipped": a["skipped"] + b["skipped"],
         "skipped_lines": a["skipped_lines"] + b["skipped_lines"],
         "duplicate_contents": a["duplicate_contents"] + b["duplicate_contents"],

@@ -1,5 +1,6 @@
 """Sources of data: files, directories, folders of ``Dataset.save_to_disk`` and hub ids, read one record at a time.
 
+A file may be named by a URL of an object store (`ntkjax.remote`): it is copied into the cache once, and read there.
 Readers are those of `ntkjax.data.formats`; saved data sets and hub data count their rows from 1.
 """
 
@@ -11,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkjax.data.cache import file_signature
-from ntkjax.data.formats import FORMATS, Item, Wanted, stem_of, suffix_of, suffixes
+from ntkjax.data.cache import default_cache_dir, file_signature
+from ntkjax.data.formats import FORMATS, Item, Wanted, stem_of, suffix_of, suffixes, unpacked_bytes
 from ntkjax.data.problems import printable
-from ntkjax.errors import DataError
+from ntkjax.errors import DataError, UserError
+from ntkjax.remote import fetch, identity, is_url, listing
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _ROWS = 1000
@@ -52,6 +54,8 @@ def is_saved(source: str | Path) -> bool:
 
 
 def _expand(source: str, split: str) -> list[str]:
+    if is_url(source):
+        return _expand_url(source)
     path = Path(source)
     try:
         if is_hub_id(source):
@@ -77,6 +81,37 @@ def _expand(source: str, split: str) -> list[str]:
         remedy = "unpack it" if path.suffix.lower() in _ARCHIVES else "convert it to one of these"
         raise DataError(f"{source}: unknown extension {suffix_of(path)!r}; expected one of {suffixes()}; {remedy}")
     return [_readable(source)]
+
+
+def _expand_url(url: str) -> list[str]:
+    try:
+        found = listing(url)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    if not found:
+        raise DataError(f"{url}: no such object or folder; expected data; check the spelling")
+    files = [file for file in found if suffix_of(file) in FORMATS]
+    if not files:
+        raise DataError(f"{url}: no data there; expected files ending in {suffixes()}; check the path")
+    return files
+
+
+def _local(source: str) -> str:
+    """A path for ``source``, which is no hub id: its own, or that of its copy."""
+    if not is_url(source):
+        return source
+    try:
+        return str(fetch(source, default_cache_dir() / "remote"))
+    except UserError as error:
+        raise DataError(str(error)) from error
+
+
+def _iter_url(url: str, wanted: Wanted) -> Iterator[Item]:
+    copy = _local(url)
+    try:
+        yield from FORMATS[suffix_of(url)].read(copy, wanted)
+    except DataError as error:
+        raise DataError(str(error).replace(copy, url)) from error
 
 
 def _inside(folder: Path, split: str, seen: Iterator[int], top: Path) -> Iterator[str]:
@@ -155,12 +190,13 @@ def iter_source(source: str, split: str, revision: str | None = None, wanted: Wa
     """The records of one file, saved data set or hub id (of that split and revision) in order.
 
     Args:
-      wanted: places in the order of the records, from 0 and ascending; the values of others may be None. None: all.
+      wanted: places in the order of the records, from 0 and ascending; the values of others may be None, and those
+        behind the last may be left out. None: all.
     """
-    if is_hub_id(source):
-        return _iter_rows(_load_hub(source, split, revision), wanted)
-    if Path(source).is_dir():
-        return _iter_rows(_load_saved(source), wanted)
+    if is_hub_id(source) or Path(source).is_dir():
+        return _iter_rows(_load(source, split, revision), wanted)
+    if is_url(source):
+        return _iter_url(source, wanted)
     return FORMATS[suffix_of(source)].read(source, wanted)
 
 
@@ -168,7 +204,54 @@ def count_records(source: str) -> int | None:
     """How many records a file or saved data set holds; None where that cannot be told without decoding them."""
     if Path(source).is_dir():
         return len(_load_saved(source))
-    return None if is_hub_id(source) else FORMATS[suffix_of(source)].count(source)
+    return None if is_hub_id(source) else FORMATS[suffix_of(source)].count(_local(source))
+
+
+def unpacked_size(source: str) -> int:
+    """Size of the content of a file or URL, decompressed."""
+    return unpacked_bytes(_local(source))
+
+
+def divide(sources: Sequence[str], split: str, count: int) -> list[list[tuple[int, range | None]]]:
+    """For each of ``count`` readers what it reads: positions in ``sources``, and of each the places of the records that
+    are its own (None: all of them). In the order of the readers that is every record once, in order.
+
+    About as many bytes for each: a source is cut where ranges of it can be read (plain JSON lines, Parquet, saved and
+    hub data sets), and else goes to one reader whole.
+    """
+    sizes = [_size(source, split) for source in sources]
+    total, begin = sum(sizes), 0
+    shares: list[list[tuple[int, range | None]]] = [[] for _ in range(count)]
+    bounds = [total * k // count for k in range(count + 1)]
+    for number, (source, size) in enumerate(zip(sources, sizes)):
+        owners = [k for k in range(count) if bounds[k] < begin + size and begin < bounds[k + 1]]
+        records = (_records_by_range(source, split) or 0) if len(owners) > 1 else 0
+        if records:
+            places = [records * min(max(bound - begin, 0), size) // size for bound in bounds]
+            for k in owners:
+                shares[k].append((number, range(places[k], places[k + 1])))
+        else:
+            shares[owners[0]].append((number, None))
+        begin += size
+    return shares
+
+
+def _size(source: str, split: str) -> int:
+    if is_hub_id(source) or Path(source).is_dir():
+        return max(1, _load(source, split).data.nbytes)
+    return Path(_local(source)).stat().st_size
+
+
+def _records_by_range(source: str, split: str) -> int | None:
+    """How many records the source holds; None where ranges of it cannot be read, and where it is damaged: whoever reads
+    it says so."""
+    if is_hub_id(source) or Path(source).is_dir():
+        return len(_load(source, split))
+    kind = FORMATS[suffix_of(source)]
+    try:
+        return kind.count(_local(source)) if kind.by_range else None
+    except (OSError, ValueError, DataError):
+        return None
 
 
 def source_signature(source: str, split: str) -> list[Any]:
@@ -177,6 +260,11 @@ def source_signature(source: str, split: str) -> list[Any]:
     if is_hub_id(source):
         # The prepared files, whose paths hold the revision.
         return [source, split, *(file["filename"] for file in _load_hub(source, split).cache_files)]
+    if is_url(source):
+        try:
+            return [source, *identity(source)]
+        except UserError as error:
+            raise DataError(str(error)) from error
     path = Path(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [source, *(part for file in files for part in file_signature(file))]
@@ -184,15 +272,22 @@ def source_signature(source: str, split: str) -> list[Any]:
 
 def _iter_rows(dataset: Any, wanted: Wanted) -> Iterator[Item]:
     """Rows of a data set of the datasets library, a block at a time."""
-    if wanted is not None:
+    row = 0
+    if isinstance(wanted, range):
+        yield from ((row, None) for row in range(1, wanted.start + 1))
+        row, dataset = wanted.start, dataset.select(wanted)
+    elif wanted is not None:
         chosen = frozenset(wanted)
         yield from ((row, dataset[row - 1] if row - 1 in chosen else None) for row in range(1, len(dataset) + 1))
         return
-    row = 0
     for block in dataset.iter(_ROWS):
         for values in zip(*block.values()):
             row += 1
             yield row, dict(zip(block, values))
+
+
+def _load(source: str, split: str, revision: str | None = None) -> Any:
+    return _load_hub(source, split, revision) if is_hub_id(source) else _load_saved(source)
 
 
 def _load_saved(source: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkjax.data import Records, read_records
+from ntkjax.data.cache import Shared
 from ntkjax.data.dedup import POOL, find_duplicates, report
 from ntkjax.errors import ConfigError
 from ntkjax.files import read_json
@@ -54,6 +55,7 @@ def deduplicate(
     held_out: Mapping[str, Records],
     options: DedupOptions,
     *,
+    shared: Shared | None = None,
     progress: bool = True,
 ) -> Deduplicated:
     """Search pool, domain and held-out sets for repeated examples, and take them out of the pool as the mode says.
@@ -61,6 +63,7 @@ def deduplicate(
     Args:
       held_out: sets that nothing may be trained on, by name (``test``, ``dev``): a pool example with one of their
         prompts is leakage too. What the domain shares with them is listed and left alone: the domain is the user's.
+      shared: as in `ntkjax.pipeline.load.load_data`.
     """
     if options.mode == "off":
         return Deduplicated(pool, None)
@@ -70,6 +73,7 @@ def deduplicate(
         others,
         held_out=tuple(held_out),
         settings=options.settings,
+        cache_dir=shared,
         progress=progress and is_primary(),
     )
     ids = {name: records.ids for name, records in {**others, POOL: pool.records}.items()}

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,13 +77,15 @@ def adapter_digests(model: LanguageModel, lora: Params) -> dict[str, str]:
 def file_digests(records: Records) -> dict[str, str]:
     """16 hex digits for each file that records were read from: of their content and order in it, whatever the bytes of
     the file are. A file without a usable record has those of nothing."""
-    digest_of, offsets = {}, records.report.get("file_offsets", [0])
+    digest_of: dict[str, str] = {}
+    content_of: dict[int, Any] = {}  # a file may lie in several tables, one behind another
     for part, table in enumerate(records.tables):
         rows = records.row[records.part == part]
         digests = table.numbers("digest")[rows].astype("<u8")
-        files = table.numbers("file")[rows] + offsets[part]
-        for number in np.unique(files):
-            content = blake2b(digests[files == number].tobytes(), digest_size=8)
+        files = table.numbers("file")[rows] + records.file_offsets[part]
+        for number in np.unique(files).tolist():
+            content = content_of.setdefault(number, blake2b(digest_size=8))
+            content.update(digests[files == number].tobytes())
             digest_of[str(records.report["files"][number])] = content.hexdigest()
     nothing = blake2b(digest_size=8).hexdigest()
     return {str(name): digest_of.get(str(name), nothing) for name in records.report["files"]}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ntkjax.data import Records, TokenisedDataset, read_records, tokenise
+from ntkjax.data.cache import Shared
 from ntkjax.data.rows import packs
 from ntkjax.errors import ConfigError
 from ntkjax.job import everyone, is_primary, process
@@ -114,25 +115,38 @@ def load_data(
     options: DataOptions,
     *,
     limit: int | None = None,
+    shared: Shared | None = None,
 ) -> Loaded:
     """Read, validate and tokenise; sequences are at most ``options.max_length`` and what the model can hold.
+
+    Args:
+      shared: where the processes of a job divide the work (`shared_cache`); None: each does all of it, in its own
+        cache.
 
     Raises:
       DataError: ``FILE:LINE: what is wrong``.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    records = read_records(paths, on_bad_record=options.on_bad_record, limit=limit)
+    records = read_records(paths, on_bad_record=options.on_bad_record, limit=limit, cache_dir=shared)
     tokens = tokenise(
         records,
         model.tokenizer,
         max_length=longest(model, options),
         loss_turns=options.loss_turns,
         on_bad_record=options.on_bad_record,
+        cache_dir=shared,
     )
     assert tokens.records is not None
     check_tokens(tokens, model)
     packing = packs(options.packing) and within_positions(tokens.lengths, model)
     return Loaded(tokens.records, tokens.on(model.mesh).packed(packing))  # without the records that were skipped
+
+
+def shared_cache(out: str | Path) -> Shared | None:
+    """OUT/cache, where the processes of a job prepare a pool together; None for a process that stands alone, unless it
+    goes on with the run of a job, whose pool is there."""
+    folder = Path(out) / "cache"
+    return Shared(folder) if process()[1] > 1 or folder.is_dir() else None
 
 
 def within_positions(lengths: np.ndarray, model: LanguageModel) -> bool:

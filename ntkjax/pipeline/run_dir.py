@@ -187,6 +187,9 @@ def _check_same(path: Path, command: str, config: Any, resume: bool, ignore: Seq
     if earlier == command:
         old = _defaults_of(config, stored) | old
     for key in {*old, *new}:
+        if key == "config.out":  # the directory itself, which may have been moved
+            old.pop(key, None)
+            new.pop(key, None)
         if key.removeprefix("config.") in ignore or key.rsplit(".", 1)[-1] in LAYOUT:
             old.pop(key, None)
             new.pop(key, None)

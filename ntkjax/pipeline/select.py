@@ -10,7 +10,7 @@ from typing import Any
 from ntkjax.errors import ConfigError
 from ntkjax.job import barrier, is_primary
 from ntkjax.models import LanguageModel
-from ntkjax.parallel import describe_mesh, spans_processes
+from ntkjax.parallel import describe_mesh
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of
@@ -79,8 +79,7 @@ def choose(
     out, seed, progress = settings.out, settings.seed, settings.progress
     # selection.json is written last: where it is, the selection is whole.
     chosen_before = (out / "selection.json").exists()
-    if spans_processes(model.mesh):
-        barrier("selection to be made")  # all have looked before the first writes it
+    barrier("selection to be made")  # all have looked before the first writes it
     if chosen_before:
         return read_selection(out)
     selector = make_selector(options)
@@ -115,10 +114,7 @@ def choose(
             size=options.sketch_size,
         )
     result = described(chosen, pool.tokens)
-    if is_primary():
-        write_selection(out, result, pool, settings.selected_format)
-    if spans_processes(model.mesh):
-        barrier("selection made")
+    write_selection(out, result, pool, settings.selected_format)
     return result
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from ntkjax.data import Records
 from ntkjax.errors import DataError, UserError
 from ntkjax.files import read_json, write_json, write_lines, written_file, written_folder
+from ntkjax.job import barrier, process
 from ntkjax.pipeline.load import Loaded
 from ntkjax.selection import Selection
 from ntkjax.selection.diagnostics import examples
@@ -214,8 +216,17 @@ SCORES = pa.schema(
 
 
 def write_selection(out: Path, result: Selection, pool: Loaded, selected_format: SelectedFormat = "original") -> None:
-    """scores.parquet (every pool row), the selected records (best first), and selection.json, which marks the end."""
+    """scores.parquet (every pool row), the selected records (best first), and last selection.json: the mark of the
+    end.
+
+    In a job every process calls this: each writes its part of the scores, and the first the rest."""
     _write_scores(out, result, pool)
+    if process()[0] == 0:
+        _write_choice(out, result, pool, selected_format)
+    barrier("selection made")
+
+
+def _write_choice(out: Path, result: Selection, pool: Loaded, selected_format: SelectedFormat) -> None:
     write_selected(out, pool.records, result, selected_format)
     content = {
         "method": result.method,
@@ -227,13 +238,41 @@ def write_selection(out: Path, result: Selection, pool: Loaded, selected_format:
 
 
 def _write_scores(out: Path, result: Selection, pool: Loaded) -> None:
-    """OUT/scores.parquet, ``ROW_GROUP`` rows at a time: the texts of a whole pool are never held at once."""
+    """OUT/scores.parquet. In a job each process writes whole row groups of it as OUT/scores/part-K.parquet, a data set
+    of parts for every reader of Parquet; the first copies them into one file, a row group at a time, and removes them.
+    """
+    path, folder, (index, count) = out / "scores.parquet", out / "scores", process()
+    if count == 1:
+        _write_rows(path, result, pool, range(len(pool)))
+    else:
+        groups = -(-len(pool) // ROW_GROUP)
+        bound = lambda k: min(groups * k // count * ROW_GROUP, len(pool))
+        part = lambda k: folder / f"part-{k:05}.parquet"
+        _write_rows(part(index), result, pool, range(bound(index), bound(index + 1)))
+        barrier("parts of the scores")
+        if index == 0:
+            merge_scores([part(k) for k in range(count)], path)
+    if index == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a job that was stopped, too
+
+
+def merge_scores(parts: Sequence[Path], path: Path) -> None:
+    """One Parquet file ``path`` of the row groups of ``parts``, in their order; one of them is held at a time."""
+    with written_file(path) as work, pq.ParquetWriter(work, SCORES) as file:
+        for part in parts:
+            with pq.ParquetFile(part, pre_buffer=False) as source:
+                for group in range(source.num_row_groups):
+                    file.write_table(source.read_row_group(group))
+
+
+def _write_rows(path: Path, result: Selection, pool: Loaded, of: range) -> None:
+    """The scores of these rows as Parquet, ``ROW_GROUP`` at a time: texts of a whole pool are never held at once."""
     chosen = np.zeros(len(pool), bool)
     chosen[result.selected] = True
     scored = result.scored
-    with written_file(out / "scores.parquet") as work, pq.ParquetWriter(work, SCORES) as file:
-        for start in range(0, len(pool), ROW_GROUP):
-            rows = slice(start, min(start + ROW_GROUP, len(pool)))
+    with written_file(path) as work, pq.ParquetWriter(work, SCORES) as file:
+        for start in range(of.start, of.stop, ROW_GROUP):
+            rows = slice(start, min(start + ROW_GROUP, of.stop))
             records = pool.records.subset(np.arange(rows.start, rows.stop))
             files, lines = pool.records.locations(np.arange(rows.start, rows.stop))
             columns = {

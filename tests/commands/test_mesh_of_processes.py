@@ -250,6 +250,23 @@ def test_two_processes_give_on_a_mesh_what_one_device_gives(name, two, alone):
     assert worst(CASES[name], two["out"] / name, alone(name)) < TOLERANCE
 
 
+def test_the_pool_is_prepared_by_both_and_written_as_one_writes_it(two, alone):
+    name = "select, lora, padded"
+    out, one = two["out"] / name, alone(name)
+    assert len(list((out / "cache" / "tokens").glob("*/part-*/tokens.bin"))) == 2
+    assert not (out / "scores").exists() and not (one / "cache").exists()
+    same = ["id", "votes", "rank", "selected", "source", "response_tokens", "file", "line"]
+    found, expected = (pq.read_table(folder / "scores.parquet") for folder in (out, one))
+    assert found.schema == expected.schema and found.select(same).equals(expected.select(same))
+    for file in ("data.json", "duplicates.json", "inputs.json"):
+        here, there = (json.loads((folder / file).read_text()) for folder in (out, one))
+        here.pop("weights", None)
+        assert here == there, file
+    lines = [(folder / "selected.jsonl").read_text().splitlines() for folder in (out, one)]
+    without = [[json.loads(line) | {"score": None} for line in both] for both in lines]
+    assert without[0] == without[1]
+
+
 def test_each_process_reads_the_bytes_of_its_own_shards(two, files):
     from ntkjax.models import load_lm
     from ntkjax.models.lm import paths

@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ntkjax.data import read_records
+from ntkjax.data import TokenisedDataset, read_records
 from ntkjax.errors import DataError
-from ntkjax.pipeline.selection_io import FILES, write_selected
+from ntkjax.pipeline import selection_io
+from ntkjax.pipeline.load import Loaded
+from ntkjax.pipeline.selection_io import FILES, write_selected, write_selection
 from ntkjax.selection import Selection
 
 TURNS = [("human", "Hi"), ("gpt", "Hello"), ("human", "Why?"), ("gpt", "So.")]
@@ -129,3 +131,29 @@ def test_columns_of_many_kinds_need_json_lines(tmp_path):
             write_selected(tmp_path, records, selection(2, [0, 1]), kind)
         assert not (tmp_path / FILES[kind]).exists() and not list(tmp_path.glob(".selected*"))
     assert [row["x"] for row in lines(write_selected(tmp_path, records, selection(2, [0, 1])))] == [1, "one"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_scores_written_in_parts_are_the_file_that_one_process_writes(tmp_path, monkeypatch, count):
+    records = pool_of(tmp_path, *({"prompt": f"p{i}", "response": "r" * (i % 7 + 1)} for i in range(53)))
+    tokens = TokenisedDataset.from_sequences([[1, 2, 3]] * 53, [1] * 53)
+    pool, chosen = Loaded(records, tokens), selection(53, list(range(0, 50, 3)))
+    monkeypatch.setattr(selection_io, "ROW_GROUP", 8)
+    write_selection(tmp_path / "one", chosen, pool)
+    held = []
+
+    def watched(parts, path):
+        held.extend(pq.read_metadata(part).num_rows for part in parts)
+        assert pq.read_table(path.parent / "scores").num_rows == 53  # the parts are one data set
+        merge(parts, path)
+
+    merge = selection_io.merge_scores
+    monkeypatch.setattr(selection_io, "merge_scores", watched)
+    for index in reversed(range(count)):  # the first last, as barriers would have it
+        monkeypatch.setattr(selection_io, "process", lambda index=index: (index, count))
+        write_selection(tmp_path / "job", chosen, pool)
+    assert len(held) == count and sum(held) == 53 and max(held) < 53
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "job" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name

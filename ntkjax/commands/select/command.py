@@ -14,7 +14,7 @@ from ntkjax.errors import ConfigError
 from ntkjax.pipeline.cost import forward_tokens, uses_model
 from ntkjax.pipeline.deduplicate import deduplicate, read_held_out, read_summary
 from ntkjax.pipeline.inputs import inputs_of
-from ntkjax.pipeline.load import load_data, load_model, trained_parameters, weights_read
+from ntkjax.pipeline.load import load_data, load_model, shared_cache, trained_parameters, weights_read
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -78,14 +78,15 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     RunDir.check(config.out, "select", config)
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
-    pool = load_data(config.pool, model, config.data)
+    shared = shared_cache(config.out)
+    pool = load_data(config.pool, model, config.data, shared=shared)
     make_selector(config.select).check_installed()
     check_warmup(config.select, given=not config.skip_warmup)
     check_size(config.n, len(pool))
     held_out = read_held_out(config.data, test=config.test)
     inputs = inputs_of(model, config.model, domain=domain, pool=pool, **held_out)
     RunDir.check(config.out, "select", config, inputs=inputs)  # before the search for duplicates, which takes time
-    deduplicated = deduplicate(pool, domain.records, held_out, config.dedup, progress=progress)
+    deduplicated = deduplicate(pool, domain.records, held_out, config.dedup, shared=shared, progress=progress)
     deduplicated.check_size(config.n)
     pool, run = deduplicated.pool, RunDir.create(config.out, "select", config, inputs=inputs)
     run.tell("selection.json", progress)

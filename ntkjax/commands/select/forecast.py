@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntkjax.data.formats import unpacked_bytes
-from ntkjax.data.sources import count_records, is_hub_id, list_sources
+from ntkjax.data.sources import count_records, is_hub_id, list_sources, unpacked_size
 from ntkjax.models import LanguageModel
 from ntkjax.models.quantised import bytes_of
 from ntkjax.ntk.kernels import KernelFunctions, build
@@ -133,7 +132,7 @@ def count_examples(paths: Sequence[str], sample: Loaded) -> tuple[int, bool]:
             return len(sample), False
         counted = count_records(source)
         if counted is None:
-            counted, exact = math.ceil(unpacked_bytes(source) / (np.mean(lengths) + 60)), False
+            counted, exact = math.ceil(unpacked_size(source) / (np.mean(lengths) + 60)), False
         total += counted
     return total, exact
 

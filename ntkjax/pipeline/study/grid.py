@@ -23,7 +23,7 @@ from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
 from ntkjax.pipeline.evaluate import shot_records
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
-from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model
+from ntkjax.pipeline.load import Loaded, fresh_parameters, load_data, load_model, shared_cache
 from ntkjax.pipeline.options import ModelOptions, SelectorOptions
 from ntkjax.pipeline.select import method_options
 from ntkjax.pipeline.study.arms import BASE, Arm
@@ -280,7 +280,7 @@ def read_inputs(spec: StudySpec, out: Path, splits: tuple[str, ...] = ("train", 
 
     def read(name: str, sources: tuple[Source, ...]) -> Loaded:
         files, mapped = prepare(sources, out / "data", on_bad_record=spec.data.on_bad_record)
-        loaded = load_data(files, model, spec.data)
+        loaded = load_data(files, model, spec.data, shared=shared_cache(out) if name == "pool" else None)
         reports[name] = loaded.report() | ({"mapped": mapped} if mapped else {})
         return loaded
 
@@ -316,7 +316,7 @@ def set_up(
     """
     domains, reports = {}, dict(inputs.reports)
     for name in inputs.domains:
-        domains[name], reports[f"{name} duplicates"] = _domain_data(name, inputs, spec, shared_lengths, progress)
+        domains[name], reports[f"{name} duplicates"] = _domain_data(name, inputs, spec, out, shared_lengths, progress)
     options, model = inputs.options, inputs.model
     digests = [
         *model_digests(model).values(),
@@ -348,13 +348,14 @@ def _embedded_or_given(spec: StudySpec, out: Path) -> tuple[ModelOptions, dict[s
 
 
 def _domain_data(
-    name: str, inputs: Inputs, spec: StudySpec, shared_lengths: bool, progress: bool
+    name: str, inputs: Inputs, spec: StudySpec, out: Path, shared_lengths: bool, progress: bool
 ) -> tuple[DomainData, dict[str, Any] | None]:
     """The data of one domain, and duplicates.json of the pool as this domain may use it."""
     splits, entry = inputs.splits[name], inputs.domains[name]
     train, dev, sizes = splits["train"], splits.get("dev"), entry.sizes or spec.domain_sizes
     held_out = {key: split.records for key, split in splits.items() if key != "train"}
-    cleaned = deduplicate(inputs.pool, train.records, held_out, spec.dedup, progress=progress)
+    shared = shared_cache(out)
+    cleaned = deduplicate(inputs.pool, train.records, held_out, spec.dedup, shared=shared, progress=progress)
     pool = cleaned.pool
     for size in sizes:
         if size != WHOLE and int(size) > len(train):
