@@ -17,7 +17,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-import tyro
+import script
 
 import ntkjax
 from ntkjax.training import TrainConfig
@@ -96,4 +96,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import tiny_lm_path, write_planted_task
@@ -76,26 +76,25 @@ class Experiment:
 
 def files(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     """(name of the study, what differs between the embedded model and a real one)."""
-    if experiment.data is None:
+    script.both_or_neither(experiment.data, experiment.model)
+    if experiment.data is None or experiment.model is None:
         paths = write_planted_task(
             experiment.out / "task", 7, pool_size=400, domain_size=128, dev_size=90, test_size=300
         )
-        found = {"data": str(paths["train"]), "test": str(paths["test"]), "pool": str(paths["pool"])}
+        settings = {"data": str(paths["train"]), "test": str(paths["test"]), "pool": str(paths["pool"])}
         kernels = ("sum_logits", "centred_spectral:4", "trace", "centred_trace")
         # Exact traces of all parameters at every look take hours on two cores.
         kernels = kernels[:2] if experiment.arms == "full" else kernels
-        found |= {"model": str(tiny_lm_path()), "kernels": kernels, "max_length": 64}
-        return "tiny", found | {"at": experiment.looks(1, 5, 10), "pool_n": 96, "top": 24, "test_n": 100}
-    if experiment.model is None:
-        raise SystemExit("--data needs --model: the embedded model cannot read real text")
+        settings |= {"model": str(tiny_lm_path()), "kernels": kernels, "max_length": 64}
+        return "tiny", settings | {"at": experiment.looks(1, 5, 10), "pool_n": 96, "top": 24, "test_n": 100}
     folder, length = experiment.data / experiment.domain, experiment.max_length
-    found = {"data": str(folder / "train.jsonl"), "model": experiment.model, "max_length": length}
-    found |= {"kernels": ("sum_logits", "centred_spectral:4"), "at": experiment.looks(1, 5)}
-    found |= {"top": None if experiment.small else 8}
+    settings = {"data": str(folder / "train.jsonl"), "model": experiment.model, "max_length": length}
+    settings |= {"kernels": ("sum_logits", "centred_spectral:4"), "at": experiment.looks(1, 5)}
+    settings |= {"top": None if experiment.small else 8}
     if not experiment.small:
-        found |= {"test": str(folder / "test.jsonl"), "test_n": 100, "pool_n": 96, "top": 24}
-        found |= {"pool": str(experiment.data / "pool" / "cot-01.jsonl")}
-    return f"{Path(experiment.model).name}-{experiment.domain}", found
+        settings |= {"test": str(folder / "test.jsonl"), "test_n": 100, "pool_n": 96, "top": 24}
+        settings |= {"pool": str(experiment.data / "pool" / "cot-01.jsonl")}
+    return f"{Path(experiment.model).name}-{experiment.domain}", settings
 
 
 def main(experiment: Experiment) -> None:
@@ -126,4 +125,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import DEMO, tiny_lm_path, write_planted_task
@@ -126,15 +126,15 @@ def points(count: int, features: int, rng: np.random.Generator) -> Any:
 def synthetic_cosines(seeds: int) -> Iterator[dict[str, Any]]:
     """Closed form beside what `cross_output_cosines` measures, over heads of several seeds."""
     for rho, vocab, width in itertools.product((0.0, 0.1, 0.4), (64, 256, 1024, 4096), (16, 64, 256)):
-        found: list[CrossTerms] = []
+        measured: list[CrossTerms] = []
         for seed in range(seeds):
             rng = numpy_rng(seed, "experiment 2", vocab, width, str(rho))
             functions = KernelFunctions(jax.tree_util.Partial(linear_hidden), head(vocab, width, rho, rng))
             params = {"theta": jnp.asarray(rng.normal(size=(width, 4)), jnp.float32)}
-            found.append(cross_output_cosines(functions, params, [points(2, 4, rng)]))
+            measured.append(cross_output_cosines(functions, params, [points(2, 4, rng)]))
         row: dict[str, Any] = {"rho": rho, "V": vocab, "D": width, "heads": seeds}
         for name, value in expected(vocab, width, rho).items():
-            each = [f.cross.sum() / f.own.sum() if name == "ratio" else getattr(f, name).mean() for f in found]
+            each = [f.cross.sum() / f.own.sum() if name == "ratio" else getattr(f, name).mean() for f in measured]
             row |= {f"{name}_expected": value, name: np.mean(each), f"{name}_sd": np.std(each, ddof=1)}
         yield row
 
@@ -163,9 +163,9 @@ def synthetic_ranks(seeds: int) -> Iterator[dict[str, Any]]:
         for name, against in itertools.product(
             ("sum_logits", "hutchinson:1", "spectral:1"), ("trace", "centred_trace")
         ):
-            found = agreement(matrices[name], matrices[against], domain_rows=np.arange(16), n=12)
+            metrics = agreement(matrices[name], matrices[against], domain_rows=np.arange(16), n=12)
             kept = ("cka", "spearman", "score_spearman", "top_n_overlap", "expected_flips")
-            row = {k: v for k, v in found.items() if any(k.startswith(start) for start in kept)}
+            row = {k: v for k, v in metrics.items() if any(k.startswith(start) for start in kept)}
             yield {"rho": rho, "V": vocab, "D": width, "kernel": name, "against": against, "heads": seeds, **row}
 
 
@@ -186,12 +186,12 @@ class Task:
 
 def load(experiment: Experiment) -> Task:
     """The embedded model on its task, or a checkpoint on finance and the pool; half of the examples from each."""
-    if experiment.model is None:
+    script.both_or_neither(experiment.data, experiment.model)
+    if experiment.data is None or experiment.model is None:
         paths = write_planted_task(Path("runs/02_cross_output_terms/data"), 7)
         name, path, files, longest = "embedded", str(tiny_lm_path()), (paths["train"], paths["pool"]), DEMO.max_length
         warmup = TrainConfig(epochs=DEMO.warmup_epochs, learning_rate=DEMO.learning_rate, max_buckets=1)
     else:
-        assert experiment.data is not None, "--data names the folder with finance/ and pool/"
         name, path, longest = Path(experiment.model).name, experiment.model, experiment.max_length
         files = (experiment.data / "finance" / "train.jsonl", experiment.data / "pool" / "cot-01.jsonl")
         warmup = TrainConfig(epochs=1, learning_rate=experiment.learning_rate, max_buckets=3)
@@ -237,8 +237,8 @@ def lora_terms(task: Task, params: Any, outputs: int) -> dict[str, CrossTerms]:
             if len(w) > 1}  # fmt: skip
 
 
-def whole_sums(found: CrossTerms, products: list[Products], weight: np.ndarray) -> CrossTerms:
-    """``found`` with the sums over all outputs W, which need no sample: sum_kl (W A W^T)_kl = (W^T 1)^T A (W^T 1), and
+def whole_sums(terms: CrossTerms, products: list[Products], weight: np.ndarray) -> CrossTerms:
+    """``terms`` with the sums over all outputs W, which need no sample: sum_kl (W A W^T)_kl = (W^T 1)^T A (W^T 1), and
     the trace <W^T W, A>."""
     rows = weight.astype(np.float64)
     total, gram = rows.sum(axis=0), rows.T @ rows
@@ -248,7 +248,7 @@ def whole_sums(found: CrossTerms, products: list[Products], weight: np.ndarray) 
     sums = {"own": own, "cross": cross}
     values = {f"{name}{suffix}": np.asarray([of(a) for a in part]) for name, of in sums.items()
               for suffix, part in (("", within), ("_between", between))}  # fmt: skip
-    return dataclasses.replace(found, **values)
+    return dataclasses.replace(terms, **values)
 
 
 def model_rows(task: Task, experiment: Experiment) -> Iterator[tuple[str, str, list[CrossTerms]]]:
@@ -267,13 +267,13 @@ def model_rows(task: Task, experiment: Experiment) -> Iterator[tuple[str, str, l
     if not experiment.all_parameters:
         return
     functions = KernelFunctions(model.hidden_fn, model.head_fn)
-    found = [
+    full = [
         cross_output_cosines(functions, model.select_params(NOT_LORA), batches(task.examples), seed=seed,
                              outputs=experiment.outputs, memory_budget=int(experiment.memory_gib * (1 << 30)),
                              progress="all parameters")
         for seed in range(seeds)
     ]  # fmt: skip
-    yield "all parameters", "all outputs" if found[0].outputs == found[0].vocab else "a sample of outputs", found
+    yield "all parameters", "all outputs" if full[0].outputs == full[0].vocab else "a sample of outputs", full
 
 
 def combined(seeds: list[CrossTerms]) -> dict[str, Any]:
@@ -344,4 +344,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

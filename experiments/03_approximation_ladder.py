@@ -22,7 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import DEMO, tiny_lm_path, write_planted_task
@@ -67,12 +67,10 @@ def embedded(e: Experiment) -> dict[str, Any]:
             "warmup": warmup}  # fmt: skip
 
 
-def checkpoint(e: Experiment, model: str) -> dict[str, Any]:
+def checkpoint(e: Experiment, model: str, data: Path) -> dict[str, Any]:
     """A real model on finance, with fewer examples for the kernels of all parameters."""
-    if e.data is None:
-        raise SystemExit("--model needs --data: the folder with finance/ and pool/")
     warmup = TrainConfig(epochs=1, learning_rate=e.learning_rate, max_buckets=3)
-    domain, pool = str(e.data / "finance" / "train.jsonl"), str(e.data / "pool" / "cot-01.jsonl")
+    domain, pool = str(data / "finance" / "train.jsonl"), str(data / "pool" / "cot-01.jsonl")
     return {
         "model": model,
         "domain": domain,
@@ -89,10 +87,11 @@ def checkpoint(e: Experiment, model: str) -> dict[str, Any]:
 
 def main(experiment: Experiment) -> None:
     """Run it and copy what is kept."""
-    if experiment.model is None:
+    script.both_or_neither(experiment.data, experiment.model)
+    if experiment.data is None or experiment.model is None:
         name, options = "embedded", embedded(experiment)
     else:
-        name, options = Path(experiment.model).name, checkpoint(experiment, experiment.model)
+        name, options = Path(experiment.model).name, checkpoint(experiment, experiment.model, experiment.data)
     run = experiment.out / name
     ntkjax.verify(**options, seeds=experiment.seeds, memory_gib=experiment.memory_gib, out=str(run))
     kept = RESULTS / name
@@ -102,4 +101,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tyro
+import script
 
 import ntkjax
 from ntkjax.assets import tiny_lm_path, write_planted_task
@@ -67,7 +67,7 @@ def main(experiment: Experiment) -> None:
         kept.mkdir(parents=True, exist_ok=True)
         for n in experiment.sizes:
             out = experiment.out / name / f"n-{n}"
-            found = ntkjax.stability(
+            study = ntkjax.stability(
                 **given,
                 out=out,
                 n=n,
@@ -81,10 +81,10 @@ def main(experiment: Experiment) -> None:
                 seeds=experiment.seeds,
                 train={"epochs": 20, "batch_size": 8, "max_buckets": 2},
             )
-            rows += table(n, found.results)
+            rows += table(n, study.results)
             for file in ("differences.csv", "regression.csv"):
                 shutil.copy(out / "tables" / file, kept / f"n-{n}-{file}")
-            (kept / f"n-{n}.json").write_text(json.dumps(summary(found.results), indent=1) + "\n")
+            (kept / f"n-{n}.json").write_text(json.dumps(summary(study.results), indent=1) + "\n")
         (kept / "accuracy.csv").write_text(to_csv(rows))
         (kept / "accuracy.md").write_text(to_markdown(rows))
 
@@ -104,4 +104,4 @@ def table(n: int, results: Any) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -17,8 +17,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import script
 import studies
-import tyro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Experiment(studies.Setting):
 
     methods: tuple[str, ...] = ("all", "loss-reweighting")
     whole_pool: bool = True
-    """Also ntk with the `loss` kernel over the whole pool, without stage 1, in three forms: the dearest arms."""
+    """Also ntk with the `loss` kernel over the whole pool, without stage 1, in three forms; they take longest."""
     lift: bool = False
     kernels: tuple[str, ...] = ("sum_logits",)
     """Kernels of ntk."""
@@ -64,4 +64,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import script
 import studies
-import tyro
 
 from ntkjax.report.tables import to_csv, to_markdown
 
@@ -163,4 +163,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import script
 import studies
-import tyro
 
 from ntkjax.report.tables import format_spread, to_csv, to_markdown
 
@@ -63,7 +63,7 @@ def content(e: Experiment) -> dict[str, Any]:
 
 def scores_of(out: Path, arm: str, study: Any) -> dict[tuple[str, int], dict[str, np.ndarray]]:
     """(domain, seed) -> columns of scores.parquet of an arm's selections."""
-    found = {}
+    columns_of = {}
     for run in study.runs:
         if run.task.arm.label != arm or run.status != "done":
             continue
@@ -72,8 +72,8 @@ def scores_of(out: Path, arm: str, study: Any) -> dict[tuple[str, int], dict[str
         scores = np.asarray([np.nan if s is None else s for s in table["score"]], np.float64)
         columns = {"score": scores, "rank": np.asarray([r or 0 for r in table["rank"]])}
         columns |= {"selected": np.asarray(table["selected"]), "source": np.asarray(table["source"])}
-        found[run.task.condition.domain, run.task.seed] = columns
-    return found
+        columns_of[run.task.condition.domain, run.task.seed] = columns
+    return columns_of
 
 
 def thrown_away(e: Experiment, out: Path, study: Any) -> tuple[list[dict], list[dict]]:
@@ -120,8 +120,8 @@ def _recall(pairs: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) ->
 def main(e: Experiment) -> None:
     """Run the study, then look at its scores."""
     out, results = e.out / e.name, studies.RESULTS / "07_whole_pool" / e.name
-    found = studies.run(content(e), out, results if e.keep else None)
-    rows, sources = thrown_away(e, out, found)
+    study = studies.run(content(e), out, results if e.keep else None)
+    rows, sources = thrown_away(e, out, study)
     text = to_markdown(rows) + "\n" + to_markdown(sources)
     for folder in [out, *([results] if e.keep else [])]:
         (folder / "stage1.md").write_text(text, encoding="utf-8")
@@ -130,4 +130,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -28,10 +28,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+import script
 
 from ntkjax.assets import tiny_lm_path, write_planted_task
 from ntkjax.data import TokenisedDataset, read_records, tokenise
+from ntkjax.errors import UserError
 from ntkjax.models import LanguageModel, LoraConfig, load_lm, save_adapter
 
 HERE = Path(__file__).resolve().parent
@@ -113,7 +114,8 @@ def texts(config: Throughput, folder: Path) -> tuple[str, Path, Path]:
     if config.model is None:
         task = write_planted_task(folder / "data", 7)
         return str(tiny_lm_path()), task["pool"], task["train"]
-    assert config.data is not None, "--data names the folder with finance/ and pool/"
+    if config.data is None:
+        raise UserError("--model needs --data: the folder with finance/ and pool/")
     return config.model, config.data / "pool" / "cot-01.jsonl", config.data / "finance" / "train.jsonl"
 
 
@@ -129,7 +131,8 @@ def adapter(model: LanguageModel) -> Any:
 def padded(data: TokenisedDataset, rows: int, length: int, prefix: str) -> dict[str, np.ndarray]:
     """The first ``rows`` examples that fill more than half of ``length``; repeated where there are too few."""
     long = np.flatnonzero(data.lengths > length // 2)
-    assert len(long), f"no example is longer than {length // 2} tokens: choose a smaller --length"
+    if not len(long):
+        raise UserError(f"no example is longer than {length // 2} tokens: choose a smaller --length")
     batch = data.collate(np.resize(long, rows), length=length)
     chosen = data.subset(np.resize(long, rows))
     return {f"{prefix}_tokens": np.asarray(batch.tokens), f"{prefix}_lengths": chosen.lengths,
@@ -167,7 +170,7 @@ def prepare(config: Throughput, folder: Path) -> dict[str, Any]:
 def commands(config: Throughput, task: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     """Variant ("trak features") -> the command of its worker."""
     file = str(folder / "task.json")
-    found = {
+    workers = {
         f"ntkjax {variant}": [sys.executable, str(HERE / "peers" / "run_ntkjax.py"), file, variant]
         for variant in task["our_rows"]
     }
@@ -175,8 +178,8 @@ def commands(config: Throughput, task: dict[str, Any], folder: Path) -> dict[str
         if not config.only or peer in config.only:
             python = HERE.parent / "build" / "peers" / peer / "bin" / "python"
             script = str(HERE / "peers" / f"run_{peer}.py")
-            found |= {f"{peer} {variant}": [str(python), script, file, variant] for variant in variants}
-    return found
+            workers |= {f"{peer} {variant}": [str(python), script, file, variant] for variant in variants}
+    return workers
 
 
 def environment(task: dict[str, Any]) -> dict[str, str]:
@@ -242,14 +245,14 @@ def agreement(field: Field, folder: Path) -> dict[str, dict[str, float]]:
             with np.load(path) as file:
                 held[name] = dict(file)
     ours = held["ntkjax scores"]
-    found = {name: report.compare_kernels(evidence, ours) for name, evidence in held.items()}
-    for name, row in found.items():
+    distances = {name: report.compare_kernels(evidence, ours) for name, evidence in held.items()}
+    for name, row in distances.items():
         print(f"{name:28s} " + "  ".join(f"{key} {value:.2e}" for key, value in row.items()), flush=True)
         worst = max(row.get("kernel", 0.0), row.get("scores", 0.0))
         if not worst <= AGREE:
             field.workers.pop(name).close()
             field.fail(name, f"its kernel or scores differ from ours by {worst:.2e}: not the same gradients")
-    return found
+    return distances
 
 
 def rounds(field: Field, config: Throughput, began: float) -> int:
@@ -309,4 +312,4 @@ def main(config: Throughput) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Throughput))
+    script.start(main, Throughput)

@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import script
 import studies
-import tyro
 
 from ntkjax.assets.planted import PlantedTask, planted_task, told_row
 from ntkjax.assets.skills import SHOP_TASKS, SKILLS, draw_arguments, pick
@@ -99,15 +99,15 @@ def series(e: Experiment) -> dict[str, list[tuple[float, list[dict[str, Any]]]]]
     }
 
 
-def table(found: list[tuple[float, list[dict[str, Any]]]], label: str) -> list[dict[str, Any]]:
+def table(points: list[tuple[float, list[dict[str, Any]]]], label: str) -> list[dict[str, Any]]:
     """One row for each method: precision at N, mean ± sd over seeds, for each value."""
     rows: dict[str, dict[str, Any]] = {}
-    for value, cells in found:
+    for value, cells in points:
         for cell in cells:
             entry = cell["means"].get("precision")
             row = rows.setdefault(cell["arm"], {"method": cell["arm"]})
             row[f"{label} = {value:g}"] = format_spread(entry["mean"], entry["sd"], percent=True) if entry else "failed"
-    chance = {f"{label} = {value:g}": f"{100 * _chance(cells):.1f}" for value, cells in found}
+    chance = {f"{label} = {value:g}": f"{100 * _chance(cells):.1f}" for value, cells in points}
     return [*rows.values(), {"method": "(chance)", **chance}]
 
 
@@ -120,11 +120,11 @@ def main(e: Experiment) -> None:
     if unknown := [m for m in e.methods if m not in METHODS and m != "all"]:
         raise SystemExit(f"unknown method {', '.join(unknown)}; expected some of all, {', '.join(METHODS)}")
     folders = [e.out, *([RESULTS] if e.keep else [])]
-    for label, found in series(e).items():
-        rows = table(found, label)
+    for label, points in series(e).items():
+        rows = table(points, label)
         print(to_markdown(rows))
         curves: dict[str, list] = {}
-        for value, cells in found:
+        for value, cells in points:
             for cell in cells:
                 entry = cell["means"].get("precision")
                 if entry:
@@ -141,4 +141,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import tyro
+import script
 
 from ntkjax import load_lm
 from ntkjax.assets import tiny_lm_path
@@ -126,7 +126,7 @@ def score(e, case, model, params, domain, name: str, seed: int) -> dict[str, np.
     drawn = numpy_rng(seed, "experiment 10", "pool sample").choice(rows, size=min(e.pool_sample, rows), replace=False)
     # Few padded lengths: with so few examples the compiler takes longer than the padding.
     batches = lambda data, indices=None: data.batches(token_budget=budget, indices=indices, max_buckets=2)
-    found = kernel_scores(
+    result = kernel_scores(
         kernel,
         params,
         batches(domain),
@@ -134,7 +134,7 @@ def score(e, case, model, params, domain, name: str, seed: int) -> dict[str, np.
         rows=Pass(rows, progress=f"{case.name} {name}"),
         references=[batches(case.pool, np.sort(drawn))],
     )
-    kept = {"scores": found.scores, "gram": found.gram}
+    kept = {"scores": result.scores, "gram": result.gram}
     if e.cosine and name in WITH_NORMS:
         kept["squares"] = squared_norms(kernel, params, batches(case.pool), rows=Pass(rows, progress=True))
     return kept
@@ -144,10 +144,10 @@ def directions(kept: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.nd
     """direction -> (scores, score of the pool's mean gradient), as `select --direction` defines them."""
     raw, mean = kept["scores"].T
     share = kept["gram"][0, 1] / kept["gram"][1, 1]
-    found = {"raw": (raw, mean), "contrast": (raw - share * mean, mean)}
+    scores = {"raw": (raw, mean), "contrast": (raw - share * mean, mean)}
     if "squares" in kept:
-        found["cosine"] = (raw / np.sqrt(kept["squares"]), mean)
-    return found
+        scores["cosine"] = (raw / np.sqrt(kept["squares"]), mean)
+    return scores
 
 
 def summarise(case: Case, records: list[dict]) -> list[dict]:
@@ -192,7 +192,7 @@ def between_kernels(case: Case, records: list[dict]) -> list[dict]:
     places, names = dict.fromkeys(key[:3] for key in raw), list(dict.fromkeys(key[3] for key in raw))
     rows = []
     for (a, b), state in itertools.product(itertools.combinations(names, 2), STATES):
-        pairs = [(raw[*place, a], raw[*place, b]) for place in places if place[1] == state]
+        pairs = [(raw[*setting, a], raw[*setting, b]) for setting in places if setting[1] == state]
         overlap = [top_n_overlap(x, y, case.top) for x, y in pairs]
         rows.append(
             {
@@ -250,4 +250,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -29,8 +29,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import script
 import studies
-import tyro
 
 from ntkjax.evaluation import METRICS
 from ntkjax.files import read_json
@@ -82,10 +82,11 @@ class Experiment:
     minutes: float = 8
     """When to stop; a run that is being done then is done anew next time, and its checkpoints serve."""
     first: str = "steps"
-    """The first stage: a stage holds those before it, and reads the data anew; skip those that the time surely
-    allows."""
+    """The first stage. A stage holds those before it and reads the data anew: skip those that the time allows."""
     last: str = "all"
     """The last stage: steps, selection, seeds, size-100, sizes or all."""
+    methods: int = len(METHODS)
+    """How many of the selections are compared in each stage, in the order above."""
     domains: tuple[str, ...] = ("finance", "legal", "medical")
     """Those after the first are reached in the last stage."""
     dtype: str = "float32"
@@ -134,7 +135,7 @@ def content(e: Experiment, stage: Stage) -> dict[str, Any]:
     return made | {
         "model": {"model": e.model, "dtype": e.dtype},
         "title": "Is it the data or the steps?",
-        "methods": list(METHODS[: stage.methods]),
+        "methods": list(METHODS[: min(stage.methods, e.methods)]),
         "budgets": list(e.budgets if stage.every_budget else e.budgets[:1]),
         "seeds": stage.seeds,
         "learning_rates": list(e.learning_rates),
@@ -220,4 +221,4 @@ def _told(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

@@ -20,7 +20,7 @@ import itertools
 import shutil
 from pathlib import Path
 
-import tyro
+import script
 
 from ntkjax.assets import DEMO, tiny_lm_path, write_planted_task
 from ntkjax.commands.validate.command import describe, validate
@@ -122,4 +122,4 @@ def main(e: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Experiment))
+    script.start(main, Experiment)

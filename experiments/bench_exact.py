@@ -101,18 +101,18 @@ def spectral_memory(bench: ExactBench, vocab: int) -> int:
     kernel = kernels.trace(fn.hidden_fn, fn.head, params)
     selectors = np.eye(MAX_OUTPUTS, bench.width, dtype=np.float32)
     program = gradients.lower(kernel, params, batch, selectors, microbatch=None).compile()
-    found: Any = program.memory_analysis()
-    return found.temp_size_in_bytes
+    planned: Any = program.memory_analysis()
+    return planned.temp_size_in_bytes
 
 
 def comparisons(bench: ExactBench) -> dict[str, dict[str, float]]:
     """Name -> {median, low, high}, for build/bench.json; without neural-tangents the memory alone."""
     memory = spectral_memory(bench, 8 * bench.vocab) / spectral_memory(bench, bench.vocab)
-    found = {MEMORY: ratios.spread([memory])}
+    entries = {MEMORY: ratios.spread([memory])}
     if neural_tangents.is_installed():
-        return {NAME: measure(bench)} | found
+        return {NAME: measure(bench)} | entries
     print(f"{NAME} not measured: neural-tangents is not installed ({neural_tangents.INSTALL})")
-    return found
+    return entries
 
 
 def main(bench: ExactBench) -> None:

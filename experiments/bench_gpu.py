@@ -327,15 +327,15 @@ def order_kept(config: ModelConfig, examples: int, length: int, attention: str) 
         kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn({})))
         direction = mean_direction(kernel, model.lora, [make_batch(small, 8, length)])
         stacked = jax.tree.map(lambda leaf: leaf[None], direction)
-        found = [np.asarray(score_batch(kernel, model.lora, stacked, batch)[:, 0]) for batch in pool]
-        scores.append(np.concatenate(found))
+        each = [np.asarray(score_batch(kernel, model.lora, stacked, batch)[:, 0]) for batch in pool]
+        scores.append(np.concatenate(each))
     value = spearman(*scores)
     return {"spearman": value, "layers": small.num_layers, "examples": len(scores[0]), "length": length}
 
 
 def plan(rows: list[dict], examples: int, tokens: int, devices: int) -> list[dict]:
     """Hours for the whole pool on one device and on ``devices``, from the measured rates of each model."""
-    found = []
+    plans = []
     for name in dict.fromkeys(row["model"] for row in rows):
         for length in sorted({row["length"] for row in rows if row["model"] == name}):
             same = [r for r in rows if (r["model"], r["length"]) == (name, length) and "tokens_per_second" in r]
@@ -351,8 +351,8 @@ def plan(rows: list[dict], examples: int, tokens: int, devices: int) -> list[dic
                     continue
                 hours = sum(count * tokens / best[what] for what, count in passes) / 3600
                 row = {"model": name, "length": length, "way": way, "hours": hours}
-                found.append(row | {"pod_hours": hours / devices})
-    return found
+                plans.append(row | {"pod_hours": hours / devices})
+    return plans
 
 
 def markdown(result: dict, devices: int) -> str:

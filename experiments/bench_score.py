@@ -81,17 +81,17 @@ def passes(model: LanguageModel, batches: Sequence[Any], counts: Sequence[int]) 
     along = [Direction(jax.tree.map(lambda u: u[None], drawn(params, "direction", c))) for c in range(max(counts))]
     stacked = {m: jax.tree.map(lambda *u: jax.numpy.stack(u), *along[:m]) for m in counts}
     rows = 1 + max(int(np.asarray(batch.index).max()) for batch in batches)
-    found: dict[str, Callable[[], Any]] = {
+    runs: dict[str, Callable[[], Any]] = {
         "forward": lambda: [embed_batch(model.embed_fn, params, batch) for batch in batches]
     }
     for m in counts:
         tangents = lambda m=m: [score_batch(kernel, params, stacked[m], batch) for batch in batches]
         if m < MANY:
-            found[f"score_{m}"] = tangents
+            runs[f"score_{m}"] = tangents
         else:  # the other way
-            found[f"score_{m}"] = lambda m=m: scores_along(kernel, params, along[:m], batches, rows=rows)
-            found[f"tangents_{m}"] = tangents
-    return found
+            runs[f"score_{m}"] = lambda m=m: scores_along(kernel, params, along[:m], batches, rows=rows)
+            runs[f"tangents_{m}"] = tangents
+    return runs
 
 
 def file_to_scores(bench: ScoreBench, model: LanguageModel, pool: Path) -> Callable[[], Any]:
@@ -131,16 +131,16 @@ def main(bench: ScoreBench) -> None:
         batches = list(plan)
         waste = plan.padding_waste
     runs = passes(model, batches, bench.directions) | {"file_to_scores": file_to_scores(bench, model, pool)}
-    found = {
+    entries = {
         "score_over_forward" if name == "score_1" else f"{name}_over_forward": ratio
         for name, ratio in ratios.over("forward", runs, bench.rounds).items()
     }
     if bench.big:
         big = random_shape(model.config.vocab_size)
         runs = passes(big, batches, (1,))
-        found["score_over_forward_25m"] = ratios.over("forward", runs, max(3, bench.rounds // 2))["score_1"]
-    found["padding_waste"] = ratios.spread([waste])
-    ratios.record(found, bench.out)
+        entries["score_over_forward_25m"] = ratios.over("forward", runs, max(3, bench.rounds // 2))["score_1"]
+    entries["padding_waste"] = ratios.spread([waste])
+    ratios.record(entries, bench.out)
 
 
 if __name__ == "__main__":

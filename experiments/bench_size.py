@@ -96,7 +96,7 @@ def prepare(folder: Path, max_length: int) -> None:
     from ntkjax.data import read_records, tokenise
     from ntkjax.data.cache import Shared
     from ntkjax.data.dedup import find_duplicates
-    from ntkjax.parallel import start
+    from ntkjax.job import start
 
     index, count = start()
     cache = Shared(folder / "cache") if count > 1 else folder / "cache"

@@ -115,21 +115,21 @@ def times(bench: SketchBench, fn: Any, params: Any, batch: Any, gradients: Any) 
     single, rows = jax.tree.map(lambda leaf: leaf[:1], gradients), len(jax.tree.leaves(gradients)[0])
     dense, features = [RademacherSketch(bench.size, jnp.asarray(seed)) for seed in range(bench.seeds)], []
     group, signs = (apply.lower(dense[0], rows_).compile() for rows_ in (gradients, single))
-    found: dict[str, list[float]] = {name: [] for name in (*passes, "group", "signs")}
+    took: dict[str, list[float]] = {name: [] for name in (*passes, "group", "signs")}
     for run in passes.values():
         seconds(run)  # compiles
     for number in range(max(bench.rounds, bench.seeds)):
         for name, run in passes.items():
-            found[name].append(seconds(run))
+            took[name].append(seconds(run))
         if number < bench.seeds:
-            found["group"].append(seconds(lambda n=number: features.append(group(dense[n], gradients)) or features[-1]))
-            found["signs"].append(seconds(lambda n=number: signs(dense[n], single)))
+            took["group"].append(seconds(lambda n=number: features.append(group(dense[n], gradients)) or features[-1]))
+            took["signs"].append(seconds(lambda n=number: signs(dense[n], single)))
         print(f"  round {number + 1}", flush=True)
-    ratios = {name: spread([t / a for t, a in zip(found[name], found["alone"])]) for name in fast}
-    each = [1 + (g / rows) / (a / len(batch.index)) for g, a in zip(found["group"], found["alone"])]
+    ratios = {name: spread([t / a for t, a in zip(took[name], took["alone"])]) for name in fast}
+    each = [1 + (g / rows) / (a / len(batch.index)) for g, a in zip(took["group"], took["alone"])]
     ratios["rademacher"] = spread(each)
-    apart = {name: spread([t / a for t, a in zip(found[f"only {name}"], found["alone"])]) for name in fast}
-    shares = spread([s / g for s, g in zip(found["signs"], found["group"])])
+    apart = {name: spread([t / a for t, a in zip(took[f"only {name}"], took["alone"])]) for name in fast}
+    shares = spread([s / g for s, g in zip(took["signs"], took["group"])])
     named = {f"sketch_over_gradients_{n}": r for n, r in ratios.items()}
     named |= {f"sketch_apart_over_gradients_{n}": r for n, r in apart.items()}
     return named | {"rademacher_signs_share": shares}, features
@@ -143,29 +143,29 @@ def agreement(bench: SketchBench, gradients: Any, dense: list[jax.Array]) -> dic
     features = {
         n: [apply(make(bench.size, seed), gradients) for seed in range(bench.seeds)] for n, make in FAST.items()
     }
-    found = {}
+    entries = {}
     for name, sketched in (features | {"rademacher": dense}).items():
         kernels = [(phi @ phi.T)[pairs] for phi in (np.asarray(f, np.float64) for f in sketched)]
-        found[f"sketch_spearman_{name}"] = spread([spearman(kernel, exact) for kernel in kernels])
-    return found
+        entries[f"sketch_spearman_{name}"] = spread([spearman(kernel, exact) for kernel in kernels])
+    return entries
 
 
 def all_gradients(fn: Any, params: Any, data: TokenisedDataset, bench: SketchBench) -> Any:
     """Per-example gradients of every example, rows in the order of the data."""
     kept: Any = None
     for batch in data.batches(token_budget=bench.rows * bench.length, max_buckets=2):
-        found, index = jax.device_get(per_example_gradients(fn, params, batch)), np.asarray(batch.index)
+        of_batch, index = jax.device_get(per_example_gradients(fn, params, batch)), np.asarray(batch.index)
         if kept is None:
-            kept = jax.tree.map(lambda leaf: np.zeros((len(data), *leaf.shape[1:]), leaf.dtype), found)
-        jax.tree.map(lambda all_, leaf, i=index: all_.__setitem__(i[i >= 0], leaf[i >= 0]), kept, found)
+            kept = jax.tree.map(lambda leaf: np.zeros((len(data), *leaf.shape[1:]), leaf.dtype), of_batch)
+        jax.tree.map(lambda all_, leaf, i=index: all_.__setitem__(i[i >= 0], leaf[i >= 0]), kept, of_batch)
     return jax.tree.map(jnp.asarray, kept)
 
 
-def passed(found: dict[str, dict[str, float]]) -> list[str]:
+def passed(entries: dict[str, dict[str, float]]) -> list[str]:
     """The sketches that may be a default."""
-    least = found["sketch_spearman_rademacher"]["median"] - LEAST_AGREEMENT
-    ratio = lambda name: found[f"sketch_over_gradients_{name}"]["median"]
-    return [n for n in FAST if ratio(n) <= MOST_TIME and found[f"sketch_spearman_{n}"]["median"] >= least]
+    least = entries["sketch_spearman_rademacher"]["median"] - LEAST_AGREEMENT
+    ratio = lambda name: entries[f"sketch_over_gradients_{name}"]["median"]
+    return [n for n in FAST if ratio(n) <= MOST_TIME and entries[f"sketch_spearman_{n}"]["median"] >= least]
 
 
 def main(bench: SketchBench) -> None:
@@ -183,12 +183,12 @@ def main(bench: SketchBench) -> None:
     print(
         f"{len(data)} examples, {count:,} parameters; timed: {batch.tokens.shape[0]} x {batch.tokens.shape[1]} tokens"
     )
-    found, dense = times(bench, fn, params, batch, gradients)
-    found |= agreement(bench, gradients, dense)
-    fastest = min(FAST, key=lambda name: found[f"sketch_apart_over_gradients_{name}"]["median"])
-    found["sketch_over_gradients"] = found[f"sketch_over_gradients_{fastest}"]
-    print(f"fastest: {fastest}; pass the gate: {', '.join(passed(found)) or 'none'}")
-    record(found, bench.out)
+    entries, dense = times(bench, fn, params, batch, gradients)
+    entries |= agreement(bench, gradients, dense)
+    fastest = min(FAST, key=lambda name: entries[f"sketch_apart_over_gradients_{name}"]["median"])
+    entries["sketch_over_gradients"] = entries[f"sketch_over_gradients_{fastest}"]
+    print(f"fastest: {fastest}; pass the gate: {', '.join(passed(entries)) or 'none'}")
+    record(entries, bench.out)
 
 
 if __name__ == "__main__":

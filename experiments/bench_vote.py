@@ -62,7 +62,7 @@ def main(bench: VoteBench) -> None:
     slope = (times[1] - times[0]) / (bench.chunks[1] - bench.chunks[0])
     total = -(-bench.rows // bench.votes) * slope
     flops = 2 * bench.votes * bench.domain * bench.width
-    found = {
+    entries = {
         "rows": bench.rows,
         "seconds_per_chunk": slope,
         "rows_per_chunk": bench.votes,
@@ -71,10 +71,10 @@ def main(bench: VoteBench) -> None:
         "peak_bytes": max(peaks),
         "embeddings_bytes_float32": bench.rows * bench.width * 4,
     }
-    for name, value in found.items():
+    for name, value in entries.items():
         print(f"{name:26s} {value:,.1f}" if isinstance(value, float) else f"{name:26s} {value:,}")
     bench.out.parent.mkdir(parents=True, exist_ok=True)
-    bench.out.write_text(json.dumps(found, indent=2) + "\n")
+    bench.out.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 if __name__ == "__main__":

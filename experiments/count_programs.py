@@ -47,12 +47,12 @@ def count(arguments: list[str]) -> tuple[Count, int]:
         return handler, main(arguments)
 
 
-def rows(found: Count) -> list[dict[str, object]]:
-    """One row for each function that takes long to compile, the dearest first, and their sum."""
-    large = {name: took for name, took in found.seconds.items() if sum(took) / len(took) >= LARGE}
-    dearest = sorted(large.items(), key=lambda item: -sum(item[1]))
-    every = [second for took in found.seconds.values() for second in took]
-    made = [{"function": name, "programs": len(took), "seconds": round(sum(took), 1)} for name, took in dearest]
+def rows(counted: Count) -> list[dict[str, object]]:
+    """One row for each function that takes long to compile, the longest first, and their sum."""
+    large = {name: took for name, took in counted.seconds.items() if sum(took) / len(took) >= LARGE}
+    longest = sorted(large.items(), key=lambda item: -sum(item[1]))
+    every = [second for took in counted.seconds.values() for second in took]
+    made = [{"function": name, "programs": len(took), "seconds": round(sum(took), 1)} for name, took in longest]
     return [*made, {"function": "all, small ones too", "programs": len(every), "seconds": round(sum(every), 1)}]
 
 

@@ -41,11 +41,11 @@ def over(base: str, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str
     return {name: spread([took[name] / took[base] for took in times]) for name in runs if name != base}
 
 
-def record(found: dict[str, Ratio], path: Path) -> None:
+def record(entries: dict[str, Ratio], path: Path) -> None:
     """Print the entries and add them to those of other benchmarks in ``path``."""
-    for name, ratio in found.items():
+    for name, ratio in entries.items():
         print(f"{name:44s} {ratio['median']:8.3f}   [{ratio['low']:.3f}, {ratio['high']:.3f}]")
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | found, indent=2) + "\n")
+    path.write_text(json.dumps(before | entries, indent=2) + "\n")
     print(f"written: {path}", flush=True)

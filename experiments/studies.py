@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import script
+
 from ntkjax.commands.study.command import Study, run_study
 from ntkjax.commands.study.spec import normalised, spec_of
 
@@ -59,10 +61,9 @@ class Setting:
     def content(self, train: int | None = None) -> dict[str, Any]:
         """The study's model and data, with ``train`` domain examples where |D| is given."""
         train = train or self.train_size or (96 if self.data is None else 200)
-        if self.data is None:
+        script.both_or_neither(self.data, self.model)
+        if self.data is None or self.model is None:
             return planted(self.pool_size or 2400, train, test=self.test_size)
-        if self.model is None:
-            raise SystemExit("--data needs --model: the embedded model cannot read real text")
         sizes = {"pool": self.pool_size or 4000, "train": train, "dev": self.dev_size, "test": self.test_size}
         return real(self.data, self.model, self.domains, **sizes, max_length=self.max_length, epochs=self.epochs)
 
@@ -118,12 +119,12 @@ def run(content: Mapping[str, Any], out: Path, results: Path | None) -> Study:
     Several studies may share ``out``: what one has computed the others find there.
     """
     made = normalised(dict(content), "study")
-    found = run_study(spec_of(made), made, out)
+    study = run_study(spec_of(made), made, out)
     if results is not None:
         keep(out, results)
-    for row in found.results["failures"]:
+    for row in study.results["failures"]:
         print(f"failed: {row['domain']}, {row['arm']}, seed {row['seed']}: {row['message']}")
-    return found
+    return study
 
 
 def keep(out: Path, results: Path) -> None:

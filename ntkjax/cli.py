@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from ntkjax.commands import COMMANDS, load_command
     from ntkjax.errors import ConfigError, UserError
-    from ntkjax.parallel import barrier, is_primary, process, start
+    from ntkjax.job import barrier, is_primary, process, start
     from ntkjax.pipeline.help import asks_for_help, help_config
     from ntkjax.pipeline.programs import keep_programs
     from ntkjax.preemption import EXIT_CODE, Preempted, heeded

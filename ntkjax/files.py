@@ -212,15 +212,15 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     path = Path(path)
     drop_partial_line(path)
-    found = []
+    objects = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:
-            found.append(json.loads(line))
+            objects.append(json.loads(line))
         except ValueError as reason:
             raise UserError(f"{path}:{number}: not valid JSON ({reason}); {ANEW}") from reason
-        if not isinstance(found[-1], dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(found[-1]).__name__}; {ANEW}")
-    return found
+        if not isinstance(objects[-1], dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(objects[-1]).__name__}; {ANEW}")
+    return objects
 
 
 def plain(value: Any) -> Any:
@@ -287,10 +287,10 @@ def _explained(path: Path, work: Path, kind: type[UserError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = Path(str(error.filename or path))
-        if not (place.is_relative_to(work) or path.is_relative_to(place)):
+        failed = Path(str(error.filename or path))
+        if not (failed.is_relative_to(work) or path.is_relative_to(failed)):
             raise
-        file = str(place).replace(str(work), str(path))
+        file = str(failed).replace(str(work), str(path))
         remedy = "Free some space" if error.errno in _NO_ROOM else "Check the path and its permissions"
         raise kind(
             f"{file}: cannot be written ({error.strerror or error}). What was written before is kept. {remedy}, or "

@@ -45,8 +45,9 @@ def weights_fingerprint(*trees: Params) -> str:
     """
     hasher = hashlib.blake2b(digest_size=8)
     for tree in trees:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        for (path, leaf), sums in zip(found, [_checksums(leaf) for _, leaf in found]):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        # All sums are asked for before the first is read: reading waits for the device.
+        for (path, leaf), sums in zip(leaves, [_checksums(leaf) for _, leaf in leaves]):
             hasher.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
             hasher.update(to_host(sums).tobytes())
     return hasher.hexdigest()
@@ -60,12 +61,16 @@ def _checksums(leaf: Array) -> Array:
 
 def _checksum(leaf: Array, salt: int) -> Array:
     bits = leaf.astype(jnp.uint8) if leaf.dtype in (bool, jnp.uint4) else leaf
+    # Bits, not values: -0.0 and 0.0, and NaNs of different payloads, are different weights. Values of 64 bits come
+    # apart into two words.
     bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * min(bits.dtype.itemsize, 4)}")).astype(jnp.uint32)
-    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):  # not by flattening, which would gather a sharded leaf
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    mixed = bits ^ (place * jnp.uint32(salt))
+    # Position by position, so that two weights that change places are seen; then summed mod 2^32, which is the same in
+    # any order and on any split.
+    mixed = bits ^ (index * jnp.uint32(salt))
     for factor in (0x7FEB352D, 0x846CA68B):  # the mixing steps of a 32-bit integer hash
         mixed = (mixed ^ (mixed >> jnp.uint32(16))) * jnp.uint32(factor)
     return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)

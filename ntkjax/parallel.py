@@ -1,20 +1,16 @@
-"""Devices and processes: meshes, how weights and batches are spread over them, and jobs of several processes.
+"""Meshes of devices, and how weights and batches are spread over them.
 
 A mesh has the axes "data", "fsdp" and "model". Rows of a batch are split over "data" and "fsdp", weights over "fsdp"
-and "model". In a job of several processes (a Slurm job, a TPU pod, a Kubernetes job, or two terminals) it holds the
-devices of all of them: every process runs the same programs on the same global arrays, of which it holds its part.
-Without a mesh each process of a job holds the whole model and they share the work on the pool, see `ntkjax.store`.
+and "model". In a job of several processes (`ntkjax.job`) it holds the devices of all of them: every process runs the
+same programs on the same global arrays, of which it holds its part.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,15 +18,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from ntkjax.errors import ConfigError, UserError
+from ntkjax.errors import ConfigError
 from ntkjax.types import Batch
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
 AXES = (DATA, FSDP, MODEL)
 WeightRule = Literal["tensor", "fully-sharded"]
-
-_WAIT_SECONDS = 7 * 24 * 3600  # a barrier waits for whole passes over the pool; a process that dies ends it at once
-_barriers = itertools.count()
 
 
 # -- meshes --
@@ -82,6 +75,8 @@ def make_mesh(*, data: int, fsdp: int = 1, model: int = 1, devices: Sequence[jax
         divisors = [d for d in range(1, count + 1) if count % d == 0]
         fits = [(count // (f * m), f, m) for m in divisors for f in divisors if count % (f * m) == 0]
         fits = [shape for shape in fits if shape[1] == 1 or fsdp > 1]
+        # Nearest in model first, then in fsdp: how far weights must be split follows from the model's size, and what is
+        # left over goes to data.
         near = min(fits, key=lambda shape: [abs(a - b) for a, b in zip(shape[::-1], wanted[::-1])])
         named = lambda sizes: [f"{name}={size}" for name, size in zip(AXES, sizes) if name != FSDP or fsdp != 1]
         raise ConfigError(
@@ -173,6 +168,8 @@ def split_rows(x: Array, mesh: Mesh | None) -> Array:
     not divide: an example that is differentiated by itself, prompts that are continued."""
     if mesh is None or x.shape[0] % data_parallel(mesh):
         return x
+    # Where weights are split over the same axis as rows, the compiler may as well move activations to the weights: held
+    # to their rows, activations stay, and the weights come to them.
     return jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x.shape[0]))
 
 
@@ -188,6 +185,7 @@ def spread(array: Array | np.ndarray, sharding: Sharding) -> Array:
     it, and none waits for another."""
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
+    # jax.device_put to devices of several processes would compare the array between them, which waits for all.
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -200,6 +198,7 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(_gather(array.sharding.mesh)(array))  # type: ignore[attr-defined]
 
 
+# One jitted function for each mesh: a new one in every call would be compiled anew in every call.
 @functools.lru_cache(maxsize=8)
 def _gather(mesh: Mesh) -> Callable[[Array], Array]:
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -211,7 +210,9 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
     if mesh is None or not spans_processes(mesh):
         return slice(0, rows)
     places = list(_row_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values())
-    bounds = [place[0].indices(rows) for place in places if place]
+    bounds = [index[0].indices(rows) for index in places if index]
+    # One range, so that a batch is read in one piece; where the devices of a process are no neighbours on the mesh it
+    # reads rows that none of them needs.
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
@@ -242,24 +243,25 @@ def shard_batch(
     if not spans_processes(mesh):
         return jax.tree.map(lambda leaf: jax.device_put(leaf, _row_sharding(mesh, leaf.shape[0])), batch)
 
-    def place(leaf: Any) -> Array:
+    def placed(leaf: Any) -> Array:
         count = leaf.shape[0] if rows is None else rows
         held = slice(0, count) if rows is None else rows_here(mesh, rows)
         each = leaf.shape[0] // (held.stop - held.start)  # a packed row has an index and a length for every slot
         total, first = count * each, held.start * each
         sharding, leaf = _row_sharding(mesh, total), np.asarray(leaf)
 
-        def part(place: Any) -> np.ndarray:
-            start, stop, _ = place[0].indices(total)
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(total)
             return leaf[start - first : stop - first]
 
         return jax.make_array_from_callback((total, *leaf.shape[1:]), sharding, part)
 
     if not isinstance(batch, Batch):
-        return jax.tree.map(place, batch)
+        return jax.tree.map(placed, batch)
     known = {"index": batch.index, "lengths": batch.lengths} if whole is None else whole
     everywhere = {name: spread(leaf, NamedSharding(mesh, PartitionSpec())) for name, leaf in known.items()}
-    rest = jax.tree.map(place, dataclasses.replace(batch, **dict.fromkeys(known)))
+    # What passes ask a batch on the host, which rows it holds and how long they are, must be there on every process.
+    rest = jax.tree.map(placed, dataclasses.replace(batch, **dict.fromkeys(known)))
     return dataclasses.replace(rest, **everywhere)
 
 
@@ -271,131 +273,3 @@ def keep_shardings(tree: Any, shardings: tuple | None) -> Any:
     return structure.unflatten(
         [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
     )
-
-
-# -- processes --
-
-
-def cluster(env: Mapping[str, str]) -> str | None:
-    """Which launcher started several processes, as its environment tells: "environment" (JAX_COORDINATOR_ADDRESS),
-    "slurm", "kubernetes", "tpu"; None for a process that stands alone."""
-    if env.get("JAX_COORDINATOR_ADDRESS"):
-        return "environment"
-    # Only inside srun: a batch script that starts one process directly has SLURM_NTASKS too.
-    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1:
-        return "slurm"
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return "kubernetes"
-    # A pod slice lists its workers. On a plain TPU VM the metadata server does, and jax asks it.
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "TPU_ACCELERATOR_TYPE" in env or Path("/dev/accel0").exists():
-        return "tpu"
-    return None
-
-
-def start(env: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Join the other processes of this job, if there are any; gives (index, count). Before the first use of a device.
-
-    By environment: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Under Slurm
-    (srun), on TPU pods and in indexed Kubernetes jobs jax finds the others by itself. A second call does nothing.
-
-    Raises:
-      ConfigError: one of the three variables is missing or no number, or JAX_PLATFORMS names what is not here.
-      UserError: the other processes cannot be reached.
-    """
-    env = os.environ if env is None else env
-    found = cluster(env)
-    if found is None or jax.distributed.is_initialized():
-        _look_for_platform(env)
-        return process()
-    options: dict[str, Any] = {}
-    if found == "environment":
-        names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        wrong = [name for name in names.values() if not env.get(name, "").isdigit()]
-        if wrong:
-            raise ConfigError(
-                f"JAX_COORDINATOR_ADDRESS is set, so {' and '.join(wrong)} must be whole numbers: how many processes "
-                "the job has, and which of them this is (from 0). Set them, or unset JAX_COORDINATOR_ADDRESS"
-            )
-        options = {key: int(env[name]) for key, name in names.items()}
-        options |= {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "cluster_detection_method": "deactivate"}
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its handler of SIGTERM would keep a pass from ending; `ntkjax.preemption` has ours.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(**options, shutdown_timeout_seconds=15)
-    except (RuntimeError, ValueError, ImportError) as error:
-        raise UserError(
-            f"cannot join the other processes of this job ({found}): {str(error).splitlines()[0]}. Set "
-            "JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID yourself, or (on "
-            "Kubernetes) install the package kubernetes, through which jax asks the cluster"
-        ) from error
-    _look_for_platform(env)
-    return process()
-
-
-def _look_for_platform(env: Mapping[str, str]) -> None:
-    """ConfigError where JAX_PLATFORMS names a platform that has no device here."""
-    if not (named := env.get("JAX_PLATFORMS")):
-        return
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the second for cuda, where its plugin is not installed
-        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        raise ConfigError(
-            f"JAX_PLATFORMS is {named!r}, and jax finds no such device here{said}; expected a platform of this "
-            "machine, such as cpu: set it to one (under launch: --platform), or unset it"
-        ) from error
-
-
-def process() -> tuple[int, int]:
-    """(index of this process, how many there are); (0, 1) where jax.distributed was not started."""
-    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
-
-
-def is_primary() -> bool:
-    """True on the one process that writes what is written once, and prints."""
-    return process()[0] == 0
-
-
-def barrier(name: str) -> None:
-    """Wait until every process is here. All of them must make the same calls in the same order.
-
-    Raises:
-      UserError: another process has ended.
-    """
-    if process()[1] == 1:
-        return
-    from orbax.checkpoint.multihost import get_barrier_sync_fn
-
-    try:
-        get_barrier_sync_fn()(key=f"ntkjax-{next(_barriers)}-{name}", timeout_ms=_WAIT_SECONDS * 1000)
-    except Exception as error:  # jaxlib's own class, which has no public name
-        raise UserError(
-            f"process {process()[0]}: another process of this job ended before {name!r}; what it said is above or in "
-            "its log. Start the whole job again: it goes on from what is finished"
-        ) from error
-
-
-def everyone(number: int) -> list[int]:
-    """The ``number`` of every process, in their order."""
-    if process()[1] == 1:
-        return [number]
-    from jax.experimental import multihost_utils
-
-    barrier("everyone")  # as in broadcast
-    found = multihost_utils.process_allgather(np.frombuffer(np.int64(number).tobytes(), np.uint8))
-    return np.asarray(found, np.uint8).reshape(-1, 8).copy().view(np.int64)[:, 0].tolist()
-
-
-def broadcast(tree: Any) -> Any:
-    """The arrays of process 0 on every process, bit for bit, placed as each process has its own ``tree``. What lies on
-    a mesh over several processes is the same on all of them, and stays as it is."""
-    if process()[1] == 1 or all(not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
-        return tree
-    from jax.experimental import multihost_utils
-
-    barrier("broadcast")  # collectives give up after seconds; process 0 may take hours to come here
-    bits = lambda leaf: np.asarray(leaf).view(f"u{leaf.dtype.itemsize}")  # summed with zeros, floats would lose -0.0
-    found = multihost_utils.broadcast_one_to_all(jax.tree.map(bits, tree))
-    back = lambda leaf, own: jax.device_put(np.asarray(leaf).view(own.dtype), own.sharding)
-    return jax.tree.map(back, found, tree)

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from ntkjax.parallel import everyone
+from ntkjax.job import everyone
 
 EXIT_CODE = 128 + signal.SIGTERM
 EVERY = 8
@@ -29,6 +29,7 @@ class _Handler:
         self.deferred, self.noted = 0, False
 
     def __call__(self, number: int, frame: object) -> None:
+        # A second SIGTERM is raised at once: whoever sends it does not wait for a checkpoint.
         if self.deferred and not self.noted:
             self.noted = True
             return
@@ -68,6 +69,8 @@ def deferred(together: bool = False) -> Iterator[Callable[[int], bool]]:
     def must_end(step: int) -> bool:
         if not together:
             return _HANDLER.noted
+        # All processes ask at the same steps, whether or not they were told to end: one that stopped alone would leave
+        # the others in a collective that never ends.
         return step % EVERY == 0 and any(everyone(_HANDLER.noted))
 
     _HANDLER.deferred += 1

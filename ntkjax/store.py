@@ -30,7 +30,7 @@ import tensorstore as ts
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import write_bytes, write_json
-from ntkjax.parallel import barrier, process
+from ntkjax.job import barrier, process
 
 FORMAT = 1
 # Rows arrive by length, not in order, so a flush touches many chunks: small ones keep rewriting cheap.
@@ -89,10 +89,14 @@ class RowStore:
         self.together = together
         self._array = array
         self._marks = _done_file(path, part[0])
+        # The marks that this process writes are its own rows' alone, in a file of its own: no two processes of a job
+        # ever write to one file.
         self._own = _read_marks(self._marks, array.shape[0])
         self._done = self._own | _read_done(path, array.shape[0])
         self._dtype = dtype
         grid: Any = array.chunk_layout.write_chunk.shape
+        # By whole chunks, since a chunk is a file, and by turns: rows differ in length from one end of a data set to
+        # the other, and turns give every process some of each.
         self._owned = None if part[1] == 1 else np.arange(array.shape[0]) // grid[0] % part[1] == part[0]
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._pending_bytes = 0
@@ -215,6 +219,8 @@ class RowStore:
             marked[index] = True
             try:
                 # The future resolves once every chunk is on disk (TensorStore fsyncs its files).
+                # Values before marks: a kill in between costs the rows computed since the last flush, while marks
+                # before values would name rows that are not there.
                 self._array[index].write(values).result()
                 write_bytes(self._marks, np.packbits(marked, bitorder="little").tobytes())
             except (UserError, OSError, ValueError, RuntimeError) as error:
@@ -231,6 +237,7 @@ class RowStore:
         """Buffered rows as (index [b], values [b, width]), sorted, the last of equal indices kept."""
         index = np.concatenate([i for i, _ in self._pending])
         values = np.concatenate([v for _, v in self._pending])
+        # unique gives the first of equal indices, which in reverse is the one written last.
         kept, last = np.unique(index[::-1], return_index=True)
         return kept, values[::-1][last]
 
@@ -325,8 +332,10 @@ def _open_array(path: Path, rows: int, width: int, dtype: np.dtype, processes: i
     }
     exists = (path / "values" / "zarr.json").exists()
     if not exists:
+        # Marks without an array: whoever removed values/ would get zeros that count as done.
         if (path / "done.bits").exists():
             raise UserError(f"{path}: damaged: done.bits is there, values/zarr.json is not. {_ANEW}")
+        # Fixed when the store is made: with other numbers of processes later the chunks stay, and are divided anew.
         most = rows if processes == 1 else -(-rows // (processes * _CHUNKS_PER_PROCESS))
         chunk = min(max(1, _CHUNK_BYTES // (width * dtype.itemsize)), max(1, most))
         grid = {"name": "regular", "configuration": {"chunk_shape": [chunk, width]}}
@@ -336,9 +345,9 @@ def _open_array(path: Path, rows: int, width: int, dtype: np.dtype, processes: i
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: cannot open the row store ({_reason(error)}). {_ANEW}") from error
     if tuple(array.shape) != (rows, width) or array.dtype.numpy_dtype != dtype:
-        found = f"{array.dtype.name} {tuple(array.shape)}"
+        held = f"{array.dtype.name} {tuple(array.shape)}"
         raise UserError(
-            f"{path}: damaged: values/ holds {found}, the manifest says {dtype.name} {(rows, width)}. {_ANEW}"
+            f"{path}: damaged: values/ holds {held}, the manifest says {dtype.name} {(rows, width)}. {_ANEW}"
         )
     return array
 

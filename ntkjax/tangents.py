@@ -52,17 +52,21 @@ def unbatched_tangents(fn: Callable[..., Any]) -> Callable[..., Any]:
         of_some, values = of_moved(args, moved)
         return jax.jvp(of_some, (values,), (moved,))
 
+    # To the rule of custom_jvp a tangent under vmap is an array like any other. custom_vmap is told which of the
+    # arguments have the axis, and that is what the two cases below differ in.
     pushed = jax.custom_batching.custom_vmap(push)
 
     @pushed.def_vmap
     def _(size: int, batched: Sequence[Any], args: tuple, moved: dict[int, Any]) -> tuple[Any, Any]:
         if any(jax.tree.leaves(batched[0])):  # the primal pass has the axis too
+            # Every element is linearised at a point of its own, so there is no common linear part: the plain rule.
             axes = jax.tree.map(lambda yes: 0 if yes else None, tuple(batched))
             both = jax.vmap(push, in_axes=axes, axis_size=size)(args, moved)
             return both, jax.tree.map(lambda _: True, both)
         # The tangents alone have the axis: one linearisation at the primal, and its linear part for each of them. The
         # structure returned says so to vmap: the value has no axis, its tangents have one.
         value, along = jax.linearize(*of_moved(args, moved))
+        # A leaf that moves may move alike in all of them; then its tangent has no axis.
         turn = lambda i: jax.tree.map(lambda yes, leaf: leaf[i] if yes else leaf, batched[1], moved)
         tangents = [along(turn(i)) for i in range(size)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)

@@ -95,9 +95,11 @@ def full_disk(monkeypatch) -> Callable[[], AbstractContextManager]:
 @pytest.fixture(scope="session")
 def load_file() -> Callable[[Path], ModuleType]:
     """``load_file(path)``: a module outside the package: tests and experiments are none, and names may start with a
-    digit."""
+    digit. Modules beside it are found, as when it is run."""
 
     def load(path: Path) -> ModuleType:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
         spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

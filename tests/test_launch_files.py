@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from ntkjax.cli import main
-from ntkjax.parallel import cluster, parse_mesh
+from ntkjax.job import cluster
+from ntkjax.parallel import parse_mesh
 
 LAUNCH = Path(__file__).resolve().parents[1] / "docs" / "launch"
 

@@ -15,19 +15,7 @@ from ntkjax.ntk.features import gradient_features
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.scores import kernel_scores
 from ntkjax.ntk.sketch import RademacherSketch
-from ntkjax.parallel import (
-    Split,
-    cluster,
-    describe_mesh,
-    make_mesh,
-    mesh_of,
-    parse_mesh,
-    process,
-    put,
-    shard_batch,
-    start,
-    weight_sharding,
-)
+from ntkjax.parallel import Split, describe_mesh, make_mesh, mesh_of, parse_mesh, put, shard_batch, weight_sharding
 from ntkjax.selection.vote import embed
 from ntkjax.training import TrainConfig, fit
 from ntkjax.training.step import train_step
@@ -208,7 +196,7 @@ def test_no_pass_depends_on_any_mesh(alone, data, model, weights):
     check_same(alone, data, model, weights)
 
 
-# -- meshes by name, processes by environment --
+# -- meshes by name --
 
 
 @pytest.mark.parametrize(
@@ -263,27 +251,3 @@ def test_training_keeps_its_layout_and_its_program():
     assert train_step._cache_size() == before + 1
     for leaf in jax.tree.leaves(tuned.params):
         assert leaf.sharding.spec == PartitionSpec() and len(leaf.sharding.device_set) == 4
-
-
-@pytest.mark.parametrize(
-    ("env", "found"),
-    [
-        ({}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # sbatch without srun: this process stands alone
-        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "slurm"),
-        ({"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, None),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "kubernetes"),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"JAX_COORDINATOR_ADDRESS": "h:1", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "2"}, "environment"),
-    ],
-)
-def test_who_started_this_process(env, found):
-    assert cluster(env) == found
-
-
-def test_a_process_alone_starts_nothing_and_half_an_address_is_refused():
-    assert start({}) == process() == (0, 1)
-    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"):
-        start({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_PROCESS_ID": "first"})

@@ -72,11 +72,11 @@ def make(task: dict, variant: str) -> Job:
     few = as_dataset(examples(task, "pool", task["checked"]))
 
     def check(path: str) -> None:
-        found = collection.run(few)
+        features = collection.run(few)
         if variant == "gradients":
-            save_kernel(path, "loss", found)
+            save_kernel(path, "loss", features)
         else:
-            save_kernel(path, "loss", Collection(task, "gradients").run(few), found)
+            save_kernel(path, "loss", Collection(task, "gradients").run(few), features)
 
     notes = {
         "dense": "Rademacher, projection_target=global",

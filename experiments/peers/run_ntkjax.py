@@ -83,18 +83,18 @@ class Ours:
         phi = lambda output, sketch: gradient_features(output, self.lora, few, sketch, rows=Pass(count, **self.options))
         gram = lambda x: x.astype(np.float64) @ x.T.astype(np.float64)
         if sketch is not None:
-            found = {"sketched": gram(phi(self.output, sketch)), "size": np.asarray(sketch.width(self.lora))}
+            arrays = {"sketched": gram(phi(self.output, sketch)), "size": np.asarray(sketch.width(self.lora))}
         elif variant == "gradients":
             gradients = per_example_gradients(self.output, self.lora, few[0], microbatch=self.task["microbatch"])
             rows = [np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(gradients)]
-            found = {"exact": gram(np.concatenate(rows, axis=1))}
+            arrays = {"exact": gram(np.concatenate(rows, axis=1))}
         else:  # the examples as their own domain: their scores are row means of the kernel
             own = mean_gradient(self.output, self.lora, few)
-            found = {
+            arrays = {
                 name: gram(phi(f, IdentitySketch())) for name, f in {"exact": self.output, "loss": self.loss}.items()
             }
-            found["scores"] = directional_scores(self.output, self.lora, [own], few, rows=count)[:, 0]
-        np.savez(path, kind=np.asarray("sum_logits"), **found)
+            arrays["scores"] = directional_scores(self.output, self.lora, [own], few, rows=count)[:, 0]
+        np.savez(path, kind=np.asarray("sum_logits"), **arrays)
 
 
 def make(task: dict, variant: str) -> Job:

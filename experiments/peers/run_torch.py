@@ -33,8 +33,8 @@ class Pipeline:
 
     def gradients(self, x: Examples) -> torch.Tensor:
         """[n, P] of one batch."""
-        found = self.differentiate(self.lora, x.tokens, x.predicts)
-        return torch.cat([leaf.flatten(1) for leaf in found.values()], dim=1)
+        gradients = self.differentiate(self.lora, x.tokens, x.predicts)
+        return torch.cat([leaf.flatten(1) for leaf in gradients.values()], dim=1)
 
     def features(self, x: Examples) -> torch.Tensor:
         """Pi g [n, K] of one batch, entries of Pi +-1 / sqrt(K), the same for every batch."""

@@ -53,8 +53,8 @@ def fastest(rates: Rates, names: Sequence[str]) -> str | None:
 def ratio(rates: Rates, mine: str, against: str) -> dict[str, Any]:
     """Rate of ``mine`` over that of ``against`` within each round: median, lowest, highest over the rounds."""
     rounds = min(len(rates[mine]), len(rates[against]))
-    found = [a / b for a, b in zip(rates[mine][:rounds], rates[against][:rounds], strict=True)]
-    return {"median": statistics.median(found), "low": min(found), "high": max(found), "against": against}
+    quotients = [a / b for a, b in zip(rates[mine][:rounds], rates[against][:rounds], strict=True)]
+    return {"median": statistics.median(quotients), "low": min(quotients), "high": max(quotients), "against": against}
 
 
 def ratios(rates: Rates, *, dense: Sequence[str], gradients: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -63,7 +63,7 @@ def ratios(rates: Rates, *, dense: Sequence[str], gradients: Sequence[str]) -> d
     ``features_NAME_over_best_peer`` for every sketch of ours but the dense one; the entries that end in
     ``over_per_module`` are against bergson's own default, a two-sided sketch of about as many numbers.
     """
-    best, alone, found = fastest(rates, dense), fastest(rates, gradients), {}
+    best, alone, named = fastest(rates, dense), fastest(rates, gradients), {}
     wanted = [
         ("scores_over_best_peer", SCORES, best),
         ("scores_over_peer_gradients", SCORES, alone),
@@ -78,8 +78,8 @@ def ratios(rates: Rates, *, dense: Sequence[str], gradients: Sequence[str]) -> d
             wanted.append((f"features_{sketch}_over_per_module", name, OTHER_FORMS))
     for name, mine, against in wanted:
         if against is not None and mine in rates and against in rates:
-            found[name] = ratio(rates, mine, against)
-    return found
+            named[name] = ratio(rates, mine, against)
+    return named
 
 
 def compare_kernels(evidence: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -93,22 +93,22 @@ def compare_kernels(evidence: Mapping[str, np.ndarray], ours: Mapping[str, np.nd
     wanted = np.asarray(ours["loss" if str(evidence["kind"]) == "loss" else "exact"], np.float64)
     exact = np.asarray(evidence["exact"], np.float64) if "exact" in evidence else wanted
     distance = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    found = {"kernel": distance(exact, wanted)} if "exact" in evidence else {}
+    distances = {"kernel": distance(exact, wanted)} if "exact" in evidence else {}
     if "sketched" in evidence:
         norms = np.diag(exact)
         variance = (norms[:, None] * norms[None] + exact**2).sum() / float(evidence["size"])
-        found["sketched"] = distance(np.asarray(evidence["sketched"], np.float64), exact)
-        found["expected"] = float(np.sqrt(variance) / np.linalg.norm(exact))
+        distances["sketched"] = distance(np.asarray(evidence["sketched"], np.float64), exact)
+        distances["expected"] = float(np.sqrt(variance) / np.linalg.norm(exact))
     if "scores" in evidence:
-        found["scores"] = distance(np.asarray(evidence["scores"], np.float64), exact.mean(axis=1))
-    return found
+        distances["scores"] = distance(np.asarray(evidence["scores"], np.float64), exact.mean(axis=1))
+    return distances
 
 
-def merge_bench(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put ``found`` into the file, keeping the entries of others."""
+def merge_bench(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put ``entries`` into the file, keeping the entries of others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | {name: dict(entry) for name, entry in found.items()}, indent=2) + "\n")
+    path.write_text(json.dumps(before | {name: dict(entry) for name, entry in entries.items()}, indent=2) + "\n")
 
 
 def table(run: Run) -> list[dict[str, Any]]:
@@ -177,11 +177,11 @@ def plot(run: Run, path: Path) -> None:
     rows = [row for row in table(run) if "relative" in row][::-1]
     figure = Figure(figsize=(7.0, 1.2 + 0.3 * len(rows)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    for place, row in enumerate(rows):
+    for height, row in enumerate(rows):
         colour = "#1F6FB4" if row["variant"].startswith("ntkjax") else "#9AA3AD"
-        axes.plot([row["relative_low"], row["relative_high"]], [place, place], color=colour, linewidth=2)
-        axes.plot(row["relative"], place, "o", color=colour)
-        axes.annotate(f"{row['relative']:.3g}", (row["relative_high"], place), (6, 0), textcoords="offset points",
+        axes.plot([row["relative_low"], row["relative_high"]], [height, height], color=colour, linewidth=2)
+        axes.plot(row["relative"], height, "o", color=colour)
+        axes.annotate(f"{row['relative']:.3g}", (row["relative_high"], height), (6, 0), textcoords="offset points",
                       va="center", fontsize=8)  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.15)

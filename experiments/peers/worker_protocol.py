@@ -75,8 +75,8 @@ def release_memory() -> None:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of ``packages`` and of Python."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    return found | {name: importlib.metadata.version(name) for name in packages}
+    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
+    return installed | {name: importlib.metadata.version(name) for name in packages}
 
 
 def serve(make: Callable[[dict, str], Job], packages: Sequence[str]) -> None:

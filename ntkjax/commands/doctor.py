@@ -284,7 +284,7 @@ def title(row: dict[str, Any]) -> str:
 
 
 def remedy(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The line for a row that does not agree: which, and the setting that mends it, by what the other rows show."""
+    """The line for a row that does not agree: which, and the setting that changes it, as the other rows show."""
     if row["dtype"] != "float32":
         return f"{title(row)}: use --dtype float32."
     full = [r for r in rows if r["dtype"] == "float32" and r["precision"] == "highest"]

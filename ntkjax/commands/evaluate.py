@@ -20,10 +20,10 @@ from ntkjax.evaluation.lm_eval import (
     task_digests,
     write_results,
 )
-from ntkjax.evaluation.options import EvaluationOptions, TaskOptions
+from ntkjax.evaluation.options import Batching, EvaluationOptions, TaskOptions
 from ntkjax.evaluation.shots import describe_shots, draw_shots
 from ntkjax.evaluation.summary import describe_choices
-from ntkjax.parallel import is_primary, process
+from ntkjax.job import is_primary, process
 from ntkjax.pipeline.evaluate import evaluate_on, settings_of, shot_records
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model, longest, weights_read
@@ -42,8 +42,7 @@ class EvaluateConfig:
     test: tuple[str, ...] = ()
     """Files with prompt and response: their likelihood; and accuracy of the records that have answer and choices."""
     against: str | None = None
-    """Run directory of an earlier evaluate of the same files and tasks: adds paired bootstrap intervals and McNemar's
-    test."""
+    """Run directory of an earlier evaluate of the same files and tasks: adds paired intervals and McNemar's test."""
     seed: int = 0
     """Seed of the bootstrap."""
     data: Annotated[DataOptions, arg(name="")] = DataOptions()
@@ -100,7 +99,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluated:
     progress = progress and is_primary()
     result, content = Evaluated([], {}), {}
     if test is not None:
-        found = evaluate_on(
+        evaluated = evaluate_on(
             model,
             {},
             test,
@@ -111,15 +110,17 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluated:
             seed=config.seed,
             progress=progress,
         )
-        content |= {"summary": found.summary, "data": test.report()}
-        if found.shots is not None:
-            content["shots"] = found.shots.report()
-        against = None if earlier is None else differences(earlier, found.outcomes, config.seed)
-        result = Evaluated(found.outcomes, found.summary, found.shots, against)
+        content |= {"summary": evaluated.summary, "data": test.report()}
+        if evaluated.shots is not None:
+            content["shots"] = evaluated.shots.report()
+        against = None if earlier is None else differences(earlier, evaluated.outcomes, config.seed)
+        result = Evaluated(evaluated.outcomes, evaluated.summary, evaluated.shots, against)
     if names:
         if tasks_to_run is not None:
-            lengths = {"max_length": longest(model, config.data), "token_budget": config.data.token_budget}
-            done = run_tasks(model, {}, tasks_to_run, config.harness, **lengths, seed=config.seed, progress=progress)
+            batching = Batching(longest(model, config.data), config.data.token_budget)
+            done = run_tasks(
+                model, {}, tasks_to_run, config.harness, batching=batching, seed=config.seed, progress=progress
+            )
             write_results(stored.parent, *done)
         tasks, counts = read_results(stored.parent)
         compared = None if earlier_tasks is None else compare_tasks(earlier_tasks, tasks, seed=config.seed)
@@ -164,14 +165,14 @@ def _test_rows(config: Any, result: Any) -> list[dict[str, str]]:
     if not config.test:
         return []
     summary, rows = result.summary, []
-    found = {entry["key"]: entry["difference"] for entry in result.against or ()}
+    by_metric = {entry["key"]: entry["difference"] for entry in result.against or ()}
     for name, entry in summary["metrics"].items():
         metric = METRICS[name]
         low, high = map(metric.text, entry["interval"])
         value = f"{metric.text(entry['mean'])}{'%' * metric.share} [{low}, {high}]"
         rows.append({"measure": metric.measure_label, "value": value})
-        if config.against is not None and metric.key in found:
-            at, low, high = (metric.text(found[metric.key][k]) for k in ("estimate", "low", "high"))
+        if config.against is not None and metric.key in by_metric:
+            at, low, high = (metric.text(by_metric[metric.key][k]) for k in ("estimate", "low", "high"))
             rows[-1][_difference_column(config)] = f"{at} [{low}, {high}]"
     if summary["choices"] is not None:
         rows.append({"measure": "commonest answer", "value": f"{100 * summary['choices']['majority_accuracy']:.1f}%"})
@@ -181,13 +182,13 @@ def _test_rows(config: Any, result: Any) -> list[dict[str, str]]:
 def _task_rows(config: Any, result: Any) -> list[dict[str, str]]:
     """One for each metric of each task: lm-eval's number, as it gives it, with our intervals."""
     rows = []
-    found = {(entry["task"], entry["metric"]): entry["difference"] for entry in result.tasks_against or ()}
+    by_task = {(entry["task"], entry["metric"]): entry["difference"] for entry in result.tasks_against or ()}
     for task in result.tasks:
         for name, entry in task.summary(seed=config.seed)["metrics"].items():
             interval = "" if entry["interval"] is None else " [{:.4f}, {:.4f}]".format(*entry["interval"])
             measure = f"{task.task}, {name.removesuffix(',none').replace(',', ', filter ')}"
             rows.append({"measure": measure, "value": f"{entry['value']:.4f}{interval}"})
-            difference = found.get((task.task, name))
+            difference = by_task.get((task.task, name))
             if difference is not None:
                 at, low, high = (f"{difference[k]:.4f}" for k in ("estimate", "low", "high"))
                 rows[-1][_difference_column(config)] = f"{at} [{low}, {high}]"
@@ -206,10 +207,10 @@ def _notes(config: Any, result: Any) -> list[str]:
         unjudged
     )
     asked = describe_choices((summary["choices"] or {"n": 0})["n"], summary["n"])
-    found = f"{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
+    written = f"{summary['n']} examples; all outcomes: {Path(config.out) / 'outcomes.jsonl'}"
     read = reading_of_run(config, "evaluation.json", "test")
     shown = None if result.shots is None else describe_shots(result.shots)
-    return [*filter(None, [asked, judged, shown]), read, found]
+    return [*filter(None, [asked, judged, shown]), read, written]
 
 
 COMMAND = Command(EvaluateConfig, evaluate, describe, spans=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from ntkjax.commands.base import Command
-from ntkjax.parallel import is_primary
+from ntkjax.job import is_primary
 from ntkjax.pipeline.finetune import save_result, summary, train_on
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_data, load_model, trained_parameters, weights_read

@@ -101,6 +101,7 @@ def environment(config: LaunchConfig, index: int, port: int, env: Mapping[str, s
     if config.devices is not None:
         first = index * config.devices
         visible = env.get("CUDA_VISIBLE_DEVICES")
+        # Each process sees its own GPUs alone, of those that this one sees.
         gpus = visible.split(",") if visible else [str(number) for number in range(first + config.devices)]
         if visible and len(gpus) < (needed := config.processes * config.devices):
             raise ConfigError(

@@ -214,6 +214,7 @@ class TokenisedDataset:
                 "pack fewer examples"
             )
         slot = slots_of(places)
+        # Where each example begins in its row: what lies before it in all rows, less what lies in the rows before.
         begin = np.cumsum(sizes) - sizes - (np.cumsum(used) - used)[places]
         tokens = np.full((rows, length), self.pad_id, np.int32)
         examples = np.full((rows, length), -1, np.int32)
@@ -248,6 +249,7 @@ class TokenisedDataset:
             holds the same examples one a row. None: as the data set says.
         """
         chosen = np.arange(len(self)) if indices is None else as_indices(indices, len(self))
+        # The budget bounds the memory of a device, and rows are spread over ``parts`` of them.
         parts = data_parallel(self.mesh)
         multiple, budget = math.lcm(row_multiple, parts), token_budget * parts
         buckets = most_buckets() if max_buckets is None else max_buckets
@@ -313,6 +315,7 @@ def plan_batches(
         members = indices[bucket == number]
         most = max(1, token_budget // int(edges[number]))
         most = max(row_multiple, most // row_multiple * row_multiple)
+        # Evened out: 9 examples in batches of at most 8 rows are 5 and 4 of 5 rows, not 8 and 1 of 8.
         count = -(-len(members) // most)
         rows = round_up(-(-len(members) // count), row_multiple)
         parts = [members[k : k + rows] for k in range(0, len(members), rows)]
@@ -360,6 +363,8 @@ class BatchPlan:
     def __iter__(self) -> Iterator[Batch]:
         if not self.planned:
             return
+        # The next batch is made while the device works on this one. One thread: batches come in order, and at most two
+        # are in memory.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
             ahead = pool.submit(self.__getitem__, 0)
             for k in range(1, len(self)):
@@ -376,6 +381,8 @@ class BatchPlan:
             padded = None if self.padded is None else self.padded.only(rows)
             return dataclasses.replace(self, planned=planned, padded=padded)
         kept = []
+        # Shape by shape: the rows that are kept close ranks, so that a process with a third of the rows has a third of
+        # the batches, in programs that all processes have.
         for length, size in dict.fromkeys((batch.length, batch.rows) for batch in self.planned):
             members = [b.indices for b in self.planned if (b.length, b.rows) == (length, size)]
             members = np.concatenate(members)
@@ -385,6 +392,8 @@ class BatchPlan:
 
     def without(self, done: np.ndarray) -> BatchPlan:
         """The batches that hold an example that is not ``done`` (bool [N]), as they are."""
+        # Batches stay as they are, done rows included: a row that is computed after a stop shares its batch with the
+        # same others as without the stop, and comes out to the same bits.
         kept = tuple(b for b in self.planned if not done[b.indices].all())
         padded = None if self.padded is None else self.padded.without(done)
         return dataclasses.replace(self, planned=kept, padded=padded)

@@ -20,9 +20,8 @@ def bucket_lengths(
     """At most ``max_buckets`` padded lengths, ascending multiples of ``multiple``, with the fewest padded tokens.
 
     Minimises ``sum_i L(i) + bucket_cost * (number of buckets)`` exactly, where L(i) is the smallest chosen
-    length
-    that holds example i, by dynamic programming on the histogram of lengths: O(max_buckets * C^2) for C
-    distinct rounded lengths. ``bucket_cost`` (in tokens) is what one more compiled shape is worth.
+    length that holds example i, by dynamic programming on the histogram of lengths: O(max_buckets * C^2) for C distinct
+    rounded lengths. ``bucket_cost`` (in tokens) is what one more compiled shape costs.
     """
     if max_buckets < 1 or multiple < 1:
         raise ConfigError(f"max_buckets is {max_buckets} and multiple {multiple}; expected at least 1 of both")
@@ -39,6 +38,8 @@ def bucket_lengths(
     for _ in range(min(max_buckets, size)):
         new, arg = np.full(size + 1, np.inf), np.zeros(size + 1, np.int64)
         for j in range(1, size + 1):
+            # The last bucket holds candidates i, ..., j - 1, all padded to candidate j - 1; those before i are solved
+            # already.
             cost = best[:j] + (total[j] - total[:j]) * float(candidates[j - 1])
             arg[j] = np.argmin(cost)
             new[j] = cost[arg[j]]
@@ -76,6 +77,8 @@ def epoch_batches(
     batches = []
     for start in range(0, whole, batch_size * window):
         part = order[start : min(start + batch_size * window, whole)]
+        # Sorted within a window and not in the whole epoch: a batch has few lengths, and which examples share one still
+        # changes from epoch to epoch.
         part = part[np.argsort(lengths[part], kind="stable")]
         batches += list(part.reshape(-1, batch_size))
     if whole < len(order) and not drop_last:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkjax.errors import DataError, UserError
-from ntkjax.parallel import barrier, everyone, process
+from ntkjax.job import barrier, everyone, process
 
 # Below this size a file is recognised by its content, above it by path, size, inode and times.
 HASHED_FILE_BYTES = 64 * 2**20

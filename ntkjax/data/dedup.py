@@ -204,8 +204,8 @@ def _compare_all(
         known = {(p.name, p.row, p.of) for p in pairs}
         pairs += [p for p in prompts.against(held_out, progress) if (p.name, p.row, p.of) not in known]
         crowded += prompts.crowded
-    place = {name: k for k, name in enumerate(sets)}
-    pairs.sort(key=lambda p: (place[p.name], p.row, place[p.of]))
+    order = {name: k for k, name in enumerate(sets)}
+    pairs.sort(key=lambda p: (order[p.name], p.row, order[p.of]))
     apart = {where: dict(sorted(why.items())) for where, why in sorted(texts.apart.items())}
     content = {"pairs": [dataclasses.astuple(p) for p in pairs], "apart": apart, "crowded": crowded}
     (folder / "pairs.json").write_text(json.dumps(content), encoding="utf-8")
@@ -234,12 +234,13 @@ def shingles(words: UInt64[np.ndarray, " w"], size: int) -> UInt64[np.ndarray, "
 
 def jaccard(a: UInt64[np.ndarray, " a"], b: UInt64[np.ndarray, " b"]) -> float:
     """|A n B| / |A u B| of two ascending arrays of distinct numbers; 0 where both are empty."""
+    # Both are distinct and ascending already, which saves intersect1d the two calls of unique.
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / max(len(a) + len(b) - both, 1)
 
 
 def _mapped(file: Path, rows: int, width: int) -> UInt64[np.ndarray, "rows width"]:
-    """Room for numbers in ``file``, whose name is gone at once and whose space is when the array is."""
+    """An array in ``file``, which is unlinked at once, so that its space is freed with the array."""
     with file.open("w+b") as handle:
         handle.writelines(itertools.repeat(bytes(8 * width), rows))  # a full disk is an error here, not a dead process
         handle.flush()
@@ -259,8 +260,10 @@ class _Minima:
     def bands(self, members: UInt64[np.ndarray, " s"], bands: int, width: int) -> UInt64[np.ndarray, " b"]:
         """A key for each of ``bands`` bands of ``width`` minima; none is 0."""
         self._minima.clear()
+        # datasketch permutes hashes of 32 bits: the upper half of ours.
         self._minima.update_batch((members >> np.uint64(32)).tolist())
         minima = self._minima.hashvalues[: bands * width].astype(np.uint64).reshape(width, bands)
+        # 0 stands for a key that was taken away (`_thin`).
         return np.maximum(combine(list(minima)), np.uint64(1))
 
 
@@ -301,6 +304,7 @@ def _sketch_part(
     text_keys, prompt_keys = made["text-keys"], made.get("prompt-keys")
 
     def fill(keys: np.ndarray, text: str, words: np.ndarray) -> None:
+        # The whole text as the first key: exact copies meet there even where all bands are crowded.
         keys[0] = _hash(text)
         keys[1:] = minima.bands(shingles(words, settings.shingle), bands, width)
 
@@ -416,6 +420,7 @@ class _Buckets:
         self._added[row] = True
         at = keys[keys > 0] - 1
         held, room = self._held[at], self._room[at]
+        # A full bucket drops its oldest row, which is counted: pairs with it by this key are lost.
         self.crowded += int((held >= CROWD).sum())
         self._slots[self._start[at] + held % room] = row
         self._held[at] += 1
@@ -454,6 +459,7 @@ class _Matcher:
         for level in range(LEVELS):
             first = _crowds(bands)
             _thin(bands, CROWD)
+            # No key is crowded any more.
             if (first < 0).all():
                 return
             self.firsts.append(first)
@@ -505,6 +511,8 @@ class _Matcher:
             yield from pairs
             if row < first:
                 others.add(row, keys)
+            # Only the first of several copies is met by later rows: a cluster of k gives k - 1 pairs, not k (k - 1) /
+            # 2.
             elif not pairs:
                 kept.add(row, keys)
         self.crowded = others.crowded + kept.crowded
@@ -513,8 +521,8 @@ class _Matcher:
         """Pairs of every row outside ``held_out`` with rows in it."""
         inside = np.zeros(len(self.keys[0]), bool)
         for name in held_out:
-            place = self.names.index(name)
-            inside[self.starts[place] : self.starts[place + 1]] = True
+            number = self.names.index(name)
+            inside[self.starts[number] : self.starts[number + 1]] = True
         buckets, linked = self._buckets(), self._linked()
         for row in np.flatnonzero(inside & linked).tolist():
             buckets.add(row, self._row(row)[0])
@@ -528,24 +536,24 @@ class _Matcher:
         apart: dict[int, tuple[float, str]] = {}
         for other in sorted(candidates):
             kind, similarity, why = self._compare(row, other)
-            place = self._place(other)
+            other_set = self._set_of(other)
             if similarity < self.settings.threshold:
                 continue
             if why is not None:
-                apart[place] = max(apart.get(place, (0.0, "")), (similarity, why))
-            elif place not in best or (kind, similarity) > best[place][0]:
-                best[place] = (kind, similarity), other
-        for place in apart.keys() - best.keys():
-            where = f"{self.names[self._place(row)]} in {self.names[place]}"
-            self.apart.setdefault(where, Counter())[apart[place][1]] += 1
+                apart[other_set] = max(apart.get(other_set, (0.0, "")), (similarity, why))
+            elif other_set not in best or (kind, similarity) > best[other_set][0]:
+                best[other_set] = (kind, similarity), other
+        for other_set in apart.keys() - best.keys():
+            where = f"{self.names[self._set_of(row)]} in {self.names[other_set]}"
+            self.apart.setdefault(where, Counter())[apart[other_set][1]] += 1
         return [self._pair(row, other, *match) for _, (match, other) in sorted(best.items())]
 
-    def _place(self, row: int) -> int:
+    def _set_of(self, row: int) -> int:
         """Which set a row lies in."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def _pair(self, row: int, other: int, kind: int, similarity: float) -> Pair:
-        (mine, k), (theirs, j) = ((p := self._place(r), r - int(self.starts[p])) for r in (row, other))
+        (mine, k), (theirs, j) = ((p := self._set_of(r), r - int(self.starts[p])) for r in (row, other))
         kinds = ("near-prompt", "prompt", "prompt") if self.prompts else ("near", "re-spaced", "exact")
         return Pair(self.names[mine], k, self.names[theirs], j, kinds[kind], similarity)
 
@@ -564,8 +572,8 @@ class _Matcher:
         return 0, similarity, why
 
     def _sides(self, row: int) -> tuple[str, ...]:
-        place = self._place(row)
-        records, k = self.records[place], row - int(self.starts[place])
+        own_set = self._set_of(row)
+        records, k = self.records[own_set], row - int(self.starts[own_set])
         return (records.prompts[k],) if self.prompts else (records.prompts[k], records.responses[k])
 
     def _make_hashes(self, row: int) -> tuple[UInt64[np.ndarray, " w"], ...]:

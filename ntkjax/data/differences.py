@@ -145,6 +145,7 @@ def uncovered(
     Equally often: a question that quotes its document has a run twice, which one on the same document has once.
     """
     least = min(len(a), len(b))
+    # The common end is looked for behind the common start: in a text that repeats itself they would overlap.
     start = _equal(a[:least], b[:least])
     end = _equal(a[start:][::-1][: least - start], b[start:][::-1][: least - start])
     inner = a[start : len(a) - end], b[start : len(b) - end]
@@ -169,12 +170,12 @@ def _outside_runs(
     grams = [runs(x, size) for x in (a, b)]
     values, inverse = np.unique(np.concatenate(grams), return_inverse=True)
     places = np.split(inverse, [len(grams[0])])
-    counts = [np.bincount(place, minlength=len(values)) for place in places]
+    counts = [np.bincount(of_runs, minlength=len(values)) for of_runs in places]
     common = counts[0] == counts[1]
     alone = []
-    for words, place in zip((a, b), places):
+    for words, of_runs in zip((a, b), places):
         starts = np.zeros(len(words) + 1, np.int64)
-        hits = np.flatnonzero(common[place])
+        hits = np.flatnonzero(common[of_runs])
         starts[hits] += 1
         np.subtract.at(starts, hits + size, 1)
         alone.append(np.cumsum(starts)[:-1] == 0)
@@ -257,8 +258,8 @@ def _passage(text: Words, changed: list[int]) -> _Passage:
     order = {i: k for k, i in enumerate(i for i in range(first, last + 1) if _is_content(text, i))}
     places = [order[i] for i in changed]
     near: set[int] = set()
-    for place in places:
-        near.update(range(max(0, place - WINDOW), min(len(order), place + WINDOW + 1)))
+    for position in places:
+        near.update(range(max(0, position - WINDOW), min(len(order), position + WINDOW + 1)))
     return _Passage(len(near), len(places), _dense(places))
 
 

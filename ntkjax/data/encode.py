@@ -182,7 +182,8 @@ def _write_part(records: Records, tokenizer: Any, options: _Options, crew: Crew)
     rows, folder = crew.part(len(records)), crew.folder / f"part-{crew.index:05}"
     folder.mkdir()
     end, counts, read = end_token(tokenizer), Counter(), rows.start
-    # Columns of ``_COLUMNS``. Arrays, so that millions cost little.
+    # Columns of ``_COLUMNS``. Arrays, so that millions cost little. Lengths are known when all is written; the table
+    # has room for every record, and is cut to those that were kept.
     table, done, skipped = np.zeros((len(rows), 4), np.int32), 0, []
     fields: Counter[str] = Counter()
 

@@ -185,15 +185,15 @@ def _raw_decode(text: str, position: int) -> tuple[Any, int]:
 
 
 def _iter_jsonl(source: str, wanted: Wanted = None) -> Iterator[Item]:
-    chosen, place = wanted if wanted is None or isinstance(wanted, range) else frozenset(wanted), -1
+    chosen, number = wanted if wanted is None or isinstance(wanted, range) else frozenset(wanted), -1
     with _opened(source) as file:
         for line, raw in enumerate(file, 1):
             if line == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.isspace() or not raw:
                 continue
-            place += 1
-            if chosen is not None and place not in chosen:
+            number += 1
+            if chosen is not None and number not in chosen:
                 yield line, None
                 continue
             try:
@@ -333,9 +333,9 @@ class _JsonArray:
             self._more()
 
     def _pass(self, expected: str) -> None:
-        found = self._next()
-        if found != expected:
-            what = "no comma or closing bracket after a record" if found else "the file ends"
+        character = self._next()
+        if character != expected:
+            what = "no comma or closing bracket after a record" if character else "the file ends"
             raise _broken_array(self.source, self.line, what)
         self.position += 1
 
@@ -357,9 +357,9 @@ class _JsonArray:
                 return value
 
 
-def _broken_array(source: str, line: int, found: str) -> DataError:
+def _broken_array(source: str, line: int, fault: str) -> DataError:
     return DataError(
-        f"{source}:{line}: not valid JSON ({found}) in or after the record that starts here; expected an "
+        f"{source}:{line}: not valid JSON ({fault}) in or after the record that starts here; expected an "
         "array of objects; mend the file (nothing behind a broken record can be read), or use JSON lines"
     )
 
@@ -421,8 +421,8 @@ _TEXT = {
 FORMATS: dict[str, Format] = {
     **_TEXT,
     **{
-        suffix + packed: dataclasses.replace(found, by_range=False)
-        for suffix, found in _TEXT.items()
+        suffix + packed: dataclasses.replace(text_format, by_range=False)
+        for suffix, text_format in _TEXT.items()
         for packed in _OPENERS
     },
     ".parquet": Format(_iter_parquet, _count_parquet, by_range=True),

@@ -319,8 +319,8 @@ class _Taken:
 
     def __contains__(self, name: str) -> bool:
         key = _hash64(name)
-        place = int(np.searchsorted(self.sorted, np.uint64(key)))
-        return key in self.new or (place < len(self.sorted) and int(self.sorted[place]) == key)
+        index = int(np.searchsorted(self.sorted, np.uint64(key)))
+        return key in self.new or (index < len(self.sorted) and int(self.sorted[index]) == key)
 
     def free(self, name: str, suffix: int = 2) -> str:
         """The first of ``name-2``, ``name-3``, ... that is not in use; now it is."""

@@ -198,10 +198,10 @@ def _write(source: Source, path: Path, skip: bool) -> dict[str, Any]:
     first, last = source.rows or (0, None)
 
     def kept() -> Iterator[dict[str, Any]]:
-        for place, record in records:
-            if last is not None and place >= last:
+        for position, record in records:
+            if last is not None and position >= last:
                 break
-            if place >= first:
+            if position >= first:
                 yield record
                 counts["records"] += 1
         if not counts["records"]:
@@ -226,9 +226,9 @@ def _arranged(source: Source, records: Iterator[tuple[str, dict]]) -> Iterator[t
     if source.shuffle is not None:
         order = numpy_rng(source.shuffle, "recipe", "shuffle").permutation(len(groups)).tolist()
     names = list(groups)
-    for place, i in enumerate(order):
+    for position, i in enumerate(order):
         for record in groups[names[i]]:
-            yield place, record
+            yield position, record
 
 
 def _mapped(source: Source, counts: dict[str, Any], skip: bool) -> Iterator[tuple[str, dict]]:

@@ -91,9 +91,9 @@ def _message(item: Any, name: str, k: int, filled: bool) -> Message:
 
 def _role(speaker: Any, where: str) -> str:
     if not isinstance(speaker, str):
-        found = "missing" if speaker is None else kind_of(speaker)
+        kind = "missing" if speaker is None else kind_of(speaker)
         raise RecordProblem(
-            f"{where} is {found}", "the name of the speaker", 'write messages as {"role": ..., "content": ...}'
+            f"{where} is {kind}", "the name of the speaker", 'write messages as {"role": ..., "content": ...}'
         )
     if not speaker.strip():
         raise RecordProblem(f"{where} is empty", "system, user or assistant", "name the speaker")

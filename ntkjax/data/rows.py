@@ -103,6 +103,8 @@ def lay_out(
         if slots >= base or not _starved(lengths, layout, *fitted):
             layout = dataclasses.replace(layout, rows=_enough(layout, fitted[1], row_multiple))
             return layout, _batches(layout, *fitted)
+        # Short examples: rows run out of slots before they run out of tokens. Doubled, so that few values occur, as
+        # each is a program of its own.
         slots *= 2
 
 
@@ -178,18 +180,21 @@ def first_fit(
         rows, counts = [], []
         while todo:
             if open_rows:
+                # The lowest number of the rows with room: first fit.
                 row = heapq.heappop(open_rows)
             else:
                 row = len(free)
                 capacity.append(next(c for c in capacities if c >= length))
                 free.append(capacity[-1])
                 left.append(slots)
-            taken = min(free[row] // length, left[row], todo)
-            free[row] -= taken * length
-            left[row] -= taken
-            todo -= taken
+            # Examples of one length are alike, so a row takes as many at once as it has room for: the loop runs over
+            # rows and lengths, not over examples.
+            fitting = min(free[row] // length, left[row], todo)
+            free[row] -= fitting * length
+            left[row] -= fitting
+            todo -= fitting
             rows.append(row)
-            counts.append(taken)
+            counts.append(fitting)
             if left[row] and free[row] >= length:
                 heapq.heappush(open_rows, row)
             elif left[row]:
@@ -199,6 +204,7 @@ def first_fit(
 
 
 def _batches(layout: RowLayout, where: Int[np.ndarray, " n"], capacity: Int[np.ndarray, " R"]) -> list[FilledBatch]:
+    # Members row after row, in each row in the given order: row r has members[ends[r] - held[r] : ends[r]].
     members = np.argsort(where, kind="stable")
     held = np.bincount(where, minlength=len(capacity))
     ends = np.cumsum(held)

@@ -300,8 +300,8 @@ def _answer_and_choices(record: dict[str, Any]) -> tuple[str | None, list[str] |
         )
     answer = _label(record, "answer", (str,))
     if answer is not None and answer not in choices:
-        place = answer.strip().strip("().").upper()
-        letter = len(place) == 1 and "A" <= place <= "Z"
+        label = answer.strip().strip("().").upper()
+        letter = len(label) == 1 and "A" <= label <= "Z"
         raise RecordProblem(
             f"the answer {answer!r} is not among the choices {choices!r}",
             "an answer that equals one of them exactly",

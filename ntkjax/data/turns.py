@@ -196,9 +196,9 @@ def _end_of(text: str, part: str, count: int) -> int | None:
     """Where the ``count``-th ``part`` of ``text`` ends; None where there are fewer, or for a count of 0."""
     at = 0
     for _ in range(count):
-        if (found := text.find(part, at)) < 0:
+        if (start := text.find(part, at)) < 0:
             return None
-        at = found + len(part)
+        at = start + len(part)
     return at or None
 
 

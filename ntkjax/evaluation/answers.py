@@ -163,8 +163,8 @@ def count_answers(answers: Iterable[tuple[str, Sequence[str] | None]]) -> dict[s
     """
     counts: dict[tuple[bool, str], Counter[str]] = {}
     for answer, choices in answers:
-        place = match_choice(answer, choices or ())
-        answer = answer if place is None or choices is None else choices[place]
+        index = match_choice(answer, choices or ())
+        answer = answer if index is None or choices is None else choices[index]
         key = normalise_answer(answer)
         alone = all(choice == answer or normalise_answer(choice) != key for choice in choices or ())
         counts.setdefault((alone, key if alone else answer), Counter())[answer] += 1
@@ -238,7 +238,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return compiled
 
 
-def _last_place(text: str, pattern: re.Pattern[str]) -> str | None:
+def _behind_last_marker(text: str, pattern: re.Pattern[str]) -> str | None:
     """Group 1 of the last match: the answer and, of a group ``sentence``, the rest of its line."""
     last = None
     for match in pattern.finditer(text):
@@ -254,10 +254,10 @@ def last_answer(text: str, pattern: re.Pattern[str]) -> str | None:
     front of a blank, but not behind an abbreviation ("U.S. dollars", "approx. 5"), and an exclamation mark is part of
     the answer where it stands behind a number or a symbol ("5!").
     """
-    place = _last_place(text, pattern)
-    if place is None:
+    behind = _behind_last_marker(text, pattern)
+    if behind is None:
         return None
-    answer = _tidy(_first_sentence(place) if "sentence" in pattern.groupindex else place)
+    answer = _tidy(_first_sentence(behind) if "sentence" in pattern.groupindex else behind)
     return answer if answer.strip(". …") else None
 
 
@@ -309,10 +309,10 @@ def read_choice(text: str, pattern: re.Pattern[str], choices: Sequence[str]) -> 
     no other choice of the question differs from it in case only. What follows must not go on with it (see
     `_ends_there`). A whole answer (`last_answer`) that is a choice counts with its length.
     """
-    place, answer = _last_place(text, pattern), last_answer(text, pattern)
-    if place is None or answer is None:
+    behind, answer = _behind_last_marker(text, pattern), last_answer(text, pattern)
+    if behind is None or answer is None:
         return None
-    line = _plain_characters(place)
+    line = _plain_characters(behind)
     matches: list[tuple[int, int, int]] = []
     whole = match_choice(answer, choices)
     if whole is not None:

@@ -31,11 +31,11 @@ from ntkjax.data.prompts import encode, render_text
 from ntkjax.data.rows import lay_out
 from ntkjax.errors import ConfigError, DataError, UserError
 from ntkjax.evaluation.answers import find_choices
+from ntkjax.evaluation.options import DEFAULT_TEMPLATE, Batching
 from ntkjax.evaluation.packing import Packed, PackedBatch, collate, collate_rows, pack
 from ntkjax.parallel import data_parallel, shard_batch, to_host
 from ntkjax.types import ArrayLike, Batch, Params, as_pytree_fn, at_least_float32, capped, logit_cap
 
-DEFAULT_TEMPLATE = "So the answer is {}."
 LOGIT_ELEMENTS = 1 << 24
 """Logits held at once while scoring: 64 MiB in float32, whatever the vocabulary."""
 ROW_LENGTH = 512
@@ -108,6 +108,7 @@ def token_scores(
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = hidden.astype(dtype), head.astype(dtype)
 
+    # Position by position instead of [B, M, V] at once; `block` of them, so that their logits stay within bounds.
     def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = capped(jnp.matmul(head, pair[0], precision=jax.lax.Precision.HIGHEST), logit_cap(head_fn))
         best = jnp.argmax(logits).astype(pair[1].dtype) == pair[1]
@@ -179,12 +180,12 @@ def _joined(
     waiting = {owner: list[int]() for owner in owners}
     for part, owner in enumerate(owners):
         waiting[owner].append(part)
-    found: dict[int, np.ndarray] = {}
+    values: dict[int, np.ndarray] = {}
     for batch in scored:
-        found |= dict(batch)
+        values |= dict(batch)
         done = {owners[part]: waiting[owners[part]] for part, _ in batch}
-        whole = {owner: parts for owner, parts in done.items() if all(part in found for part in parts)}
-        yield [(owner, np.concatenate([found.pop(part) for part in parts])) for owner, parts in whole.items()]
+        whole = {owner: parts for owner, parts in done.items() if all(part in values for part in parts)}
+        yield [(owner, np.concatenate([values.pop(part) for part in parts])) for owner, parts in whole.items()]
 
 
 def _padded(
@@ -194,6 +195,7 @@ def _padded(
     scored: dict[int, int] = {}
     for planned in plan:
         most = max(packed[i].target.size for i in planned.indices)
+        # One number of scored tokens for each length, the most of its batches: it is a shape of the program.
         scored[planned.length] = max(scored.get(planned.length, 0), round_up(most, 8))
     for planned in plan:
         yield collate(packed, planned.indices, planned.rows, planned.length, scored[planned.length])
@@ -286,10 +288,10 @@ def gold_choice(example: Any) -> int | None:
             f"example {example.id!r}: found the choices {choices}; expected at least two; add the others, or remove "
             "the field 'choices'"
         )
-    found = find_choices(example.answer, choices)
-    if len(found) == 1:
-        return found[0]
-    meant = f"could be any of {[choices[c] for c in found]}," if found else "is not"
+    matches = find_choices(example.answer, choices)
+    if len(matches) == 1:
+        return matches[0]
+    meant = f"could be any of {[choices[c] for c in matches]}," if matches else "is not"
     raise DataError(
         f"example {example.id!r}: the answer {example.answer!r} {meant} among the choices {choices}; expected one of "
         "them as it is written there; mend the record"
@@ -301,26 +303,22 @@ def score_choices(
     params: Params,
     records: Any,
     *,
-    max_length: int,
-    token_budget: int,
+    batching: Batching,
     answer_template: str = DEFAULT_TEMPLATE,
     rows: Sequence[int] | None = None,
     max_buckets: int | None = None,
-    packing: bool = False,
 ) -> Iterator[list[ChoiceScores]]:
     """Likelihoods of the choices of every example that has choices and an answer, one list for each batch.
 
     Args:
       model: a `LanguageModel`, or anything with ``tokenizer``, ``states_fn`` and ``head_fn``.
       params: the trained parameters, any subset of the model's tree.
+      batching: how they are put into batches; an example longer than its token budget forms a batch alone.
       rows: which rows of the records; None for all.
-      token_budget: tokens in a batch, padding included; a packed example longer than that forms a batch
-        alone.
-      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation is dear.
-      packing: several examples a row.
+      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation takes long.
 
     Raises:
-      UserError: no example has choices and an answer, or one does not fit into ``max_length``.
+      UserError: no example has choices and an answer, or one does not fit into ``batching.max_length``.
     """
     check_template(answer_template)
     rows = range(len(records)) if rows is None else rows
@@ -334,7 +332,7 @@ def score_choices(
         )
     kept, examples = zip(*chosen)
     responses = [[answer_template.format(choice) for choice in example.choices] for example in examples]
-    packed = pack_choices(model.tokenizer, examples, responses, max_length=max_length)
-    options = {"token_budget": token_budget, "max_buckets": max_buckets, "packing": packing}
+    packed = pack_choices(model.tokenizer, examples, responses, max_length=batching.max_length)
+    options = {"token_budget": batching.token_budget, "max_buckets": max_buckets, "packing": batching.packing}
     for done in score_packed(model, params, packed, **options):
         yield [ChoiceScores(kept[i], sums, packed[i].counts(), packed[i].dropped) for i, sums in done]

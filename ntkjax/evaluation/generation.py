@@ -26,7 +26,8 @@ from ntkjax.evaluation.answers import (
     read_choice,
     same_answer,
 )
-from ntkjax.evaluation.choices import DEFAULT_TEMPLATE, check_template, pack_choices, pick, score_packed
+from ntkjax.evaluation.choices import check_template, pack_choices, pick, score_packed
+from ntkjax.evaluation.options import Batching, EvaluationSettings
 from ntkjax.evaluation.packing import cut_prompt
 from ntkjax.evaluation.shots import BLANK_LINE
 from ntkjax.models.generate import SHORTEST_BUCKET, generate
@@ -141,94 +142,108 @@ def forced_text(text: str, answer_template: str, choice: str | None = None) -> s
     return f"{text} {tail}" if text else tail
 
 
-def _force_choices(
-    model: Any, params: Params, todo: list[tuple[Any, str]], template: str, max_length: int, token_budget: int
-) -> list[str]:
-    """The likeliest choice after generated text and marker, for each (example, text)."""
-    packed = pack_choices(
-        model.tokenizer,
-        [example for example, _ in todo],
-        [[forced_text(text, template, choice) for choice in example.choices] for example, text in todo],
-        max_length=max_length,
-        score_shared=False,
-    )
-    answers = [""] * len(todo)
-    # One bucket: forced answers are few in a batch, and a bucket for each would compile more than it saves.
-    for done in score_packed(model, params, packed, token_budget=token_budget, max_buckets=1):
-        for i, sums in done:
-            answers[i] = todo[i][0].choices[pick(sums)[0]]
-    return answers
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """How answers are generated, read and, where the marker is absent, forced."""
 
+    model: Any
+    params: Params
+    template: str
+    pattern: re.Pattern[str]
+    batching: Batching
 
-def _force_free(
-    model: Any,
-    params: Params,
-    todo: list[tuple[Any, str]],
-    template: str,
-    pattern: re.Pattern[str],
-    max_length: int,
-    rows: int,
-) -> list[str | None]:
-    """Generate a few tokens after the marker and read them, for each (example, text) without choices."""
-    tokenizer, room = model.tokenizer, max_length - FORCED_TOKENS
-    marker = answer_marker(template)
-    answers: list[str | None] = []
-    for start in range(0, len(todo), rows):
-        part = todo[start : start + rows]
-        prompts = []
-        for example, text in part:
-            prompt = render_beginning(tokenizer, example, forced_text(text, template))
-            prompts.append(cut_prompt(prompt, room, tokenizer.bos_token_id))
-        new = _generate_batch(model, params, prompts, rows, FORCED_TOKENS)
-        answers += [last_answer(f"{marker} {_decode(tokenizer, tokens)}", pattern) for tokens in new]
-    return answers
+    def force(
+        self, examples: Sequence[Any], texts: Sequence[str], read: Sequence[tuple], rows: int
+    ) -> list[str | None]:
+        """The answers read, with the missing ones forced; ``rows``: of a batch of prompts."""
+        answers = [answer for answer, _ in read]
+        absent = [r for r, (_, how) in enumerate(read) if how == "forced"]
+        fixed = [r for r in absent if examples[r].choices]
+        free = [r for r in absent if not examples[r].choices]
+        if fixed:
+            for r, answer in zip(fixed, self.force_choices([(examples[r], texts[r]) for r in fixed])):
+                answers[r] = answer
+        if free:
+            for r, answer in zip(free, self.force_free([(examples[r], texts[r]) for r in free], rows)):
+                answers[r] = answer
+        return answers
+
+    def force_choices(self, todo: list[tuple[Any, str]]) -> list[str]:
+        """The likeliest choice after generated text and marker, for each (example, text)."""
+        packed = pack_choices(
+            self.model.tokenizer,
+            [example for example, _ in todo],
+            [[forced_text(text, self.template, choice) for choice in example.choices] for example, text in todo],
+            max_length=self.batching.max_length,
+            score_shared=False,
+        )
+        answers = [""] * len(todo)
+        # One bucket: forced answers are few in a batch, and a bucket for each would compile more than it saves.
+        scored = score_packed(self.model, self.params, packed, token_budget=self.batching.token_budget, max_buckets=1)
+        for done in scored:
+            for i, sums in done:
+                answers[i] = todo[i][0].choices[pick(sums)[0]]
+        return answers
+
+    def force_free(self, todo: list[tuple[Any, str]], rows: int) -> list[str | None]:
+        """Generate a few tokens after the marker and read them, for each (example, text) without choices."""
+        tokenizer, room = self.model.tokenizer, self.batching.max_length - FORCED_TOKENS
+        marker = answer_marker(self.template)
+        answers: list[str | None] = []
+        for start in range(0, len(todo), rows):
+            part = todo[start : start + rows]
+            prompts = []
+            for example, text in part:
+                prompt = render_beginning(tokenizer, example, forced_text(text, self.template))
+                prompts.append(cut_prompt(prompt, room, tokenizer.bos_token_id))
+            new = _generate_batch(self.model, self.params, prompts, rows, FORCED_TOKENS)
+            answers += [last_answer(f"{marker} {_decode(tokenizer, tokens)}", self.pattern) for tokens in new]
+        return answers
 
 
 def generate_answers(
     model: Any,
     params: Params,
     records: Any,
+    settings: EvaluationSettings = EvaluationSettings(),
     *,
-    max_length: int,
-    token_budget: int,
-    max_new_tokens: int = 256,
-    answer_template: str = DEFAULT_TEMPLATE,
-    answer_pattern: str | None = None,
+    batching: Batching,
     rows: Sequence[int] | None = None,
 ) -> Iterator[list[GeneratedAnswer]]:
     """Generate and read an answer for every example, one list for each batch.
 
     Args:
       model: a `LanguageModel`. params: the trained parameters, any subset of its tree.
-      max_length: longest prompt, continuation and forced answer together; prompts are cut from the left to
-        fit, and how much was cut is kept in ``dropped``.
-      answer_pattern: a regular expression whose group 1 is the answer, in place of the template's marker.
+      settings: the template of an answer, the pattern that reads it where that is another than the template's marker,
+        and the longest answer; nothing else of them is looked at.
+      batching: its ``max_length`` holds prompt, continuation and forced answer together; prompts are cut from the left
+        to fit, and how much was cut is kept in ``dropped``.
+      rows: which rows of the records; None for all.
 
     Raises:
       ConfigError: a template, pattern or number of new tokens that cannot work.
     """
-    check_template(answer_template)
-    pattern = compile_pattern(answer_pattern or default_pattern(answer_template))
+    template, new_tokens = settings.answer_template, settings.max_new_tokens
+    check_template(template)
+    pattern = compile_pattern(settings.answer_pattern or default_pattern(template))
     rows = list(range(len(records)) if rows is None else rows)
     if not rows:
         return
-    everything = [records[row] for row in rows]
-    room = max_length - max_new_tokens - _reserve(model.tokenizer, everything, answer_template)
-    if max_new_tokens < 1 or room < 1:
+    how, everything = _Generation(model, params, template, pattern, batching), [records[row] for row in rows]
+    room = batching.max_length - new_tokens - _reserve(model.tokenizer, everything, template)
+    if new_tokens < 1 or room < 1:
         raise ConfigError(
-            f"max_new_tokens: {max_new_tokens} new tokens and a forced answer leave {room} of max_length "
-            f"{max_length} tokens "
-            "for the prompt; expected at least one of each: raise max_length or generate fewer tokens"
+            f"max_new_tokens: {new_tokens} new tokens and a forced answer leave {room} of max_length "
+            f"{batching.max_length} tokens for the prompt; expected at least one of each: raise max_length or generate "
+            "fewer tokens"
         )
     prompts, dropped = _prompts(model.tokenizer, everything, room)
-    for places, n_rows in _plan([len(p) for p in prompts], max_new_tokens, token_budget):
+    for places, n_rows in _plan([len(p) for p in prompts], new_tokens, batching.token_budget):
         examples = [everything[i] for i in places]
-        new = _generate_batch(model, params, [prompts[i] for i in places], n_rows, max_new_tokens)
+        new = _generate_batch(model, params, [prompts[i] for i in places], n_rows, new_tokens)
         texts = [_own_answer(e, _decode(model.tokenizer, tokens)) for e, tokens in zip(examples, new)]
         read = [_read(example, text, pattern) for example, text in zip(examples, texts)]
-        forced = _force(
-            model, params, examples, texts, read, answer_template, pattern, max_length, token_budget, n_rows
-        )
+        forced = how.force(examples, texts, read, n_rows)
         yield [
             GeneratedAnswer(
                 row=rows[i],
@@ -241,25 +256,6 @@ def generate_answers(
             )
             for r, i in enumerate(places)
         ]
-
-
-def _force(
-    model, params, examples, texts, read, template, pattern, max_length, token_budget, n_rows
-) -> list[str | None]:
-    """The answers read, with the missing ones forced."""
-    answers = [answer for answer, _ in read]
-    absent = [r for r, (_, how) in enumerate(read) if how == "forced"]
-    fixed = [r for r in absent if examples[r].choices]
-    free = [r for r in absent if not examples[r].choices]
-    if fixed:
-        todo = [(examples[r], texts[r]) for r in fixed]
-        for r, answer in zip(fixed, _force_choices(model, params, todo, template, max_length, token_budget)):
-            answers[r] = answer
-    if free:
-        todo = [(examples[r], texts[r]) for r in free]
-        for r, answer in zip(free, _force_free(model, params, todo, template, pattern, max_length, n_rows)):
-            answers[r] = answer
-    return answers
 
 
 def _is_correct(example: Any, predicted: str | None, pattern: re.Pattern[str]) -> bool | None:

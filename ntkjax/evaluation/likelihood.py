@@ -46,7 +46,7 @@ def response_nll(
     Args:
       model: anything with the callable pytree ``nll_fn(params, batch) -> [B]``.
       dataset: offers ``batches(token_budget=, indices=, max_buckets=)`` and ``response_lengths``.
-      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation is dear.
+      max_buckets: padded lengths; None: 6 on a CPU, fewer where compilation takes long.
     """
     nll_fn = as_pytree_fn(model.nll_fn)
     buckets = most_buckets(6) if max_buckets is None else max_buckets

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +31,9 @@ from ntkjax.data.prompts import end_token
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation.choices import token_scores
 from ntkjax.evaluation.metrics import right_or_wrong
-from ntkjax.evaluation.options import TaskOptions
+from ntkjax.evaluation.options import Batching, TaskOptions
 from ntkjax.evaluation.significance import bootstrap_mean, paired_bootstrap, wilson_interval
-from ntkjax.files import plain, read_json, write_json, write_jsonl
+from ntkjax.files import plain, read_json, read_json_lines, write_json, write_jsonl
 from ntkjax.models.generate import generate
 from ntkjax.types import Batch, Params, as_pytree_fn
 
@@ -71,20 +70,20 @@ def score(
     params: Params,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
-    max_length: int,
-    token_budget: int,
+    batching: Batching,
     max_buckets: int | None = None,
     progress: bool = False,
 ) -> list[tuple[float, bool]]:
     """log p(continuation | context) in nats, and whether greedy decoding gives the continuation, of token ids.
 
-    The model reads the last ``max_length`` tokens of context + continuation without its last token, as lm-eval's
-    backend for transformers does. Batches are grouped by length; each length compiles once (``max_buckets`` of
-    them; None: 6 on a CPU, fewer where compilation is dear).
+    The model reads the last ``batching.max_length`` tokens of context + continuation without its last token, as
+    lm-eval's backend for transformers does. Batches are grouped by length; each length compiles once (``max_buckets``
+    of them; None: 6 on a CPU, fewer where compilation takes long).
 
     Raises:
-      UserError: an empty context or continuation, or a continuation longer than ``max_length``.
+      UserError: an empty context or continuation, or a continuation longer than that.
     """
+    max_length = batching.max_length
     for context, continuation in pairs:
         if not context or not 0 < len(continuation) <= max_length:
             raise UserError(
@@ -94,7 +93,7 @@ def score(
     rows = [([*context, *continuation][-(max_length + 1) :][:-1], continuation) for context, continuation in pairs]
     lengths = np.asarray([len(tokens) for tokens, _ in rows], np.int32)
     buckets = most_buckets(6) if max_buckets is None else max_buckets
-    plan = plan_batches(lengths, np.arange(len(rows)), token_budget, buckets) if rows else []
+    plan = plan_batches(lengths, np.arange(len(rows)), batching.token_budget, buckets) if rows else []
     scored: dict[int, int] = {}
     for planned in plan:
         most = max(len(rows[i][1]) for i in planned.indices)
@@ -202,29 +201,28 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     wanted: Continuation,
     *,
-    max_length: int,
-    token_budget: int,
+    batching: Batching,
     seed: int = 0,
     progress: bool = False,
 ) -> list[str]:
     """The text after each prompt (token ids), cut at the first of ``wanted.until``, in the order given.
 
-    Prompts lose tokens on the left so that they and what is generated fit ``max_length``. Generation ends at the
-    tokenizer's eos and the end tokens of config.json and generation_config.json, or after ``wanted.new_tokens``.
+    Prompts lose tokens on the left so that they and what is generated fit ``batching.max_length``. Generation ends at
+    the tokenizer's eos and the end tokens of config.json and generation_config.json, or after ``wanted.new_tokens``.
 
     Raises:
       UserError: no room for a prompt.
     """
-    room, tokenizer = max_length - wanted.new_tokens, model.tokenizer
+    room, tokenizer = batching.max_length - wanted.new_tokens, model.tokenizer
     if room < 1:
         raise UserError(
-            f"lm-eval: the task generates {wanted.new_tokens} tokens, and --max-length is {max_length}; expected room "
-            "for a prompt beside them; raise --max-length, or lower max_gen_toks of the task"
+            f"lm-eval: the task generates {wanted.new_tokens} tokens, and --max-length is {batching.max_length}; "
+            "expected room for a prompt beside them; raise --max-length, or lower max_gen_toks of the task"
         )
     cut = [list(prompt)[-room:] for prompt in prompts]
     ends = {*model.config.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
-    rows = max(1, token_budget // (wanted.new_tokens + max(map(len, cut), default=1)))
+    rows = max(1, batching.token_budget // (wanted.new_tokens + max(map(len, cut), default=1)))
     texts = [""] * len(cut)
     with tqdm(total=len(cut), desc="generation", unit="text", disable=not progress) as bar:
         for start in range(0, len(order), rows):
@@ -249,50 +247,70 @@ def until_first(text: str, stops: Sequence[str]) -> str:
 # -- the backend --
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """What lm-eval calls ``model_args`` of this backend.
+
+    Attributes:
+      pretrained: directory of a model to load, where none is given; adapter: PEFT directory on it; dtype: of its
+        weights.
+      max_length: longest sequence. token_budget: tokens in a batch.
+      seed: of what is sampled. progress: whether there are progress bars.
+    """
+
+    pretrained: str | None = None
+    adapter: str | None = None
+    dtype: str = "float32"
+    max_length: int = 2048
+    token_budget: int = 8192
+    seed: int = 0
+    progress: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> ModelArguments:
+        """``given`` without what lm-eval adds, which has no use here: batches hold ``token_budget`` tokens, and JAX
+        says where they run. ConfigError for a name that there is not."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(given.keys() - {*known, *_NOT_USED}):
+            raise ConfigError(f"lm-eval: unknown model argument {unknown[0]!r}; expected some of {', '.join(known)}")
+        return cls(**{name: value for name, value in given.items() if name in known})
+
+
+_NOT_USED = ("batch_size", "max_batch_size", "device")
+
+
 class Answers:
     """A `LanguageModel` behind lm-eval's interface: `backend` joins it with lm-eval's ``TemplateLM``.
 
     Attributes:
-      model, params, tokenizer: what answers. max_length, token_budget: longest sequence, and tokens in a batch.
+      model, params, tokenizer: what answers. batching: longest sequence, and tokens in a batch.
       cut: contexts and prompts that lost tokens on the left until now.
     """
 
     backend = "causal"
     cache_hook: Any
 
-    def __init__(
-        self,
-        model: Any = None,
-        params: Any = None,
-        *,
-        pretrained: str | None = None,
-        adapter: str | None = None,
-        dtype: str = "float32",
-        max_length: int = 2048,
-        token_budget: int = 8192,
-        seed: int = 0,
-        progress: bool = True,
-        batch_size: Any = None,
-        max_batch_size: Any = None,
-        device: Any = None,
-    ) -> None:
-        """Of a loaded ``model`` with ``params`` over its weights, or of ``pretrained``, a directory, and ``adapter``.
-
-        ``batch_size``, ``max_batch_size`` and ``device`` are lm-eval's, and not used: batches hold ``token_budget``
-        tokens, and JAX says where they run.
+    def __init__(self, model: Any = None, params: Any = None, **arguments: Any) -> None:
+        """Of a loaded ``model`` with ``params`` over its weights, or of the one that `ModelArguments` name.
 
         Raises:
-          ConfigError: both a model and a directory, or neither.
+          ConfigError: both a model and a directory, or neither; an argument that there is not.
         """
         super().__init__()
-        if (model is None) == (pretrained is None):
+        asked = ModelArguments.of(arguments)
+        if (model is None) == (asked.pretrained is None):
             raise ConfigError("expected either a model or pretrained, a directory; give one of them")
-        self.model = _loaded(str(pretrained), adapter, dtype) if model is None else model
+        self.model = _loaded(str(asked.pretrained), asked.adapter, asked.dtype) if model is None else model
         self.params, self.tokenizer = params or {}, self.model.tokenizer
         limit = self.model.config.position_limit
-        self.max_length = max_length if limit is None else min(max_length, limit)
-        self.token_budget, self.seed, self.progress = token_budget, seed, progress
+        longest = asked.max_length if limit is None else min(asked.max_length, limit)
+        self.batching, self.seed, self.progress = Batching(longest, asked.token_budget), asked.seed, asked.progress
         self.cut = 0  # contexts and prompts that lost tokens on the left
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, which lm-eval writes into its results."""
+        return self.batching.max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -330,11 +348,8 @@ class Answers:
         return theirs(requests, disable_tqdm=disable_tqdm or not self.progress)
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        self.cut += sum(len(a) + len(b) > self.max_length + 1 for a, b in pairs)
-        return score(
-            self.model, self.params, pairs, max_length=self.max_length, token_budget=self.token_budget,
-            progress=self.progress,
-        )  # fmt: skip
+        self.cut += sum(len(a) + len(b) > self.batching.max_length + 1 for a, b in pairs)
+        return score(self.model, self.params, pairs, batching=self.batching, progress=self.progress)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
         answers = self._score([(context, continuation) for _, context, continuation in requests])
@@ -345,7 +360,8 @@ class Answers:
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, from that of its windows."""
         texts = [request.args[0] for request in requests]
-        windows = [rolling_windows(self.tok_encode(t), self.prefix_token_id, self.max_length) for t in texts]
+        longest = self.batching.max_length
+        windows = [rolling_windows(self.tok_encode(t), self.prefix_token_id, longest) for t in texts]
         scores = iter(self._score([window for own in windows for window in own]))
         totals = [sum(next(scores)[0] for _ in own) for own in windows]
         for text, total in zip(texts, totals, strict=True):
@@ -360,10 +376,10 @@ class Answers:
         texts = [""] * len(requests)
         for kind in dict.fromkeys(wanted):
             own = [i for i, other in enumerate(wanted) if other == kind]
-            self.cut += sum(len(prompts[i]) > self.max_length - kind.new_tokens for i in own)
+            self.cut += sum(len(prompts[i]) > self.batching.max_length - kind.new_tokens for i in own)
             generated = continuations(
-                self.model, self.params, [prompts[i] for i in own], kind, max_length=self.max_length,
-                token_budget=self.token_budget, seed=self.seed, progress=self.progress,
+                self.model, self.params, [prompts[i] for i in own], kind, batching=self.batching, seed=self.seed,
+                progress=self.progress,
             )  # fmt: skip
             for i, text in zip(own, generated, strict=True):
                 texts[i] = text
@@ -455,8 +471,7 @@ def run_tasks(
     tasks: Tasks,
     options: TaskOptions,
     *,
-    max_length: int,
-    token_budget: int,
+    batching: Batching,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[list[TaskResult], dict[str, int]]:
@@ -468,7 +483,8 @@ def run_tasks(
     cls = backend()
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
-    lm = cls(model, params, max_length=max_length, token_budget=token_budget, seed=seed, progress=progress)
+    lengths = {"max_length": batching.max_length, "token_budget": batching.token_budget}
+    lm = cls(model, params, **lengths, seed=seed, progress=progress)
     output = simple_evaluate(
         model=lm, tasks=tasks.tasks, task_manager=tasks.manager, num_fewshot=options.task_shots,
         limit=options.task_limit, apply_chat_template=options.task_chat_template,
@@ -605,11 +621,14 @@ def read_results(folder: Path) -> tuple[list[TaskResult], dict[str, int]]:
     Raises:
       UserError: no such folder, or a damaged file.
     """
-    content = read_json(Path(folder) / "results.json", remedy="run the tasks again with evaluate --tasks")
+    again = "run the tasks again with evaluate --tasks"
+    content = read_json(Path(folder) / "results.json", remedy=again)
     results = []
     for entry in content["tasks"]:
-        with (Path(folder) / entry["samples"]).open(encoding="utf-8") as file:
-            samples = [json.loads(line) for line in file]
+        path = Path(folder) / entry["samples"]
+        if not path.is_file():
+            raise UserError(f"{path}: not found; expected the samples of {entry['task']}; {again}")
+        samples = read_json_lines(path)
         values = {name: float(value) for name, value in entry["values"].items()}
         results.append(TaskResult(entry["task"], entry["n"], values, samples))
     return results, content["counts"]

@@ -7,7 +7,9 @@ from typing import Literal
 
 from ntkjax.data.prompts import LossTurns
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation.choices import DEFAULT_TEMPLATE
+
+DEFAULT_TEMPLATE = "So the answer is {}."
+"""The response whose likelihood decides between choices, where nothing else is said."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ntkjax.errors import ConfigError, DataError
 from ntkjax.files import write_json, write_jsonl
-from ntkjax.parallel import barrier, is_primary
+from ntkjax.job import barrier, is_primary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +154,17 @@ class OutcomeLog:
             # A run killed while writing leaves a last line without its end: that piece is done again.
             if not line.endswith(b"\n"):
                 break
-            record = json.loads(line)
-            if number == 0:
-                self._check(record)
-            else:
-                self.pieces.setdefault(record.pop("kind"), {})[record.pop("row")] = record
+            try:
+                record = json.loads(line)
+                if number == 0:
+                    self._check(record)
+                else:
+                    self.pieces.setdefault(record.pop("kind"), {})[record.pop("row")] = record
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise DataError(
+                    f"{self._part}:{number + 1}: not a piece of an evaluation ({error}); "
+                    "remove the file to evaluate anew"
+                ) from None
             good.append(line)
         if not is_primary():
             return
@@ -191,6 +197,7 @@ class OutcomeLog:
                 fields.update(rows.get(row, {}))
             outcomes.append(dataclasses.replace(base, **fields))
         if self.path is not None and is_primary():
+            # Settings first: outcomes without them are refused, settings without outcomes are nothing.
             write_json(self._settings_path, self.settings, indent=1)
             write_outcomes(self.path, outcomes)
             self._part.unlink(missing_ok=True)

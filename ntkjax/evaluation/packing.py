@@ -48,14 +48,14 @@ class Packed:
     def alone(self, choice: int) -> Packed:
         """The sequence with one of its choices, numbered from 0."""
         kept, scored = np.isin(self.segments, (0, choice + 1)), np.isin(self.branch, (0, choice + 1))
-        place = np.cumsum(kept, dtype=np.int32) - 1
+        new_position = np.cumsum(kept, dtype=np.int32) - 1
         one = lambda x: np.minimum(x, 1).astype(np.int32)
         return dataclasses.replace(
             self,
             tokens=self.tokens[kept],
             segments=one(self.segments[kept]),
             positions=self.positions[kept],
-            predictor=place[self.predictor[scored]],
+            predictor=new_position[self.predictor[scored]],
             target=self.target[scored],
             branch=one(self.branch[scored]),
             choices=1,
@@ -70,6 +70,7 @@ class Packed:
         return self._per_choice(np.asarray(log_probs, dtype=np.float64))
 
     def _per_choice(self, values: np.ndarray) -> np.ndarray:
+        # Branch 0 is what all choices share: its log-probabilities are those of each.
         totals = np.bincount(self.branch, weights=values, minlength=self.choices + 1)
         return totals[0] + totals[1:]
 
@@ -143,6 +144,8 @@ def _lay_out(sequences: list[list[int]], starts: list[int], shared: int, score_s
         scored += [(t - 1, tokens[t], 0) for t in range(starts[0], shared)]
     for c, (sequence, start) in enumerate(zip(sequences, starts), 1):
         for t in range(shared, len(sequence)):
+            # The first token of every choice is predicted by the last token of the prefix, whatever lies between them
+            # in the row; the others by the token before.
             predictor = shared - 1 if t == shared else len(tokens) - 1
             if t >= start:
                 scored.append((predictor, sequence[t], c))
@@ -179,9 +182,9 @@ class PackedBatch:
 def collate(packed: Sequence[Packed], rows: np.ndarray, n_rows: int, length: int, scored: int) -> PackedBatch:
     """Right-pad ``packed[rows]`` to ``n_rows`` x ``length`` with ``scored`` predictions a row, one example a row."""
     members = np.asarray(rows, dtype=np.int64)
-    found = collate_rows(packed, FilledBatch(length, n_rows, 1, members, np.arange(len(members))), scored)
-    batch = dataclasses.replace(found.batch, examples=None, lengths=np.maximum(found.batch.lengths, 1))
-    return dataclasses.replace(found, batch=batch)
+    collated = collate_rows(packed, FilledBatch(length, n_rows, 1, members, np.arange(len(members))), scored)
+    batch = dataclasses.replace(collated.batch, examples=None, lengths=np.maximum(collated.batch.lengths, 1))
+    return dataclasses.replace(collated, batch=batch)
 
 
 def collate_rows(packed: Sequence[Packed], filled: FilledBatch, scored: int) -> PackedBatch:

@@ -106,6 +106,7 @@ def bootstrap_mean(
         raise ConfigError(f"method: expected 'bca' or 'percentile', got {method!r}")
     values = _vector(values, "values")
     estimate = float(values.mean())
+    # BCa divides by the spread of the values: nothing varies, nothing is resampled.
     if np.all(values == values[0]):
         return Interval(estimate, estimate, estimate, level, "degenerate", values.size)
     result = stats.bootstrap(

@@ -123,17 +123,17 @@ class ModelConfig(ModelShape):
         """
         query, kv, width, inner = self.num_heads, self.num_kv_heads, self.hidden_size, self.intermediate_size
         block = self.block
-        found = {
+        shapes = {
             "attention/q": (width, query * self.head_dim, block.qkv_bias),
             "attention/k": (width, kv * self.head_dim, block.qkv_bias),
             "attention/v": (width, kv * self.head_dim, block.qkv_bias),
             "attention/o": (query * self.head_dim, width, block.o_bias),
         }
         if block.mlp == "experts":
-            found["mlp/router"] = (width, self.num_experts, False)
+            shapes["mlp/router"] = (width, self.num_experts, False)
         if block.mlp != "plain":
-            found["mlp/gate"] = (width, inner, block.mlp_bias)
-        return found | {"mlp/up": (width, inner, block.mlp_bias), "mlp/down": (inner, width, block.mlp_bias)}
+            shapes["mlp/gate"] = (width, inner, block.mlp_bias)
+        return shapes | {"mlp/up": (width, inner, block.mlp_bias), "mlp/down": (inner, width, block.mlp_bias)}
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
@@ -148,8 +148,7 @@ class ModelConfig(ModelShape):
 
     @property
     def position_limit(self) -> int | None:
-        """The longest sequence that the model can take at all: ``max_positions`` where positions are learned; None for
-        any."""
+        """The longest sequence that the model can take: ``max_positions`` where positions are learned, else None."""
         return self.max_positions if self.learned_positions else None
 
     @property
@@ -233,9 +232,9 @@ def _ropes(config: ModelConfig) -> tuple[RopeConfig, ...]:
 
 
 def _settings(value: Any) -> dict[str, Any]:
-    found = {}
+    settings = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if not field.metadata.get("later") or item != field.default:
-            found[field.name] = _settings(item) if dataclasses.is_dataclass(item) else item
-    return found
+            settings[field.name] = _settings(item) if dataclasses.is_dataclass(item) else item
+    return settings

@@ -80,13 +80,18 @@ def dispatch(chosen: Int[Array, "N K"], experts: int) -> Dispatch:
     tokens, per_token = chosen.shape
     count, rows = block_shape(pairs := tokens * per_token, experts)
     flat = chosen.reshape(-1).astype(jnp.int32)
+    # Pair p is token p // K with its choice p % K. ``order``: the pairs sorted by expert; ``starts`` and ``sizes``:
+    # where an expert's pairs begin among them, and how many they are; ``ends - blocks``: its first block.
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(experts, jnp.int32).at[flat].add(jnp.int32(1))
     blocks = -(-sizes // jnp.int32(rows))
     ends, starts = jnp.cumsum(blocks, dtype=jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     expert = flat[order]
+    # The q-th pair of an expert lies q rows behind the beginning of the expert's first block: blocks of one expert are
+    # neighbours, and only the last of them has empty rows.
     row = (ends - blocks)[expert] * jnp.int32(rows) + jnp.arange(pairs, dtype=jnp.int32) - starts[expert]
     held = jnp.full(count * rows, tokens, jnp.int32).at[row].set(order // jnp.int32(per_token))
+    # The expert of block c is the number of experts whose blocks all lie before it.
     ended = ends[None, :] <= jnp.arange(count, dtype=jnp.int32)[:, None]
     of_block = jnp.minimum(jnp.sum(ended, axis=1, dtype=jnp.int32), jnp.int32(experts - 1))  # the last ones are empty
     where = jnp.zeros(pairs, jnp.int32).at[order].set(row)

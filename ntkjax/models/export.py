@@ -12,11 +12,12 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError, ConfigError
 from ntkjax.files import written_folder
+from ntkjax.job import is_primary
 from ntkjax.models.files import write_checkpoint, write_json
 from ntkjax.models.lm import LanguageModel, paths
 from ntkjax.models.names import Source, sources
 from ntkjax.models.quantised import restored, scale_path
-from ntkjax.parallel import is_primary, spans_processes, to_host
+from ntkjax.parallel import spans_processes, to_host
 from ntkjax.types import Params
 
 _STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -61,11 +62,11 @@ Piece = tuple[str, Source, tuple[int, ...]]
 
 def _pieces(model: LanguageModel) -> dict[str, list[Piece]]:
     """Tensor name -> the parameters that it is made of (more than one where layers are fused)."""
-    found: dict[str, list[Piece]] = collections.defaultdict(list)
+    pieces: dict[str, list[Piece]] = collections.defaultdict(list)
     for path, source in sources(model.spec).items():
-        for place, name in source.names().items():
-            found[name].append((path, source, place))
-    return dict(found)
+        for index, name in source.names().items():
+            pieces[name].append((path, source, index))
+    return dict(pieces)
 
 
 def _size(model: LanguageModel, leaves: dict[str, Any], parts: list[Piece]) -> int:
@@ -80,7 +81,7 @@ def _dtype(model: LanguageModel) -> Any:
 
 def _tensor(model: LanguageModel, leaves: dict[str, Any], name: str, parts: list[Piece]) -> np.ndarray:
     """One tensor of the checkpoint, on the host, in the model's dtype."""
-    values = [_merged(model, leaves, path, place).astype(_dtype(model)) for path, _, place in parts]
+    values = [_merged(model, leaves, path, index).astype(_dtype(model)) for path, _, index in parts]
     whole, transpose = values[0], parts[0][1].transpose
     if (share := parts[0][1].share) is not None:
         whole = np.zeros((*whole.shape[:-1], share.total), whole.dtype)
@@ -90,16 +91,16 @@ def _tensor(model: LanguageModel, leaves: dict[str, Any], name: str, parts: list
     return whole.T if transpose else whole
 
 
-def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, place: tuple[int, ...]) -> np.ndarray:
+def _merged(model: LanguageModel, leaves: dict[str, Any], path: str, index: tuple[int, ...]) -> np.ndarray:
     """A parameter (at one place of its stack), its adapter added in float32 or better.
 
     On the host: accelerators may take float32 products at less than float32 precision.
     """
-    take = lambda path: to_host(leaves[path][place])
+    take = lambda path: to_host(leaves[path][index])
     branch = path.rsplit("/", 1)[0]
     if scale_path(path) in leaves:
         assert model.spec.quantised is not None
-        value = to_host(restored(leaves[path][place], leaves[scale_path(path)][place], model.spec.quantised))
+        value = to_host(restored(leaves[path][index], leaves[scale_path(path)][index], model.spec.quantised))
     else:
         value = take(path)
     if not path.endswith("/kernel") or f"{branch}/lora_a" not in leaves or model.lora_config is None:

@@ -114,6 +114,7 @@ def position_mask(batch: Batch, positions: str) -> Bool[Array, "R T"]:
     mask = predict_mask(batch)
     if positions == "response":
         return mask
+    # The last masked position of an example is the one with as many masked ones up to it as there are in all.
     places, total = _places(mask, batch)
     return mask & (places == total)
 
@@ -139,6 +140,7 @@ def sums_by_example(
     must be finite. Rows are summed apart, so rows that are spread over devices stay where they are.
     """
     nonzero = (weights != 0).reshape(weights.shape + (1,) * (values.ndim - 2))
+    # By where: 0 times what stands in the padding would be NaN where that is infinite.
     kept, owners = jnp.where(nonzero, values, jnp.zeros((), values.dtype)), owned(batch)
     if owners is None:
         return jnp.einsum("rt,rt...->r...", weights, kept, precision=jax.lax.Precision.HIGHEST)
@@ -212,6 +214,7 @@ def pooled_logits(
 ) -> Float[Array, "B V"]:
     """The mean over the masked positions of each example of the logits, which pools hidden states where they are linear
     in the head."""
+    # Linear in h: pooling first turns T products with the head into one.
     if spec.config.logit_cap is None:
         return project(spec, weights, pool(states, mask, batch))
     parts = shares(mask, batch, states.dtype)
@@ -220,14 +223,15 @@ def pooled_logits(
 
     def add(total: Array, at: tuple) -> tuple[Array, None]:
         hidden, share, slot = at
-        found = share[:, None] * project(spec, weights, hidden)
+        logits = share[:, None] * project(spec, weights, hidden)
         if slot is None:
-            return total + found[:, None], None
-        return total.at[rows, slot].add(found, unique_indices=True), None
+            return total + logits[:, None], None
+        return total.at[rows, slot].add(logits, unique_indices=True), None
 
     slots = 1 if slot is None else batch.index.shape[0] // states.shape[0]
     zero = jnp.zeros((states.shape[0], slots, spec.config.vocab_size), states.dtype)
     along = (jnp.moveaxis(states, 1, 0), parts.T, None if slot is None else slot.T)
+    # With a soft cap every position needs its logits before they are added up: one position of all rows at a time.
     sums = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, along)[0]
     return sums.reshape(-1, spec.config.vocab_size)
 
@@ -278,6 +282,8 @@ def _sliced(piece: Callable[..., Array], vocab: int, *arrays: Array) -> Float[Ar
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0) for _ in rest)))
         return jnp.moveaxis(x.reshape(rows, pieces, size, *rest), 1, 0)
 
+    # A scan, so that one slice of logits is in memory at a time, and checkpointed, so that the backward pass makes it
+    # again: kept, the slices would be the whole [B, T, V].
     _, out = jax.lax.scan(
         lambda _, xs: (None, jax.checkpoint(piece, prevent_cse=False)(*xs)), None, tuple(map(cut, arrays))
     )

@@ -64,6 +64,8 @@ def generate(
     settings, ends = jnp.asarray([temperature, top_p], jnp.float32), set(np.asarray(stop).tolist())
     pending = list(range(len(prompts)))
     while pending:
+        # Once for nearly every model. Where rotary frequencies depend on the length, a round ends where they change,
+        # and the next begins with a cache made anew from all that was generated.
         texts = [prompts[i] + results[i] for i in pending]
         for bucket, members in _buckets([len(text) for text in texts], limit).items():
             size = bucket + max_new_tokens
@@ -155,6 +157,7 @@ def _pad(
     prompts: list[list[int]], members: list[int], bucket: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens [B, T], lengths [B] and places [B] with B the next power of two; filler rows have place -1."""
+    # Powers of two: a batch of any size is one of a few programs.
     rows = min(batch_size, 1 << (len(prompts) - 1).bit_length())
     tokens, lengths = np.zeros((rows, bucket), np.int32), np.ones(rows, np.int32)
     index = np.full(rows, -1, np.int32)
@@ -183,6 +186,7 @@ def _continue(
     ``steps``: of each row the number of its first new token and the number at which it ends, at most ``new`` apart.
     """
     rows, (began, ended) = tokens.shape[0], steps
+    # Streams by place and step, not by batch: what is sampled does not depend on which prompts run together.
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.maximum(index, 0))
 
     def choose(hidden: Array, step: Array) -> Array:
@@ -205,6 +209,7 @@ def _continue(
     extents = jnp.broadcast_to(lengths[:, None], tokens.shape)
     hidden, cache = forward(spec, weights, tokens, cache=KVCache.zeros(spec, rows, cache_size), extents=extents)
     assert cache is not None
+    # `forward` has counted the padding: the next token is written over its first slot.
     cache = KVCache(cache.keys, cache.values, lengths)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     first, filler = choose(last, jnp.int32(0)), index < 0
@@ -218,6 +223,8 @@ def _sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: Float
     temperature, top_p = settings.astype(logits.dtype)
     logits = logits / temperature
     ordered = -jnp.sort(-logits, axis=-1)
+    # The mass in front of each token, sorted: a token is kept where that has not reached top_p yet, so that the nucleus
+    # includes the token that crosses it. It is cut by the smallest logit kept, in the order of the vocabulary.
     before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
     # The most probable token is always kept: nothing comes before it.
     kept = jnp.where((before < top_p).at[:, 0].set(True), ordered, jnp.inf)

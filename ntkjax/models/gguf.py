@@ -247,12 +247,12 @@ def _with_tokens(file: GgufFile, config: ModelConfig, tokenizer: TokenizerFiles)
 
 def _generation(tokenizer: TokenizerFiles) -> dict[str, Any]:
     ends = list(tokenizer.ends)
-    found = {
+    settings = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "pad_token_id": tokenizer.pad,
     }
-    return {key: value for key, value in found.items() if value not in (None, [])}
+    return {key: value for key, value in settings.items() if value not in (None, [])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +295,8 @@ class _Plan:
             stacked = path.startswith("layers/")
             shape = shapes[path].shape[1:] if stacked else shapes[path].shape
             shape = shape[::-1] if stacked and leaf == "kernel" else shape
+            # Fused tensors hold several of our layers one under another, in the order of `linears`: each begins where
+            # the rows so far end.
             start = needed[name.format(0)][0] if name.format(0) in needed else 0
             piece = _Piece(
                 source,
@@ -345,8 +347,8 @@ def _check(file: GgufFile, needed: dict[str, tuple[int, ...]]) -> None:
     if unknown := sorted(file.tensors.keys() - needed.keys() - {_ROPE_FACTORS}):
         raise file.fail(f"{_listed(unknown)} not known, and the model would compute something else without; {_HF}")
     for name, shape in needed.items():
-        if (found := file.tensors[name].shape) != shape:
-            raise file.fail(f"tensor {name!r} has shape {list(found)}: its keys ask for {list(shape)}")
+        if (stored := file.tensors[name].shape) != shape:
+            raise file.fail(f"tensor {name!r} has shape {list(stored)}: its keys ask for {list(shape)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -169,6 +169,7 @@ class Linear(nnx.Module):
         if scales is not None:
             self.kernel_scale = scales
         self.has_bias, self.scale, self.forward_mode = bias, lora.scale if lora else None, spec.forward_mode
+        # Row-parallel layers (o, down) split the axis that products of `lora.adapted` would be joined along.
         self.whole_inputs = spec.config.split(f"layers/{name}/kernel").model != -2
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), spec.dtype))
@@ -400,6 +401,7 @@ def rotate(
     """
     dims = 2 * cos.shape[-1]
     turned, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
+    # Halves, not neighbours: the order in which Hugging Face's checkpoints have the rows of q and k.
     first, second = jnp.split(at_least_float32(turned), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -446,6 +448,7 @@ def key_distance(
 
 def _append(slots: Array, new: Array, lengths: Array) -> Array:
     """Write ``new`` [B, T, K, H] into ``slots`` [B, S, K, H] at each row's length."""
+    # Rows have lengths of their own, and a slice has one start: a write for each row, batched by vmap.
     write = lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, jnp.zeros_like(at), jnp.zeros_like(at)))
     return jax.vmap(write)(slots, new.astype(slots.dtype), lengths)
 
@@ -486,6 +489,8 @@ class Attention(nnx.Module):
             k, v = _append(cached[0], k, context.lengths), _append(cached[1], v, context.lengths)
             cached = (k, v)
         mask, window = context.mask, context.window
+        # Without a mask the window becomes a first key for each query, and no array [T, S] is made; where there is a
+        # mask already, for packed choices or a cache, the window is a part of it.
         if mask is not None and window is not None:
             mask, window = mask & (context.distance < window), None
         y = attend(
@@ -662,10 +667,13 @@ def gathered(state: Any, spec: ModelSpec) -> Any:
         return state
 
     def whole(path: tuple, leaf: Array) -> Array:
+        # A path of an nnx state ends in the field of the parameter's box, ``value``; ours do not.
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         split = spec.config.split("/".join(["layers", *(name for name in names if name != "value")]))
-        place = weight_sharding("/".join(names), leaf.shape, mesh, dataclasses.replace(split, data=None))
-        return jax.lax.with_sharding_constraint(leaf, place)
+        sharding = weight_sharding("/".join(names), leaf.shape, mesh, dataclasses.replace(split, data=None))
+        # Without the split over rows. Held to that inside the scan, the gather is a part of one layer's computation,
+        # and the stacked weights of all layers stay split.
+        return jax.lax.with_sharding_constraint(leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(whole, state)
 
@@ -684,6 +692,8 @@ def scan_layers(
         layer: Any = nnx.merge(graph, gathered(state, spec))
         return layer(split_rows(carry, spec.gathered_on), context.of_layer(own), cached)
 
+    # The fused kernel takes all tangents in one launch and computes their weights once, which is worth more than plain
+    # arrays. In forward mode nothing is kept for a backward pass, so ``remat`` has nothing to save.
     if spec.forward_mode and not shares_tangents(spec.attention):
         one = unbatched_tangents(one)
     elif spec.remat:

@@ -88,8 +88,8 @@ class LanguageModel:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """Where generation stops: the token that ends a turn in training, the tokenizer's eos, and those of config.json
-        and generation_config.json."""
+        """Where generation stops: at the token that ends a turn in training, at the tokenizer's eos, and at the end
+        tokens of config.json and generation_config.json."""
         from ntkjax.data.prompts import stop_tokens  # what reads records is not needed to run a model
 
         ends = self.config.eos_token_ids

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ntkjax.errors import CheckpointError, UserError
+from ntkjax.job import everyone, process
 from ntkjax.models.attention import resolve
 from ntkjax.models.config import ModelConfig
 from ntkjax.models.families import family_of
@@ -29,7 +30,7 @@ from ntkjax.models.names import Source, is_buffer, sources
 from ntkjax.models.quantised import is_scale, quantised, scale_path
 from ntkjax.models.real import DIRECTORIES, real_directory
 from ntkjax.models.safetensors_file import TensorInfo, read_header
-from ntkjax.parallel import everyone, process, put, spans_processes, weight_sharding, weights_over_rows
+from ntkjax.parallel import put, spans_processes, weight_sharding, weights_over_rows
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = "tokenizer_config.json"
@@ -237,6 +238,7 @@ class Reading:
                 f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected F32, BF16, F16 or F64 "
                 "(quantised weights are not supported)"
             )
+        # Rows and columns by number: of a fused tensor (q, k and v in one) only those of this layer are read.
         places = [np.arange(size) for size in info.shape]
         if source.share is not None:
             places[0 if source.transpose else -1] = source.share.columns()
@@ -266,9 +268,9 @@ class Reading:
         return all(everyone(equal)) if together else equal
 
     def _read(self, info: TensorInfo, places: list[np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
-        found = info.read([axis[chosen] for axis, chosen in zip(places, index)])
-        self.bytes_read += found.nbytes
-        return found.astype(jax.dtypes.canonicalize_dtype(found.dtype), copy=False)
+        values = info.read([axis[chosen] for axis, chosen in zip(places, index)])
+        self.bytes_read += values.nbytes
+        return values.astype(jax.dtypes.canonicalize_dtype(values.dtype), copy=False)
 
 
 def _load_params(spec: ModelSpec, reading: Reading, where: str, seed: int) -> tuple[dict, LoadReport]:
@@ -345,8 +347,8 @@ def _fused_experts(table: dict[str, Source], unused: set[str]) -> str | None:
     """A tensor that lies under the name of experts ("experts.gate_up_proj") without the number of one, if any does."""
     stacked = (source.name for source in table.values() if len(source.stack) == 2)
     groups = {name.rsplit(".{}.", 1)[0].rsplit(".", 1)[-1] for name in stacked}
-    found = (name for name in unused for group in groups if re.search(rf"\.{re.escape(group)}\.\D", name))
-    return min(found, default=None)
+    fused = (name for name in unused for group in groups if re.search(rf"\.{re.escape(group)}\.\D", name))
+    return min(fused, default=None)
 
 
 def _listed(noun: str, names: list[str]) -> str:
@@ -368,9 +370,9 @@ def _load_leaf(
         array = reading.tensor(source.name, source, rest)
         return _as_leaf(array, source.transpose, str(shape.dtype), sharding)
     stack = _zeros(shape.shape, str(shape.dtype), sharding)
-    for place, name in source.names().items():
+    for index, name in source.names().items():
         tensor = reading.tensor(name, source, rest)
-        stack = _write_at(stack, np.asarray(place, np.int32), tensor, source.transpose, sharding)
+        stack = _write_at(stack, np.asarray(index, np.int32), tensor, source.transpose, sharding)
     return stack
 
 
@@ -390,11 +392,11 @@ def _load_quantised(
     integers = _zeros(shape.shape, str(shape.dtype), sharding)
     scales = _zeros(scale_shape.shape, str(scale_shape.dtype), whole)
     rest = _slice_sharding(sharding, source, len(shape.shape))
-    for place, name in source.names().items():
+    for index, name in source.names().items():
         tensor = reading.tensor(name, source, rest)
         kernel = _as_leaf(tensor, source.transpose, str(scale_shape.dtype), None)
         held, scale = quantised(kernel, spec.quantised)
-        where = np.asarray(place, np.int32)
+        where = np.asarray(index, np.int32)
         integers = _write_at(integers, where, held, False, sharding)
         scales = _write_at(scales, where, scale, False, whole)
     return integers, scales
@@ -419,6 +421,7 @@ def _slice_sharding(sharding: NamedSharding | None, source: Source, rank: int) -
     """The sharding of one layer's (and expert's) tensor as it lies in the file."""
     if sharding is None:
         return None
+    # A spec may leave out trailing axes that are not split; filled up it can be cut and reversed.
     axes = (tuple(sharding.spec) + (None,) * rank)[len(source.stack) : rank]
     axes = axes[::-1] if source.transpose else axes
     return NamedSharding(sharding.mesh, PartitionSpec(*axes) if any(axes) else PartitionSpec())
@@ -435,10 +438,11 @@ def _as_leaf(array: Array, transpose: bool, dtype: str, sharding: NamedSharding 
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _write_at(stack: Array, place: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
+def _write_at(stack: Array, index: Any, tensor: Array, transpose: bool, sharding: NamedSharding | None) -> Array:
     tensor = (tensor.T if transpose else tensor).astype(stack.dtype)
-    starts = [*place, *[np.int32(0)] * tensor.ndim]
-    out = jax.lax.dynamic_update_slice(stack, tensor[(None,) * len(place)], starts)
+    # The index is data, so that all layers are written by one program; the stack is donated and written in place.
+    starts = [*index, *[np.int32(0)] * tensor.ndim]
+    out = jax.lax.dynamic_update_slice(stack, tensor[(None,) * len(index)], starts)
     return out if sharding is None else jax.lax.with_sharding_constraint(out, sharding)
 
 
@@ -507,8 +511,8 @@ def check_ids(max_id: int, rows: int, tokenizer: Any, where: str = "") -> None:
       where: the record that it is in, as FILE:LINE.
     """
     if max_id >= rows:
-        place = f"{where}: its text holds a token without a row:" if where else "token"
-        raise CheckpointError(_no_row(place, ids_beyond(tokenizer, rows), max_id, rows, ""))
+        subject = f"{where}: its text holds a token without a row:" if where else "token"
+        raise CheckpointError(_no_row(subject, ids_beyond(tokenizer, rows), max_id, rows, ""))
 
 
 def _no_row(what: str, texts: dict[int, str], token: int, rows: int, remedy: str) -> str:

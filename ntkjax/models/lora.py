@@ -55,13 +55,13 @@ class LoraConfig:
         """The members of ``linears`` ("attention/q", ...) with an adapter; ConfigError for a target that fits none."""
         chosen: set[str] = set()
         for target in self.targets:
-            found = _matching(target, linears)
-            if not found:
+            matched = _matching(target, linears)
+            if not matched:
                 raise ConfigError(
                     f"LoRA target {target!r} matches no linear layer of this model; it has "
                     f"{', '.join(linears)} ('all-linear' takes them all; the head never gets an adapter)"
                 )
-            chosen.update(found)
+            chosen.update(matched)
         return tuple(name for name in linears if name in chosen)
 
 
@@ -130,6 +130,7 @@ def _adapted_jvp(scale: float, joined: bool, primals: tuple, tangents: tuple) ->
     merge = lambda w, a, b: w + scale * _product(a, b)
     # Made anew in the backward pass: kept, W' of every layer would be a second copy of the weights.
     through = jax.checkpoint(lambda x, w, a, b: _product(x, merge(w, a, b)), prevent_cse=False)
+    # The tangent by each operand, as the two factors of one product: what `joined` puts side by side.
     factors = {
         0: lambda dx: (dx, merge(w, a, b)),
         1: lambda dw: (x, dw),
@@ -191,6 +192,7 @@ def _adapted_half_jvp(scale: float, joined: bool, primals: tuple, tangents: tupl
     half, value = x.dtype, adapted_half(*primals, scale, joined)
     zero = jax.custom_derivatives.SymbolicZero
     dx, dw, da, db = (None if isinstance(tangent, zero) else tangent for tangent in tangents)
+    # dx A and x dA meet the same scale B: one product of their sum in the place of two.
     low = [] if dx is None else [half_product(dx, a.astype(half))]
     low += [] if da is None else [half_product(x, da.astype(half))]
     terms = [] if dx is None else [(dx, w)]

@@ -57,7 +57,7 @@ class Source:
 
     def names(self) -> dict[tuple[int, ...], str]:
         """The tensor at each place of the stack: (3,) -> "model.layers.3.input_layernorm.weight"."""
-        return {place: self.name.format(*place) for place in np.ndindex(*self.stack)}
+        return {index: self.name.format(*index) for index in np.ndindex(*self.stack)}
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:

@@ -30,6 +30,7 @@ import numpy as np
 
 from ntkjax.errors import CheckpointError
 from ntkjax.files import written_folder
+from ntkjax.job import is_primary
 from ntkjax.models.families import family_of
 from ntkjax.models.families.base import LARGEST
 from ntkjax.models.files import write_json, write_tensors
@@ -38,7 +39,7 @@ from ntkjax.models.load import read_json
 from ntkjax.models.lora import LoraConfig
 from ntkjax.models.names import every_module, layer_prefix, module_columns, modules
 from ntkjax.models.safetensors_file import read_header
-from ntkjax.parallel import is_primary, spans_processes, spread, to_host
+from ntkjax.parallel import spans_processes, spread, to_host
 from ntkjax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -120,8 +121,8 @@ def save_adapter(directory: str | Path, model: LanguageModel, params: Params) ->
         b[..., module_columns(model.spec, module)] = side_by_side
         ranks[module] = a.shape[-1]
         for layer, *expert in np.ndindex(a.shape[:-2]):
-            key, place = f"{_PREFIX}{layers}.{layer}.{module.format(*expert)}", (layer, *expert)
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[place].T, b[place].T
+            key, index = f"{_PREFIX}{layers}.{layer}.{module.format(*expert)}", (layer, *expert)
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a[index].T, b[index].T
     with written_folder(directory, keep=True, error=CheckpointError) as scratch:
         write_tensors(scratch / WEIGHTS, tensors)
         write_json(scratch / CONFIG, _peft_config(model, lora, ranks))
@@ -167,8 +168,8 @@ def adapter_lora_config(directory: str | Path) -> LoraConfig:
     targets: set[str] = set()
     rank, known = 1, every_module()
     for key, tensor in (tensors := _read_tensors(folder)).items():
-        found = re.fullmatch(r".*?\.\d+\.(\w+\.\w+(?:\.\d+\.\w+)?)\.lora_[AB]\.weight", key)
-        names = known.get(re.sub(r"\.\d+\.", ".{}.", found[1])) if found else None
+        match = re.fullmatch(r".*?\.\d+\.(\w+\.\w+(?:\.\d+\.\w+)?)\.lora_[AB]\.weight", key)
+        names = known.get(re.sub(r"\.\d+\.", ".{}.", match[1])) if match else None
         if names is None:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: tensor {key!r} is of no linear layer that ntkjax adapts, so the adapter is not "
@@ -215,8 +216,8 @@ class _PeftConfig:
             return False
         if self.layers is None:
             return True
-        found = next((m for pattern in self.layer_numbers() if (m := re.match(pattern, module))), None)
-        return found is not None and int(found["layer"]) in self.layers
+        match = next((m for pattern in self.layer_numbers() if (m := re.match(pattern, module))), None)
+        return match is not None and int(match["layer"]) in self.layers
 
     def layer_numbers(self) -> list[str]:
         """Regular expressions whose group ``layer`` is the number of a module's layer."""
@@ -284,8 +285,10 @@ def _fuse(parts: list[Factors | None], widths: list[int]) -> Factors:
         return parts[0]
     present = [part for part in parts if part is not None]
     first = present[0][0]
+    # Equal A, as PEFT itself trains fused layers: one A and the B side by side keep the rank.
     if len(present) == len(parts) and all(np.array_equal(a, first) for a, _ in present):
         return first, np.concatenate([b for _, b in present], axis=-1)
+    # Different A: side by side too, each B in its own rows and columns, zeros elsewhere. The rank is their sum.
     a = np.concatenate([a for a, _ in present], axis=-1)
     b = np.zeros((a.shape[0], a.shape[-1], sum(widths)), present[0][1].dtype)
     row = column = 0
@@ -318,6 +321,7 @@ def _split(
         return {name: (a, b[..., columns[name]]) for name in targets}
     rows = {name: slice(i * rank, (i + 1) * rank) for i, name in enumerate(targets)}
     blocks = {name: (a[..., rows[name]], b[..., rows[name], columns[name]]) for name in targets}
+    # Only what was fused in blocks can be taken apart: B has no number outside them.
     in_blocks = sum(np.count_nonzero(block) for _, block in blocks.values()) == np.count_nonzero(b)
     if a.shape[-1] != rank * len(targets) or not in_blocks:
         raise CheckpointError(
@@ -358,6 +362,7 @@ def _stack(
         rank = config.rank_of(full)
         a = _take(tensors, keys[0], (rank, inputs), where)
         b = _take(tensors, keys[1], (outputs, rank), where)
+        # Modules may have scales of their own, our model has one: the quotient goes into B.
         factor = config.scale_of(full) / lora.scale
         stacked.append((a.T, b.T if factor == 1 else b.T * b.dtype.type(factor)))
     present = [part for part in stacked if part is not None]
@@ -460,7 +465,7 @@ def _read_config(folder: Path) -> _PeftConfig:
 
     try:
         pattern = listed("layers_pattern")
-        found = _PeftConfig(
+        adapter = _PeftConfig(
             rank,
             float(alpha),
             bool(config.get("use_rslora")),
@@ -473,23 +478,23 @@ def _read_config(folder: Path) -> _PeftConfig:
             listed("target_modules"),
             listed("exclude_modules"),
         )
-        regular = [names for names in (found.targets, found.excluded) if isinstance(names, str)]
+        regular = [names for names in (adapter.targets, adapter.excluded) if isinstance(names, str)]
         for expression in (
             *regular,
-            *found.layer_numbers(),
-            *map(_ends_in, (*found.rank_pattern, *found.alpha_pattern)),
+            *adapter.layer_numbers(),
+            *map(_ends_in, (*adapter.rank_pattern, *adapter.alpha_pattern)),
         ):
             re.compile(expression)
-        if not all(abs(value) <= LARGEST for value in found.alpha_pattern.values()):
+        if not all(abs(value) <= LARGEST for value in adapter.alpha_pattern.values()):
             raise ValueError(f"alpha_pattern = {config['alpha_pattern']!r}")
     except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, re.error) as error:
         names = "rank_pattern, alpha_pattern, layers_to_transform, layers_pattern, target_modules and exclude_modules"
         raise fail(
             f"{names} cannot be read: {error}; expected what PEFT writes: save the adapter again with it"
         ) from None
-    if (least := min([rank, *found.rank_pattern.values()])) < 1:
+    if (least := min([rank, *adapter.rank_pattern.values()])) < 1:
         raise fail(f"rank_pattern holds rank {least}: expected positive integers")
-    return found
+    return adapter
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -39,6 +39,7 @@ def quantised(kernel: Float[Array, "*S I O"], name: str) -> tuple[Array, Float[A
     """(integers, scales) of a kernel in the format ``name``, one of FORMATS; the scales in float32 or better."""
     own = kernel.ndim - 2
     wide = at_least_float32(kernel)
+    # One scale for each entry of every axis but the inputs', and of these for each tile.
     kept = tuple(axis for axis in range(kernel.ndim) if axis != own)
     tiled = {own: kernel.shape[own] // tiles(kernel.shape[own])}
     array = _library().quantize(wide, _logical(name), channelwise_axes=kept, tiled_axes=tiled)

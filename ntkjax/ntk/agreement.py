@@ -97,8 +97,8 @@ def agreement(
       - ``flips`` = N - |T(A, 1) n T(E, 1)|: how many of the N selected change;
       - ``expected_flips`` = mean_b [N - |T(A, w^b) n T(E, w^b)|], ``_low`` and ``_high`` its percentiles over b: the
         same for a domain of other examples from the same source;
-      - ``domain_flips`` = mean_b [N - |T(E, w^b) n T(E, 1)|]: what drawing another domain changes by itself, the
-        yardstick for the one above;
+      - ``domain_flips`` = mean_b [N - |T(E, w^b) n T(E, 1)|]: what drawing another domain changes by itself, to
+        compare the one above with;
       - ``examples``, ``scored``, ``n``, ``draws``; ``undefined_resamples``: those left out of some interval because a
         metric was not defined there (a constant matrix, say). A metric that is not defined at all is NaN.
     """
@@ -106,6 +106,7 @@ def agreement(
     roles = roles_of(first.shape[1], domain_rows, n)
     rng = numpy_rng(seed, "agreement")
     groups = [roles.scored] if roles.domain is None else [roles.domain, roles.scored]
+    # The estimate is row 0, all weights 1; the resamples follow.
     resamples = resample(rng, first.shape[1], samples, groups)
     weights = np.concatenate([np.ones((1, first.shape[1])), resamples])
     entries = [statistics(a, e, weights, roles) for a, e in zip(first, second)]
@@ -114,6 +115,7 @@ def agreement(
     for name in METRICS:
         values = np.stack([entry[name] for entry in entries])  # [S, 1 + samples]
         means = values.mean(axis=0)
+        # Where a metric is NaN on the examples themselves, no resample is to blame.
         undefined |= np.isnan(means[1:]) & ~np.isnan(means[0])
         result[name] = float(means[0])
         result[f"{name}_low"], result[f"{name}_high"] = _interval(means, level)
@@ -175,6 +177,7 @@ def selected_counts(
     sizes = np.take_along_axis(counts, order, axis=1)
     before = np.cumsum(sizes, axis=1) - sizes
     chosen = np.empty_like(sizes)
+    # An example at the edge may have some of its copies inside and others outside.
     np.put_along_axis(chosen, order, np.clip(top - before, 0, sizes), axis=1)
     return chosen
 
@@ -209,6 +212,8 @@ def weighted_pearson(
         whole = dot(a, a), dot(b, b)
         a, b = a - mean(a)[:, None], b - mean(b)[:, None]
         squares = dot(a, a), dot(b, b)
+        # Constant but for rounding: the variance is nothing beside the mean square. A quotient of roundings would be a
+        # correlation between -1 and 1 that means nothing.
         varies = (squares[0] > NOTHING**2 * whole[0]) & (squares[1] > NOTHING**2 * whole[1])
         return np.where(varies, dot(a, b) / np.sqrt(squares[0] * squares[1]), np.nan)
 
@@ -250,6 +255,7 @@ def _cka(a: np.ndarray, e: np.ndarray, weights: np.ndarray) -> np.ndarray:
     for start in range(0, len(weights), size):
         w = weights[start : start + size]
         pairs = w[:, :, None] * w[:, None, :]
+        # The diagonal counts w_i times, not w_i^2: see the bootstrap above.
         pairs[:, np.arange(n), np.arange(n)] = w
         left = [_without_means(x, w, pairs) for x in (a, e)]
         dot = lambda x, y, pairs=pairs: np.einsum("bij,bij,bij->b", pairs, x, y)
@@ -272,6 +278,7 @@ def _without_means(
     diagonal = np.where(w > 0, diagonal, 1.0)  # an example not drawn: c_i = 0, weight 0
     alone, shared = right / diagonal, w / diagonal
     dot = lambda x: np.einsum("bi,bi->b", w, x)
+    # Sherman and Morrison: (D + w w^T)^-1 r = D^-1 r - D^-1 w (w^T D^-1 r) / (1 + w^T D^-1 w).
     fit = alone - shared * (dot(alone) / (1 + dot(shared)))[:, None]
     return matrix[None] - fit[:, :, None] - fit[:, None, :]
 
@@ -279,6 +286,7 @@ def _without_means(
 def _flips(first: np.ndarray, second: np.ndarray, resamples: np.ndarray, roles: Roles, level: float) -> dict:
     """What `agreement` says of flips: of all scored examples, under resamples of the domain rows alone."""
     weights = np.concatenate([np.ones((1, first.shape[1])), resamples])
+    # The scored examples count once in every resample; only the domain is drawn anew.
     once = np.ones((len(weights), len(roles.scored)))
     chosen: Callable = lambda matrix: selected_counts(weighted_scores(matrix, weights, roles), once, roles.top)
     across, within = [], []

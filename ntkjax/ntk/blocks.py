@@ -70,7 +70,7 @@ def _jacobian() -> Backend:
         assert not traced  # that is ntkjax.ntk.kernel.kernel_matrix
         return np.swapaxes(np.asarray(contract(a, b, outputs="pairs")), 1, 2)
 
-    return Backend(prepare, combine, keeps=True, rows_at_once=lambda c: sys.maxsize)  # it sees to that itself
+    return Backend(prepare, combine, keeps=True, rows_at_once=lambda c: sys.maxsize)  # ``prepare`` bounds them itself
 
 
 def _single(fn: Kernel, x: Any) -> tuple[list[Array], Callable]:

@@ -58,6 +58,7 @@ class ConjugateGradients:
 
     def __call__(self, direction: Params) -> Params:
         """(F + lambda I)^-1 u for a tree of leaves [c, ...], one direction after the other."""
+        # One direction after the other: solved together they would all take as many steps as the slowest.
         solve = lambda u: cg(self.product, u, tol=self.tolerance, maxiter=self.iterations)[0]
         return jax.lax.map(solve, direction)
 
@@ -73,12 +74,14 @@ class ConjugateGradients:
 
                 def losses(fn: Callable) -> Callable[[Params], Float[Array, " B"]]:
                     values = lambda p: at_least_float32(fn(p, batch))
+                    # Fillers are masked in both products: their losses neither move nor are pulled back.
                     return lambda p: jnp.where(real, values(p), jnp.zeros((), values(p).dtype))
 
                 moved = jax.jvp(losses(pushed), (self.params,), (tangent,))[1]
-                found = jax.vjp(losses(self.loss_fn), self.params)[1](moved)[0]
-                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, found), None
+                pulled = jax.vjp(losses(self.loss_fn), self.params)[1](moved)[0]
+                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, pulled), None
 
+            # Batches of one shape are one scan: the program, which CG runs in every step, has one body a shape.
             total = jax.lax.scan(add, total, stack)[0]
         scaled = lambda t, x: t / self.count.astype(t.dtype) + self.damping.astype(x.dtype) * x
         return jax.tree.map(scaled, total, v)
@@ -115,7 +118,7 @@ def conjugate_gradients(
         leaves, structure = jax.tree.flatten(batch)
         leaves = [to_host(leaf) for leaf in leaves]
         stacks.setdefault((structure, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)), []).append(leaves)
-    stacked = [[jnp.asarray(np.stack(leaf)) for leaf in zip(*found)] for found in stacks.values()]
+    stacked = [[jnp.asarray(np.stack(leaf)) for leaf in zip(*alike)] for alike in stacks.values()]
     return ConjugateGradients(
         as_pytree_fn(loss_fn),
         params,

@@ -126,6 +126,7 @@ def cross_output_cosines(
     weight = np.asarray(at_least_float32(weight))
     vocab, width = weight.shape
     one = gradient_bytes(params)
+    # Two examples' gradients are held at a time, for the products between neighbours.
     fit, wanted = memory_budget // (2 * one), min(outputs, vocab)
     rng, trained = numpy_rng(seed, "ntk", "cross terms"), head_is_trained(head, params)
     by_width = not trained and width <= min(fit, wanted)
@@ -182,6 +183,8 @@ def cross_terms(
             between.add(_of_outputs(other, rows), previous, norms)
         previous = norms
     vocab = size if vocab is None else vocab
+    # From a uniform sample of S outputs to all V: sums over pairs grow by the number of pairs, sums over outputs by
+    # their number. Both estimates are unbiased.
     up = {"cross": vocab * (vocab - 1) / max(1, size * (size - 1)), "own": vocab / max(1, size)}
     columns = {}
     for suffix, part in (("", within), ("_between", between)):

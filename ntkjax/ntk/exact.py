@@ -195,6 +195,7 @@ def _finite(kernel: np.ndarray) -> np.ndarray:
     """``kernel``, if it is finite; else the error names the rows of x1 that spoil it, or those of x2."""
     bad = np.any(~np.isfinite(kernel.reshape(*kernel.shape[:2], -1)), axis=2)
     if bad.any():
+        # A row of NaN is the fault of its example in x1, a column of one in x2; what is left is a pair that overflows.
         named = {"x1": bad.all(axis=1), "x2": bad.all(axis=0), "x1 (with some of x2)": bad.any(axis=1)}
         side, rows = next((side, rows) for side, rows in named.items() if rows.any())
         raise NonFiniteError(f"exact kernel: rows of {side}", np.flatnonzero(rows).tolist())

@@ -38,6 +38,7 @@ def _empty_buffer(gradients: Params, rows: int) -> Params:
     return jax.tree.map(lambda g: jnp.zeros((rows, *g.shape[1:]), g.dtype), gradients)
 
 
+# The buffer is donated, so that a batch is written into it in place; otherwise every batch would copy all of it.
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(buffer: Params, gradients: Params, start: Array) -> Params:
     return jax.tree.map(lambda b, g: jax.lax.dynamic_update_slice_in_dim(b, g, start, axis=0), buffer, gradients)
@@ -54,8 +55,7 @@ def _sketched(kernel: Kernel, params: Params, sketch: Sketch, x: Any, *, microba
 
 
 def group_rows(gradients: Params, memory_budget: int) -> int:
-    """Rows of gradients shaped like ``gradients`` (leaves [B, ...]) that fit in ``memory_budget`` bytes, from 1 to
-    `MAX_GROUP`."""
+    """Rows of gradients like ``gradients`` (leaves [B, ...]) that fit in ``memory_budget`` bytes: 1 to `MAX_GROUP`."""
     row = sum(math.prod(g.shape[1:]) * g.dtype.itemsize for g in jax.tree.leaves(gradients))
     return min(max(1, memory_budget // max(row, 1)), MAX_GROUP)
 
@@ -80,7 +80,7 @@ def _feature_groups(
 def _gathered(
     kernel: Kernel, params: Params, batches: Iterable, sketch: Sketch, run: Pass
 ) -> Iterator[tuple[np.ndarray, Array]]:
-    """`_feature_groups` where the gradients of many batches meet one generation of signs."""
+    """`_feature_groups` where the gradients of many batches share one draw of the sketch's signs."""
     buffer, index, used, group = None, np.empty(0, int), 0, 0
     for batch in batches:
         if buffer is None:
@@ -89,6 +89,8 @@ def _gathered(
             buffer, index = _empty_buffer(shapes, group), np.full(group, -1)
         for piece in pieces(batch, group):
             rows = real_rows(piece)
+            # The buffer is not cleared for the next group: rows behind ``used`` still hold gradients of the one before,
+            # and their index of -1 makes them fillers.
             if used + len(rows) > group:
                 yield index, _apply_sketch(sketch, buffer, group)
                 index, used = np.full(group, -1), 0

@@ -174,9 +174,13 @@ def kernel_matrix(
     rows, outputs = block_sizes(params, max(n1, n2), m, memory_budget)
     left = row_blocks(x1, min(rows, n1))
     right = left if same else row_blocks(x2, min(rows, n2))
+    # Sums over blocks of outputs and the result are float64, on the host: a float32 running sum over thousands of
+    # outputs would add rounding of its own.
     total, selectors = np.zeros((n1, n2)), list(_selectors(m, outputs))
     pull = functools.partial(gradients, kernel, params, microbatch=_microbatch(rows, outputs))
     bar = tqdm(total=len(selectors) * len(left), desc=title(progress, "kernel"), disable=progress is False)
+    # The gradients of a left block are made once for each block of outputs, those of a right block once for each left
+    # block that it meets: with b blocks of rows, b^2 / 2 passes in the place of b. A larger memory budget lowers b.
     for selector in selectors:
         for i, (at, block) in enumerate(left):
             g1 = pull(block, selector)
@@ -190,6 +194,7 @@ def kernel_matrix(
     if kernel.head_coefficient:
         h1 = _all_head_features(kernel, params, left, n1)
         total += h1 @ (h1 if same else _all_head_features(kernel, params, right, n2)).T
+    # A block with itself is symmetric but for rounding; eigh and the bootstrap take the matrix to be symmetric.
     return (total + total.T) / 2 if same else total
 
 

@@ -170,6 +170,7 @@ def hutchinson(hidden_fn: Callable, head: Any, params: Params, m: int, *, seed: 
     The probes are shared by all examples and drawn from ``seed``; probe c is the same for every m.
     """
     rng = numpy_rng(seed, "ntk", "hutchinson")
+    # Row by row: the first rows are the same for every m, so that kernels of several m share their probes.
     signs = rng.integers(0, 2, (m, len(_weight(head, params))), dtype=np.int8) * 2 - 1
     return Kernel(_rotated(hidden_fn, head, params, signs.T / np.sqrt(m)), name=f"hutchinson:{m}")
 
@@ -212,6 +213,9 @@ def spectral(hidden_fn: Callable, head: Any, params: Params, m: int | None, *, c
     rows = to_host(weight).astype(np.float64)
     rows = rows - rows.mean(axis=0) if centred else rows
     q = rows @ (vectors[:, :kept] / np.sqrt(values[:kept]))
+    # With the head trained its own gradient along q_c is q_c h^T, q = W U / s [V, kept] with orthonormal columns: over
+    # all V directions that is V <h, h'>, of which ``kept`` are in the outputs, and one more, the all-ones direction, is
+    # what centring removes. What is left is the coefficient of <h, h'>.
     head_coefficient = float(vocab - centred - kept)
     return Kernel(_rotated(hidden_fn, head, params, q), as_pytree_fn(hidden_fn), head_coefficient, name)
 
@@ -229,6 +233,7 @@ def head_spectrum(weight: Float[Array, "V D"], *, centred: bool) -> tuple[np.nda
         gram += rows.T @ rows
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
+    # As np.linalg.matrix_rank judges: below that an eigenvalue is rounding, and q = W u / s would divide by it.
     rank = int(np.sum(values > values[0] * len(values) * np.finfo(np.float64).eps))
     return values[:rank], vectors[:, :rank]
 
@@ -244,6 +249,7 @@ def head_is_trained(head: Any, params: Params) -> bool:
     if not callable(head):
         return False
     weight, pull = jax.vjp(lambda p: _weight(head, p), params)
+    # Random, so that a head that is a transpose or a sum of leaves cannot look like one that is a leaf.
     cotangent = jnp.asarray(np.random.default_rng(0).normal(size=weight.shape), weight.dtype)
     reached = [to_host(leaf) for leaf in jax.tree.leaves(pull(cotangent)[0])]
     reached = [leaf for leaf in reached if np.any(leaf)]

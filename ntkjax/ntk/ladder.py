@@ -220,6 +220,7 @@ def square_root(matrix: np.ndarray) -> Float[np.ndarray, "n r"]:
     Raises:
       ValueError: the matrix has an eigenvalue below -1e-3 of the largest; smaller ones are rounding and count as 0.
     """
+    # Not Cholesky, which wants a positive definite matrix: kernels of few outputs have low rank.
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     if values[0] < -1e-3 * abs(values[-1]):
         raise ValueError(f"not a kernel matrix: its eigenvalues run from {values[0]:.3g} to {values[-1]:.3g}")
@@ -238,6 +239,7 @@ def gaussian_sketch(root: Float[np.ndarray, "n r"], size: int, rng: np.random.Ge
     """
     rank = root.shape[1]
     if size < rank:
+        # Fewer columns than the rank: the sketch itself, B G with G Gaussian, is smaller than Bartlett's triangle.
         factor = rng.normal(size=(rank, size))
     else:
         factor = np.tril(rng.normal(size=(rank, rank)), -1)

@@ -47,7 +47,7 @@ def linearise(output_fn: Callable, params: Params) -> Linearised:
 
 @dataclasses.dataclass(frozen=True)
 class LinearisationError:
-    """How well f_lin(theta) tells f(theta), all outputs of all examples taken as one vector.
+    """How well f_lin(theta) predicts f(theta), all outputs of all examples taken as one vector.
 
     With d = f(theta) - f_0 and d_lin = f_lin(theta) - f_0:
 

@@ -73,7 +73,7 @@ def top_n_overlap(a: np.ndarray, b: np.ndarray, n: int) -> float:
 
 
 def relative_error(a: np.ndarray, e: np.ndarray, *, scaled: bool = False) -> float:
-    """|a - e| / |e|, NaN where e is 0; ``scaled``: min over c of |c a - e| / |e|, what no choice of scale mends."""
+    """|a - e| / |e|, NaN where e is 0; ``scaled``: min over c of |c a - e| / |e|, what is left at the best scale."""
     a, e = _pair(a, e)
     size, own = np.linalg.norm(e), a @ a
     if size == 0 or (scaled and own == 0):
@@ -157,7 +157,7 @@ def cos_frobenius(a: np.ndarray, e: np.ndarray) -> float:
 
 
 def frobenius_error(a: np.ndarray, e: np.ndarray) -> float:
-    """min over c of |c A - E|_F / |E|_F = sqrt(1 - cos_F^2), at c = <A, E> / |A|^2: what no choice of scale mends."""
+    """min over c of |c A - E|_F / |E|_F = sqrt(1 - cos_F^2), at c = <A, E> / |A|^2: what is left at the best scale."""
     a, e = square(a), square(e)
     if not np.any(a) or not np.any(e):
         return float("nan")
@@ -172,8 +172,7 @@ def centred(matrix: np.ndarray) -> Float[np.ndarray, "n n"]:
 
 
 def cka(a: np.ndarray, e: np.ndarray) -> float:
-    """Centred alignment <HAH, HEH> / (|HAH| |HEH|) [Cortes et al. 2012]; NaN where one has nothing but row and column
-    means."""
+    """Centred alignment <HAH, HEH> / (|HAH| |HEH|) [Cortes et al. 2012]; NaN where one has only means."""
     first, second = centred(a), centred(e)
     norms = np.linalg.norm(first), np.linalg.norm(second)
     if norms[0] <= NOTHING * np.linalg.norm(a) or norms[1] <= NOTHING * np.linalg.norm(e):

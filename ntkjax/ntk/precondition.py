@@ -29,8 +29,8 @@ depends neither on how the examples are batched nor on any layer's structure:
            to the block in Frobenius norm, K-FAC's among them; it is the block itself where that is diagonal in it. Its
            trace is that of ``kfac``: 1/M sum_i |G_i|^2.
 
-``cg``     P = F + lambda I,  F = 1/M sum_i g_i g_i^T, whole, by conjugate gradients (`ntkjax.ntk.conjugate`): the
-           yardstick of the two above, at a pass over the domain for each iteration and direction
+``cg``     P = F + lambda I,  F = 1/M sum_i g_i g_i^T, whole, by conjugate gradients (`ntkjax.ntk.conjugate`): what
+           the two above are measured against, at a pass over the domain for each iteration and direction
 
 The inverse is that of H + lambda I itself, in the eigenbasis of both factors: (U_L x U_R) diag(1 / (l r / t + lambda))
 (U_L x U_R)^T, not of the factored damping (A + pi sqrt(lambda) I) x (S + sqrt(lambda) / pi I) that K-FAC inverts.
@@ -119,6 +119,7 @@ class Block:
     def solve(self, u: Float[Array, "c ..."], damping: Float[Array, ""]) -> Float[Array, "c ..."]:
         """(H + lambda I)^-1 u."""
         turned = _turn(u.reshape(u.shape[0], *self.curvature.shape), *self.vectors, inverse=False)
+        # Into the eigenbasis, where H + lambda I is diagonal, divided, and back.
         turned = turned / (self.curvature + damping)[None].astype(u.dtype)
         return _turn(turned, *self.vectors, inverse=True).reshape(u.shape)
 
@@ -140,6 +141,7 @@ def _as_matrices(leaf: Float[Array, "B ..."]) -> Float[Array, "B s m n"]:
 def _factor(matrices: Float[Array, "B s m n"], side: int, max_side: int) -> Float[Array, "..."]:
     """sum_i G_i G_i^T [s, m, m] (side 0) or sum_i G_i^T G_i [s, n, n] (side 1); only its diagonal where it is long."""
     if matrices.shape[2 + side] > max_side:
+        # The diagonal: squares summed over the examples and the other side, [B, s, m, n] without axis 0 and 3 (2).
         return jnp.sum(matrices * matrices, axis=(0, 3 - side))
     equation = ("bsmk,bsnk->smn", "bskm,bskn->smn")[side]
     return jnp.einsum(equation, matrices, matrices, precision=jax.lax.Precision.HIGHEST)
@@ -169,9 +171,10 @@ def _ekfac_sums(gradients: Params, basis: list[tuple[Any, Any]]) -> list[Float[A
 @functools.partial(jax.jit, static_argnames="sums")
 def _sum_batch(sums: Callable, basis: Any, loss_fn: Callable, params: Params, batch: Any) -> tuple[Any, Array]:
     """(sums over the real rows' gradients, whether all of them are finite)."""
-    found, real = per_example_gradients(loss_fn, params, batch), jnp.asarray(batch.index) >= 0
+    gradients, real = per_example_gradients(loss_fn, params, batch), jnp.asarray(batch.index) >= 0
+    # By where, not by a factor: a filler row's gradient may be NaN, and 0 times NaN is NaN.
     mask = lambda g: jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, jnp.zeros((), g.dtype))
-    total = sums(jax.tree.map(mask, found), basis)
+    total = sums(jax.tree.map(mask, gradients), basis)
     return total, jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(total)]).all()
 
 
@@ -197,8 +200,8 @@ def _mean_over(
     """1/M of ``sums(gradients, basis)`` over all real rows, the gradients of ``memory_budget`` bytes at a time."""
     loss_fn, total, count, checks = as_pytree_fn(loss_fn), None, 0, []
     for piece in _cut(loss_fn, params, iterate(one_a_row(batches), progress, "curvature"), memory_budget):
-        found, finite = _sum_batch(sums, basis, loss_fn, params, piece)
-        total = found if total is None else _add(total, found)
+        of_piece, finite = _sum_batch(sums, basis, loss_fn, params, piece)
+        total = of_piece if total is None else _add(total, of_piece)
         rows = real_rows(piece)
         checks.append((rows[rows >= 0], finite))
         count += len(checks[-1][0])
@@ -270,10 +273,10 @@ def kfac(
     """
     if not damping > 0:
         raise ConfigError(f"damping must be above 0, got {damping}")
-    found = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
-    trace = float(sum(np.sum(to_host(_traces(factors[0])).astype(np.float64)) for factors in found))
+    factors_by_leaf = _mean_over(_kfac_sums_up_to(max_side), loss_fn, params, batches, memory_budget, progress)
+    trace = float(sum(np.sum(to_host(_traces(factors[0])).astype(np.float64)) for factors in factors_by_leaf))
     lam = _damping(trace, damping, params)
-    return KroneckerPreconditioner([_block(*factors) for factors in found], jnp.asarray(lam))
+    return KroneckerPreconditioner([_block(*factors) for factors in factors_by_leaf], jnp.asarray(lam))
 
 
 def ekfac(
@@ -301,8 +304,8 @@ def ekfac(
     options = {"memory_budget": memory_budget, "progress": progress}
     first = kfac(loss_fn, params, batches, damping=damping, max_side=max_side, **options)
     basis = [block.vectors for block in first.blocks]
-    found = _mean_over(_ekfac_sums, loss_fn, params, batches, basis=basis, **options)
-    return dataclasses.replace(first, blocks=[Block(s, vectors) for s, vectors in zip(found, basis)])
+    eigenvalues = _mean_over(_ekfac_sums, loss_fn, params, batches, basis=basis, **options)
+    return dataclasses.replace(first, blocks=[Block(s, vectors) for s, vectors in zip(eigenvalues, basis)])
 
 
 def cg(
@@ -363,6 +366,7 @@ def _block(left: Float[Array, "s ..."], right: Float[Array, "s ..."]) -> Block:
     trace = _traces(left)
     root = jnp.sqrt(jnp.where(trace > 0, trace, jnp.ones_like(trace)))
     (rows, a), (columns, b) = (_decompose(factor, root) for factor in (left, right))
+    # Both factors were divided by sqrt(t), so the products of their eigenvalues are l_a r_b / t.
     return Block(rows[:, :, None] * columns[:, None, :], (a, b))
 
 
@@ -397,6 +401,7 @@ def explicit_scores(
         raise ConfigError(f"damping must be above 0, got {damping}")
     own = kernel[np.ix_(domain, domain)]
     lam, count = _lambda(float(np.trace(own)) / len(domain), damping, parameters), len(domain)
+    # The n x n form of the P x P inverse: exact however many parameters there are.
     weights = np.linalg.solve(own + count * lam * np.eye(count), np.ones(count))
     return np.delete(kernel, domain, axis=0)[:, domain] @ weights, lam
 

@@ -89,6 +89,7 @@ def output_kernels(
     m, x2 = count_outputs(kernel, params, x1), x1 if x2 is None else x2
     n1, n2 = count_rows(x1), count_rows(x2)
     rows, outputs = block_sizes(params, max(n1, n2), m, memory_budget)
+    # All m outputs of an example are needed together, as every output meets every other: fewer rows instead.
     size = max(1, rows * outputs // m)
     at_once = max(1, MAX_PASSES // m)
 
@@ -98,6 +99,7 @@ def output_kernels(
 
     total = {formula: np.zeros((n1, m, n2, m)) for formula in formulas}
     left, right = row_blocks(x1, size), row_blocks(x2, size)
+    # The right side fits at once: its gradients are taken once, not for every block on the left.
     kept = pull(right[0][1]) if len(right) == 1 and not same else None
     for i, (at, block) in enumerate(tqdm(left, desc=title(progress, "kernels"), disable=progress is False)):
         g1 = pull(block)
@@ -226,6 +228,7 @@ def choose_ridge(
     if folds < 2 or n < 2:
         raise ConfigError(f"cross-validation needs at least 2 folds and 2 examples, got {folds} and {n}")
     per_example = len(kernel) // n
+    # Folds are of examples: all outputs of one are held out together, since they share its label.
     rows = np.arange(n * per_example).reshape(n, per_example)
     order = numpy_rng(seed, "ntk", "folds").permutation(n)
     held_out = [np.sort(part) for part in np.array_split(order, min(folds, n))]
@@ -244,6 +247,7 @@ def choose_ridge(
             right = accuracy(predicted.reshape(n, -1), np.asarray(targets).reshape(n, -1), valid)
             table.append({"ridge": ridge, "f0_weight": weight, "squared": error, "accuracy": right})
     score = lambda row: (row["accuracy"] if criterion == "accuracy" else 0.0, -row["squared"], row["ridge"])
+    # A sign kernel may be indefinite, and its smallest ridges may give predictions that overflow: no candidates.
     best = max((row for row in table if np.isfinite(row["squared"])), key=score)
     edge = len(set(ridges)) > 1 and best["ridge"] in (min(ridges), max(ridges))
     return RidgeChoice(best["ridge"], best["f0_weight"], table, edge)

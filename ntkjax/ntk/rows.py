@@ -155,6 +155,8 @@ def iterate(batches: Iterable, progress: Progress, default: str, store: Any = No
         if number == 1:
             bar.set_postfix_str("", refresh=False)
         index = real_rows(batch)
+        # A batch is skipped whole or not at all: batches keep their shapes, so that a pass that goes on runs the
+        # programs of the one that was stopped, at the price of a few rows computed twice.
         if done is None or not done[index[index >= 0]].all():
             yield batch
             meter.add(batch)
@@ -217,6 +219,7 @@ class _RowSink:
             if self.values is None:
                 self.values = np.full((self.rows, values.shape[1]), np.nan, values.dtype)
             self.values[index] = values
+        # In between, not at the end of the pass alone: a model that overflows on every row is to stop after a few.
         if len(self.suspects) >= MAX_BAD_ROWS:
             self.try_again()
         if len(self.bad) >= MAX_BAD_ROWS:
@@ -228,6 +231,7 @@ class _RowSink:
             return
         suspects, again = np.unique(self.suspects), self.again
         assert again is not None
+        # Each is alone in its row now: without ``again`` what is not finite this time is bad.
         self.suspects, self.again = [], None
         for index, values in again(suspects):
             self.write(index, to_host(values))
@@ -243,9 +247,10 @@ class _RowSink:
                 raise ValueError(f"no batches to compute the {self.what} of")
             return self.values
         done = np.flatnonzero(self.store.done())
-        found = self.store.read(done)
-        values = np.full((self.rows, found.shape[1]), np.nan, found.dtype)
-        values[done] = found
+        stored = self.store.read(done)
+        # A pass over a part of the data set leaves other rows of the store undone, which reading all would refuse.
+        values = np.full((self.rows, stored.shape[1]), np.nan, stored.dtype)
+        values[done] = stored
         return values
 
 
@@ -260,10 +265,10 @@ def collect_rows(
 ) -> np.ndarray:
     """Gather (index [B], values [B, m]) pairs into [rows, m]; rows never visited are NaN.
 
-    One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False
-    the values stay in the store, for what does not fit into memory, and the
-    array returned is empty. ``again``: the results of the rows given, each example in a row of its own; asked for what
-    was not finite, since in a packed row one example that is not makes its neighbours so (see `alone`).
+    One result stays in flight: batch k is written on the host while the device works on k + 1. With ``read`` False the
+    values stay in the store, for what does not fit into memory, and the array returned is empty. ``again``: the results
+    of the rows given, each example in a row of its own; asked for what was not finite, since in a packed row one
+    example that is not makes its neighbours so (see `alone`).
 
     Raises:
       NonFiniteError: some real row is NaN or infinite. The finite rows reach the store first, so that a
@@ -288,6 +293,7 @@ def collect_rows(
         raise
     if store is not None:
         store.flush()
+    # Before the barrier in `gather`: a process with bad rows then ends, and ends the waiting of the others with it.
     sink.check()
     if store is not None:
         store.gather()

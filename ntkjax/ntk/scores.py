@@ -61,6 +61,8 @@ def add_direction(kernel: Kernel, params: Params, batch: Any, total: Direction) 
         return jnp.sum(jnp.where(real[:, None], values, jnp.zeros_like(values)), axis=0)
 
     values, pull = jax.vjp(summed, params)
+    # One output after the other, from one forward pass: pulled back together (vmap), m outputs would hold m times the
+    # cotangents of a backward pass.
     gradients = jax.lax.map(lambda v: pull(v)[0], jnp.eye(len(values), dtype=values.dtype))
     head = kernel.head_features(params, batch)
     if head is not None:
@@ -114,7 +116,7 @@ def mean_direction(
         count += int((real_rows(batch) >= 0).sum())
     if count == 0:
         raise UserError("mean gradient of no examples: expected at least one row with index >= 0")
-    if not _all_finite(total):  # only now look for the culprits, batch by batch
+    if not _all_finite(total):  # only now look for the rows, batch by batch
         bad = [b for b in batches if not _all_finite(add_direction(kernel, params, b, zero))]
         rows = [int(row) for batch in bad for row in real_rows(batch) if row >= 0]
         raise NonFiniteError("gradient (in the batches that hold them)", rows)
@@ -159,6 +161,8 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
         return jnp.take(moved, column, axis=-1)
 
     sets, m = jax.tree.leaves(stacked.outputs)[0].shape[:2]
+    # R sets of m parts are R m tangents. Of what the part of u_r for output c moves, only output c counts; the sum over
+    # the m parts of a set is the score along it.
     columns = jnp.tile(jnp.arange(m), sets)
     tangents = jax.tree.map(lambda u, p: u.astype(p.dtype).reshape(-1, *p.shape), stacked.outputs, params)
     moved = _in_turns(push, (tangents, columns))
@@ -166,6 +170,7 @@ def score_batch(kernel: Kernel, params: Params, stacked: Direction, batch: Any) 
     head = kernel.head_features(params, batch)
     if head is None:
         return scores
+    # The head's own term is an inner product of features that are there already, and needs no tangent.
     return scores + jnp.matmul(head, stacked.head.T, precision=jax.lax.Precision.HIGHEST).astype(scores.dtype)
 
 
@@ -175,6 +180,7 @@ def _in_turns(push: Callable[..., Array], stacked: tuple) -> Float[Array, "n *B"
     turns, rest = divmod(count, MAX_TANGENTS)
     parts = []
     if turns:
+        # The turns of full size are one loop, whose body is compiled once; what is left over is compiled beside it.
         whole = jax.tree.map(lambda x: x[: count - rest].reshape(turns, MAX_TANGENTS, *x.shape[1:]), stacked)
         pushed = jax.lax.map(lambda args: stacked_jvp(push, args), whole)
         parts.append(pushed.reshape(count - rest, *pushed.shape[2:]))
@@ -276,6 +282,8 @@ def scores_by_position(
     """
     apart, lengths = as_kernel(kernel).before_pooling(), lambda batch: np.asarray(batch.lengths)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+    # One example a row, since a packed row's positions would have to be told apart by example again; and the parts of a
+    # row are given out at once, because [T, R] numbers an example are too many to gather.
     for batch in iterate(one_a_row(batches), progress, "scores by token"):
         scores = np.asarray(score_batch(apart, params, stacked, batch))
         for row, length, parts in zip(real_rows(batch).tolist(), lengths(batch).tolist(), scores):
@@ -304,6 +312,7 @@ class ProductsByLeaf:
 
     def __call__(self, gradients: Params) -> Float[Array, "B K"]:
         def product(g: Array, u: Array, kept: bool) -> Float[Array, "B k"]:
+            # Axis 0 of a stacked parameter is the layer; behind the axis of outputs it is axis 1.
             blocks = u.shape[1] if kept else 1
             g, u = (at_least_float32(x) for x in (g, u))
             flat_g, flat_u = g.reshape(*g.shape[:2], blocks, -1), u.astype(g.dtype).reshape(u.shape[0], blocks, -1)
@@ -479,6 +488,7 @@ def _solved(
     """`score_directions`, and the largest residual where they are solved for by iteration (None elsewhere)."""
     means = [mean_direction(kernel, params, examples, progress=progress) for examples in sets]
     along = [_preconditioned(precondition, mean) for mean in means]
+    # P^-1 is applied once for each direction; the Gram matrix then costs inner products alone.
     gram = np.array([[tree_dot(a, b) for b in means] for a in along])
     measure = getattr(precondition, "residual", None)
     if measure is None:

@@ -56,7 +56,9 @@ def block_keys(seed: Any, counts: list[tuple[str, int]]) -> Array:
     A key comes of the seed, the path and the block's number alone, so it is the same beside any other leaves, on every
     device and for every batch split.
     """
+    # The generator is named: the map must not change with jax_default_prng_impl.
     base, fold = jax.random.key(seed, impl="threefry2x32"), jax.random.fold_in
+    # CRC-32, because Python's own hash of a string differs from process to process.
     paths = np.concatenate([np.full(count, zlib.crc32(path.encode()), np.uint32) for path, count in counts])
     numbers = np.concatenate([np.arange(count, dtype=np.uint32) for _, count in counts])
     return jax.vmap(fold)(jax.vmap(fold, in_axes=(None, 0))(base, jnp.asarray(paths)), jnp.asarray(numbers))
@@ -131,6 +133,7 @@ class RademacherSketch:
 
     def _project(self, rows: Float[Array, "B n"], keys: Array) -> Float[Array, "B K"]:
         def add(i: Array, total: Array) -> Array:
+            # HIGHEST, although a sign is exact in any dtype: an accelerator would round the gradients to 8 or 11 bits.
             part = jax.lax.dynamic_slice_in_dim(rows, i * self.block, self.block, axis=1)
             return total + jnp.matmul(part, self._signs(keys[i], rows.dtype), precision=jax.lax.Precision.HIGHEST)
 

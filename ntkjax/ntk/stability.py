@@ -87,6 +87,7 @@ def collinearity(theta: Float[np.ndarray, "n n"], theta_0: Float[np.ndarray, "n 
       ValueError: matrices that are not square, symmetric and finite.
     """
     theta, theta_0 = square(theta), square(theta_0)
+    # Frobenius, over all entries: c is the least-squares fit of Theta_t by Theta_0.
     size = float(np.linalg.norm(theta_0))
     scale = float(np.sum(theta * theta_0) / size**2) if size > 0 else float("nan")
     remainder = theta - scale * theta_0

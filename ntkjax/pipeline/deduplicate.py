@@ -12,7 +12,7 @@ from ntkjax.data.cache import Shared
 from ntkjax.data.dedup import POOL, find_duplicates, report
 from ntkjax.errors import ConfigError
 from ntkjax.files import read_json
-from ntkjax.parallel import is_primary
+from ntkjax.job import is_primary
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, DedupOptions
 from ntkjax.pipeline.run_dir import RunDir
@@ -22,7 +22,7 @@ FILE = "duplicates.json"
 
 @dataclasses.dataclass(frozen=True)
 class Deduplicated:
-    """A pool, and what the search for duplicates in it came to.
+    """A pool, and the result of the search for duplicates in it.
 
     Attributes:
       pool: without the repeated examples in mode ``remove``; as it was otherwise. What is scored, written to

@@ -50,7 +50,7 @@ def save_result(out: Path, model: LanguageModel, params: Params, *, merge: bool 
 
 
 def summary(result: FitResult) -> dict:
-    """What a fine-tuning run came to, as plain numbers."""
+    """The result of a fine-tuning run, as plain numbers."""
     return {
         "steps": result.steps,
         "best_step": result.best_step,

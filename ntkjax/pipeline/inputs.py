@@ -120,8 +120,8 @@ def input_changes(old: Inputs, new: Inputs) -> list[str]:
     pairs = lambda inputs: {(name, part): value for name, parts in inputs.items() for part, value in parts.items()}
     before, now = pairs(old), pairs(new)
 
-    def shown(found: dict, key: tuple[str, str]) -> str:
-        return "absent" if key not in found else str(found[key])[: None if key[0] == "ntkjax" else 8]
+    def shown(inputs: dict, key: tuple[str, str]) -> str:
+        return "absent" if key not in inputs else str(inputs[key])[: None if key[0] == "ntkjax" else 8]
 
     return [
         f"{key[0]}: {key[1]} was {shown(before, key)}, is now {shown(now, key)}"

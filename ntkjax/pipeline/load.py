@@ -14,9 +14,10 @@ from ntkjax.data import Records, TokenisedDataset, read_records, tokenise
 from ntkjax.data.cache import Shared
 from ntkjax.data.rows import packs
 from ntkjax.errors import ConfigError
+from ntkjax.job import everyone, is_primary, process
 from ntkjax.models import LanguageModel, LoraConfig, adapter_lora_config, load_adapter, load_lm
 from ntkjax.models.load import check_ids, ids_beyond
-from ntkjax.parallel import everyone, is_primary, mesh_of, process
+from ntkjax.parallel import mesh_of
 from ntkjax.pipeline.options import DataOptions, ModelOptions
 from ntkjax.types import Params
 

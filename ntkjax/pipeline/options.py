@@ -22,8 +22,7 @@ class ModelOptions:
     """The language model and which of its parameters are differentiated and trained."""
 
     model: str
-    """Hugging Face directory (config.json and safetensors), hub id, or `real`: the one that `make real-model`
-    fetches."""
+    """Hugging Face directory (config.json and safetensors), hub id, or `real` (`make real-model` fetches it)."""
     adapter: str | None = None
     """PEFT adapter directory to start from; its rank, alpha and targets replace the lora flags."""
     parameters: Literal["lora", "all"] = "lora"

@@ -22,7 +22,7 @@ import yaml
 
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import append_json_line, plain, read_json_lines, write_bytes, write_text
-from ntkjax.parallel import is_primary
+from ntkjax.job import is_primary
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict, read_yaml
 from ntkjax.pipeline.inputs import INPUTS, Inputs, check_inputs
 from ntkjax.pipeline.versions import package_version, versions

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ntkjax.errors import ConfigError
+from ntkjax.job import barrier, is_primary
 from ntkjax.models import LanguageModel
-from ntkjax.parallel import barrier, describe_mesh, is_primary
+from ntkjax.parallel import describe_mesh
 from ntkjax.pipeline.inputs import adapter_digests, model_digests
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import DataOptions, SelectorOptions, check_method, part_of
@@ -76,6 +77,7 @@ def choose(
       ConfigError: a method that looks at the warm-up, and none to look at.
     """
     out, seed, progress = settings.out, settings.seed, settings.progress
+    # selection.json is written last: where it is, the selection is whole.
     chosen_before = (out / "selection.json").exists()
     barrier("selection to be made")  # all have looked before the first writes it
     if chosen_before:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from ntkjax.data import Records
 from ntkjax.errors import DataError, UserError
 from ntkjax.files import read_json, write_json, write_lines, written_file, written_folder
-from ntkjax.parallel import barrier, process
+from ntkjax.job import barrier, process
 from ntkjax.pipeline.load import Loaded
 from ntkjax.selection import Selection
 from ntkjax.selection.diagnostics import examples

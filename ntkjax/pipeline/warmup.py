@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkjax.job import barrier, broadcast, is_primary
 from ntkjax.models import LanguageModel, save_adapter
-from ntkjax.parallel import barrier, broadcast, is_primary, spans_processes
+from ntkjax.parallel import spans_processes
 from ntkjax.pipeline.load import Loaded
 from ntkjax.pipeline.options import SelectorOptions, part_of
 from ntkjax.selection import METHODS
@@ -63,8 +64,11 @@ def warm_up(
     """
     ends = epoch_ends(config, domain) if checkpoints else []
     if checkpoints:
+        # A step is saved where ``save_every`` divides it: the greatest common divisor also keeps the ends of all
+        # epochs.
         every = ends[0] if config.save_every is None else math.gcd(config.save_every, ends[0])
         config = dataclasses.replace(config, save_every=every, keep_checkpoints=None)
+    # Of the right structure on every process: `broadcast` sends into what each has.
     warmed, states = params, [(params, *(_moments_like(params),) * 2) for _ in ends]
     if is_primary() or spans_processes(model.mesh):
         progress = progress and is_primary()

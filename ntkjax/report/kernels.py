@@ -24,12 +24,12 @@ def rungs(rows: Sequence[Mapping[str, Any]], *, label: str, best: float | None =
     figure, axes = _figure(1.0 + 0.3 * len(names))
     for row in rows:
         colour = COLOURS[groups.index(row["group"]) % len(COLOURS)]
-        place = names.index(row["rung"]) + 0.24 * (groups.index(row["group"]) - (len(groups) - 1) / 2)
+        level = names.index(row["rung"]) + 0.24 * (groups.index(row["group"]) - (len(groups) - 1) / 2)
         if _known(row.get("low")) and _known(row.get("high")):
-            axes.plot([row["low"], row["high"]], [place] * 2, color=colour, linewidth=4, alpha=0.28,
+            axes.plot([row["low"], row["high"]], [level] * 2, color=colour, linewidth=4, alpha=0.28,
                       solid_capstyle="round")  # fmt: skip
         spread = row["sd"] if _known(row.get("sd")) else None
-        axes.errorbar([row["value"]], [place], xerr=spread, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1)
+        axes.errorbar([row["value"]], [level], xerr=spread, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1)
     for group, colour in zip(groups, COLOURS):
         axes.plot([], [], "o", color=colour, markersize=4, label=group)
     if best is not None:

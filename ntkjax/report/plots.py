@@ -39,14 +39,14 @@ def accuracy_by_method(
     """
     scale = 100.0 if percent else 1.0
     figure, axes = _figure(0.9 + 0.42 * len(rows))
-    for place, row in enumerate(rows):
+    for height, row in enumerate(rows):
         colour = ORANGE if row["method"] in highlight else BLUE
         seeds = [scale * value for value in row.get("seeds") or []]
         if row.get("low") is not None and row.get("high") is not None:
             ends = [scale * row["low"], scale * row["high"]]
-            axes.plot(ends, [place, place], color=colour, linewidth=5, alpha=0.28, solid_capstyle="round")
-        axes.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
-        axes.plot([scale * row["mean"]], [place], "|", color=colour, markersize=17, markeredgewidth=2.5)
+            axes.plot(ends, [height, height], color=colour, linewidth=5, alpha=0.28, solid_capstyle="round")
+        axes.plot(seeds, [height] * len(seeds), "o", color=colour, markersize=4, alpha=0.55, markeredgewidth=0)
+        axes.plot([scale * row["mean"]], [height], "|", color=colour, markersize=17, markeredgewidth=2.5)
     if chance is not None:
         axes.axvline(scale * chance, color=GREY, linestyle="--", linewidth=1)
         axes.annotate("chance", (scale * chance, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
@@ -137,9 +137,9 @@ def sources(offered: Mapping[str, int], chosen: Mapping[str, int], *, most: int 
         left = sum(offered.get(name, 0) for name in rest), sum(chosen.get(name, 0) for name in rest)
         rows.append((f"other ({len(rest)} sources)", *left))
     figure, axes = _figure(0.9 + 0.36 * len(rows))
-    for place, (_, of, ch) in enumerate(rows):
-        axes.barh(place - 0.19, 100 * of / totals[0], height=0.34, color=SKY)
-        axes.barh(place + 0.19, 100 * ch / totals[1], height=0.34, color=ORANGE)
+    for height, (_, of, ch) in enumerate(rows):
+        axes.barh(height - 0.19, 100 * of / totals[0], height=0.34, color=SKY)
+        axes.barh(height + 0.19, 100 * ch / totals[1], height=0.34, color=ORANGE)
     axes.barh([0], [0], color=SKY, label=f"of the pool ({totals[0]:,})")
     axes.barh([0], [0], color=ORANGE, label=f"of the selection ({totals[1]:,})")
     axes.set_yticks(range(len(rows)), [_shorten(name) for name, *_ in rows])

@@ -42,13 +42,13 @@ def over_epochs(panels: Sequence[Panel], *, columns: int = 3) -> bytes:
         _draw(axes, panel, arms)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    handles = [grid[0].plot([], [], **_style(place), label=_shorten(arm))[0] for place, arm in enumerate(arms)]
+    handles = [grid[0].plot([], [], **_style(number), label=_shorten(arm))[0] for number, arm in enumerate(arms)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(arms)), frameon=False, fontsize=8)
     return _png(figure)
 
 
-def _style(place: int) -> dict[str, Any]:
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)], "linewidth": 1.5}
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.5}
 
 
 def _draw(axes: Any, panel: Panel, arms: Sequence[str]) -> None:

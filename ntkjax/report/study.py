@@ -66,7 +66,7 @@ def against_cost(
     percent: bool = False,
     highlight: Sequence[str] = (),
 ) -> bytes:
-    """One point per arm: what it cost (log axis) and what it came to, with one standard deviation as a whisker.
+    """One point per arm: its cost (log axis) and its result, with one standard deviation as a whisker.
 
     Args:
       points: dicts with ``arm``, ``cost``, ``mean`` and ``sd`` (or None).
@@ -135,10 +135,10 @@ def _names_at_the_right(axes: Any, ends: Sequence[tuple[float, float | int, str,
     for rank in range(len(places) - 1, -1, -1):  # and back down, so that the highest name stays in the picture
         above = places[rank + 1] - gap if rank + 1 < len(places) else places[rank] - over
         places[rank] = min(places[rank], above)
-    for place, i in zip(places, order):
+    for height, i in zip(places, order):
         y, x, name, colour = ends[i]
         axes.annotate(
-            _shorten(name, 30), xy=(x, y), xycoords="data", xytext=(1.02, (place - low) / (high - low)),
+            _shorten(name, 30), xy=(x, y), xycoords="data", xytext=(1.02, (height - low) / (high - low)),
             textcoords="axes fraction", fontsize=7, color=colour if colour != GREY else INK, va="center",
             arrowprops={"arrowstyle": "-", "color": "#B8BEC6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip

@@ -73,8 +73,8 @@ def cells(rows: Rows, columns: Columns = None) -> tuple[list[str], list[list[str
     selected = _columns(rows, columns)
     body = [[format_value(row.get(key)) for key in selected] for row in rows]
     numeric = []
-    for place, key in enumerate(selected):
-        texts = [line[place] for line in body if line[place]]
+    for column, key in enumerate(selected):
+        texts = [line[column] for line in body if line[column]]
         values = [row[key] for row in rows if row.get(key) is not None]
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         # "46.2 [43.1, 49.3]" and "0.46 ± 0.01" are numbers to the eye.

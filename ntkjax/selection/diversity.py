@@ -172,14 +172,16 @@ def d_optimal(
     factors = np.zeros((n, features.shape[1]), features.dtype)  # u_s
     chosen = np.zeros(n, np.int64)
     for step in _steps(n, progress):
-        place = int(np.argmax(gains >= (1 - TIE) * gains.max()))
-        chosen[step], scale = place, 1 + gains[place]
-        row, before = features[place], factors[:step]
+        # argmax of a mask: the lowest of the candidates that tie but for rounding.
+        best = int(np.argmax(gains >= (1 - TIE) * gains.max()))
+        chosen[step], scale = best, 1 + gains[best]
+        row, before = features[best], factors[:step]
+        # A^-1 phi_s, from the sum that A^-1 is kept as; divided by sqrt(1 + q_s) it is u_s.
         along = row / features.dtype.type(ridge) - (before @ row) @ before  # A^-1 phi_s
         factors[step] = along / np.sqrt(features.dtype.type(scale))
         left = np.maximum(gains - (features @ factors[step]).astype(np.float64) ** 2, 0)  # below 0 is rounding
         gains = np.where(gains == -np.inf, gains, left)
-        gains[place] = -np.inf
+        gains[best] = -np.inf
     return chosen
 
 

@@ -39,8 +39,7 @@ def embed_both(
     problem: SelectionProblem, embed_fn: Callable, name: str
 ) -> tuple[Float[np.ndarray, "M D"], Callable[[np.ndarray], Float[np.ndarray, "b D"]]]:
     """``embed_fn`` of every domain example, and a function from pool rows [b] to theirs; the pool's lie in
-    ``work_dir``/``name``, or under ``shared_dir`` (see `open_shared`), so that methods which embed alike compute them
-    once."""
+    ``work_dir``/``name``, or under ``shared_dir`` (see `open_shared`), so that equal embeddings are computed once."""
     batches = lambda data: data.batches(token_budget=problem.token_budget)
     run = lambda data, store, what: embed(
         embed_fn, problem.params, batches(data), rows=Pass(len(data), store, progress=problem.bar(what))

@@ -163,6 +163,7 @@ class PreconditionedSketch:
 
 def adam_update(g: Float[Array, "..."], m: Float[Array, "..."], v: Float[Array, "..."]) -> Float[Array, "..."]:
     """m' / sqrt(v' + 1e-8) with the moments' axes the last of g's, in g's dtype."""
+    # g has axes of examples and outputs in front; m and v are one for all.
     axes = (1,) * (g.ndim - jnp.ndim(m)) + jnp.shape(m)
     first = ADAM_B1 * jnp.asarray(m).astype(g.dtype).reshape(axes) + (1 - ADAM_B1) * g
     second = ADAM_B2 * jnp.asarray(v).astype(g.dtype).reshape(axes) + (1 - ADAM_B2) * g * g
@@ -284,6 +285,7 @@ class _Features:
         if store is None:
             features = np.asarray(self._compute(self._batches(rows), None), np.float32)
             return lambda index: _all_there(features[index])
+        # Part by part, each in batches of its own: see `parts_to_do` for why the bits do not depend on who computes it.
         for part, missing in parts_to_do(store, rows):
             batches = self._batches(part).without(~missing)
             self._compute(batches, store)

@@ -172,8 +172,8 @@ class PreconditionOptions(DampingOptions):
     precondition: PreconditionerName = "none"
     """none: the paper's inner product. kfac: influence <(H + lambda I)^-1 g_bar, g_j>, H the Kronecker-factored Fisher
     of the domain's loss; ekfac: its eigenvalues measured by one more pass over the domain; cg: H the whole Fisher,
-    by conjugate gradients (slow); adam: divided by the root of the mean squared batch gradient. Same pass over the
-    pool."""
+    by conjugate gradients (slow); adam: divided by the root of the mean squared batch gradient. One pass over the
+    pool in any case."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

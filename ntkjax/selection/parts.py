@@ -98,8 +98,8 @@ class Similarities:
         for part in self.parts:
             vectors = self._scaled(np.asarray(part.domain, np.float64))[0]
             folded.append(part.weight * (vectors if weights is None else weights @ vectors))
-        for place, rows in in_blocks(self.rows[start:], self.block):
-            at = slice(place.start + start, place.stop + start)
+        for block, rows in in_blocks(self.rows[start:], self.block):
+            at = slice(block.start + start, block.stop + start)
             products, zeros = 0.0, []
             for part, columns in zip(self.parts, folded):
                 vectors, zero = self._scaled(np.asarray(part.read(rows), np.float64))
@@ -168,14 +168,14 @@ class KeptBlocks:
 
     def __iter__(self) -> Iterator[tuple[slice, Float[np.ndarray, "b M"], Int[np.ndarray, " t"]]]:
         yield from self.kept
-        held = sum(found.nbytes for _, found, _ in self.kept)
+        held = sum(block.nbytes for _, block, _ in self.kept)
         whole = True  # so far every block is held
-        for at, found, zeros in self.similarities.blocks(start=self.kept[-1][0].stop if self.kept else 0):
-            whole = whole and held + found.nbytes <= self.budget
+        for at, block, zeros in self.similarities.blocks(start=self.kept[-1][0].stop if self.kept else 0):
+            whole = whole and held + block.nbytes <= self.budget
             if whole:
-                self.kept.append((at, found, zeros))
-                held += found.nbytes
-            yield at, found, zeros
+                self.kept.append((at, block, zeros))
+                held += block.nbytes
+            yield at, block, zeros
 
 
 # -- algorithms --

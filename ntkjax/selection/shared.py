@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 
 from ntkjax.files import write_bytes
 from ntkjax.fingerprint import digest
-from ntkjax.parallel import barrier, is_primary, process
+from ntkjax.job import barrier, is_primary, process
 from ntkjax.selection.base import SelectionProblem
 from ntkjax.store import RowStore
 
@@ -56,6 +56,7 @@ def parts_to_do(store: RowStore, wanted: Int[np.ndarray, " c"]) -> Iterator[tupl
     if process()[1] > 1:
         barrier(f"parts of {store.path.name}")  # all have looked before one adds to them
     if fresh.any():
+        # On disk before its rows are: whoever goes on after a kill puts the same rows into the same batches.
         parts.append(fresh.astype(np.uint8))
         if is_primary():
             _write(store.path / f"part-{len(files):04d}.bits", fresh)

@@ -46,6 +46,7 @@ class Votes:
 
     def top(self, count: int) -> Int[np.ndarray, " count"]:
         """The ``count`` rows with the most votes (ties: higher mean similarity, then lower row), in row order."""
+        # lexsort sorts by its last key first: votes, then similarity, then the lower row.
         order = np.lexsort((np.arange(len(self.votes)), -self.similarity, -self.votes))
         return np.sort(order[:count])
 
@@ -90,12 +91,12 @@ def _compare(
     real: Bool[Array, " C"],
 ) -> tuple[tuple[Float[Array, "M k"], Int[Array, "M k"]], Float[Array, " C"], Float[Array, " C"]]:
     """Merge a chunk of pool rows (numbered from ``first``) into each domain point's k nearest; also their mean and
-    highest similarity. Chunks come in row order, so that top_k, which prefers earlier entries, breaks ties by lower
-    row."""
+    highest similarity. Chunks come in row order: top_k prefers earlier entries, so ties go to the lower row."""
     similarity = jnp.matmul(domain, chunk.T, precision=jax.lax.Precision.HIGHEST)
     mean, highest = jnp.mean(similarity, axis=0), jnp.max(similarity, axis=0)
     masked = jnp.where(real[None, :], similarity, -jnp.inf)
     rows = jnp.broadcast_to(first + jnp.arange(chunk.shape[0], dtype=first.dtype)[None, :], masked.shape)
+    # The best so far stand before the chunk: top_k takes the earlier of equals, which is the lower row.
     values, columns = jax.lax.top_k(jnp.concatenate([best[0], masked], axis=1), best[0].shape[1])
     rows = jnp.take_along_axis(jnp.concatenate([best[1], rows], axis=1), columns, axis=1)
     return (values, rows), mean, highest
@@ -163,6 +164,7 @@ def nearest(
         index = np.arange(start, min(start + chunk, rows))
         vectors, zero = scale(np.asarray(read_pool(index)))
         zeros += zero
+        # The last chunk is filled up with zeros to the shape of the others, one program for all; `real` keeps them out.
         padded = np.zeros((chunk, vectors.shape[1]), vectors.dtype)
         padded[: len(index)] = vectors
         real = jnp.arange(chunk) < len(index)

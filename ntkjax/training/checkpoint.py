@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from ntkjax.errors import CheckpointError
-from ntkjax.parallel import process
+from ntkjax.job import process
 
 
 class Checkpoints:
@@ -39,6 +39,7 @@ class Checkpoints:
         self._alone = count > 1 and not together
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            # `save` returns when the checkpoint is on the disk: at SIGTERM the process ends right behind it.
             enable_async_checkpointing=False,
             create=not self._alone,
             multiprocessing_options=alone if self._alone else MultiprocessingOptions(),
@@ -59,8 +60,8 @@ class Checkpoints:
         """Save both under ``step`` and return when they are on disk.
 
         Raises:
-          OSError: the disk is full, or about to be: the room is looked at first, as a failure half-way leaves
-            rubbish behind and complaints from the threads that write.
+          OSError: the disk is full, or would be: free space is compared first, since a failure half-way leaves partial
+            files behind and messages from the threads that write.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.folder).free
@@ -89,13 +90,13 @@ class Checkpoints:
             wanted = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         args = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(step, args=args)
+            restored = self._manager.restore(step, args=args)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.folder / str(step)}: the checkpoint cannot be read ({error}). Delete that folder to"
                 f" resume from the one before it, or {self.folder} to start over"
             ) from error
-        return jax.tree.map(_placed, found["arrays"], like), found["progress"]
+        return jax.tree.map(_placed, restored["arrays"], like), restored["progress"]
 
     def close(self) -> None:
         self._manager.close()

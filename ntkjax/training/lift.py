@@ -68,6 +68,8 @@ class Lift:
         due = state.count % self.interval == 0
         mask = jax.lax.cond(due, lambda: principal_mask(params, self.rank), lambda: state.mask)
         # The moments have the parameters' own structure inside the optimiser's state: the mask is laid over each.
+        # Cleared in every step, not only when the mask is new: a masked gradient leaves the moments outside it at 0
+        # anyway.
         inside = optax.tree.map_params(inner, _keep, state.inner, mask)
         updates, inside = inner.update(jax.tree.map(_keep, updates, mask), inside, params)
         return jax.tree.map(_keep, updates, mask), LiftState(state.count + 1, mask, inside)

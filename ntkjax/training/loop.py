@@ -109,9 +109,9 @@ def saved_state(
     checkpoints = Checkpoints(Path(out_dir) / CHECKPOINTS, None, together=mesh is not None)
     try:
         if step not in checkpoints.steps():
-            found = ", ".join(map(str, checkpoints.steps())) or "none"
+            kept = ", ".join(map(str, checkpoints.steps())) or "none"
             raise CheckpointError(
-                f"{out_dir}: no checkpoint of step {step}; there are: {found}. Train with save_every dividing it and "
+                f"{out_dir}: no checkpoint of step {step}; there are: {kept}. Train with save_every dividing it and "
                 "keep_checkpoints none to keep them all"
             )
         arrays, _ = checkpoints.restore(step, like)

@@ -67,6 +67,8 @@ class EpochPlan:
         step = first
         while step < last:
             epoch, offset = divmod(step, per_epoch)
+            # A resume in the middle of an epoch draws the epoch again and skips what was done: the order depends on
+            # seed and epoch alone, never on where a run was stopped.
             for rows in self.epoch(epoch)[offset : offset + last - step]:
                 yield rows
                 step += 1

@@ -39,6 +39,7 @@ class AdamW:
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         decay = optax.add_decayed_weights(self.weight_decay, mask=decay_mask)
+        # Decay behind Adam, before the rate: decoupled (AdamW), so that it is not divided by the second moment.
         chain = optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate))
         return chain if self.lift is None else self.lift.wrap(chain)
 

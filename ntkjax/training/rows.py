@@ -84,8 +84,8 @@ class RowPadding:
         """(batch of A b rows, A): one global batch, first-fit decreasing, the rows in use in the first micro-batches
         (micro-batch i is rows i, i + A, ...)."""
         lengths = np.asarray(data.lengths)[indices]
-        place = int(np.searchsorted(self.lengths, lengths.max()))
-        length, micro_rows = self.lengths[place], self.rows[place]
+        bucket = int(np.searchsorted(self.lengths, lengths.max()))
+        length, micro_rows = self.lengths[bucket], self.rows[bucket]
         micro_batches = -(-self.batch_size // micro_rows)
         row = first_fit(lengths, (length,), self.slots)[0]
         row = row // micro_rows + row % micro_rows * micro_batches

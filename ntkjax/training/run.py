@@ -117,6 +117,7 @@ class Run:
                 self.state = TrainState(arrays["params"], arrays["opt_state"])
                 self.best = arrays.get("best")
                 self.progress = Progress(**saved)
+            # All processes of a job read the log, as the history is part of the result; one of them writes.
             primary = jax.process_index() == 0
             with self._writing():
                 self.log = MetricsLog(self.folder / METRICS, self.progress.metrics_bytes, writes=primary)
@@ -124,6 +125,7 @@ class Run:
                     settings = dataclasses.asdict(self.config)
                     name, step = self.config.tracker, self.progress.step
                     self.tracker = open_tracker(name, self.folder, settings, step=step)
+        # After a resume at a later step this evaluation is in the log already.
         if self.progress.step == 0:
             self.evaluate()
 
@@ -165,12 +167,15 @@ class Run:
                 if not (last or any(due)):
                     continue
                 running = None
+                # Evaluation first, so that the checkpoint of the same step counts it: a run that goes on from there
+                # neither evaluates twice nor forgets which step was best.
                 if due[0] or last:
                     self.evaluate()
                 if due[1] or last or self.progress.stopped_early:
                     self.save()
                 if self.progress.stopped_early:
                     return
+                # Only now: what the next start of the command needs is on the disk.
                 if ending and not last:
                     raise Preempted(f"training stopped after step {step}")
 
@@ -181,6 +186,7 @@ class Run:
         options |= {"shardings": self.shardings, "reweighting": self.reweighting}
         options |= {"used": used_micro_batches(batch, accumulation)}
         began = time.perf_counter()
+        # From here on `self.state` is that of a step that may still be running; reading any of it waits for the step.
         self.state, metrics = train_step(self.nll_fn, self.state, shard_batch(batch, self.mesh), rate, **options)
         return RunningStep(step + 1, rate, rows, batch, accumulation, metrics, began)
 
@@ -289,6 +295,9 @@ class Run:
         if self.checkpoints is None:
             return
         with self._writing():
+            # The checkpoint says how many bytes of metrics.jsonl belong to it. Were it written first, a kill in between
+            # would leave a checkpoint that counts lines which the disk does not have; this way round there are only
+            # lines too many, which a resume cuts off.
             self.progress.metrics_bytes = self.log.sync()
             self.checkpoints.save(self.progress.step, self._arrays(), dataclasses.asdict(self.progress))
 

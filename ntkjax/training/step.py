@@ -59,8 +59,8 @@ def on_mesh(state: TrainState, mesh: jax.sharding.Mesh | None) -> tuple[TrainSta
     if mesh is None:
         return state, None
     everywhere = NamedSharding(mesh, PartitionSpec())
-    place = lambda x: x if isinstance(x.sharding, NamedSharding) else spread(x, everywhere)
-    state = jax.tree.map(place, state)
+    placed = lambda x: x if isinstance(x.sharding, NamedSharding) else spread(x, everywhere)
+    state = jax.tree.map(placed, state)
     return state, tuple(leaf.sharding for leaf in jax.tree.leaves(state))
 
 
@@ -110,6 +110,8 @@ def train_step(
     token_mean = token_mean_weights(counts, dtype)
 
     def nll_of(master: Params, micro: Batch) -> Array:
+        # Cast inside the differentiated function: the model computes in its own dtype, and its gradient comes back in
+        # that of the master copy.
         return nll_fn(cast_like(master, dtypes), micro).astype(dtype)
 
     def loss_fn(master: Params, rows: tuple[Batch, Array]) -> tuple[Array, tuple[Array, Array]]:
@@ -125,6 +127,8 @@ def train_step(
         weights = reweighting.weights(_in_pieces(nll_of, state.params, batch, accumulation, used), counts)
     (_, (nll, weights)), grads = _accumulate(loss_fn, state.params, (batch, weights), accumulation, used)
     metrics = StepMetrics(jnp.sum(token_mean * nll), optax.global_norm(grads), nll, counts, weights)
+    # The weights w sum to 1 over the whole batch, so the sum of the micro-batches' gradients is its gradient; a mean
+    # over micro-batches would weigh tokens by how long the other examples of theirs are.
     new = TrainState(*optimiser.step(state.params, grads, state.opt_state, learning_rate))
     return keep_shardings(new, shardings), metrics
 
@@ -169,6 +173,8 @@ def _over_micro_batches(fn: Callable, tree: Any, batch: Batch, accumulation: int
         put = lambda all_of, own: jax.lax.dynamic_update_index_in_dim(all_of, own, i, 0)
         return jax.tree.map(jnp.add, total, terms), jax.tree.map(put, kept, by_row)
 
+    # The bound may be traced (``used``): reverse mode could not go through such a loop, and need not, as gradients are
+    # taken inside it.
     total, kept = jax.lax.fori_loop(0, accumulation if used is None else used, add, start)
     return total, jax.tree.map(lambda leaf: _join(leaf, rows), kept)
 

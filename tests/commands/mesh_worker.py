@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from ntkjax.parallel import mesh_of, process, spread, start, to_host
+from ntkjax.job import process, start
+from ntkjax.parallel import mesh_of, spread, to_host
 
 SIZES = {"kernel": (2, 8, 16), "scale": (16,), "count": ()}
 """Shapes of a small state, by the rule of `placed`."""
@@ -109,7 +110,7 @@ def main() -> None:
     for step in json.loads((folder / "steps.json").read_text()):
         results.append(globals()[step.pop("do")](**step))
         (folder / f"results.{index}.json").write_text(json.dumps(results))
-    from ntkjax.parallel import barrier
+    from ntkjax.job import barrier
 
     barrier("done")
 

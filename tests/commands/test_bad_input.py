@@ -169,7 +169,7 @@ def test_a_device_out_of_memory_says_what_to_lower(monkeypatch, capsys):
     def start():
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr("ntkjax.parallel.start", start)
+    monkeypatch.setattr("ntkjax.job.start", start)
     words = ["show", "--model", "m", "--data", "d"]
     said = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
     assert main(words) == 2

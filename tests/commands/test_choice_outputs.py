@@ -10,6 +10,7 @@ from ntkjax.commands.stability.outputs import ChoiceOutputs, choice_outputs, que
 from ntkjax.data import read_records
 from ntkjax.data.records import Example
 from ntkjax.errors import ConfigError, UserError
+from ntkjax.evaluation import Batching
 from ntkjax.evaluation.choices import score_choices
 from ntkjax.models import LoraConfig, load_lm
 
@@ -35,9 +36,7 @@ def test_likelihoods_are_those_of_evaluation_centred(model, files):
     outputs = choice_outputs(
         ChoiceOutputs(model.states_fn, model.head_fn), model.lora, asked.rows, token_budget=200
     )  # two questions at a time
-    scored = [
-        s for batch in score_choices(model, model.lora, records, max_length=128, token_budget=4096) for s in batch
-    ]
+    scored = [s for batch in score_choices(model, model.lora, records, batching=Batching(128, 4096)) for s in batch]
     for score in scored:
         np.testing.assert_allclose(outputs[score.row], score.raw - score.raw.mean(), atol=2e-5)
     assert len(asked) == len(scored) == 10 and asked.cut == 0

@@ -90,6 +90,18 @@ def test_the_first_arm_that_a_study_proposes(study, pages, capsys):
     assert {record["group"] for record in lines(out / "explained.jsonl")} == {"chosen", "nearly", "rejected"}
 
 
+def test_one_selection_by_several_names(study, tmp_path, capsys):
+    """The directory is the same run's whichever options name the selection; another selection's is refused."""
+    first = page_of(capsys, "alignment; ball, all examples, N = 6; seed 0") if explain(study) == 0 else None
+    assert first is not None and explain(study, "--arm", "alignment", "--of-seed", "0") == 0
+    assert page_of(capsys, "alignment; ball, all examples, N = 6; seed 0") == first
+    assert "arm: alignment" in (first / "config.yaml").read_text()
+    out = str(tmp_path / "one")
+    assert explain(study, "--arm", "alignment", "--out", out) == 0
+    assert explain(study, "--arm", "dsir", "--out", out) == 2
+    assert "scores.parquet was" in capsys.readouterr().err
+
+
 def test_any_arm_budget_and_seed(study, capsys):
     assert explain(study, "--arm", "alignment", "--of-budget", "8", "--of-seed", "1") == 0
     out = page_of(capsys, "alignment; ball, all examples, N = 8; seed 1")

@@ -111,6 +111,6 @@ def test_a_job_killed_and_started_again_does_nothing_twice(files, jobs, one):
 
 
 def test_a_command_that_does_not_divide_its_work_says_so(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ntkjax.parallel.start", lambda: (1, 2))
+    monkeypatch.setattr("ntkjax.job.start", lambda: (1, 2))
     assert main(["evaluate", *files.flags("model", "test"), "--out", str(tmp_path / "out")]) == 2
     assert "evaluate runs in one process, and this job has 2" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import ntkjax.commands.study.command as study_command
 from ntkjax.cli import main
 from ntkjax.commands.study.command import grid_of
 from ntkjax.commands.study.spec import spec_of
-from ntkjax.evaluation import read_outcomes
+from ntkjax.evaluation import METRICS, Metric, read_outcomes
 from ntkjax.models import load_lm
 
 # -- what a study leaves --
@@ -79,6 +80,24 @@ def test_tables_plots_and_a_page_that_stands_alone(done):
     assert "<img" in page and "http://" not in page and "https://" not in page and "<script" not in page
     for text in ("alignment", "Strongest baseline on dev", "Holm", "Chosen", "Rejected", "Colour of cube"):
         assert text in page
+
+
+def test_a_metric_from_outside_is_in_the_tables_and_the_report(study, done, files, tmp_path, monkeypatch):
+    """One entry of the table of metrics, over runs that are done: nothing is trained or evaluated again."""
+    length = lambda outcome: float(len(outcome.gold))
+    toy = Metric("answer_length", "length of the answer", length, unit="letters", higher_is_better=False)
+    monkeypatch.setitem(METRICS, toy.name, toy)
+    calls, out = study.count_calls(monkeypatch), tmp_path / "out"
+    shutil.copytree(done, out)
+    assert study.run(files, tmp_path) == 0 and calls == {}
+    (run_folder, *_) = (path for path in (out / "runs").iterdir() if (path / "result.json").exists())
+    mean = np.mean([len(outcome.gold) for outcome in read_outcomes(run_folder / "outcomes.jsonl")])
+    page = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", (out / "report.html").read_text()))
+    assert f" {toy.column_label} " in page
+    rows = page.partition(f" {toy.column_label} ")[2]
+    assert f" {mean:.3f} " in rows
+    main_table = (out / "tables" / "main.csv").read_text()
+    assert main_table.count(toy.name) == 6 and toy.name not in (done / "tables" / "main.csv").read_text()
 
 
 def test_comparisons_are_with_random_and_with_a_baseline_picked_on_dev(study, done):

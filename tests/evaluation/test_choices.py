@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 
 from ntkjax.data import render
 from ntkjax.errors import ConfigError, DataError, UserError
+from ntkjax.evaluation import Batching
 from ntkjax.evaluation import choices as module
 from ntkjax.evaluation.choices import (
     TIE_TOLERANCE,
@@ -41,7 +42,9 @@ def one_by_one(model, example, max_length):
 
 
 def scores_of(model, records, params=None, **options):
-    settings = {"max_length": 200, "token_budget": 300, "max_buckets": 1, **options}
+    batching = {"max_length": 200, "token_budget": 300}
+    batching |= {name: options.pop(name) for name in ("max_length", "token_budget", "packing") if name in options}
+    settings = {"batching": Batching(**batching), "max_buckets": 1, **options}
     return {s.row: s for batch in score_choices(model, params or {}, records, **settings) for s in batch}
 
 
@@ -184,7 +187,7 @@ def test_gold_choice():
 def test_no_choices_anywhere_is_refused(model, write_records):
     records = write_records([{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d", "answer": "d"}])
     with pytest.raises(UserError, match="none of the 2 examples has choices and an answer"):
-        list(score_choices(model, {}, records, max_length=100, token_budget=100))
+        list(score_choices(model, {}, records, batching=Batching(100, 100)))
 
 
 def test_learned_positions_are_a_limit(toys, write_records):

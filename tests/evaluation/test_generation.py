@@ -8,6 +8,7 @@ import pytest
 
 from ntkjax.data import render_prompt
 from ntkjax.errors import ConfigError
+from ntkjax.evaluation import Batching, EvaluationSettings
 from ntkjax.evaluation import generation as module
 from ntkjax.evaluation.choices import pack_choices, score_packed
 from ntkjax.evaluation.generation import forced_text, generate_answers, gold_answer
@@ -43,8 +44,15 @@ def run(monkeypatch, model, records, say, **options):
     script = Script(model.tokenizer, say)
     monkeypatch.setattr(module, "generate", script)
     settings = {"max_length": 200, "token_budget": 400, "max_new_tokens": 60, **options}
-    answers = {a.row: a for batch in generate_answers(model, {}, records, **settings) for a in batch}
-    return answers, script
+    return answers_of(model, records, **settings), script
+
+
+def answers_of(model, records, *, max_length, token_budget, **settings):
+    """By row, under these settings of an evaluation."""
+    generated = generate_answers(
+        model, {}, records, EvaluationSettings(**settings), batching=Batching(max_length, token_budget)
+    )
+    return {a.row: a for batch in generated for a in batch}
 
 
 def by_prompt(*texts):
@@ -176,7 +184,7 @@ def test_the_real_generator(model, write_records):
     """The text kept is what greedy generation gives, whatever the batches."""
     records = write_records(rows_of(3))
     settings = {"max_length": 100, "token_budget": 80, "max_new_tokens": 8}
-    answers = {a.row: a for batch in generate_answers(model, {}, records, **settings) for a in batch}
+    answers = answers_of(model, records, **settings)
     prompts = [render_prompt(model.tokenizer, records[i]) for i in range(3)]
     expected = generate(model, {}, prompts, max_new_tokens=8, batch_size=4)
     for i in range(3):

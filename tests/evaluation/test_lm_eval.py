@@ -20,13 +20,14 @@ from ntkjax.errors import ConfigError, UserError
 from ntkjax.evaluation import lm_eval
 from ntkjax.evaluation.lm_eval import (
     Continuation,
+    ModelArguments,
     TaskResult,
     compare_tasks,
     rolling_windows,
     score,
     task_digests,
 )
-from ntkjax.evaluation.options import TaskOptions
+from ntkjax.evaluation.options import Batching, TaskOptions
 from ntkjax.models import LoraConfig, generate, load_lm, save_adapter
 from ntkjax.pipeline.options import ModelOptions
 
@@ -105,16 +106,16 @@ def test_log_likelihoods_are_those_of_each_row_alone_and_cut_from_the_left(model
     draw = lambda n: rng.integers(5, 800, n).tolist()
     greedy = generate(model, {}, [[7, 9, 11]], max_new_tokens=3, stop_tokens=[])[0]
     pairs = [(draw(3), draw(2)), ([7, 9, 11], greedy), ([7, 9, 11], [*greedy[:2], greedy[2] ^ 1]), (draw(14), draw(4))]
-    found = score(model, {}, pairs, max_length=12, token_budget=48, max_buckets=1)
+    found = score(model, {}, pairs, batching=Batching(12, 48), max_buckets=1)
     expected = [by_hand(model, *pair, 12) for pair in pairs]
     np.testing.assert_allclose([a for a, _ in found], [a for a, _ in expected], rtol=1e-5)
     assert [b for _, b in found] == [b for _, b in expected] == [False, True, False, False]
     # The order and the batches change nothing.
-    again = score(model, {}, pairs[::-1], max_length=12, token_budget=48, max_buckets=1)[::-1]
+    again = score(model, {}, pairs[::-1], batching=Batching(12, 48), max_buckets=1)[::-1]
     np.testing.assert_allclose([a for a, _ in again], [a for a, _ in found], rtol=1e-5)
     for bad in (([], [1]), ([1], []), ([1], [1] * 13)):
         with pytest.raises(UserError, match="expected at least one of both"):
-            score(model, {}, [bad], max_length=12, token_budget=48)
+            score(model, {}, [bad], batching=Batching(12, 48))
 
 
 def test_windows_predict_every_token_once_after_as_many_as_fit():
@@ -154,12 +155,12 @@ def test_continuations_are_those_of_generate_in_the_order_of_the_prompts(model):
     encode = lambda text: model.tokenizer.encode(text)
     prompts = [encode("What is 3 plus 4?"), encode("What is 1?"), encode("What is 3 plus 4?")]
     wanted = Continuation(("zzz",), new_tokens=4)
-    found = lm_eval.continuations(model, {}, prompts, wanted, max_length=64, token_budget=64)
+    found = lm_eval.continuations(model, {}, prompts, wanted, batching=Batching(64, 64))
     new = generate(model, {}, prompts, max_new_tokens=4)
     assert found == [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
     assert found[0] == found[2]
     with pytest.raises(UserError, match="generates 64 tokens, and --max-length is 64"):
-        lm_eval.continuations(model, {}, prompts, Continuation(new_tokens=64), max_length=64, token_budget=64)
+        lm_eval.continuations(model, {}, prompts, Continuation(new_tokens=64), batching=Batching(64, 64))
 
 
 def result(values, task="t"):
@@ -183,6 +184,9 @@ def test_intervals_are_paired_by_sample(tmp_path):
     assert compare_tasks([first], [result([1.0], task="other")]) == []
     lm_eval.write_results(tmp_path / "tasks", [first, second], {"cut": 2})
     assert lm_eval.read_results(tmp_path / "tasks") == ([first, second], {"cut": 2})
+    (tmp_path / "tasks" / "001-t.jsonl").unlink()
+    with pytest.raises(UserError, match="not found; expected the samples of t; run the tasks again"):
+        lm_eval.read_results(tmp_path / "tasks")
 
 
 def test_options(monkeypatch):
@@ -244,7 +248,7 @@ def test_every_number_is_that_of_lm_evals_torch_backend(model, tasks, chat, tmp_
 
     longest = 48 if chat else 24  # so that three shots are cut, and the texts have windows
     options = TaskOptions(tuple(tasks.values()), task_shots=None if chat else 3, task_chat_template=chat)
-    limits, params, adapter = {"max_length": longest, "token_budget": 512}, {}, {}
+    params, adapter = {}, {}
     if chat:
         pytest.importorskip("peft")
         model = load_lm(TINY, lora=LoraConfig(rank=4, alpha=8.0))
@@ -252,7 +256,9 @@ def test_every_number_is_that_of_lm_evals_torch_backend(model, tasks, chat, tmp_
         params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), model.lora)
         save_adapter(tmp_path / "adapter", model, params)
         adapter = {"peft": str(tmp_path / "adapter")}
-    results, counts = lm_eval.run_tasks(model, params, lm_eval.load_tasks(options), options, progress=False, **limits)
+    results, counts = lm_eval.run_tasks(
+        model, params, lm_eval.load_tasks(options), options, batching=Batching(longest, 512), progress=False
+    )
     assert (counts["cut"] > 0) is not chat
     loaded = lm_eval.load_tasks(options)
     torch_model = HFLM(pretrained=TINY, dtype="float32", device="cpu", batch_size=2, max_length=longest, **adapter)
@@ -285,6 +291,13 @@ def test_lm_eval_finds_the_backend_by_its_name():
     with pytest.raises(ConfigError, match="either a model or pretrained"):
         lm_eval.backend()()
     assert isinstance(jax.tree.leaves(lm.model.params)[0], jax.Array)
+
+
+def test_model_arguments_are_refused_by_name():
+    given = {"pretrained": TINY, "max_length": 32, "batch_size": 1, "device": None}
+    assert ModelArguments.of(given) == ModelArguments(pretrained=TINY, max_length=32)
+    with pytest.raises(ConfigError, match=r"unknown model argument 'lenght'; expected some of pretrained, adapter, "):
+        ModelArguments.of(given | {"lenght": 3})
 
 
 @needs_harness

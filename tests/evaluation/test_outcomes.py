@@ -59,6 +59,15 @@ def test_resume_after_a_kill(tmp_path, torn):
     assert [o.correct_raw for o in third.finish(BASES)] == [True, False, None]
 
 
+@pytest.mark.parametrize("line", ["junk", "3", '{"row": 1}', '{"kind": "choices", "row": [1]}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    OutcomeLog(tmp_path / "o.jsonl", {"max_length": 8}).add("choices", {0: {"correct_raw": True}})
+    with (tmp_path / "o.jsonl.part").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"o\.jsonl\.part:3: not a piece of an evaluation .*; remove the file"):
+        OutcomeLog(tmp_path / "o.jsonl", {"max_length": 8})
+
+
 def test_killed_before_the_first_line_was_whole(tmp_path):
     (tmp_path / "o.jsonl.part").write_text('{"max_le')
     log = OutcomeLog(tmp_path / "o.jsonl", {"max_length": 8})

@@ -115,7 +115,7 @@ def test_choices_likelihood_and_generation_all_get_them(toys, write_records, tmp
         "ntkjax.evaluation.generation.generate", lambda m, p, prompts, **k: seen.extend(prompts) or [[]]
     )
     records = ShotRecords(write_records([row]), shots, tokenizer)
-    list(generate_answers(model, {}, records, max_length=400, token_budget=800, max_new_tokens=6))
+    list(generate_answers(model, {}, records, EvaluationSettings(max_new_tokens=6), batching=Batching(400, 800)))
     assert seen[0] == prompt
 
 
@@ -137,7 +137,8 @@ def test_a_made_up_question_is_no_part_of_the_answer(toys, write_records, monkey
     row = {"id": "q", "prompt": "3+3?", "response": "6", "answer": "6", "choices": ["5", "6"]}
     for shots, predicted in (((ONE,), "5"), ((), "6")):
         records = ShotRecords(write_records([row]), shots, tokenizer)
-        (answers,) = generate_answers(model, {}, records, max_length=400, token_budget=800, max_new_tokens=64)
+        settings = EvaluationSettings(max_new_tokens=64)
+        (answers,) = generate_answers(model, {}, records, settings, batching=Batching(400, 800))
         assert answers[0].predicted == predicted
     torn = dataclasses.replace(ONE, response="well\n\n2")
     shots = Shots("shots.jsonl", (torn,), 0)

@@ -80,5 +80,25 @@ def test_the_ladder_of_the_model_named_real(script, real, tmp_path):
                                   out=tmp_path / "runs"))  # fmt: skip
     kept = tmp_path / "results" / "real"
     assert "centred_spectral:4" in (kept / "ladder.md").read_text() and (kept / "scores-against-centred.png").exists()
-    with pytest.raises(SystemExit, match="--model needs --data"):
-        ladder.main(ladder.Experiment(model="real"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("01_kernel_stability", ["--model", "real"], "--model needs --data"),
+        ("01_kernel_stability", ["--data", "."], "--data needs --model"),
+        ("02_cross_output_terms", ["--model", "real"], "--model needs --data"),
+        ("03_approximation_ladder", ["--model", "real"], "--model needs --data"),
+        ("03_approximation_ladder", ["--data", ".", "--model", "nowhere"], "nowhere"),
+        ("05_main_table", ["--model", "real"], "--model needs --data"),
+        ("08_throughput", ["--model", "real"], "--model needs --data"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_a_line(name, words, told, load_file, tmp_path, monkeypatch, capsys):
+    loaded = load_file(ROOT / f"{name}.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *words])
+    with pytest.raises(SystemExit) as ended:
+        loaded.script.start(loaded.main, getattr(loaded, "Experiment", None) or loaded.Throughput)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"{name}: error: ") and told in said, said

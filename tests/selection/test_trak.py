@@ -24,6 +24,17 @@ def by_definition(mean, phi, damping):
     return mean @ np.linalg.inv(gram) @ phi.T
 
 
+@pytest.mark.parametrize(("count", "size"), [(20, 6), (5, 12)])
+def test_a_system_without_a_unique_solution_is_refused(count, size):
+    """Gradients that depend on each other: two equal candidates, or two equal columns."""
+    phi = np.random.default_rng(0).standard_normal((count, size))
+    phi[1], phi[:, 1] = phi[0], phi[:, 0]
+    read, rows = lambda part: phi[part], np.arange(count)
+    with pytest.raises(ConfigError, match=r"with --damping 1e-300 the \d+ equations .* raise --damping"):
+        attributions(np.ones(size), read, rows, 1e-300)
+    assert np.isfinite(attributions(np.ones(size), read, rows, 1e-6)[0]).all()
+
+
 @pytest.mark.parametrize(("count", "size"), [(40, 6), (5, 9), (1100, 3)], ids=["more rows", "fewer rows", "two blocks"])
 def test_attributions_are_the_closed_form(count, size):
     rng = np.random.default_rng(count)

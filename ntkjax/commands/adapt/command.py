@@ -28,7 +28,7 @@ from ntkjax.evaluation import METRICS, Outcome
 from ntkjax.evaluation.options import EvaluationOptions
 from ntkjax.evaluation.summary import majority_accuracy
 from ntkjax.files import read_json
-from ntkjax.parallel import is_primary
+from ntkjax.job import is_primary
 from ntkjax.pipeline.compare import compare_methods, paired_runs, summarise_method
 from ntkjax.pipeline.cost import uses_model
 from ntkjax.pipeline.deduplicate import FILE as DUPLICATES
@@ -92,7 +92,7 @@ class AdaptConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What an adaptation came to; ``results`` is the content of results.json.
+    """The result of an adaptation; ``results`` is the content of results.json.
 
     Attributes:
       results: per-method summaries, comparisons, runs with their folders, selections, failures.

@@ -26,6 +26,7 @@ from ntkjax.commands.explain.reopen import Run, Which, reopen
 from ntkjax.commands.explain.report import FILES, LABELS, ExplainedRun, about_links, write_explained
 from ntkjax.errors import ConfigError
 from ntkjax.files import write_jsonl
+from ntkjax.pipeline.inputs import Inputs
 from ntkjax.pipeline.load import Loaded, load_data
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.selection_io import read_scores
@@ -34,6 +35,8 @@ from ntkjax.selection import SelectionProblem
 from ntkjax.selection.methods.parts import PartsSelector
 
 ANSWERS = "answers.jsonl"
+WHICH = ("arm", "of_domain", "of_size", "of_budget", "of_seed")
+"""The options that name a selection of a run that has several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +87,13 @@ class ExplainConfig:
     @property
     def which(self) -> Which:
         """Which selection of a run that has several."""
-        return Which(self.arm, self.of_domain, self.of_size, self.of_budget, self.of_seed)
+        return Which(*(getattr(self, name) for name in WHICH))
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question and the pool examples nearest to it: dicts of id, cosine, score, selected, source, file, line, prompt,
-    response."""
+    """A question and the pool examples nearest to it: each a dict of id, cosine, score, selected, source, file,
+    line, prompt and response."""
 
     id: str
     prompt: str
@@ -130,12 +133,14 @@ def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
         return answer(config, progress=progress)
     assert config.run is not None
     given = None if config.out is None else Path(config.out)
-    RunDir.check(given or Path(config.run) / "explain", "explain", config)  # before anything is loaded
+    # Before anything is loaded. Different words may name one selection; which one it is its scores.parquet says.
+    RunDir.check(given or Path(config.run) / "explain", "explain", config, ignore=WHICH)
     run = reopen(config.run, progress=progress, which=config.which)
     out = given or run.path / "explain"
-    RunDir.check(out, "explain", config)
+    inputs: Inputs = {"run": _stamp(run)}
+    RunDir.check(out, "explain", config, inputs=inputs, ignore=WHICH)
     pool = run.pool()
-    directory = RunDir.create(out, "explain", config, inputs={"run": _stamp(run)})
+    directory = RunDir.create(out, "explain", config, inputs=inputs, ignore=WHICH, rewrite=True)
     directory.tell(FILES[0], progress)
     most = (config.chosen, config.nearly, config.rejected)
     shown = choose_shown(run.selection, most, seed=config.seed)
@@ -150,7 +155,7 @@ def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
     return Explained(shown.counts(), parts, why, links, [], "", out, run.name)
 
 
-def _stamp(run: Run) -> dict[str, str | None]:
+def _stamp(run: Run) -> dict[str, str]:
     """What the files of an explanation depend on."""
     digest = hashlib.blake2b((run.path / "scores.parquet").read_bytes(), digest_size=8)
     return {"scores.parquet": digest.hexdigest()}
@@ -210,13 +215,13 @@ def _answers(run: Run, queries: Loaded, rows: np.ndarray, cosines: np.ndarray) -
             if row < 0:
                 continue
             fact = facts[row]
-            place = places.get((fact["file"], fact["line"], fact["id"]))
-            if place is None:
+            position = places.get((fact["file"], fact["line"], fact["id"]))
+            if position is None:
                 raise ConfigError(
                     f"{fact['file']}:{fact['line']}: the record {fact['id']} is not there any more; expected the pool "
                     f"of {run.path}; put its files back, or run the selection again"
                 )
-            example = records[place]
+            example = records[position]
             nearest.append(fact | {"cosine": cosine, "prompt": example.prompt, "response": example.response})
         answers.append(Answer(question.id, question.prompt, nearest))
     return answers

@@ -90,15 +90,15 @@ def kept_index(
     """
     theta, pool = tree_digest(problem.params), problem.pool.fingerprint if pool is None else pool
     ours = lambda made: made.get("theta") == theta and made.get("data") == pool
-    found = []
+    usable_stores = []
     for folder in [*sorted(rows.glob("gradients-*")), *_below(shared, "gradients-*")]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         made = manifest["manifest"]
         usable = "adam" not in made and made.get("seed") == problem.seed and made["kernel"].split(":")[0] in KERNELS
         if usable and made.get("theta") == theta and (folder.parent != shared or ours(made)):
-            found.append((made["kernel"] != kernel, folder, manifest))
-    if found:
-        _, folder, manifest = min(found, key=lambda item: item[0])  # the first of the right kernel
+            usable_stores.append((made["kernel"] != kernel, folder, manifest))
+    if usable_stores:
+        _, folder, manifest = min(usable_stores, key=lambda item: item[0])  # the first of the right kernel
         made, store = manifest["manifest"], _open(folder, manifest)
         options = {"kernel": made["kernel"], "sketch": made["sketch"], "size": made["size"]}
         name = f"gradients of the kernel {made['kernel']}, sketched to {made['size']}"
@@ -120,10 +120,10 @@ def similarity_index(selector: PartsSelector, problem: SelectionProblem) -> Inde
     (of a product: the cosine of the same vectors)."""
     representation = selector.made_representation()
     candidates = representation.candidates(problem).rows
-    found = representation.similarities(problem, candidates, cosine=selector.similarity == "cosine")
+    similarities = representation.similarities(problem, candidates, cosine=selector.similarity == "cosine")
     return Index(
-        f"{selector.representation}, as the selection compared them", candidates, found.pool_vectors,
-        lambda _: found.domain_vectors(),
+        f"{selector.representation}, as the selection compared them", candidates, similarities.pool_vectors,
+        lambda _: similarities.domain_vectors(),
     )  # fmt: skip
 
 

@@ -54,9 +54,8 @@ class Shown:
 
 
 def choose_shown(selection: Selection, most: tuple[int, int, int], *, seed: int) -> Shown:
-    """The rows of each group, and where there are more than ``most`` of it so many of them, drawn evenly from ``seed``;
-    of the nearly chosen the first: those that follow by rank, at most as many as were chosen and half of what is
-    left."""
+    """The rows of each group, and where there are more than ``most`` of it so many of them, drawn evenly from ``seed``.
+    Of the nearly chosen the first: those that follow by rank, at most as many as were chosen and half of the rest."""
     ranked = np.argsort(np.where(selection.scored, selection.ranks, np.iinfo(np.int64).max), kind="stable")
     ranked = ranked[: int(selection.scored.sum())]
     rest = ranked[~np.isin(ranked, selection.selected)]
@@ -99,7 +98,7 @@ class Parts:
 
 
 def take_apart(
-    found: Directional, problem: SelectionProblem, selection: Selection, rows: np.ndarray, spec: Any, folder: Path
+    directional: Directional, problem: SelectionProblem, selection: Selection, rows: np.ndarray, spec: Any, folder: Path
 ) -> Parts:
     """The parts of the scores of ``rows``, kept in ``folder`` as they are found.
 
@@ -108,24 +107,24 @@ def take_apart(
     """
     manifest = {
         **problem.manifest,
-        "kernel": found.kernel.name,
-        "directions": [tree_digest(direction) for direction in found.directions],
+        "kernel": directional.kernel.name,
+        "directions": [tree_digest(direction) for direction in directional.directions],
     }
     folder = folder / f"parts-{digest(manifest)[:16]}"
     tokens, domain = [], []
-    for values, along in _by_token(found, problem, rows, folder):
+    for values, along in _by_token(directional, problem, rows, folder):
         tokens.append(values)
         domain.append(along)
     which = np.asarray(domain, np.int64)
     sizes = np.array([np.abs(values).sum() for values in tokens])
     off = check_scores(np.array([values.sum() for values in tokens]), selection, rows, sizes, spec.dtype)
-    by_leaf = _by_leaf(found, problem, rows, which, folder / "leaves", manifest)
+    by_leaf = _by_leaf(directional, problem, rows, which, folder / "leaves", manifest)
     table, layers, kinds = group_leaves(by_leaf, problem.params, spec)
-    if found.divisors is not None:
-        table /= found.divisors[rows][:, None, None]
+    if directional.divisors is not None:
+        table /= directional.divisors[rows][:, None, None]
     sums = table.sum(axis=(1, 2))
     second = float(np.max(np.abs(sums - [values.sum() for values in tokens]) / np.maximum(sizes, 1e-300), initial=0))
-    return Parts(tokens, table, layers, kinds, which, found.own, (off, second))
+    return Parts(tokens, table, layers, kinds, which, directional.own, (off, second))
 
 
 def check_scores(
@@ -150,7 +149,7 @@ def check_scores(
 
 
 def _by_token(
-    found: Directional, problem: SelectionProblem, rows: np.ndarray, folder: Path
+    directional: Directional, problem: SelectionProblem, rows: np.ndarray, folder: Path
 ) -> Iterator[tuple[np.ndarray, int]]:
     """(parts of every token, direction) for each of ``rows`` in turn; a block of rows is one file in ``folder``."""
     for start in range(0, len(rows), BLOCK):
@@ -159,7 +158,9 @@ def _by_token(
         if not file.exists():
             batches = problem.pool.batches(token_budget=problem.token_budget, indices=block)
             title = problem.progress and f"scores by token, {start} to {start + len(block)} of {len(rows)}"
-            pieces = dict(scores_by_position(found.kernel, problem.params, found.directions, batches, progress=title))
+            pieces = dict(
+                scores_by_position(directional.kernel, problem.params, directional.directions, batches, progress=title)
+            )
             lengths = [len(pieces[row]) for row in block.tolist()]
             write_npz(
                 file, {"lengths": np.array(lengths), "parts": np.concatenate([pieces[r] for r in block.tolist()])}
@@ -169,28 +170,33 @@ def _by_token(
             pieces = np.split(np.asarray(kept["parts"], np.float64), cuts)
         for row, values in zip(block, pieces):
             along = int(np.argmax(values.sum(axis=0)))
-            chosen = values[:, along] if found.divisors is None else values[:, along] / found.divisors[row]
+            chosen = values[:, along] if directional.divisors is None else values[:, along] / directional.divisors[row]
             # The position that predicts a token is the one before it.
             yield np.concatenate([np.zeros(1), chosen[:-1]]), along
 
 
 def _by_leaf(
-    found: Directional, problem: SelectionProblem, rows: np.ndarray, which: np.ndarray, folder: Path, manifest: dict
+    directional: Directional,
+    problem: SelectionProblem,
+    rows: np.ndarray,
+    which: np.ndarray,
+    folder: Path,
+    manifest: dict,
 ) -> Float[np.ndarray, "S K"]:
     """Products of gradient and direction by leaf, [S, K]."""
     stacked = tuple(path.startswith("layers/") for path in paths(problem.params))
-    width = ProductsByLeaf(found.directions[0], stacked).width(problem.params)
+    width = ProductsByLeaf(directional.directions[0], stacked).width(problem.params)
     total = len(problem.pool)
     options: dict[str, Any] = {"rows": total, "width": width, "dtype": np.float32, "manifest": manifest}
     with RowStore.open(folder, **options) as store:
-        for number, direction in enumerate(found.directions):
+        for number, direction in enumerate(directional.directions):
             mine = np.sort(rows[which == number])
             if len(mine) == 0 or store.done()[mine].all():
                 continue
             products = ProductsByLeaf(direction, stacked)
             batches = problem.pool.batches(token_budget=problem.gradient_budget, indices=mine)
             run = Pass(total, store, progress=problem.progress and "scores by layer")
-            gradient_features(found.kernel, problem.params, batches, products, rows=run, read=False)
+            gradient_features(directional.kernel, problem.params, batches, products, rows=run, read=False)
         return np.asarray(store.read(rows), np.float64)
 
 
@@ -212,7 +218,7 @@ def group_leaves(
         fused = sum(other == module for other in named.values()) > 1
         return stem.rsplit("/", 1)[-1] if fused else module.rsplit(".", 1)[-1]
 
-    order = {stem: place for place, stem in enumerate(named)}  # as the block applies them; what is no linear layer last
+    order = {stem: number for number, stem in enumerate(named)}  # as the block applies them; no linear layer: last
     listed = sorted(leaves, key=lambda path: order.get(path.rsplit("/", 1)[0], len(order)))
     kinds = list(dict.fromkeys(kind(path) for path in listed))
     width = sum(count if path.startswith("layers/") else 1 for path in leaves)
@@ -220,12 +226,9 @@ def group_leaves(
         kinds = list(dict.fromkeys([*kinds, "head"]))
     table, column = np.zeros((len(by_leaf), count + 1, len(kinds))), 0
     for path in leaves:
-        place, span = (
-            kinds.index(kind(path)),
-            slice(0, count) if path.startswith("layers/") else slice(count, count + 1),
-        )
+        span = slice(0, count) if path.startswith("layers/") else slice(count, count + 1)
         size = span.stop - span.start
-        table[:, span, place] += by_leaf[:, column : column + size]
+        table[:, span, kinds.index(kind(path))] += by_leaf[:, column : column + size]
         column += size
     if column < by_leaf.shape[1]:
         table[:, count, kinds.index("head")] += by_leaf[:, column]

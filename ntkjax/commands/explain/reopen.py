@@ -227,7 +227,7 @@ def pick(grid: Grid, which: Which, path: Path) -> Task:
 def check_inputs(path: Path, inputs: Inputs, names: tuple[str, ...]) -> None:
     """Raise ConfigError where the inputs called ``names`` are other than the run's inputs.json says."""
     stored = read_json(path / INPUTS, remedy="run the selection again, into a new directory")
-    part = lambda found: {name: dict(found[name]) for name in names if name in found}
+    part = lambda inputs: {name: dict(inputs[name]) for name in names if name in inputs}
     changed = input_changes(part(stored), part(inputs))
     if changed:
         raise ConfigError(

@@ -1,5 +1,4 @@
-"""What ``explain`` writes: explained.jsonl, explained.parquet, domain.jsonl, explain.html; and what a score means, in
-words."""
+"""What ``explain`` writes: explained.jsonl, explained.parquet, domain.jsonl, explain.html; the meaning of a score."""
 
 from __future__ import annotations
 
@@ -65,12 +64,12 @@ class ExplainedRun:
 
     def domain(self) -> Iterator[DomainExample]:
         """The domain examples in turn, with what they are nearest to."""
-        place = {row: k for k, row in enumerate(self.shown.rows.tolist())}
+        at = {row: k for k, row in enumerate(self.shown.rows.tolist())}
         chosen = set(self.run.selection.selected.tolist())
         for i, example in enumerate(self.run.domain.records):
             pairs = [] if self.links is None else _pairs(self.links.pulled[i], self.links.pulled_cosine[i])
             ids = self.pool.records.ids[np.array([row for row, _ in pairs], np.int64)] if pairs else []
-            pulled = [(str(name), place.get(row, -1), cosine, row in chosen) for name, (row, cosine) in zip(ids, pairs)]
+            pulled = [(str(name), at.get(row, -1), cosine, row in chosen) for name, (row, cosine) in zip(ids, pairs)]
             yield DomainExample(example.id, example.prompt, example.response, pulled)
 
 

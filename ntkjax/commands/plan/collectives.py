@@ -84,11 +84,11 @@ def count(text: str, devices: int, layers: int) -> dict[str, float]:
     over layers, counts ``layers`` times."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     inside = _reached(text, bodies)
-    found: dict[str, float] = {}
+    totals: dict[str, float] = {}
     for computation, kind, elements, group in operations(text, devices):
         times = layers if computation in inside else 1
-        found[kind] = found.get(kind, 0.0) + times * received(kind, elements, group)
-    return found
+        totals[kind] = totals.get(kind, 0.0) + times * received(kind, elements, group)
+    return totals
 
 
 def _reached(text: str, start: set[str]) -> set[str]:
@@ -100,12 +100,12 @@ def _reached(text: str, start: set[str]) -> set[str]:
             computation = (line.split()[1] if line.startswith("ENTRY") else line.split()[0]).lstrip("%")
         for name in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line):
             calls.setdefault(computation, set()).add(name)
-    found, waiting = set(start), list(start)
+    reached, waiting = set(start), list(start)
     while waiting:
-        for name in calls.get(waiting.pop(), set()) - found:
-            found.add(name)
+        for name in calls.get(waiting.pop(), set()) - reached:
+            reached.add(name)
             waiting.append(name)
-    return found
+    return reached
 
 
 def compiled(settings: dict[str, Any]) -> Counted:
@@ -115,6 +115,7 @@ def compiled(settings: dict[str, Any]) -> Counted:
       UserError: it ended with an error, whose last line is told.
     """
     devices = settings["fsdp"] * settings["model"]
+    # In a process of its own, because the number of devices is fixed when JAX starts.
     flags = simulated_devices(os.environ.get("XLA_FLAGS", ""), devices)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     words = [sys.executable, "-m", "ntkjax.commands.plan.collectives"]
@@ -149,11 +150,12 @@ def main(settings: dict[str, Any]) -> Counted:
     mesh = make_mesh(data=1, fsdp=settings["fsdp"], model=settings["model"])
     lora = LoraConfig(rank=settings["rank"])
     spec = ModelSpec(config, lora, settings["dtype"], gathered_on=weights_over_rows(mesh))
-    place = lambda path, shape: jax.ShapeDtypeStruct(
+    sharded = lambda path, shape: jax.ShapeDtypeStruct(
         shape.shape, shape.dtype, sharding=weight_sharding(path, shape.shape, mesh, config.split(path))
     )
+    # Shapes and shardings are all that a compiler wants: no weight of the model is ever made.
     leaves = paths(param_shapes(spec))
-    model = LanguageModel(spec, unflatten({path: place(path, shape) for path, shape in leaves.items()}))
+    model = LanguageModel(spec, unflatten({path: sharded(path, shape) for path, shape in leaves.items()}))
     kernel = as_kernel(sum_logits(model.hidden_fn, model.head_fn))
     stacked = Direction(jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, 1, *p.shape), jnp.float32), model.lora))
 
@@ -172,6 +174,7 @@ def main(settings: dict[str, Any]) -> Counted:
         return text, int(memory.temp_size_in_bytes)
 
     rows, length = settings["rows"], settings["length"]
+    # Of two batches, because what does not grow with the tokens (gathered weights) would count in one.
     (text, few), (_, many) = compiled_for(rows, length), compiled_for(2 * rows, length)
     tokens = rows * length / settings["fsdp"]  # of a device
     return Counted(count(text, mesh.size, config.num_layers), (many - few) / tokens)

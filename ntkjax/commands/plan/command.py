@@ -1,4 +1,4 @@
-"""``ntkjax plan``: a selection on devices that are not here, on paper: memory, hours, the mesh and why.
+"""``ntkjax plan``: a forecast of a selection on devices that are not here: memory, hours, the mesh and why.
 
 What is measured and what is not: sizes of weights follow from config.json, what is sent between devices is counted from
 the compiled program (`ntkjax.commands.plan.collectives`), peaks and links are those of data sheets (`ntkjax.devices`);
@@ -62,9 +62,9 @@ class PlanConfig:
     """Tokens of a packed row."""
     token_budget: int = 8192
     """Tokens in a batch of one device, which has as many whole rows."""
-    share: float = 0.18
+    share: float = 0.3
     """Share of a device's peak that the matrix products of a pass reach. The default is that of the score of a model of
-    0.6 billion parameters on one H100, as measured (experiments/README.md, "On one GPU"); larger models reach more."""
+    0.6 billion parameters on one H100, as measured (experiments/README.md, "On one GPU"); 8 billion reached 0.55."""
     rates: str | None = None
     """build/bench_gpu.json of `make bench-gpu` on one such device: the best share that its scores reached."""
 
@@ -163,16 +163,15 @@ def forward_flops(config: ModelConfig, length: float) -> float:
 
 
 def held(config: ModelConfig, spec: ModelSpec, mesh: tuple[int, int, int]) -> float:
-    """Bytes of weights, and of the trained parameters' copies, on one device; ConfigError where an axis does not
-    divide."""
-    place = jax.sharding.AbstractMesh(mesh, AXES)
+    """Bytes of weights and of the trained parameters' copies on one device; ConfigError: an axis does not divide."""
+    abstract = jax.sharding.AbstractMesh(mesh, AXES)
     total = 0.0
     for path, leaf in paths(param_shapes(spec)).items():
-        parts = weight_sharding(path, leaf.shape, place, config.split(path)).spec
+        parts = weight_sharding(path, leaf.shape, abstract, config.split(path)).spec
         names = [
             name for entry in parts if entry is not None for name in ([entry] if isinstance(entry, str) else entry)
         ]
-        share = float(np.prod([place.shape[name] for name in names], dtype=np.float64)) if names else 1.0
+        share = float(np.prod([abstract.shape[name] for name in names], dtype=np.float64)) if names else 1.0
         copies = TRAINED_COPIES if "lora_" in path else 1
         total += copies * np.prod(leaf.shape, dtype=np.float64) * leaf.dtype.itemsize / share
     return total
@@ -183,7 +182,7 @@ def candidates(
 ) -> tuple[list[tuple[tuple[int, int, int], float]], float]:
     """Mesh shapes of ``count`` devices that hold the weights, with the bytes that a device holds, those first that
     split the weights least; and the bytes under the shape that splits them most."""
-    found, least = [], float("inf")
+    shapes, least = [], float("inf")
     divisors = [d for d in range(1, count + 1) if count % d == 0]
     for model in (d for d in divisors if d <= 8):  # beyond a node, its links are slower than any table here says
         for fsdp in (d for d in divisors if count % (model * d) == 0):
@@ -194,8 +193,8 @@ def candidates(
                 continue
             least = min(least, size)
             if size < USABLE * memory:
-                found.append((mesh, size))
-    return sorted(found, key=lambda shape: (shape[0][1] * shape[0][2], shape[0][2])), least
+                shapes.append((mesh, size))
+    return sorted(shapes, key=lambda shape: (shape[0][1] * shape[0][2], shape[0][2])), least
 
 
 def share_of(config: PlanConfig) -> float:
@@ -206,13 +205,13 @@ def share_of(config: PlanConfig) -> float:
     content = read_json(Path(config.rates), remedy=expected)
     rows = content.get("rows") if isinstance(content, dict) else None
     scores = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    found = [row["of_peak"] for row in scores if row.get("pass") == "score" and row.get("of_peak")]
-    if not found:
+    shares = [row["of_peak"] for row in scores if row.get("pass") == "score" and row.get("of_peak")]
+    if not shares:
         raise UserError(f"{config.rates}: no score with a share of the peak; {expected}")
-    wrong = [value for value in found if not (isinstance(value, int | float) and 0 < value <= 1)]
+    wrong = [value for value in shares if not (isinstance(value, int | float) and 0 < value <= 1)]
     if wrong:
         raise UserError(f"{config.rates}: of_peak is {wrong[0]!r}, no share above 0 and at most 1; {expected}")
-    return max(found)
+    return max(shares)
 
 
 def run(config: PlanConfig, *, progress: bool = True) -> Plan:
@@ -229,11 +228,11 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
     flops = forward_flops(shape, min(config.length, config.tokens))
     rate = count * device.tflops * 1e12 * share  # FLOP a second of all devices
     pool = config.examples * config.tokens
-    found = []
+    shapes = []
     inside = lambda shape: shape.memory_bytes <= USABLE * 1e9 * device.memory_gb
     itemsize = np.dtype("float32" if config.dtype == "float32" else "float16").itemsize
     for mesh, size in tqdm(possible[:MOST], desc="compiling", unit="mesh", disable=not progress):
-        if len(found) >= CANDIDATES and any(map(inside, found)):
+        if len(shapes) >= CANDIDATES and any(map(inside, shapes)):
             break
         counted = _compiled(content, config, mesh)
         working = counted.bytes_a_token * config.token_budget * itemsize / 4
@@ -245,8 +244,8 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
         batches = pool / (mesh[0] * mesh[1] * _rows(config) * config.length)
         links = batches * sum(received.values()) / (1e9 * device.link_gb) / 3600
         hours = SCORE * pool * flops / rate / 3600
-        found.append(Shape(mesh, size, working, received, hours, links))
-    ordered = sorted(found, key=lambda shape: (not inside(shape), shape.hours))
+        shapes.append(Shape(mesh, size, working, received, hours, links))
+    ordered = sorted(shapes, key=lambda shape: (not inside(shape), shape.hours))
     ways: dict[str, float] = {}
     if ordered:
         best = ordered[0]
@@ -259,7 +258,7 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
     parameters = sum(
         int(np.prod(leaf.shape)) for path, leaf in paths(param_shapes(spec)).items() if "lora_" not in path
     )
-    return Plan(parameters, flops, tuple(ordered), sum(map(inside, found)), least, share, ways)
+    return Plan(parameters, flops, tuple(ordered), sum(map(inside, shapes)), least, share, ways)
 
 
 def _rows(config: PlanConfig) -> int:
@@ -277,20 +276,20 @@ def _compiled(content: dict[str, Any], config: PlanConfig, mesh: tuple[int, int,
 # -- report --
 
 
-def describe(config: PlanConfig, found: Plan) -> str:
+def describe(config: PlanConfig, planned: Plan) -> str:
     """The table of shapes, the hours of each way, and what they rest on."""
     count, name = parse_devices(config.devices)
     device = DEVICES[name]
     lines = [
-        f"{found.parameters / 1e9:.3g} B parameters in {config.dtype}, {found.flops / 1e9:.3g} GFLOP a token forward; "
-        f"{config.examples:,.0f} examples of {config.tokens:g} tokens; {count} x {name}: {device.memory_gb:g} GB, "
-        f"{device.tflops:g} TFLOP/s, {device.link_gb:g} GB/s to the others, each."
+        f"{planned.parameters / 1e9:.3g} B parameters in {config.dtype}, {planned.flops / 1e9:.3g} GFLOP a token "
+        f"forward; {config.examples:,.0f} examples of {config.tokens:g} tokens; {count} x {name}: "
+        f"{device.memory_gb:g} GB, {device.tflops:g} TFLOP/s, {device.link_gb:g} GB/s to the others, each."
     ]
-    if not found.shapes:
-        least = f"split most, a device holds {found.too_large / 1e9:.3g} GB of {device.memory_gb:g}"
+    if not planned.shapes:
+        least = f"split most, a device holds {planned.too_large / 1e9:.3g} GB of {device.memory_gb:g}"
         return "\n".join([*lines, f"No mesh holds the model: {least}. More devices, or larger ones."])
     rows = []
-    for shape in found.shapes:
+    for shape in planned.shapes:
         rows.append({
             "mesh": mesh_text(shape.mesh),
             "held (GB)": f"{shape.held_bytes / 1e9:.3g}",
@@ -302,21 +301,21 @@ def describe(config: PlanConfig, found: Plan) -> str:
             "fits": "yes" if shape.memory_bytes <= USABLE * 1e9 * device.memory_gb else "no",
         })  # fmt: skip
     lines += ["", to_markdown(rows), ""]
-    lines += [f"{way}: {hours:.3g} hours, {hours * count:.3g} device-hours." for way, hours in found.ways.items()]
-    lines += [f"The paper reports {PAPER_GPU_HOURS} A100-hours for its selection.", "", reason(config, found)]
+    lines += [f"{way}: {hours:.3g} hours, {hours * count:.3g} device-hours." for way, hours in planned.ways.items()]
+    lines += [f"The paper reports {PAPER_GPU_HOURS} A100-hours for its selection.", "", reason(config, planned)]
     told = f"from {config.rates}" if config.rates else "--share"
     lines += [
-        f"Rests on: products at {100 * found.share:.0f}% of the peak ({told}), not measured on {name} here; links at "
+        f"Rests on: products at {100 * planned.share:.0f}% of the peak ({told}), not measured on {name} here; links at "
         "their full rate, nothing overlapped; what is sent counted from the program compiled for the mesh without its "
         "data axis, on simulated devices. Reading, tokenising and compiling are not counted."
     ]
     return "\n".join(lines)
 
 
-def reason(config: PlanConfig, found: Plan) -> str:
+def reason(config: PlanConfig, planned: Plan) -> str:
     """Which mesh to use, and why."""
-    best, (_, name) = found.shapes[0], parse_devices(config.devices)
-    if not found.fits:
+    best, (_, name) = planned.shapes[0], parse_devices(config.devices)
+    if not planned.fits:
         return (
             f"None of these fits: {mesh_text(best.mesh)} needs {best.memory_bytes / 1e9:.3g} GB of "
             f"{USABLE * DEVICES[name].memory_gb:.3g}; a smaller --token-budget, or more devices."
@@ -325,8 +324,8 @@ def reason(config: PlanConfig, found: Plan) -> str:
     why = "each device holds the whole model, and nothing is sent" if whole else (
         f"the least split that leaves room for the working memory is {best.mesh[1] * best.mesh[2]} ways"
     )  # fmt: skip
-    if not whole and len(found.shapes) > 1:
-        why += f"; of the {found.fits} shapes that fit it takes the fewest hours"
+    if not whole and len(planned.shapes) > 1:
+        why += f"; of the {planned.fits} shapes that fit it takes the fewest hours"
     return f"Use --mesh {mesh_text(best.mesh)}: {why}."
 
 

@@ -35,7 +35,7 @@ from ntkjax.training.trackers import check_tracker
 
 @dataclasses.dataclass(frozen=True)
 class Stability:
-    """What a study came to.
+    """The result of a stability run.
 
     Attributes:
       rows: the long table: arm, seed, epoch, step, kernel, metric, value.

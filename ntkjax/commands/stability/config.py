@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
-from ntkjax.evaluation.choices import DEFAULT_TEMPLATE, check_template
+from ntkjax.evaluation.choices import check_template
+from ntkjax.evaluation.options import DEFAULT_TEMPLATE
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.kernels import describe_kernels, parse
 from ntkjax.ntk.regression import FORMULAS
@@ -29,8 +30,7 @@ class StabilityConfig:
     """Fine-tune several ways and follow the tangent kernel and the linearised model along the epochs."""
 
     model: str
-    """Hugging Face directory (config.json and safetensors), hub id, or `real`: the one that `make real-model`
-    fetches."""
+    """Hugging Face directory (config.json and safetensors), hub id, or `real` (`make real-model` fetches it)."""
     data: tuple[str, ...]
     """Training files; every seed draws its examples from them."""
     out: str

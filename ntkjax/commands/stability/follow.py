@@ -191,8 +191,8 @@ def _train_batches(run: _Run) -> list[Batch]:
     assert buckets is not None
     rows = min(len(tokens), max(1, run.study.config.reading.token_budget // buckets[-1]), 16)
     batches, which = [], np.searchsorted(buckets, tokens.lengths)
-    for place, length in enumerate(buckets):
-        members = np.flatnonzero(which == place)
+    for bucket, length in enumerate(buckets):
+        members = np.flatnonzero(which == bucket)
         parts = [members[start : start + rows] for start in range(0, len(members), rows)]
         batches += [tokens.collate(part, rows=rows, length=length) for part in parts]
     return batches

@@ -18,7 +18,7 @@ from ntkjax.commands.study.results import analyse, long_rows
 from ntkjax.commands.study.spec import read_study
 from ntkjax.commands.study.tables import choices_lines, failure_table, main_table
 from ntkjax.errors import ConfigError
-from ntkjax.parallel import is_primary, process
+from ntkjax.job import is_primary, process
 from ntkjax.pipeline.deduplicate import summary
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir

@@ -52,7 +52,7 @@ TRUTH = "truth"
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What a validation came to; ``results`` is the content of results.json.
+    """The result of a validation; ``results`` is the content of results.json.
 
     Attributes:
       results: ``scores`` (a row for each), ``ceiling``, ``losses``, ``leave_in``, ``unjudged``, ``failures``, sizes.
@@ -227,19 +227,19 @@ def _leave_in(
     """(a row for each score and tenth: the mean change of the test NLL, with its interval; the runs)."""
     alone = setting.alone_tasks()
     wanted = {
-        (name, place): setting.tenth_tasks(f"{place} tenth of {name}", rows)
+        (name, tenth): setting.tenth_tasks(f"{tenth} tenth of {name}", rows)
         for name, values in scores.items()
-        for place, rows in tenths(values).items()
+        for tenth, rows in tenths(values).items()
     }
     tasks = [*alone, *(task for of_tenth in wanted.values() for task in of_tenth)]
     do_all(runner, run, tasks, bar=progress, command="tenths")
     base = {task.seed: collected(runner, task) for task in alone}
     runs, rows = list(base.values()), []
-    for (name, place), of_tenth in wanted.items():
+    for (name, tenth), of_tenth in wanted.items():
         made = [collected(runner, task) for task in of_tenth]
         runs += made
         pairs = [(base[r.task.seed], r) for r in made if r.status == base[r.task.seed].status == "done"]
-        row: dict[str, Any] = {"score": name, "tenth": place, "seeds": len(pairs)}
+        row: dict[str, Any] = {"score": name, "tenth": tenth, "seeds": len(pairs)}
         if pairs:
             table = [_nll(second.outcomes()) - _nll(first.outcomes()) for first, second in pairs]
             rows.append(row | hierarchical_bootstrap(table, seed=setting.config.seed).as_dict())

@@ -60,6 +60,8 @@ def ceiling(losses: Float[np.ndarray, "R m"], *, seed: int, samples: int) -> dic
     r, seeds = agreement(losses.T), len(losses)
     low, high = bootstrap_interval(agreement, losses.T, seed=seed, samples=samples)
     positive = max(r, 0.0)
+    # Spearman-Brown gives the reliability of a mean of R trainings; its root is the correlation of that mean with the
+    # truth, which no score can pass.
     most = r if math.isnan(r) else math.sqrt(seeds * positive / (1 + (seeds - 1) * positive))
     return {"between_seeds": r, "low": low, "high": high, "ceiling": most}
 

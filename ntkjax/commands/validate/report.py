@@ -41,9 +41,9 @@ def main_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         made: dict[str, Any] = {"score": name, "LDS": estimate(row["lds"])}
         if "lds_accuracy" in row:
             made["LDS, accuracy"] = estimate(row["lds_accuracy"])
-        for place in ("best", "middle", "worst"):
-            if (name, place) in tenths:
-                made[f"{place} tenth"] = f"{tenths[name, place]['estimate']:+.4f}"
+        for tenth in ("best", "middle", "worst"):
+            if (name, tenth) in tenths:
+                made[f"{tenth} tenth"] = f"{tenths[name, tenth]['estimate']:+.4f}"
         if name in results["flipped"]:
             area = results["flipped"][name]["auc"]
             made["AUC, flipped"] = None if area is None else f"{area:.3f}"

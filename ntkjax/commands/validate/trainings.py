@@ -52,8 +52,7 @@ class Setting:
         return len(self.pool) // 10
 
     def members(self) -> Bool[np.ndarray, "m N"]:
-        """Which pool rows each subset holds. Subset k is drawn by the seed and k alone: more subsets leave it as it
-        is."""
+        """Which pool rows each subset holds. Subset k follows from the seed and k, not from how many there are."""
         table = np.zeros((self.config.subsets, len(self.pool)), bool)
         for k, row in enumerate(table):
             rng = numpy_rng(self.config.seed, "validate", "subset", k)

@@ -36,8 +36,7 @@ def step_of(approximation: str) -> str | None:
 
 
 def compare(config: VerifyConfig, subsets: list[ParameterSet], *, progress: bool) -> dict[str, Any]:
-    """The content of results.json: ``ladder``, ``cross_terms``, ``preconditioners``, ``curves``, ``noise`` and the
-    sizes."""
+    """results.json: the sizes, ``ladder``, ``cross_terms``, ``preconditioners``, ``curves`` and ``noise``."""
     tasks = [task for subset in subsets for task in comparisons(config, subset, subsets)]
     ladder = [task.run(config) for task in tqdm(tasks, desc="compare kernels", disable=not progress, unit="comparison")]
     return {
@@ -87,7 +86,7 @@ class Comparison:
 
     def run(self, config: VerifyConfig) -> dict[str, Any]:
         """The row."""
-        found = agreement(
+        metrics = agreement(
             self.approx,
             self.exact,
             domain_rows=np.arange(self.domain),
@@ -95,7 +94,7 @@ class Comparison:
             seed=config.seed,
             samples=config.bootstrap,
         )
-        return self.labels | found
+        return self.labels | metrics
 
 
 def comparisons(config: VerifyConfig, subset: ParameterSet, subsets: list[ParameterSet]) -> Iterator[Comparison]:
@@ -116,6 +115,8 @@ def comparisons(config: VerifyConfig, subset: ParameterSet, subsets: list[Parame
         if step is not None:
             yield row(approximation, "top", TRACE, matrices, kernels[TRACE], "exact")
             yield row(approximation, "step", step, matrices, kernels[step], "exact")
+        # Also against what can change the loss: a kernel may agree with the trace through the shift of all logits,
+        # which softmax does not see.
         if approximation != CENTRED_TRACE:
             yield row(approximation, "centred", CENTRED_TRACE, matrices, kernels[CENTRED_TRACE], "exact")
         if subset.name == "lora" and full is not None:
@@ -134,6 +135,7 @@ def _against_full(
     draws = subset.kernels[approximation]
     if not config.skip_warmup:  # each seed has its own weights after warm-up
         draws = draws[: len(full.seeds)]
+    # All parameters are costly, so theirs is a part of the sample: the LoRA kernel is cut to the same examples.
     part = draws[:, full.rows[:, None], full.rows[None]]
     labels = {"column": subset.name, "rung": approximation, "against": "full", "reference": f"all: {TRACE}",
               "passes": passes(approximation, subset.width), "method": "exact"}  # fmt: skip
@@ -195,11 +197,11 @@ def _point(draws: np.ndarray, exact: np.ndarray, domain: np.ndarray, top: int) -
         "score_spearman": [spearman(a, e) for a, e in scores],
         "top_n_overlap": [top_n_overlap(a, e, top) for a, e in scores],
     }
-    found: dict[str, float] = {}
+    summary: dict[str, float] = {}
     for name, each in values.items():
-        found[name] = float(np.mean(each))
-        found[f"{name}_sd"] = float(np.std(each, ddof=1)) if count > 1 else float("nan")
-    return found
+        summary[name] = float(np.mean(each))
+        summary[f"{name}_sd"] = float(np.std(each, ddof=1)) if count > 1 else float("nan")
+    return summary
 
 
 def noise_rows(config: VerifyConfig, subset: ParameterSet) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ class VerifyConfig:
     n_domain: int | None = None
     """How many of them are the domain. None: a quarter."""
     n_full: int = 32
-    """How many of the n examples the kernels of all parameters are computed on, the dearest; 0: leave them out."""
+    """How many of the n examples the kernels of all parameters are computed on, which take longest; 0: none."""
     top: int | None = None
     """N: examples that would be selected of those scored. None: a quarter."""
     m: tuple[int, ...] = (4, 16)

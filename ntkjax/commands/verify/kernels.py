@@ -98,15 +98,15 @@ class KernelSuite:
     def subsets(self) -> list[ParameterSet]:
         """The sets of parameters of this run, without kernels yet: all parameters first where they are asked for."""
         config, seeds = self.config, tuple(range(self.config.seed, self.config.seed + self.config.seeds))
-        lora, found = config.model.parameters == "lora", []
+        lora, subsets = config.model.parameters == "lora", []
         if config.n_full or not lora:
             rows = self.sample.part(config.n_full if lora else config.n)
             # Without warm-up every seed has the same weights to take these kernels at, and probes of its own.
             measured = seeds[: config.full_seeds] if lora and not config.skip_warmup else seeds
-            found.append(ParameterSet("all", rows, int((rows < self.sample.domain).sum()), measured))
+            subsets.append(ParameterSet("all", rows, int((rows < self.sample.domain).sum()), measured))
         if lora:
-            found.append(ParameterSet("lora", np.arange(config.n), self.sample.domain, seeds))
-        return found
+            subsets.append(ParameterSet("lora", np.arange(config.n), self.sample.domain, seeds))
+        return subsets
 
     def measure(self, subset: ParameterSet) -> ParameterSet:
         """``subset`` with all its kernels."""
@@ -121,9 +121,9 @@ class KernelSuite:
             for name, sizes in draws[0]["curves"].items()
         }
         cross = [draw["cross"] for draw in draws if draw["cross"] is not None]
-        found = {"kernels": kernels, "sketched": sketched, "curves": curves, "cross": cross}
-        found["preconditioned"] = [draw["preconditioned"] for draw in draws if draw["preconditioned"] is not None]
-        return dataclasses.replace(subset, **found, **{n: draws[0][n] for n in ("parameters", "vocab", "width")})
+        results = {"kernels": kernels, "sketched": sketched, "curves": curves, "cross": cross}
+        results["preconditioned"] = [draw["preconditioned"] for draw in draws if draw["preconditioned"] is not None]
+        return dataclasses.replace(subset, **results, **{n: draws[0][n] for n in ("parameters", "vocab", "width")})
 
     # -- the weights --
 
@@ -138,6 +138,7 @@ class KernelSuite:
         params = fresh_parameters(self.model, config.model, seed)
         if config.skip_warmup:
             fixed = config.model.parameters == "all" or config.model.adapter is not None
+            # Weights that no seed touches share their rows between seeds: kernels without probes are computed once.
             return params, "as-loaded" if fixed else f"seed-{seed}"
         trained = self.sample.sources.get("domain", self.sample.sources["data"])
         result = fit(
@@ -216,6 +217,8 @@ class KernelSuite:
             elif kind.nested == "none":
                 kernels |= {f"{name}:{m}": swept(f"{name}:{m}").matrix() for m in sizes}
             else:
+                # Outputs are nested: one sweep of the most of them holds the kernel of every smaller m. Where the full
+                # set was swept already (the trace in the eigenbasis of the head), no pass is left to do.
                 whole = done[kind.complete] if kind.complete in done else swept(f"{name}:{sizes[0]}")
                 part = functools.partial(whole.matrix, rescale=kind.nested == "mean")
                 kernels |= {f"{name}:{m}": part(m) for m in sizes}
@@ -239,6 +242,7 @@ class KernelSuite:
         """The Gram matrices of every output of a kernel; ``seed`` where it has probes."""
         began, n = time.monotonic(), len(tokens)
         kernel = build(name, checkpoint.functions, checkpoint.params, seed=seed or 0)
+        # All kernels of the logits become one base with other selectors: one program, compiled once.
         base, selectors = common_form(kernel, checkpoint.functions, checkpoint.params)
         batches, count = self._batches(tokens), 1 if selectors is None else len(selectors)
         folder = self.run.path / "rows" / subset.name / checkpoint.key
@@ -279,11 +283,13 @@ class KernelSuite:
         """Two independent sketches [2, n, n] of a kernel, and how they were made."""
         size = self.config.sketch_size
         if passes(name, self.model.config.hidden_size) * parameters * size > self.config.max_signs:
+            # More signs than config.max_signs. A Gaussian sketch depends on the gradients through their kernel matrix
+            # alone, which is here already, so one is drawn from its law.
             rng = numpy_rng(seed, "verify", "sketch", subset.name, name)
             root = square_root(matrix)
             return np.stack([gaussian_sketch(root, size, rng) for _ in range(2)]), "law"
-        found = [self._rademacher(subset, checkpoint, tokens, name, seed, draw) for draw in range(2)]
-        return np.stack(found), "signs"
+        draws = [self._rademacher(subset, checkpoint, tokens, name, seed, draw) for draw in range(2)]
+        return np.stack(draws), "signs"
 
     def _rademacher(
         self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, name: str, seed: int, draw: int
@@ -324,6 +330,7 @@ class KernelSuite:
         if not config.cross_examples:
             return None
         count = min(config.cross_examples, len(tokens))
+        # Evenly over the sample, so that domain and pool are both there.
         chosen = tokens.subset(np.linspace(0, len(tokens) - 1, count).astype(int))
         manifest = self._manifest(subset, checkpoint, chosen, outputs=config.cross_outputs, seed=seed,
                                   memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip
@@ -332,7 +339,7 @@ class KernelSuite:
             content = read_json(file)
             if content.pop("manifest") == manifest:
                 return CrossTerms(**{k: _array(v) for k, v in content.items()})
-        found = cross_output_cosines(
+        terms = cross_output_cosines(
             checkpoint.functions,
             checkpoint.params,
             self._batches(chosen, 2),
@@ -341,8 +348,8 @@ class KernelSuite:
             memory_budget=config.memory_budget,
             progress=self.progress and f"{subset.name}, {checkpoint.key}: cross-output cosines",
         )
-        self.run.write_json(str(file.relative_to(self.run.path)), dataclasses.asdict(found) | {"manifest": manifest})
-        return found
+        self.run.write_json(str(file.relative_to(self.run.path)), dataclasses.asdict(terms) | {"manifest": manifest})
+        return terms
 
     # -- preconditioned directions --
 
@@ -366,7 +373,7 @@ class KernelSuite:
             if content["manifest"] == manifest:
                 return content["draw"]
         began, rows = time.monotonic(), np.arange(len(tokens))
-        found = preconditioned_scores(
+        draw = preconditioned_scores(
             config,
             checkpoint.functions,
             checkpoint.params,
@@ -377,10 +384,10 @@ class KernelSuite:
             parameters=parameters,
             progress=self.progress,
         )
-        self.run.write_json(str(file.relative_to(self.run.path)), {"manifest": manifest, "draw": found})
+        self.run.write_json(str(file.relative_to(self.run.path)), {"manifest": manifest, "draw": draw})
         self.run.log(column=subset.name, point=checkpoint.key, kernel="loss, preconditioned", examples=len(tokens),
                      seconds=time.monotonic() - began)  # fmt: skip
-        return found
+        return draw
 
 
 def passes(name: str, width: int) -> int:

@@ -51,7 +51,7 @@ def preconditioned_scores(
       sizes: (M, n - M).
       parameters: P.
     """
-    kernel, found = build(LOSS, functions, params, seed=config.seed), {}
+    kernel, by_damping = build(LOSS, functions, params, seed=config.seed), {}
     loss_fn = functions.nll_fn
     assert loss_fn is not None, "the functions of a language model have a loss"
     for damping in config.damping:
@@ -64,8 +64,8 @@ def preconditioned_scores(
             scores[name] = np.asarray(along.scores[:, 0], np.float64).tolist()
             if along.residual is not None:
                 residual[name] = along.residual
-        found[str(damping)] = {"lambda": lam, "scores": scores, "residual": residual}
-    return found
+        by_damping[str(damping)] = {"lambda": lam, "scores": scores, "residual": residual}
+    return by_damping
 
 
 def preconditioner_rows(config: VerifyConfig, column: str, draws: list[Draw], top: int) -> Iterator[dict[str, Any]]:

@@ -46,8 +46,7 @@ NOTES = (
 
 
 def write_report(run: RunDir, results: Mapping[str, Any], kernels: Mapping[str, np.ndarray]) -> None:
-    """Write ladder.csv, .md and .tex, the tables behind the plots, plots/*.png and report.html into the run
-    directory."""
+    """Write ladder.csv, .md and .tex, the plots, the tables behind them, and report.html into the run directory."""
     for name in ("ladder", "curves", "noise"):
         run.write_text(f"{name}.csv", to_csv(results[name]))
     plain = [{k: v for k, v in row.items() if "histogram" not in k} for row in results["cross_terms"]]
@@ -140,7 +139,7 @@ def preconditioner_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """(column, against, rows) of every table there is something for, dearest parameters first."""
+    """(column, against, rows) of every table that has rows, the largest set of parameters first."""
     for column in results["columns"]:
         for against in NAMES:
             rows = table(results, against, column)

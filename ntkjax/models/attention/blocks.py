@@ -30,6 +30,7 @@ def attend_blocks(
     """
     b, t, n, h = q.shape
     groups, settings = k.shape[2], (scale, soft_cap)
+    # [B, T, N, H] -> [B, K, G, T, H]: query heads that share a key/value head are neighbours, head n uses n // G.
     q = q.reshape(b, t, groups, n // groups, h).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     block = _attend_block if forward_mode else _attend_block_again
@@ -44,6 +45,7 @@ def attend_blocks(
         pieces = []
         for begin, end in zip([0, *ends[:-1]], ends):
             queries, keys = row[None, begin:end, None], row[None, None, :end]
+            # Keys before ``starts`` are multiplied and masked: starts are data, and a shape must not depend on data.
             seen = keys <= queries
             if starts is not None:
                 seen = seen & (keys >= starts[:, begin:end, None])
@@ -98,6 +100,7 @@ def _weighted_sum_jvp(scale: float, soft_cap: float | None, primals: tuple, tang
     dq, dk, dv, _ = tangents
     weights, slope = _weights(_scores(q, k, scale), mask, soft_cap)
     out = _product(weights, v)
+    # No mask here: a key that is not seen has weight 0.
     moved = weights * (_scores(dq, k, scale) + _scores(q, dk, scale))
     moved = moved if slope is None else moved * slope
     drift = jnp.sum(moved, axis=-1, keepdims=True)
@@ -113,6 +116,8 @@ def _weights(
         turned = jnp.tanh(scores * (1.0 / soft_cap))
         scores, slope = soft_cap * turned, 1.0 - turned * turned
     apart = scores.reshape(*scores.shape[:2], -1, *mask.shape[-2:])
+    # The lowest finite number in the place of -inf: softmax subtracts the row's largest score, and -inf - (-inf), in a
+    # row of padding that sees nothing, is NaN.
     masked = jnp.where(mask, apart, jnp.finfo(scores.dtype).min)
     return jax.nn.softmax(masked, axis=-1).reshape(scores.shape), slope
 
@@ -124,5 +129,7 @@ def _scores(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], scale: float
 
 def _product(x: Float[Array, "B K Q n"], y: Float[Array, "B K n m"]) -> Float[Array, "B K Q m"]:
     """x y in the dtype of y, accumulated and returned in float32 or better."""
+    # Weights and their tangents are rounded to the dtype of v: a product of two 16-bit operands with float32 sums is
+    # what matrix units do at full speed, one with a float32 operand is not.
     accumulate, precision = float32_or_better(y.dtype), precision_of(y.dtype)
     return jnp.matmul(x.astype(y.dtype), y, precision=precision, preferred_element_type=accumulate)

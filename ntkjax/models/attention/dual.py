@@ -99,6 +99,7 @@ _any_mode = jax.custom_jvp(_value, nondiff_argnums=(4, 5, 6))
 @_any_mode.defjvp
 def _any_mode_jvp(scale: float, soft_cap: float | None, interpret: bool, primals: tuple, tangents: tuple) -> tuple:
     *of, starts = primals
+    # The kernel has no transpose. Its derivative is that of the same function written in operations that have one.
     plain = lambda q, k, v: attend_blocks(q, k, v, None, starts, scale, soft_cap, False)
     return _any_mode(*primals, scale, soft_cap, interpret), jax.jvp(plain, tuple(of), tuple(tangents[:3]))[1]
 
@@ -128,6 +129,7 @@ def _with_tangent(scale: float, soft_cap: float | None, interpret: bool) -> Any:
         tangents = tuple(every(x, yes) for x, yes in zip((dq, dk, dv), batched[4:], strict=True))
         value, parts, most = None, [], tangents_a_launch(q.shape[-1], q.dtype.itemsize)
         for begin in range(0, size, most):
+            # Every launch computes the value too; they are equal, and the last one is kept.
             value, moved = run(q, k, v, starts, tuple(x[begin : begin + most] for x in tangents))
             parts.append(moved)
         return (value, jnp.concatenate(parts)), (False, True)
@@ -151,10 +153,16 @@ def fused(
     rows, length, heads, size = q.shape
     groups, m = heads // k.shape[2], len(tangents[0]) if tangents else 0
     blocks = blocks or Blocks.of(size, q.dtype.itemsize, m)
+    # Triton's blocks have sides of powers of two, and its products sides of at least 16. What lies beyond the head's
+    # size and the row's length is masked where it is loaded and stored.
     width = pl.next_power_of_2(size)
     tile = min(blocks.queries, max(16, pl.next_power_of_2(length)))
     chunk = min(blocks.keys, max(16, pl.next_power_of_2(length)))
+    # A program has its own block of queries, and sees all keys of its head: a block spec only sets a pointer, and what
+    # is read through it is decided in the loop of `_kernel`.
     whole, own = (None, length, None, width), (None, tile, None, width)
+    # Program (i, b, n): block i of the queries of row b and head n, whose key/value head is n // groups. With tangents
+    # the same blocks, behind an axis of m.
     of_query, of_key = (lambda i, b, n: (b, i, n, 0)), (lambda i, b, n: (b, 0, n // groups, 0))
     each = lambda index: lambda *at: (0, *index(*at))
     specs = [pl.BlockSpec(own, of_query), pl.BlockSpec(whole, of_key), pl.BlockSpec(whole, of_key)]
@@ -204,6 +212,7 @@ def _kernel(
     of_tangent = [jnp.int32(c) for c in range(m)]  # as arrays: the interpreter takes no Python number
     load = lambda ref, *at: plgpu.load(ref.at[(*at, slice(None), slice(None))], mask=inside, other=0)
     q, dq = load(q_ref), [load(dq_ref, c) for c in of_tangent]
+    # A query behind the end gets the first of its block as its start, which does not move the lowest start below.
     start = None if starts_ref is None else plgpu.load(starts_ref.at[:], mask=query < length, other=first)
 
     def body(number: Any, carry: tuple) -> tuple:
@@ -218,12 +227,16 @@ def _kernel(
         if soft_cap is not None:
             turned = jnp.tanh(scores * (1.0 / soft_cap))
             scores, slope = soft_cap * turned, 1.0 - turned * turned
+        # Causality also hides the keys behind the end from every query that is stored.
         seen = key[None, :] <= query[:, None]
         if start is not None:
             seen = seen & (key[None, :] >= start[:, None])
         scores = jnp.where(seen, scores, HIDDEN)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
+        # c has no tangent: value and tangent are the same whatever is subtracted, so that it may be held fixed, and all
+        # four sums shrink by one factor.
         shrink = jnp.exp(top - higher)
+        # Masked a second time: in a row that has seen no key yet ``higher`` is HIDDEN too, and exp(0) would count.
         weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
         total = total * shrink + jnp.sum(weights, axis=1)
         narrow = weights.astype(v.dtype)

@@ -356,13 +356,13 @@ class Reader:
     def common(self) -> dict[str, Any]:
         """Fields of ModelShape whose keys are the same in every family."""
         ends, given = read_token_ids(self.config, "eos_token_id", self.where), ("bos_token_id", "pad_token_id")
-        found = {key: read_token_ids(self.config, key, self.where, several=False) for key in given}
+        ids_of = {key: read_token_ids(self.config, key, self.where, several=False) for key in given}
         return {
             "architecture": self.architecture,
             "vocab_size": self.number("vocab_size"),
             "initializer_range": self.number("initializer_range", 0.02, float),
             "eos_token_ids": ends,
-            **{key: ids[0] if ids else None for key, ids in found.items()},
+            **{key: ids[0] if ids else None for key, ids in ids_of.items()},
         }
 
     def layers(self, key: str = "num_hidden_layers") -> int:
@@ -443,13 +443,13 @@ class Reader:
         wanted = "expected an object for each of 'full_attention' and 'sliding_attention'"
         if not isinstance(kinds, dict) or set(kinds) - {"full_attention", LOCAL}:
             raise self.fail(f"rope_parameters = {kinds!r}: {wanted}")
-        found = []
+        ropes = []
         for kind, default in (("full_attention", theta), (LOCAL, local_theta)):
             inner = kinds.get(kind) or {}
             if not isinstance(inner, dict):
                 raise self.fail(f"rope_parameters.{kind} = {inner!r}: {wanted}")
-            found.append(self.rope_of(inner, f"rope_parameters.{kind}", theta=default))
-        return found[0], found[1]
+            ropes.append(self.rope_of(inner, f"rope_parameters.{kind}", theta=default))
+        return ropes[0], ropes[1]
 
     def rope_of(self, scaling: dict[str, Any], key: str, *, theta: float, partial: float | None = None) -> RopeConfig:
         """The rotary positions that the object ``scaling``, found at ``key``, describes."""
@@ -572,20 +572,20 @@ def kinds_of_rope_keys(shape: ModelShape) -> dict[str, Any]:
 
 
 def _scaling(rope: RopeConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {"rope_type": rope.kind}
+    settings: dict[str, Any] = {"rope_type": rope.kind}
     if rope.partial != 1:
-        found["partial_rotary_factor"] = rope.partial
+        settings["partial_rotary_factor"] = rope.partial
     if rope.kind == "default":
-        return found
-    found["factor"] = rope.factor
+        return settings
+    settings["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn", "longrope"):
-        found["original_max_position_embeddings"] = rope.original_max_positions
+        settings["original_max_position_embeddings"] = rope.original_max_positions
     if rope.kind == "llama3":
-        found |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        settings |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind in ("yarn", "longrope"):
-        found["attention_factor"] = rope.attention_factor
+        settings["attention_factor"] = rope.attention_factor
     if rope.kind == "yarn":
-        found |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        settings |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
     if rope.kind == "longrope":
-        found |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
-    return found
+        settings |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+    return settings

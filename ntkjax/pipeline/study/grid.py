@@ -16,9 +16,9 @@ from ntkjax.data.mapping import Source, prepare
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import read_json
 from ntkjax.fingerprint import digest
+from ntkjax.job import barrier, is_primary
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
-from ntkjax.parallel import barrier, is_primary
 from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
 from ntkjax.pipeline.evaluate import shot_records
@@ -253,8 +253,7 @@ class Grid:
 
 
 def choice_options(select: SelectorOptions) -> dict[str, Any]:
-    """The options that decide a selection: the method's own, and with a pass for diversity, which takes any of them,
-    all."""
+    """The options that decide a selection: the method's own, or all with a pass for diversity, which reads them."""
     return config_to_dict(select) if select.diversity != "none" else method_options(select)
 
 

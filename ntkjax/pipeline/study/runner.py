@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import shutil
 import time
 import traceback
@@ -28,9 +27,9 @@ import numpy as np
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.metrics import means
-from ntkjax.files import read_json, write_json
+from ntkjax.files import read_json, read_json_lines, write_json
+from ntkjax.job import barrier, is_primary, process
 from ntkjax.models import LanguageModel
-from ntkjax.parallel import barrier, is_primary, process
 from ntkjax.pipeline.cost import selection_cost, training_cost
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on
@@ -68,6 +67,7 @@ def recorded(folder: Path, work: Callable[[], Any], *, done: str) -> Any:
         written(folder / FAILURE, {"kind": "stands on a failure", "message": str(error)})
         raise
     except Exception as error:
+        # A full disk would fail every run that follows, and be remembered by each as its own failure.
         if _of_the_environment(error) or (process()[1] > 1 and not isinstance(error, UserError)):
             raise  # of several processes one alone may have failed: the job ends
         trace = None if isinstance(error, UserError) else traceback.format_exc()
@@ -250,7 +250,7 @@ class Runner:
             split: self._outcomes(model, params, {"dev": data.dev, "test": data.test}[split], folder / OUTCOMES[split])
             for split in self.grid.evaluated
         }
-        measured: dict[str, Any] = {split: means(found) for split, found in outcomes.items()}
+        measured: dict[str, Any] = {split: means(of_split) for split, of_split in outcomes.items()}
         if task.arm.kind == BASE and "dev" in outcomes:
             measured["dev_loss"] = token_mean(outcomes["dev"])
         return measured | {"seconds": {"evaluation": time.monotonic() - began}}
@@ -295,14 +295,14 @@ class Runner:
         if epochs:  # they are kept, which an earlier study may not have done
             folder = folder.with_name(folder.name + "-epochs")
         if self.warmed is None or self.warmed[0] != folder:
+            # The last one alone is held: tasks come in an order in which those that share a warm-up are neighbours.
             self.warmed = None  # its memory first
             work = lambda: warm_up(
                 grid.model, grid.start_of_selection(task.seed), grid.training_set(task), grid.warmup_config(task),
                 seed=task.seed, out=folder, progress=self.progress, checkpoints=epochs,
             )  # fmt: skip
             self.warmed = folder, recorded(folder, work, done=".none")
-        lines = (folder / "warmup" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return self.warmed[1], training_cost([json.loads(line) for line in lines])[1]
+        return self.warmed[1], training_cost(read_json_lines(folder / "warmup" / "metrics.jsonl"))[1]
 
 
 def dev_loss(result: FitResult, config: TrainConfig) -> float | None:

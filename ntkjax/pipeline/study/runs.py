@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome, read_outcomes
 from ntkjax.files import read_json
-from ntkjax.parallel import barrier, is_primary
+from ntkjax.job import barrier, is_primary
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.study.grid import Condition, Task
 from ntkjax.pipeline.study.runner import FAILURE, OUTCOMES, RESULT, RunFailed, Runner

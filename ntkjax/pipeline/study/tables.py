@@ -48,7 +48,7 @@ def best_row(arms: Sequence[Mapping[str, Any]], first: Metric | None) -> list[in
     """
     if first is None:
         return []
-    values = {place: first.better(test[first.name]["mean"]) for place, test in enumerate(arms) if first.name in test}
+    values = {number: first.better(test[first.name]["mean"]) for number, test in enumerate(arms) if first.name in test}
     return [max(values, key=values.__getitem__)] if values else []
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ntkjax.parallel import broadcast
+from ntkjax.job import broadcast
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import SelectionProblem
 from ntkjax.selection.clusters import k_means
@@ -28,8 +28,7 @@ class GroupOptions(ClusterOptions):
     """Options of algorithm=clusters."""
 
     domain_groups: GroupName = "k-means"
-    """How domain examples are grouped. k-means: by their vectors; sources: by the file or field that they come from, as
-    less does."""
+    """How domain examples are grouped. k-means: by their vectors; sources: by file or field of origin, as less does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +49,8 @@ class Clusters(GroupOptions, Algorithm):
     def __call__(self, similarities: Similarities, problem: SelectionProblem) -> Choice:
         labels, names = self.groups(similarities, problem)
         sizes = np.bincount(labels)
+        # [c, M], row c averages over group c: similarities are linear in the domain's vectors, so a group costs one
+        # product however large it is.
         weights = (labels[None] == np.arange(len(sizes))[:, None]) / sizes[:, None]
         scores, groups, zeros = np.empty(len(similarities.rows)), np.empty(len(similarities.rows), np.int64), 0
         for at, products, zero in similarities.blocks(weights):

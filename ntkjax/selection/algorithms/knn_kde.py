@@ -120,6 +120,8 @@ def density_of(unit: Float[np.ndarray, "U D"], sigma: float) -> Float[np.ndarray
         squares = np.maximum(2 - 2 * (unit[start : start + BLOCK] @ unit.T).astype(np.float64), 0)
         near = np.maximum(0, 1 - squares / sigma**2)
         own = np.arange(len(near))
+        # 1 - |x - x|^2 / sigma^2 is 1 but for rounding, which a small sigma would enlarge: the row itself counts
+        # exactly 1.
         near[own, start + own] = 0
         density[start : start + BLOCK] += near.sum(axis=1)
     return density
@@ -160,5 +162,7 @@ def in_order(
     """All rows: those with mass in the order of a draw without replacement in proportion to it (without ``rng`` in the
     order of the mass), then the others; ties by similarity, then by lower row."""
     with np.errstate(divide="ignore"):
+        # Gumbel noise on log p: the order of the largest keys is a draw without replacement in proportion to p. Rows
+        # without mass have the key -inf and come last.
         keys = np.log(mass) + (np.zeros(len(mass)) if rng is None else rng.gumbel(size=len(mass)))
     return np.lexsort((np.arange(len(mass)), -similarity, -keys))

@@ -19,8 +19,7 @@ class KnnOptions(TransportOptions):
     """Options of algorithm=knn-uniform."""
 
     nearest: int = 0
-    """k, the nearest pool examples that a domain example votes for; 0: as many as transport_alpha asks for, at most
-    neighbours."""
+    """k, the nearest pool examples a domain example votes for; 0: as transport_alpha asks, at most neighbours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

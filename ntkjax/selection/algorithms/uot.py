@@ -71,10 +71,15 @@ class UnbalancedTransport(UotOptions, Algorithm):
         while change > TOLERANCE * self.uot_epsilon and passes < self.uot_iterations:
             sums, zeros = np.full(members, -np.inf), 0
             for at, similarity, zero in blocks:
+                # All in logarithms: at eps = 0.01 exp(-c / eps) runs down to e^-100 = 4e-44, where float32 has no
+                # digits left.
                 cost = (1 - similarity) / 2 / self.uot_epsilon  # [b, M], in units of eps
                 reach = logsumexp(potential / self.uot_epsilon - cost, axis=1) - math.log(members)
                 given = -self.uot_pool / (self.uot_pool + self.uot_epsilon) * reach  # g / eps
+                # sum_i P_ij = b_j exp(g_j / eps) sum_i a_i exp((f_i - c_ij) / eps), with the f that this pass began
+                # with; the last pass moves f by less than the tolerance.
                 scores[at] = np.exp(given + reach) / rows
+                # log sum_j over the pool, block after block: [b, M] numbers in memory, whatever the pool.
                 sums, zeros = np.logaddexp(sums, logsumexp(given[:, None] - cost, axis=0)), zeros + zero
             keep = 1.0 if self.uot_domain is None else self.uot_domain / (self.uot_domain + self.uot_epsilon)
             updated = -self.uot_epsilon * keep * (sums - math.log(rows))

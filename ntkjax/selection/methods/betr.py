@@ -91,6 +91,7 @@ def closeness(
         similarity = domain[start : start + BLOCK] @ sample.T
         order = np.argsort(-similarity, axis=1, kind="stable")
         ranks = np.empty_like(order)
+        # The inverse of the permutation ``order``: the rank of every row from the row of every rank.
         np.put_along_axis(ranks, order, np.arange(1, len(sample) + 1)[None, :], axis=1)
         best, highest = np.minimum(best, ranks.min(axis=0)), np.maximum(highest, similarity.max(axis=0))
     return best, highest

@@ -54,6 +54,7 @@ class DsirSelector(DsirOptions, Selector):
         if problem.domain_texts is None or problem.pool_texts is None:
             raise ConfigError("dsir counts words, and this problem has no texts: give domain_texts and pool_texts")
         weights = log_weights(problem.domain_texts, problem.pool_texts, self.buckets)
+        # log w + Gumbel noise: its n largest are a draw of n rows without replacement in proportion to w.
         noise = numpy_rng(problem.seed, "selection", "dsir").gumbel(size=len(weights)) if self.gumbel else 0.0
         chosen = select_top("dsir", weights + noise, problem.n)
         return dataclasses.replace(chosen, diagnostics={"buckets": self.buckets, "gumbel": self.gumbel})

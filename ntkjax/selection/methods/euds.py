@@ -121,6 +121,7 @@ class EudsSelector(EudsOptions, Selector):
 
     def depth(self, values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         """min(u - low, high - u): how far inside the interval; negative outside."""
+        # Quantiles, not values: the three entropies have different units and shapes, and only u can be compared.
         u = (rankdata(values) - 0.5) / len(values)
         return np.minimum(u - self.entropy_low, self.entropy_high - u)
 
@@ -170,6 +171,7 @@ def information_entropy(
     One number for every pair of tokens of a row is made, as in attention; 0 for an example without tokens. ``owners``:
     the positions of each slot of packed rows (`ntkjax.types.owned`).
     """
+    # With f_v = c_v / n, -sum_v f_v log f_v = log n - 1/n sum_t log c(x_t): a sum over positions, no table of V counts.
     members = real[:, None, :] if owners is None else owners
     same = (tokens[:, :, None] == tokens[:, None, :]) & real[:, None, :]
     if owners is not None:

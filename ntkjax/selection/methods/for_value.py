@@ -119,9 +119,11 @@ class Tokens:
         def add(total: Array, of: tuple[Array, ...]) -> tuple[Array, None]:
             h, target, weight = of
             logits = jnp.matmul(h, self.head.T, precision=precision_of(h.dtype))
+            # e_t is the derivative of -log p by W h; taken by jax.grad it is right under a soft cap as well.
             error = jax.grad(lambda z: jnp.sum(weight * self.nll(z, target)))(logits)
             return total + jnp.matmul(error.T, h, precision=precision_of(h.dtype)), None
 
+        # Of the positions of all rows, a piece at a time: the errors [T, V] of a whole batch are never in memory.
         cut = self.pieces(states.reshape(-1, states.shape[-1]), targets.reshape(-1), weights.reshape(-1))
         return jax.lax.scan(add, jnp.zeros(self.head.shape, states.dtype), cut)[0]
 

@@ -133,6 +133,7 @@ def walk(nodes: Float[np.ndarray, "C K"], core: Float[np.ndarray, " K"], n: int,
     total, lowest = np.zeros(len(nodes)), np.full(len(nodes), np.inf)  # sum_s <z_j, z_s>, min_s cos(z_j, z_s)
     along = np.zeros(len(nodes))
     while len(order) < n:
+        # Constraints hold within a walk: those before the last restart do not count.
         walked = order[starts[-1] :] if starts else []
         feasible = free & (lowest >= 0) & _near_core(walked, total, to_core, squares, keep) if walked else free & False
         if feasible.any():
@@ -156,6 +157,7 @@ def _near_core(
     mean_core, mean_square = to_core[walked].mean(), total[walked].sum() / k**2
     if mean_square <= 0:  # nothing but zero gradients: no direction to keep to
         return np.ones(len(total), bool)
+    # |S + z_j|^2 = |S|^2 + 2 <S, z_j> + |z_j|^2 with <S, z_j> = total_j / k: no vector of K numbers but the sums.
     length = np.sqrt(np.maximum(mean_square + 2 * total / k + squares, 1e-30))
     return (mean_core + to_core) / length >= keep * mean_core / np.sqrt(mean_square)
 

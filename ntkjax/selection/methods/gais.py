@@ -110,6 +110,7 @@ class GaisSelector(GaisOptions, GradientSelector):
         scores = np.full(len(problem.pool), np.nan)
         for start in range(0, len(candidates.rows), CHUNK):
             rows = candidates.rows[start : start + CHUNK]
+            # np.resize repeats the rows from the start; the repetitions are scored and cut off.
             padded = np.resize(rows, min(CHUNK, len(candidates.rows)))  # one shape, so one compilation
             apart = padded[:, None] != index[None, :]
             log_odds = confidence(network, nodes.centred(read(padded)), x, apart, tau)
@@ -169,6 +170,7 @@ class Nodes:
         if zero:
             raise UserError(f"{zero} domain examples have features of zero; check the model and the data")
         pool = unit_rows(np.asarray(read(rows), np.float32))[0]
+        # Embeddings of a language model share a large common direction; without their mean, cosines tell rows apart.
         mean = pool.mean(axis=0, dtype=np.float64).astype(np.float32)
         return cls(unit_rows(unit - mean)[0], unit_rows(pool - mean)[0], rows, mean)
 
@@ -223,6 +225,7 @@ def attend(
     logits = asked[:, None] + (theirs @ layer["t"])[None, :]
     logits = jnp.where(joined, jax.nn.leaky_relu(logits, SLOPE), -jnp.inf)
     alone = jax.nn.leaky_relu(asked + mine @ layer["t"], SLOPE)
+    # A node is always joined with itself, so that one without neighbours has a softmax over one number, not none.
     shares = jax.nn.softmax(jnp.concatenate([alone[:, None], logits], axis=1), axis=1)
     return shares[:, :1] * mine + shares[:, 1:] @ theirs
 

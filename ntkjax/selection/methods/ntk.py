@@ -167,6 +167,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             scorer=self.scorer(problem),
         )
         report = report | self.solved(scored.residual)
+        # The raw scores and the Gram matrix hold every direction: contrasts and cosines cost no pass over the pool.
         by_group = self.along(scored, problem, kernel, candidates)
         return by_group.max(axis=1), np.asarray(scored.scores[:, -1], np.float64), report
 
@@ -228,14 +229,14 @@ class NtkSelector(NtkOptions, Stage1Selector):
         """What conjugate gradients reached, in words where that is not what was asked for."""
         if residual is None:
             return {}
-        found: dict[str, Any] = {"cg_residual": residual, "cg_converged": bool(residual <= self.cg_tolerance)}
-        if not found["cg_converged"]:
-            found["cg_warning"] = (
+        report: dict[str, Any] = {"cg_residual": residual, "cg_converged": bool(residual <= self.cg_tolerance)}
+        if not report["cg_converged"]:
+            report["cg_warning"] = (
                 f"conjugate gradients did not converge: a residual of {residual:.1e} |u| after at most "
                 f"{self.cg_iterations} iterations in the precision of the parameters, and {self.cg_tolerance:.1e} |u| "
                 "was asked for; raise --cg-iterations or --damping, or ask for less with a higher --cg-tolerance"
             )
-        return found
+        return report
 
     def sample(self, problem: SelectionProblem) -> np.ndarray:
         """The pool rows whose mean gradient stands for the pool's."""
@@ -262,6 +263,7 @@ class NtkSelector(NtkOptions, Stage1Selector):
             return raw
         if self.direction == "contrast":  # what each direction shares with the pool's, the last
             return raw - gram[:-1, -1] / gram[-1, -1] * np.asarray(scored.scores[:, -1:], np.float64)
+        # |g_j| is the one thing that forward mode does not give: it takes a gradient for each example.
         squares = self.squares(problem, kernel, candidates)
         zero = np.flatnonzero(squares == 0)
         if len(zero):

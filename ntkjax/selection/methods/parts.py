@@ -24,8 +24,7 @@ AlgorithmName = Annotated[str, arg(help=f"From similarities to rows: {', '.join(
 
 
 def part_option_classes() -> list[type[Options]]:
-    """The dataclasses of the options of all representations and algorithms, without those that others among them
-    inherit from."""
+    """The dataclasses of the options of all representations and algorithms; of those that inherit, the last alone."""
     every = [*REPRESENTATIONS.values(), *ALGORITHMS.values()]
     classes = dict.fromkeys(cls for part in every for cls in options_of(part))
     inherited = {base for cls in classes for base in cls.__mro__[1:]}

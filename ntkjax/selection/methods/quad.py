@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.fingerprint import tree_digest
+from ntkjax.job import broadcast
 from ntkjax.ntk.kernels import KernelFunctions, build
 from ntkjax.ntk.precondition import build_preconditioner
 from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, mean_direction, scores_along
-from ntkjax.parallel import broadcast
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Batches, Selection, SelectionProblem, select_top
 from ntkjax.selection.clusters import k_means
@@ -108,6 +108,7 @@ class QuadSelector(QuadOptions, EmbeddingMethod):
         rounds, bar = 0, tqdm(total=budget, desc="probe clusters", unit="example", disable=not problem.progress)
         with bar:
             while bandit.probed < budget:
+                # Every arm once first: the bound of an arm never pulled is infinite, and sd needs rewards.
                 arms = bandit.open_arms() if rounds == 0 else bandit.best(self.arms_per_round)
                 drawn = bandit.draw(arms, budget - bandit.probed)
                 asked = np.concatenate(drawn)
@@ -259,6 +260,7 @@ def pool_clusters(problem: SelectionProblem, count: int) -> Int[np.ndarray, " N"
     labels = np.empty(rows, np.int32)
     for start in range(0, rows, CHUNK):
         index = np.arange(start, min(start + CHUNK, rows))
+        # argmin |x - c|^2 = argmax x . c - |c|^2 / 2, as |x| is the same for all centres; a centre is shorter than 1.
         near = unit_rows(np.asarray(read_pool(index)))[0] @ centres.T - np.sum(centres**2, axis=1) / 2
         labels[index] = np.argmax(near, axis=1)
     labels = np.asarray(broadcast(jnp.asarray(labels)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import ClassVar
 
 import numpy as np
+import scipy.linalg
 from jaxtyping import Float, Int
 
 from ntkjax.errors import ConfigError
@@ -67,14 +69,15 @@ class TrakSelector(TrakOptions, GradientSelector):
         candidates = find_candidates(problem, stage1=self.stage1, prefilter_factor=self.prefilter_factor)
         kernel, rows = Kernel(as_pytree_fn(problem.margin_fn), name="margin"), candidates.rows
         total, errors, zeros = np.zeros(len(rows)), np.zeros(len(rows)), 0
-        for place, checkpoint in enumerate(problem.checkpoints):
-            own = int(numpy_rng(problem.seed, "trak", place).integers(1 << 30))
+        for number, checkpoint in enumerate(problem.checkpoints):
+            # A projection of its own for every checkpoint: the members of the ensemble then err independently.
+            own = int(numpy_rng(problem.seed, "trak", number).integers(1 << 30))
             domain, read = gradient_features(
                 dataclasses.replace(problem, seed=own), rows, kernel=kernel, sketch=self.sketch, size=self.sketch_size,
                 checkpoint=checkpoint,
             )  # fmt: skip
-            found, empty = attributions(domain.mean(axis=0, dtype=np.float64), read, rows, self.damping)
-            total, zeros = total + found, zeros + empty
+            attributed, empty = attributions(domain.mean(axis=0, dtype=np.float64), read, rows, self.damping)
+            total, zeros = total + attributed, zeros + empty
             q = row_values(problem, problem.error_fn, checkpoint.params, kind="error", what="prediction errors")
             errors += q[rows, 0]
         count = len(problem.checkpoints)
@@ -116,8 +119,22 @@ def attributions(
         raise ConfigError("trak: the gradient of every candidate is 0; check the pool's responses and the model")
     lam = damping * trace / size
     if few:
-        return np.linalg.solve(held @ held.T + lam * np.eye(count), held @ mean), zeros
-    weights = np.linalg.solve(held + lam * np.eye(size), mean)
+        return _solve(held @ held.T + lam * np.eye(count), held @ mean, damping), zeros
+    weights = _solve(held + lam * np.eye(size), mean, damping)
     for at, phi in blocks():
         along[at] = phi @ weights
     return along, zeros
+
+
+def _solve(matrix: Float[np.ndarray, "n n"], right: Float[np.ndarray, " n"], damping: float) -> Float[np.ndarray, " n"]:
+    """matrix^-1 right of a symmetric positive definite matrix; ConfigError where it is singular as far as float64 can
+    tell, since what comes out would be rounding errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", scipy.linalg.LinAlgWarning)
+        try:
+            return scipy.linalg.solve(matrix, right, assume_a="pos")
+        except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning):
+            raise ConfigError(
+                f"trak: with --damping {damping:g} the {len(matrix)} equations for the candidates' gradients have no "
+                "unique solution in float64 (gradients that depend on each other); raise --damping, to 1e-6 say"
+            ) from None
