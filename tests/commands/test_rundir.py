@@ -57,6 +57,18 @@ def test_options_newer_than_a_run_are_at_their_defaults_in_it(tmp_path):
         RunDir.create(tmp_path / "run", "select", Config())
 
 
+def test_a_directory_that_was_moved_holds_its_run(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Placed(Config):
+        out: str = ""
+
+    RunDir.create(tmp_path / "a", "adapt", Placed(out=str(tmp_path / "a")))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert RunDir.create(tmp_path / "b", "adapt", Placed(out=str(tmp_path / "b"))).held
+    with pytest.raises(ConfigError, match=r"model: was .*, is now"):
+        RunDir.create(tmp_path / "b", "adapt", Placed(model=Path("other"), out=str(tmp_path / "b")))
+
+
 def test_versions_and_seeds_are_recorded(tmp_path):
     RunDir.create(tmp_path / "run", "adapt", Config())
     found = json.loads((tmp_path / "run" / "versions.json").read_text())
