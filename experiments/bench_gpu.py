@@ -2,9 +2,10 @@
 
 Question   what attention costs by each implementation; tokens per second of a forward pass, of the score (forward mode,
            one tangent), of the mean gradient, of a training step and of per-example LoRA gradients with their sketch,
-           for models of 0.6 and 8 billion parameters in bfloat16; how much of the matrix unit that is; whether bfloat16
-           keeps the order of the scores; what 1.8 million examples would take; with --adapt, how much of the time the
-           device works in a whole comparison.
+           the default one and the paper's, for models of 0.6 and 8 billion parameters in bfloat16; how much of the
+           matrix unit that is; whether bfloat16 keeps the order of the scores; what 1.8 million examples would take;
+           with --profile, in which kernels each pass spends its time; with --adapt, how much of the time the device
+           works in a whole comparison.
 Command    make bench-gpu; without installing anything: python3 experiments/bench_gpu.py (needs jax, flax, optax, numpy,
            scipy, jaxtyping, safetensors, tqdm; nothing else; --adapt needs the package). --tiny: a shape for a CPU.
            --minutes 6: what does not fit is left out and named. The most telling lines come first, and before all
@@ -15,8 +16,10 @@ Result     a Markdown table, and build/bench_gpu.json, written anew after every 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import math
@@ -38,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntkjax.devices import peak_tflops
-from ntkjax.models.attention import attend
+from ntkjax.models.attention import attend, resolve
 from ntkjax.models.config import ModelConfig, RopeConfig
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.layers import ModelSpec
@@ -50,7 +53,8 @@ from ntkjax.ntk.metrics import spearman
 from ntkjax.ntk.outputs import sum_logits
 from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.scores import Direction, add_direction, mean_direction, score_batch, zero_direction
-from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.ntk.sketch import SKETCH_SIZE
+from ntkjax.ntk.sketches import DEFAULT_SKETCH, PAPER_SKETCH, SKETCHES
 from ntkjax.types import Batch
 
 MODELS = {
@@ -72,25 +76,27 @@ TINY = {
 
 PAPER_GPU_HOURS = 31  # A100-hours that arXiv 2511.07380 reports for its selection
 CANDIDATES = 36_000  # 4 N, N = 9,000: what stage 1 leaves
-PASSES = {"forward": 1, "score": 2, "direction": 2, "train": 2, "features": 2}
+PASSES = {"forward": 1, "score": 2, "direction": 2, "train": 2, "features": 2, "paper-features": 2}
 """Forward passes that a pass counts as: the score has a primal and a tangent pass; LoRA gradients a forward pass and a
 backward pass for the activations (frozen weights have no gradient). The sketch and what is computed again in a backward
 pass are work, but none that is counted."""
+SKETCH_OF = {"features": DEFAULT_SKETCH, "paper-features": PAPER_SKETCH}
+"""The sketch of the passes that take gradients of each example."""
 
 LAYOUTS = ("full", "packed")
 """A row is one example of T tokens, or examples of 100 to 600 tokens that fill it."""
 
-# Most telling first, since time may run out: (model, T, layout, attention, passes).
+# Most telling first, since time may run out: (model, T, layout, attention, passes); "auto" is what commands take.
 LINES = (
-    ("Qwen3-0.6B", 2048, "packed", "dual", ("score", "forward", "direction", "train")),
-    ("Qwen3-0.6B", 2048, "full", "dual", ("score",)),
-    ("Llama-8B", 2048, "packed", "dual", ("score", "forward")),
+    ("Qwen3-0.6B", 2048, "packed", "auto", ("score", "forward", "direction", "train")),
+    ("Qwen3-0.6B", 2048, "full", "auto", ("score",)),
+    ("Llama-8B", 2048, "packed", "auto", ("score", "forward")),
     ("Qwen3-0.6B", 2048, "packed", "xla", ("score",)),
-    ("Qwen3-0.6B", 512, "full", "dual", ("score", "features")),
-    ("Llama-8B", 2048, "full", "dual", ("score",)),
+    ("Qwen3-0.6B", 512, "full", "auto", ("score", "features", "paper-features")),
+    ("Llama-8B", 2048, "full", "auto", ("score",)),
     ("Qwen3-0.6B", 2048, "full", "xla", ("score",)),
     ("Qwen3-0.6B", 512, "full", "xla", ("score",)),
-    ("Llama-8B", 512, "full", "dual", ("score",)),
+    ("Llama-8B", 512, "full", "auto", ("score",)),
 )
 SHAPES = ((8, 2048, 16, 8, 128), (32, 512, 16, 8, 128), (8, 2048, 9, 3, 64))
 """Of the attention lines: rows, tokens, heads, key/value heads, head size."""
@@ -166,11 +172,9 @@ def step_of(
     if what == "direction":
         zero = zero_direction(kernel, params, batch)
         return tuple(functools.partial(f, kernel, params, batch, zero) for f in (add_direction, add_direction.lower))
-    if what == "features":
-        sketch = RademacherSketch(sketch_size, 0)
-        return lambda: gradient_features(
-            output, params, [batch], sketch, rows=Pass(rows, microbatch=min(rows, 4))
-        ), None
+    if what in SKETCH_OF:
+        sketch = SKETCHES[SKETCH_OF[what]](sketch_size, 0)
+        return lambda: gradient_features(output, params, [batch], sketch, rows=Pass(rows)), None
     # A bare machine may lack what training needs beside (orbax): then this pass alone fails.
     from ntkjax.training.config import TrainConfig
     from ntkjax.training.optimiser import AdamW
@@ -224,8 +228,10 @@ def measure(model: LanguageModel, name: str, length: int, layout: str, what: str
     while True:
         try:
             batch = make_batch(config, rows, length, layout=layout)
-            times = time_step(step_of(what, model, batch, options.sketch)[0], options.rounds)
+            run = step_of(what, model, batch, options.sketch)[0]
+            times = time_step(run, options.rounds)
             row = times | speed(config, what, batch, times["seconds"])
+            row |= {"kernels": top_kernels(run)} if options.profile else {}
             break
         except Exception as error:  # the runtime's own classes: out of memory, or no derivative of a kernel
             if "RESOURCE_EXHAUSTED" in str(error) and rows > 1:
@@ -236,6 +242,47 @@ def measure(model: LanguageModel, name: str, length: int, layout: str, what: str
     row |= {"model": name, "attention": model.spec.attention, "length": length, "layout": layout, "pass": what}
     row |= {"rows": rows, "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))}
     return row | {"peak_bytes": peak_memory()}
+
+
+def top_kernels(run: Callable[[], Any], most: int = 10) -> list[dict]:
+    """The kernels that one run spends most time in: name, seconds, launches, share of the time of all kernels. On a CPU
+    they are the operations of the compiled program."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        read = lambda path: json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        events = [event for path in Path(folder).rglob("*.trace.json.gz") for event in read(path)]
+    seconds, launches = collections.Counter(), collections.Counter()
+    for name, spent in kernel_seconds(events):
+        seconds[name] += spent
+        launches[name] += 1
+    every = sum(seconds.values())
+    row = lambda name, spent: {"name": name, "seconds": spent, "launches": launches[name], "share": spent / every}
+    return [row(*one) for one in seconds.most_common(most)]
+
+
+def kernel_seconds(events: list[dict]) -> Iterator[tuple[str, float]]:
+    """(name, seconds without what it calls) of every kernel in the events of a trace."""
+    named = lambda what: {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e.get("name") == what}
+    processes, threads = named("process_name"), named("thread_name")
+    devices = {pid for (pid, _), name in processes.items() if "/device:" in name}
+    # Of a GPU the streams alone: other lines of the trace tell the same time again, by program and by operation.
+    streams = {at for at, name in threads.items() if at[0] in devices and "Stream" in name}
+    lines = streams or {at for at, name in threads.items() if at[0] in devices and name == "XLA Ops"}
+    counts = lambda e: (e["pid"], e["tid"]) in lines if devices else "hlo_op" in e.get("args", {})
+    runs = [event for event in events if event.get("ph") == "X" and counts(event)]
+    open_until: dict[tuple, list] = {}
+    spent = [event["dur"] for event in runs]
+    for number in sorted(range(len(runs)), key=lambda i: (runs[i]["ts"], -runs[i]["dur"])):
+        event = runs[number]
+        above = open_until.setdefault((event["pid"], event["tid"]), [])
+        while above and above[-1][0] <= event["ts"]:
+            above.pop()
+        if above:
+            spent[above[-1][1]] -= event["dur"]
+        above.append((event["ts"] + event["dur"], number))
+    for event, microseconds in zip(runs, spent, strict=True):
+        yield event["name"], 1e-6 * microseconds
 
 
 def speed(config: ModelConfig, what: str, batch: Batch, seconds: float) -> dict:
@@ -344,7 +391,8 @@ def plan(rows: list[dict], examples: int, tokens: int, devices: int) -> list[dic
             ways = {
                 "score every example, exact": [("score", examples)],
                 "stage 1, then score 4 N": [("forward", examples), ("score", CANDIDATES)],
-                "stage 1, then sketched gradients of 4 N [paper]": [("forward", examples), ("features", CANDIDATES)],
+                "stage 1, then sketched gradients of 4 N": [("forward", examples), ("features", CANDIDATES)],
+                "the same, the paper's sketch": [("forward", examples), ("paper-features", CANDIDATES)],
             }
             for way, passes in ways.items():
                 if any(what not in best for what, _ in passes):
@@ -381,6 +429,14 @@ def markdown(result: dict, devices: int) -> str:
         lines.append(
             f"{head} {numbers} | {cell(r['compile_seconds'], '.1f')} | {spread} | {cell(gib(r['peak_bytes']), '.2f')} |"
         )
+    profiled = [r for r in result["rows"] if "kernels" in r]
+    if profiled:
+        lines += ["", "| model | T | layout | pass | kernel | ms | launches | of the time of all kernels |"]
+        lines += ["|---|---:|---|---|---|---:|---:|---:|"]
+    for r in profiled:
+        head = f"| {r['model']} | {r['length']} | {r['layout']} | {r['pass']} |"
+        for k in r["kernels"]:
+            lines.append(f"{head} {k['name']} | {1e3 * k['seconds']:.3g} | {k['launches']} | {100 * k['share']:.1f}% |")
     if (adapt := result["adapt"]) is not None:
         end = "stopped" if adapt["exit_code"] is None else f"exit code {adapt['exit_code']}"
         work = "no nvidia-smi" if adapt["busy"] is None else f"the device worked in {100 * adapt['busy']:.0f}%"
@@ -421,7 +477,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", nargs="*", default=None, help="xla, cudnn, dual (default: all on a GPU)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=None, help="tokens in a batch (default: 16384)")
-    parser.add_argument("--sketch", type=int, default=8192, help="K")
+    parser.add_argument("--sketch", type=int, default=SKETCH_SIZE, help="K")
     parser.add_argument("--passes", nargs="*", choices=PASSES, default=list(PASSES))
     parser.add_argument("--order", type=int, default=None, help="examples scored in both dtypes (default: 256)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -429,6 +485,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens-per-example", type=int, default=300, help="of that pool")
     parser.add_argument("--devices", type=int, default=64, help="of the pod that is planned for")
     parser.add_argument("--out", type=Path, default=Path("build/bench_gpu.json"))
+    parser.add_argument("--profile", action="store_true", help="after each pass, the kernels that take most time")
     parser.add_argument("--no-attention", action="store_true", help="leave attention alone out")
     parser.add_argument("--adapt", nargs=argparse.REMAINDER, default=None, help="words of `ntkjax adapt`, to watch it")
     return parser.parse_args()
@@ -440,8 +497,15 @@ def chosen_lines(options: argparse.Namespace) -> list[tuple[str, int, str, str, 
         lengths = options.lengths or [16, 32]
         every = [("tiny", length, layout, kind, what) for what in PASSES for length in lengths for layout in LAYOUTS
                  for kind in options.attention]  # fmt: skip
-        return [line for line in every if line[4] in options.passes and line[2:5:2] != ("packed", "features")]
-    every = [(*line, what) for *line, passes in LINES for what in passes]
+        alone = lambda line: line[2] == "packed" and line[4] in SKETCH_OF  # an example a row
+        return [line for line in every if line[4] in options.passes and not alone(line)]
+    auto = resolve("auto", None)
+    every = [
+        (name, length, layout, auto if kind == "auto" else kind, what)
+        for name, length, layout, kind, passes in LINES
+        for what in passes
+    ]
+    every = list(dict.fromkeys(every))
     kept = lambda name, length, layout, kind, what: (
         name in (options.models or MODELS) and length in (options.lengths or (512, 2048))
         and kind in options.attention and what in options.passes

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.models.decoder import Decoder
 from ntkjax.models.layers import KVCache, ModelSpec, matmul
+from ntkjax.models.lora import half_product
 from ntkjax.types import (
     Batch,
     Params,
@@ -191,22 +192,130 @@ def token_nll(
 ) -> Float[Array, "B T"]:
     """-log p(token t+1 | tokens up to t) in nats at position t, [B, T]; the last column is meaningless.
 
-    Where the logits [B, T, V] would be large they are made a slice of T at a time, and made again in the
-    backward pass.
+    Where the logits [B, T, V] would be large they are made a slice of T at a time, and made again in the backward pass;
+    in bfloat16 they are not, and no product with the head has a float32 operand (`_half_by_token`).
     """
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-
-    def piece(states, targets):
-        logits = project(spec, weights, states)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    return _sliced(piece, spec.config.vocab_size, states, targets)
+    return _by_token(_nll, spec, weights, states, _following(tokens))
 
 
 def token_sum(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """The sum of the V logits at every position, [B, T]. Logits as in token_nll."""
-    return _sliced(lambda h: jnp.sum(project(spec, weights, h), axis=-1), spec.config.vocab_size, states)
+    return _by_token(_sum, spec, weights, states)
+
+
+def token_entropy(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """H = -sum_v p_v log p_v in nats of the model's prediction p at every position, [B, T]. Logits as in token_nll."""
+    return _by_token(_entropy, spec, weights, states)
+
+
+def token_margin(
+    spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """log(p / (1 - p)), p = p(token t+1 | tokens up to t), at position t, [B, T]; the last column is meaningless.
+
+    As z_y - log sum_{v != y} e^z_v for the logits z and the next token y, exact where p is near 1. Logits as in
+    token_nll.
+    """
+    return _by_token(_margin, spec, weights, states, _following(tokens))
+
+
+def _following(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+
+
+def _taken(logits: Float[Array, "*A V"], targets: Int[Array, "*A"]) -> Float[Array, "*A"]:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _compared(logits: Float[Array, "*A V"], targets: Int[Array, "*A"]) -> Float[Array, "*A"]:
+    """`_taken` as a sum over V, whose derivative by the logits is a comparison instead of a scatter."""
+    own = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    return jnp.sum(jnp.where(own, logits, jnp.zeros_like(logits)), axis=-1)
+
+
+# Functions of the logits of a position and of its next token, whose logit ``pick`` gives.
+
+
+def _nll(pick: Callable, logits: Float[Array, "*A V"], targets: Int[Array, "*A"]) -> Float[Array, "*A"]:
+    chosen = pick(logits, targets)
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _sum(pick: Callable, logits: Float[Array, "*A V"]) -> Float[Array, "*A"]:
+    return jnp.sum(logits, axis=-1)
+
+
+def _entropy(pick: Callable, logits: Float[Array, "*A V"]) -> Float[Array, "*A"]:
+    # Below the largest: log sum e^z - sum p z then subtracts no large numbers.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return jax.nn.logsumexp(shifted, axis=-1) - jnp.sum(jax.nn.softmax(shifted, axis=-1) * shifted, axis=-1)
+
+
+def _margin(pick: Callable, logits: Float[Array, "*A V"], targets: Int[Array, "*A"]) -> Float[Array, "*A"]:
+    own = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    chosen = pick(logits, targets)
+    others = jnp.where(own, jnp.full((), -jnp.inf, logits.dtype), logits)
+    return chosen - jax.nn.logsumexp(others, axis=-1)
+
+
+def _by_token(
+    fn: Callable[..., Array], spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], *of: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """``fn`` of the logits and of ``of`` at every position."""
+    vocab = spec.config.vocab_size
+    if jnp.dtype(spec.dtype) == jnp.bfloat16:
+        head = head_weight(weights).astype(jnp.bfloat16)
+        return _half_by_token(functools.partial(fn, _compared), spec.config.logit_cap, head, states, of)
+    return _sliced(lambda states, *of: fn(_taken, project(spec, weights, states), *of), vocab, states, *of)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _half_by_token(
+    fn: Callable[..., Array], cap: float | None, head: Float[Array, "V D"], states: Float[Array, "B T D"], of: tuple
+) -> Float[Array, "B T"]:
+    """y_t = fn(z_t), z_t = W h_t or its cap, W in bfloat16: [B, T] in float32. Products have operands of 16 bits alone
+    and are summed in float32; ``fn`` is computed in float32.
+
+    Its tangent under a fixed head is g_t . dh_t with g_t = W^T fn'(z_t), float32 [B, T, D], and fn'(z_t) rounded to
+    bfloat16. g is made together with the value: a backward pass makes no logits again, and several tangents share it.
+    Where the head moves too, logits are made again, and their cotangents rounded.
+    """
+    piece = lambda states, *of: fn(capped(_half_logits(head, states), cap), *of)
+    return _sliced(piece, len(head), states, *of)
+
+
+@functools.partial(_half_by_token.defjvp, symbolic_zeros=True)
+def _half_by_token_jvp(fn: Callable[..., Array], cap: float | None, primals: tuple, tangents: tuple) -> tuple:
+    head, states, of = primals
+    zero = jax.custom_derivatives.SymbolicZero
+    dhead, dstates = (None if isinstance(tangent, zero) else tangent for tangent in tangents[:2])
+    if dhead is not None:
+
+        def both(head: Array, states: Array) -> Array:
+            piece = lambda states, *of: fn(capped(_half_logits(head, states), cap), *of)
+            return _sliced(piece, len(head), states, *of)
+
+        return jax.jvp(both, (head, states), (dhead, jnp.zeros_like(states) if dstates is None else dstates))
+
+    def with_slope(states: Array, *of: Array) -> tuple[Array, Array]:
+        value, pull = jax.vjp(lambda logits: fn(capped(logits, cap), *of), _half_logits(head, states))
+        return value, matmul(pull(jnp.ones_like(value))[0].astype(head.dtype), head)
+
+    value, slope = _sliced(with_slope, len(head), states, *of)
+    return value, jnp.zeros_like(value) if dstates is None else jnp.sum(slope * dstates, axis=-1)
+
+
+@jax.custom_jvp
+def _half_logits(head: Float[Array, "V D"], states: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
+    """W h in float32, of operands of 16 bits. Its tangent is rounded to 16 bits, and so are its cotangents."""
+    return matmul(states.astype(head.dtype), head.T)
+
+
+@_half_logits.defjvp
+def _half_logits_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (head, states), (dhead, dstates) = primals, tangents
+    moved = half_product(dstates.astype(head.dtype), head.T) + half_product(states.astype(head.dtype), dhead.T)
+    return _half_logits(head, states), moved.astype(jnp.float32)
 
 
 def pooled_logits(
@@ -236,40 +345,9 @@ def pooled_logits(
     return sums.reshape(-1, spec.config.vocab_size)
 
 
-def token_entropy(spec: ModelSpec, weights: dict, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """H = -sum_v p_v log p_v in nats of the model's prediction p at every position, [B, T]. Logits as in token_nll."""
-
-    def piece(states):
-        logits = project(spec, weights, states)
-        # Below the largest: log sum e^z - sum p z then subtracts no large numbers.
-        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-        return jax.nn.logsumexp(shifted, axis=-1) - jnp.sum(jax.nn.softmax(shifted, axis=-1) * shifted, axis=-1)
-
-    return _sliced(piece, spec.config.vocab_size, states)
-
-
-def token_margin(
-    spec: ModelSpec, weights: dict, states: Float[Array, "B T D"], tokens: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """log(p / (1 - p)), p = p(token t+1 | tokens up to t), at position t, [B, T]; the last column is meaningless.
-
-    As z_y - log sum_{v != y} e^z_v for the logits z and the next token y, exact where p is near 1. Logits as in
-    token_nll.
-    """
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-
-    def piece(states, targets):
-        logits = project(spec, weights, states)
-        own = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        others = jnp.where(own, jnp.full((), -jnp.inf, logits.dtype), logits)
-        return chosen - jax.nn.logsumexp(others, axis=-1)
-
-    return _sliced(piece, spec.config.vocab_size, states, targets)
-
-
-def _sliced(piece: Callable[..., Array], vocab: int, *arrays: Array) -> Float[Array, "B T"]:
-    """``piece`` of arrays [B, T, ...], at once, or slice after slice of T where [B, T, vocab] would be large."""
+def _sliced(piece: Callable[..., Any], vocab: int, *arrays: Array) -> Any:
+    """``piece`` of arrays [B, T, ...], which gives one such array or several: at once, or slice after slice of T where
+    [B, T, vocab] would be large."""
     rows, length = arrays[0].shape[:2]
     if rows * length * vocab <= MAX_LOGITS:
         return piece(*arrays)
@@ -282,12 +360,15 @@ def _sliced(piece: Callable[..., Array], vocab: int, *arrays: Array) -> Float[Ar
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0) for _ in rest)))
         return jnp.moveaxis(x.reshape(rows, pieces, size, *rest), 1, 0)
 
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, pieces * size, *x.shape[3:])[:, :length]
+
     # A scan, so that one slice of logits is in memory at a time, and checkpointed, so that the backward pass makes it
     # again: kept, the slices would be the whole [B, T, V].
     _, out = jax.lax.scan(
         lambda _, xs: (None, jax.checkpoint(piece, prevent_cse=False)(*xs)), None, tuple(map(cut, arrays))
     )
-    return jnp.moveaxis(out, 0, 1).reshape(rows, pieces * size)[:, :length]
+    return jax.tree.map(joined, out)
 
 
 @jax.tree_util.register_dataclass

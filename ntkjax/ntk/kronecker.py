@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.sketch import as_signs, block_keys
+from ntkjax.ntk.sketch import SKETCH_SIZE, as_signs, block_keys
 from ntkjax.types import Params, at_least_float32, precision_of
 
 
@@ -76,7 +76,7 @@ class KroneckerSketch:
       ConfigError: K is not a multiple of ``left``.
     """
 
-    size: int = dataclasses.field(default=8192, metadata={"static": True})
+    size: int = dataclasses.field(default=SKETCH_SIZE, metadata={"static": True})
     seed: int | Int[Array, ""] = 0
     left: int | None = dataclasses.field(default=None, metadata={"static": True})
 

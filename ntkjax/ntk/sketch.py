@@ -21,6 +21,9 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from ntkjax.types import Params, at_least_float32
 
+SKETCH_SIZE = 8192
+"""K where none is asked for [the paper's]."""
+
 
 @runtime_checkable
 class Sketch(Protocol):
@@ -122,7 +125,7 @@ class RademacherSketch:
       block: parameters per block of signs; part of what identifies the map.
     """
 
-    size: int = dataclasses.field(default=8192, metadata={"static": True})
+    size: int = dataclasses.field(default=SKETCH_SIZE, metadata={"static": True})
     seed: int | Int[Array, ""] = 0  # data, not structure: another seed runs the same compiled program
     block: int = dataclasses.field(default=1024, metadata={"static": True})
 

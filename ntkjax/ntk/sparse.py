@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from ntkjax.errors import ConfigError
-from ntkjax.ntk.sketch import as_signs, blocks
+from ntkjax.ntk.sketch import SKETCH_SIZE, as_signs, blocks
 from ntkjax.types import Params
 
 
@@ -48,7 +48,7 @@ class SparseSketch:
       ConfigError: K is not a multiple of s.
     """
 
-    size: int = dataclasses.field(default=8192, metadata={"static": True})
+    size: int = dataclasses.field(default=SKETCH_SIZE, metadata={"static": True})
     seed: int | Int[Array, ""] = 0
     tables: int = dataclasses.field(default=4, metadata={"static": True})
 

@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.kernels import parse
+from ntkjax.ntk.sketch import SKETCH_SIZE
+from ntkjax.ntk.sketches import DEFAULT_SKETCH
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.base import Selection, SelectionProblem, ranks_after
 from ntkjax.selection.gradients import gradient_features, in_blocks
@@ -77,8 +79,8 @@ def diversify(
     diversity: str,
     factor: int = 2,
     kernel: str = "loss",
-    sketch: str = "sparse",
-    size: int = 8192,
+    sketch: str = DEFAULT_SKETCH,
+    size: int = SKETCH_SIZE,
 ) -> Selection:
     """``selection`` with its n rows chosen anew among its ``factor`` * n best, in the order of the greedy choice.
 

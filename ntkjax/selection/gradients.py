@@ -29,9 +29,10 @@ from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.precondition import DAMPING, build_preconditioner
 from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.sketch import Sketch
+from ntkjax.ntk.sketches import SKETCHES
 from ntkjax.selection.base import Batches, Dataset, SelectionProblem, Selector, WarmupCheckpoint
 from ntkjax.selection.embeddings import stage1_votes
-from ntkjax.selection.options import SKETCHES, GradientOptions, Stage1Options
+from ntkjax.selection.options import GradientOptions, Stage1Options
 from ntkjax.selection.shared import open_shared, parts_to_do
 from ntkjax.selection.vote import Votes
 from ntkjax.types import Params

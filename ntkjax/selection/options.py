@@ -10,28 +10,20 @@ in the string below it: one that several methods have belongs here. Order of bas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import arg
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.kernels import describe_kernels, parse
-from ntkjax.ntk.kronecker import KroneckerSketch
 from ntkjax.ntk.precondition import CG_ITERATIONS, CG_TOLERANCE, DAMPING, PreconditionerName
-from ntkjax.ntk.sketch import RademacherSketch, Sketch
-from ntkjax.ntk.sparse import SparseSketch
+from ntkjax.ntk.sketch import SKETCH_SIZE
+from ntkjax.ntk.sketches import DEFAULT_SKETCH, SKETCHES, SketchName
 
 KernelName = Annotated[str, arg(help=f"The tangent kernel. {describe_kernels()}.")]
 """A name of `ntkjax.ntk.kernels.KERNELS`, with the table as its help on the command line."""
-SketchName = Literal["rademacher", "sparse", "kronecker"]
 DirectionName = Literal["raw", "contrast", "cosine"]
 Switch = Literal["on", "off"]
-SKETCHES: dict[str, Callable[..., Sketch]] = {
-    "rademacher": RademacherSketch,
-    "sparse": SparseSketch,
-    "kronecker": KroneckerSketch,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +42,10 @@ class Options:
 class SketchOptions(Options):
     """The projection of gradients to features, where gradients are kept."""
 
-    sketch: SketchName = "sparse"
+    sketch: SketchName = DEFAULT_SKETCH
     """The projection of gradients (scores=sketch, and methods that keep gradients). rademacher: the paper's, dense;
     sparse: ranks like it, at next to no cost; kronecker: of both sides of each matrix."""
-    sketch_size: int = 8192
+    sketch_size: int = SKETCH_SIZE
     """K, the numbers that a gradient is projected to."""
 
     def __post_init__(self) -> None:

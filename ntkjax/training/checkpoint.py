@@ -1,11 +1,13 @@
-"""Training state on disk, through orbax: written whole or not at all, newest first on resume."""
+"""Training state on disk, through orbax: written behind the training, whole or not at all, newest first on resume."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ class Checkpoints:
 
     Each holds the arrays (parameters, optimiser state, best parameters so far) and a small JSON record of the
     progress. A step counts only once orbax has committed it, so a process killed while saving leaves the
-    previous checkpoint in force.
+    previous checkpoint in force. `save` returns when the arrays are copied off the device. A thread writes them, and
+    the next call of any method waits for it.
 
     ``together``: the arrays lie on a mesh over all processes of the job, and each of them makes the same calls and
     writes its part. What was saved so is restored on any mesh, by any number of processes, bit for bit.
@@ -39,8 +42,6 @@ class Checkpoints:
         self._alone = count > 1 and not together
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            # `save` returns when the checkpoint is on the disk: at SIGTERM the process ends right behind it.
-            enable_async_checkpointing=False,
             create=not self._alone,
             multiprocessing_options=alone if self._alone else MultiprocessingOptions(),
         )
@@ -50,19 +51,33 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
+        with contextlib.suppress(OSError):  # then it is an older one
+            self.wait()
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
         """Every complete step on disk, oldest first."""
+        with contextlib.suppress(OSError):
+            self.wait()
         return sorted(self._manager.all_steps())
 
+    def wait(self) -> None:
+        """Return when what was saved is on disk.
+
+        Raises:
+          OSError: it could not be written; said once.
+        """
+        with _as_os_error():
+            self._manager.wait_until_finished()
+
     def save(self, step: int, arrays: PyTree, progress: dict[str, Any]) -> None:
-        """Save both under ``step`` and return when they are on disk.
+        """Save both under ``step``: return when the caller may change or donate the arrays. See `wait`.
 
         Raises:
           OSError: the disk is full, or would be: free space is compared first, since a failure half-way leaves partial
-            files behind and messages from the threads that write.
+            files behind and messages from the threads that write. Of this step or of the one before.
         """
+        self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.folder).free
         if size > free:
@@ -70,14 +85,8 @@ class Checkpoints:
         if self._alone:  # orbax takes a process's own arrays for parts of larger ones
             arrays = jax.tree.map(np.asarray, arrays)
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress))
-        try:
+        with _as_os_error():
             self._manager.save(step, args=args)
-        except ValueError as error:
-            # TensorStore reports a failed write as a ValueError that carries the system's error number.
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """(arrays, progress) of ``step``; the arrays take structure, dtypes and sharding from ``like``.
@@ -99,7 +108,24 @@ class Checkpoints:
         return jax.tree.map(_placed, restored["arrays"], like), restored["progress"]
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for what is being written, and end. OSError: as `wait`."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(OSError, ValueError):  # what `wait` has told, again
+                self._manager.close()
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """TensorStore reports a failed write as a ValueError that carries the system's error number."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _placed(restored: jax.Array | np.ndarray, like: jax.Array) -> jax.Array:

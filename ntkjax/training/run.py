@@ -173,6 +173,8 @@ class Run:
                     self.evaluate()
                 if due[1] or last or self.progress.stopped_early:
                     self.save()
+                if last or ending or self.progress.stopped_early:
+                    self.wait_for_save()
                 if self.progress.stopped_early:
                     return
                 # Only now: what the next start of the command needs is on the disk.
@@ -291,7 +293,7 @@ class Run:
         return arrays if self.dev is None else arrays | {"best": self.best}
 
     def save(self) -> None:
-        """Write a checkpoint, after the metrics it counts on are safely on the disk."""
+        """Write a checkpoint, after the metrics it counts on are safely on the disk; the steps go on meanwhile."""
         if self.checkpoints is None:
             return
         with self._writing():
@@ -300,6 +302,12 @@ class Run:
             # lines too many, which a resume cuts off.
             self.progress.metrics_bytes = self.log.sync()
             self.checkpoints.save(self.progress.step, self._arrays(), dataclasses.asdict(self.progress))
+
+    def wait_for_save(self) -> None:
+        """Wait until the checkpoint is on the disk."""
+        if self.checkpoints is not None:
+            with self._writing():
+                self.checkpoints.wait()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

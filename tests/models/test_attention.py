@@ -11,6 +11,7 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.models.attention import attend, resolve
+from ntkjax.models.attention.blocks import attend_blocks
 from ntkjax.models.attention.dual import Blocks, dual_attention, fused
 from ntkjax.models.config import ModelConfig
 from ntkjax.models.lm import init_lm
@@ -159,6 +160,36 @@ def test_windows_and_packed_rows_are_the_same_in_every_implementation(window, pa
     expected = formula(q, k, v, jnp.asarray(first, jnp.int32), 0.25, None)
     for implementation in ("xla", "interpreted"):
         np.testing.assert_allclose(attend(q, k, v, None, implementation, **options), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_the_cotangents_of_blocks_are_those_of_the_formula(name, dtype):
+    """In bfloat16 the weights, the cotangents of the scores and the results are rounded, 2^-9 each at most."""
+    shape, lengths, soft_cap = CASES[name]
+    primals, ((moved,), *_) = draw(*shape, dtype=dtype)
+    starts = None if lengths is None else packed_starts(shape[0], lengths)
+    pull = jax.vjp(lambda *x: attend_blocks(*x, None, starts, 0.2, soft_cap, False), *primals)[1]
+    exact = tuple(x.astype(jnp.float32) for x in primals)
+    pull_plain = jax.vjp(lambda *x: formula(*x, starts, 0.2, soft_cap), *exact)[1]
+    for got, wanted in zip(pull(moved), pull_plain(moved.astype(jnp.float32))):
+        if dtype == "float32":
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5)
+        else:
+            error = np.linalg.norm(np.asarray(got, np.float32) - wanted)
+            assert got.dtype == jnp.bfloat16 and error <= 2**-7 * np.linalg.norm(wanted) + 1e-6
+
+
+@pytest.mark.parametrize("implementation", ("xla", "interpreted"))
+def test_the_backward_pass_of_sixteen_bits_has_products_of_sixteen_bits_alone(implementation):
+    """q k^T again, and those that give the cotangents of P, q, k and v: five, as in FlashAttention."""
+    (q, k, v), _ = draw(1, 24, 2, 1, 16, "bfloat16")
+    starts = packed_starts(1, (14, 10))
+    run = lambda q, k, v: attend(q, k, v, None, implementation, starts=starts)
+    backward = lambda q, k, v, moved: jax.vjp(run, q, k, v)[1](moved)
+    text = jax.jit(backward).lower(q, k, v, q).as_text()
+    found = [line.split(" : ")[-1].split(" -> ")[0] for line in text.splitlines() if "dot_general" in line]
+    assert len(found) == 5 and not [operands for operands in found if "f32" in operands], found
 
 
 @contextlib.contextmanager

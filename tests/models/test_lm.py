@@ -90,6 +90,32 @@ def test_large_logits_in_slices_change_neither_value_nor_derivatives(monkeypatch
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("kind", ["nll", "entropy", "margin"])
+@pytest.mark.parametrize("most", [functions.MAX_LOGITS, 3 * 37 * 3])
+def test_derivatives_by_states_and_head_in_bfloat16_are_those_in_float32_but_for_rounding(monkeypatch, kind, cap, most):
+    """In reverse and in forward mode; at once, and in slices of 3 tokens."""
+    monkeypatch.setattr(functions, "MAX_LOGITS", most)
+    model = init_lm(dataclasses.replace(CONFIG, logit_cap=cap), seed=0, dtype="bfloat16")
+    rng = np.random.default_rng(2)
+    states, moved = (jnp.asarray(rng.normal(size=(3, 8, 16)), jnp.bfloat16).astype(jnp.float32) for _ in range(2))
+    head = model.params["head"]["kernel"].astype(jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 37, (3, 8)), jnp.int32)
+    of = {"nll": functions.token_nll, "entropy": functions.token_entropy, "margin": functions.token_margin}[kind]
+
+    def run(dtype: str) -> tuple:
+        spec = dataclasses.replace(model.spec, dtype=dtype)
+        more = () if kind == "entropy" else (tokens,)
+        fn = lambda states, head: of(spec, {"head": {"kernel": head.astype(dtype)}}, states, *more)[:, :-1]
+        alone = jax.grad(lambda states: fn(states, head).sum())(states)
+        value, along = jax.jvp(lambda states: fn(states, head), (states,), (moved,))
+        return (value, alone, along, *jax.grad(lambda *x: fn(*x).sum(), argnums=(0, 1))(states, head))
+
+    for half, whole in zip(jax.jit(run, static_argnums=0)("bfloat16"), jax.jit(run, static_argnums=0)("float32")):
+        error = np.linalg.norm(np.asarray(half) - np.asarray(whole)) / np.linalg.norm(whole)
+        assert half.dtype == jnp.float32 and error < 2**-7
+
+
 def test_entropy_of_a_prediction_that_knows_nothing_and_of_one_that_knows_all(monkeypatch):
     """log V where all logits are equal; 0 where one is far above the others; the same a slice of T at a time."""
     model, batch = model_with_b(), make_batch()

@@ -14,7 +14,11 @@ from ntkjax.models import LoraConfig, load_lm
 from ntkjax.ntk import KernelFunctions, build
 from ntkjax.ntk.gram import contract
 from ntkjax.ntk.kernel import Kernel, gradients
-from ntkjax.ntk.scores import add_direction, score_batch, zero_direction
+from ntkjax.ntk.metrics import spearman
+from ntkjax.ntk.scores import add_direction, mean_direction, score_batch, zero_direction
+from ntkjax.training import TrainConfig
+from ntkjax.training.optimiser import AdamW
+from ntkjax.training.step import init_state, leaf_dtypes, train_step
 from ntkjax.types import Batch, precision_of
 
 PRODUCT = re.compile(r"stablehlo\.dot_general .*: \((tensor<\S+>), (tensor<\S+>)\)")
@@ -93,19 +97,51 @@ def test_a_product_in_the_default_precision_is_found():
 
 @pytest.mark.parametrize("name", ["sum_logits", "loss"])
 def test_linear_layers_of_a_model_in_sixteen_bits_have_products_of_sixteen_bits(batch, name):
-    """In a score every product of the layers does; in a mean gradient the products of attention's derivative with its
-    weights, and of the loss with the head, have a float32 operand."""
+    """In a score and in a mean gradient; what is left of a folded head is a product of float32 vectors."""
     model = load_lm(tiny_lm_path(), lora=LoraConfig(rank=4), dtype="bfloat16")
     kernel = kernel_of(model, name)
     zero = zero_direction(kernel, model.lora, batch)
     score = score_batch.lower(kernel, model.lora, jax.tree.map(lambda leaf: leaf[None], zero), batch).as_text()
     gradient = add_direction.lower(kernel, model.lora, batch, zero).as_text()
     rows, width = batch.tokens.shape[0], model.config.hidden_size
-    wide = lambda text: [operands for operands, _ in products(text) if "f32" in operands]
-    folded = [f"tensor<{rows}x{width}xf32> tensor<{width}xf32>"] if name == "sum_logits" else []
-    assert wide(score) == folded
-    layer = re.compile(rf"tensor<{batch.tokens.size}x")
-    assert wide(gradient) and not [operands for operands in wide(gradient) if layer.match(operands)]
+    folded = {f"tensor<{rows}x{width}xf32> tensor<{width}xf32>", f"tensor<{rows}xf32> tensor<{width}xf32>"}
+    for program, least in ((score, 9), (gradient, 16)):
+        wide = {operands for operands, _ in products(program) if "f32" in operands}
+        assert len(products(program)) > least and (wide <= folded if name == "sum_logits" else not wide), wide
+
+
+def test_products_with_the_vocabulary_of_a_model_in_sixteen_bits_are_of_sixteen_bits(batch):
+    """Of the loss: its value, its derivative in forward mode, its gradient, and a step of training."""
+    model = load_lm(tiny_lm_path(), lora=LoraConfig(rank=4), dtype="bfloat16")
+    kernel, optimiser = kernel_of(model, "loss"), AdamW.of(TrainConfig())
+    zero = zero_direction(kernel, model.lora, batch)
+    options = {"optimiser": optimiser, "accumulation": 1, "dtypes": leaf_dtypes(model.lora)}
+    programs = [
+        jax.jit(lambda fn, batch: fn({}, batch)).lower(model.nll_fn, batch),
+        score_batch.lower(kernel, model.lora, jax.tree.map(lambda leaf: leaf[None], zero), batch),
+        add_direction.lower(kernel, model.lora, batch, zero),
+        train_step.lower(model.nll_fn, init_state(model.lora, optimiser), batch, 1e-5, **options),
+    ]
+    vocabulary = re.compile(rf"[<x]{model.config.vocab_size}x")
+    for program, count in zip(programs, (1, 2, 2, 2)):  # logits once, and once what their cotangents give
+        found = [operands for operands, _ in products(program.as_text()) if vocabulary.search(operands)]
+        assert len(found) == count and not [operands for operands in found if "f32" in operands], found
+
+
+def test_scores_of_the_loss_in_sixteen_bits_keep_the_order_of_those_in_float32():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 800, (40, 24)).astype(np.int32)
+    mask = np.broadcast_to(np.arange(24) >= 8, tokens.shape)
+    every = lambda rows: Batch(tokens[rows], mask[rows], np.full(len(rows), 24, np.int32), rows.astype(np.int32))
+    scores = []
+    for dtype in ("bfloat16", "float32"):
+        model, random = load_lm(tiny_lm_path(), lora=LoraConfig(rank=4), dtype=dtype), np.random.default_rng(1)
+        params = jax.tree.map(lambda x, r=random: x + 0.02 * r.standard_normal(x.shape, np.float32), model.lora)
+        kernel = kernel_of(model, "loss")
+        direction = mean_direction(kernel, params, [every(np.arange(8))])
+        stacked = jax.tree.map(lambda leaf: leaf[None], direction)
+        scores.append(np.asarray(score_batch(kernel, params, stacked, every(np.arange(8, 40)))[:, 0]))
+    assert spearman(*scores) > 0.99
 
 
 def test_sixteen_bits_ask_for_nothing():

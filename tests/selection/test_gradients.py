@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from ntkjax.errors import ConfigError
+from ntkjax.ntk.sketches import SKETCHES
 from ntkjax.selection import METHODS
 from ntkjax.selection.gradients import find_candidates, gradient_features, in_blocks
-from ntkjax.selection.options import SKETCHES, GradientOptions
+from ntkjax.selection.options import GradientOptions
 from ntkjax.store import RowStore
 
 SIZE = 32

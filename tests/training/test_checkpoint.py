@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -210,6 +214,69 @@ def test_room_is_looked_at_before_writing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="takes 80 bytes, 10 are free"):
         checkpoints.save(1, {"x": np.zeros(10)}, {})
     assert checkpoints.latest() is None
+    checkpoints.close()
+
+
+@contextlib.contextmanager
+def small_files(most: int):
+    """Inside, no file of this process grows beyond ``most`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_returns_before_it_is_written_and_whoever_waits_is_told_once_that_it_was_not(tmp_path):
+    checkpoints, random = Checkpoints(tmp_path, keep=2), np.random.default_rng(0)
+    draw = lambda: {"x": jnp.asarray(random.standard_normal(200_000, np.float32))}
+    first, third = draw(), draw()
+    checkpoints.save(1, first, {"n": 1})
+    assert checkpoints.latest() == 1
+    with small_files(50_000):
+        checkpoints.save(2, draw(), {"n": 2})
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.wait()
+    checkpoints.wait()
+    assert checkpoints.latest() == 1
+    checkpoints.save(3, third, {"n": 3})
+    assert checkpoints.steps() == [1, 3]
+    for step, wanted in ((1, first), (3, third)):
+        arrays, progress = checkpoints.restore(step, {"x": jnp.zeros(200_000)})
+        np.testing.assert_array_equal(arrays["x"], wanted["x"])
+        assert progress == {"n": step}
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_could_not_be_written_behind_the_steps_ends_the_run(run, monkeypatch):
+    """Whether the next save meets it, or the end of the run."""
+    plain = Checkpoints.save
+    for broken, kept in ((4, "Kept: the checkpoint of step 2"), (6, "Kept: the checkpoint of step 4")):
+
+        def save(self, step, arrays, progress, broken=broken):
+            self.wait()
+            with small_files(100) if step == broken else contextlib.nullcontext():
+                plain(self, step, arrays, progress)
+                while self._manager.is_saving_in_progress():
+                    time.sleep(0.01)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoints, "save", save)
+            with pytest.raises(UserError, match=rf"File too large.* after step 6\. {kept}"):
+                run(resume=False)
+        assert run().steps == 6
+
+
+def test_a_donated_state_does_not_change_what_is_being_written(tmp_path):
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    checkpoints, state = Checkpoints(tmp_path, keep=None), jnp.zeros(500_000)
+    for number in range(1, 6):
+        state = step(state)
+        checkpoints.save(number, {"x": state}, {})
+    for number in checkpoints.steps():
+        arrays, _ = checkpoints.restore(number, {"x": jnp.zeros(500_000)})
+        np.testing.assert_array_equal(arrays["x"], np.full(500_000, number, np.float32))
     checkpoints.close()
 
 

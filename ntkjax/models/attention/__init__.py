@@ -4,7 +4,9 @@
 - ``dual`` (dual.py): one Pallas kernel for the value and its tangents, for CUDA; where a derivative is transposed, the
   derivatives of ``xla``. ``interpreted``: the same kernel as JAX operations, to test it where there is no GPU.
 - ``cudnn``: the flash attention of jax.nn.dot_product_attention; causal rows of one example, 16 bits, reverse mode.
-- ``auto``: ``dual`` on one CUDA device, else ``xla``.
+- ``auto``: ``dual`` on one CUDA device, in reverse mode too: its value, and the derivatives of ``xla``. Rows are packed
+  there, and jax.nn gives cuDNN their starts as a bias [B, 1, T, T] alone. Elsewhere, on TPUs and meshes of several
+  devices, ``xla``: the kernel is written for Triton, which TPUs do not have.
 
 What an implementation does not compute (a mask, float64, heads of more than 256) is computed by ``xla``.
 """

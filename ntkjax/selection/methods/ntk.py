@@ -34,6 +34,7 @@ from ntkjax.ntk.scores import (
     score_directions,
 )
 from ntkjax.ntk.sketch import Sketch
+from ntkjax.ntk.sketches import SKETCHES
 from ntkjax.rng import numpy_rng
 from ntkjax.selection.aggregation import BY_EXAMPLE, AggregationName, check_aggregation, compare_examples
 from ntkjax.selection.algorithms.clusters import domain_groups
@@ -42,7 +43,6 @@ from ntkjax.selection.cost import FORWARD, TRAIN, Sizes
 from ntkjax.selection.directional import Directional
 from ntkjax.selection.gradients import Candidates, Stage1Selector, domain_features, find_candidates, scatter
 from ntkjax.selection.options import (
-    SKETCHES,
     CgOptions,
     ClusterOptions,
     DirectionOptions,
