@@ -116,9 +116,9 @@ def prepare(folder: Path, max_length: int) -> None:
     step("tokenise")
     batches = len(tokens.batches(token_budget=8192))
     step("plan")
-    found = find_duplicates(records, {}, cache_dir=cache)
+    duplicates = find_duplicates(records, {}, cache_dir=cache)
     step("duplicates")
-    said = {"steps": steps, "batches": batches, "kept": len(found.kept), "fingerprint": tokens.fingerprint}
+    said = {"steps": steps, "batches": batches, "kept": len(duplicates.kept), "fingerprint": tokens.fingerprint}
     (folder / f"said.{index}.json").write_text(json.dumps(said))
 
 
@@ -161,7 +161,7 @@ def main(bench: SizeBench) -> None:
     if bench.work is not None:
         prepare(bench.work, bench.max_length)
         return
-    found = []
+    entries = []
     print("| records | files | processes | private MiB: " + ", ".join(STEPS) + " | seconds: " + ", ".join(STEPS[1:])
           + " | pool, cache (MiB) | kept |")  # fmt: skip
     print("|---:|---|---:|---|---|---|---:|", flush=True)
@@ -169,13 +169,13 @@ def main(bench: SizeBench) -> None:
         for kind in bench.kinds:
             for count in bench.processes:
                 one = measure(bench, rows, kind, count)
-                found.append(one)
+                entries.append(one)
                 peaks = ", ".join(f"{one['steps'][name]['peak'] / MEBIBYTE:.0f}" for name in STEPS)
                 seconds = ", ".join(f"{one['steps'][name]['seconds']:.1f}" for name in STEPS[1:])
                 sizes = ", ".join(f"{one[name] / MEBIBYTE:.0f}" for name in ("pool_bytes", "cache_bytes"))
                 print(f"| {rows:,} | {kind} | {count} | {peaks} | {seconds} | {sizes} | {one['kept']:,} |", flush=True)
                 bench.out.parent.mkdir(parents=True, exist_ok=True)
-                bench.out.write_text(json.dumps(found, indent=2) + "\n")
+                bench.out.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def listing(url: str) -> list[str]:
     """
     store, path = _store(url)
     with _asked(url):
-        return sorted(url.rstrip("/") + found.removeprefix(path.rstrip("/")) for found in _find(store, path))
+        return sorted(url.rstrip("/") + name.removeprefix(path.rstrip("/")) for name in _find(store, path))
 
 
 def fetch(url: str, folder: Path) -> Path:
@@ -103,20 +103,20 @@ class Mirror:
         Raises:
           UserError: the store cannot be asked or read.
         """
-        state, found = self._state(), self._listed()
-        differing = {name for name in {*found, *state["remote"]} if found.get(name) != state["remote"].get(name)}
+        state, listed = self._state(), self._listed()
+        differing = {name for name in {*listed, *state["remote"]} if listed.get(name) != state["remote"].get(name)}
         if differing <= set(state["sending"]):  # a kill while they were being sent
             return
         shutil.rmtree(self.local, ignore_errors=True)
         sent = self._listed(hidden=True)
         with _asked(self.url):
-            for name in found:
+            for name in listed:
                 whole = _WHOLE.match(name)
                 if whole is not None and f"{whole[0]}/{SENT}" not in sent:  # a kill while it was being sent
                     continue
                 (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                 self._store.get_file(f"{self._path}/{name}", str(self.local / name))
-        write_json(self._state_file, {"remote": found, "local": self._files(), "sending": []})
+        write_json(self._state_file, {"remote": listed, "local": self._files(), "sending": []})
 
     def push(self) -> bool:
         """Send what has changed, oldest first, then remove what is gone. False where files were being written at this
@@ -190,9 +190,9 @@ class Mirror:
 
     def _listed(self, *, hidden: bool = False) -> dict[str, list[str]]:
         with _asked(self.url):
-            found = _find(self._store, self._path)
+            listed = _find(self._store, self._path)
         prefix = self._path.rstrip("/") + "/"
-        names = {path.removeprefix(prefix): _identity(info) for path, info in found.items() if path.startswith(prefix)}
+        names = {path.removeprefix(prefix): _identity(info) for path, info in listed.items() if path.startswith(prefix)}
         return names if hidden else {name: info for name, info in names.items() if _NOT_SENT.search(name) is None}
 
 

@@ -70,12 +70,12 @@ class Crew:
         barrier(f"{self.folder.parent.name}: {step}")
         all_said = [json.loads(file(index).read_text(encoding="utf-8")) for index in range(self.count)]
         barrier(f"{self.folder.parent.name}: {step}, heard")  # before an error has the folder removed
-        for index, found in enumerate(all_said):
-            if "error" in found:
-                raise DataError(found["error"])
-            if "failed" in found:
-                raise OSError(f"process {index}: {found['failed']}")
-        return [found["made"] for found in all_said]
+        for index, one in enumerate(all_said):
+            if "error" in one:
+                raise DataError(one["error"])
+            if "failed" in one:
+                raise OSError(f"process {index}: {one['failed']}")
+        return [one["made"] for one in all_said]
 
 
 def default_cache_dir() -> Path:

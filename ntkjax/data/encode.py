@@ -161,17 +161,17 @@ def _mapped(file: Path, dtype: Any) -> np.ndarray:
 
 def _write(records: Records, tokenizer: Any, options: _Options, crew: Crew) -> None:
     """The tokens in folders ``part-K``, one by each process of the crew, and report.json of all of them."""
-    found = crew.each("tokens", lambda: _write_part(records, tokenizer, options, crew))
-    done, skipped = sum(part["examples"] for part in found), [line for part in found for line in part["skipped_lines"]]
+    parts = crew.each("tokens", lambda: _write_part(records, tokenizer, options, crew))
+    done, skipped = sum(part["examples"] for part in parts), [line for part in parts for line in part["skipped_lines"]]
     if done == 0:
         raise DataError(f"no record is left to tokenise; the first of {len(skipped)} that were skipped: {skipped[0]}")
     if crew.index > 0:
         return
     counts, fields = Counter({"dated_template": int(writes_the_date(tokenizer))}), Counter()
-    for part in found:
+    for part in parts:
         counts.update(part["counts"])
         fields.update(part["template_fields"])
-    total = lambda name: sum(part[name] for part in found)
+    total = lambda name: sum(part[name] for part in parts)
     report = {"examples": done, "tokens": total("tokens")} | dict(sorted(counts.items()))
     report |= {"skipped": total("skipped"), "skipped_lines": skipped[:LISTED_SKIPS], "template_fields": dict(fields)}
     (crew.folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")

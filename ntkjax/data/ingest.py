@@ -68,8 +68,8 @@ def ingest(sources: Sequence[str], signatures: Sequence[list[Any]], options: Opt
     """
     readers = crew.count if options.limit is None else 1
     shares = [*divide(sources, options.split, readers), *([] for _ in range(readers, crew.count))]
-    found = crew.each("read", lambda: _read_part(sources, options, crew, shares[crew.index]))
-    read = _FirstPass.joined(sources, options, crew, found)
+    given = crew.each("read", lambda: _read_part(sources, options, crew, shares[crew.index]))
+    read = _FirstPass.joined(sources, options, crew, given)
     skips = read.skips
     if not len(read.keys):
         why = f"; the first of {skips.count} bad records is {skips.lines[0]}" if skips.count else ""
@@ -132,14 +132,14 @@ class _FirstPass:
 
     @classmethod
     def joined(
-        cls, sources: Sequence[str], options: Options, crew: Crew, found: Sequence[dict[str, Any]]
+        cls, sources: Sequence[str], options: Options, crew: Crew, given: Sequence[dict[str, Any]]
     ) -> _FirstPass:
         """The first passes of all processes as one over all records, from what each gave (`_read_part`)."""
         read = cls(sources, options, _Skips(options.skip_bad))
         parts = [np.load(crew.folder / _KEYS.format(k)) for k in range(crew.count)]
         for name in _COLUMNS:
             setattr(read, name, np.concatenate([part[name] for part in parts]))
-        for part in found:
+        for part in given:
             read.skips.count += part["skipped"]
             read.skips.lines = (read.skips.lines + part["lines"])[:LISTED_SKIPS]
             read.unused.update(part["unused"])

@@ -85,12 +85,12 @@ def _expand(source: str, split: str) -> list[str]:
 
 def _expand_url(url: str) -> list[str]:
     try:
-        found = listing(url)
+        listed = listing(url)
     except UserError as error:
         raise DataError(str(error)) from error
-    if not found:
+    if not listed:
         raise DataError(f"{url}: no such object or folder; expected data; check the spelling")
-    files = [file for file in found if suffix_of(file) in FORMATS]
+    files = [file for file in listed if suffix_of(file) in FORMATS]
     if not files:
         raise DataError(f"{url}: no data there; expected files ending in {suffixes()}; check the path")
     return files
