@@ -47,9 +47,9 @@ BARS: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.0125, "
 
 float32 has 24 bits of significand, an error of 2^-24 = 6e-8 in each operation; the bar leaves room for sums over
 thousands of terms and tens of layers, and none for products of operands rounded to TensorFloat-32 (11 bits, 5e-4).
-bfloat16 has 8 bits, an error of 2^-9 = 2e-3 in each rounding of the residual stream, of which a score has passed some
-dozens; float16 has three bits more, so its bar is an eighth of that. Measured on a CPU (docs/guide/troubleshooting.md):
-2e-6, 3e-2 and 2e-3.
+bfloat16 has 8 bits, an error of 2^-9 = 2e-3 in each rounding of what a layer's products take and give, of which a score
+has passed some dozens; float16 has three bits more, so its bar is an eighth of that. Measured on a CPU
+(docs/guide/troubleshooting.md): 2e-6, 3e-2 and 2e-3.
 """
 
 PRECISIONS: dict[str, tuple[str, ...]] = {

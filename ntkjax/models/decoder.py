@@ -17,6 +17,7 @@ from ntkjax.models.layers import (
     make_norm,
     scan_layers,
 )
+from ntkjax.types import at_least_float32
 
 
 class Decoder(nnx.Module):
@@ -63,8 +64,9 @@ class Decoder(nnx.Module):
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         positions, context = make_context(c, tokens, positions, cache, segments, examples, x.dtype, extents)
+        x = at_least_float32(x)
         if c.learned_positions:
-            x = x + self.wpe(positions)
+            x = x + at_least_float32(self.wpe(positions))
         x, cache = scan_layers(self.layers, x, context, cache, self.spec)
         states = self.norm(x)
         return (states if c.state_divisor == 1 else states / c.state_divisor), cache

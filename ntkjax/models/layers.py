@@ -34,7 +34,8 @@ class ModelSpec:
     """All that decides the structure of a model and the code it runs; hashable, no arrays.
 
     Attributes:
-      dtype: dtype of the weights and of the residual stream. Norm scales and adapters are float32 or better.
+      dtype: dtype of the weights and of what their products take and give. The residual stream, norm scales and
+        adapters are float32 or better: the stream's rounding after every layer would be most of the error of a score.
       remat: recompute each layer in the backward pass instead of keeping its activations.
       attention: one of `ntkjax.models.attention.IMPLEMENTATIONS` but "auto".
       forward_mode: the code is differentiated by ``jax.jvp`` alone (`ntkjax.types.forward_mode`).
@@ -586,7 +587,7 @@ class Block(nnx.Module):
         x = x + post_norm_1(attention(norm_1(x)));  x = x + post_norm_2(mlp(norm_2(x))).
 
     A parallel block takes both from the same x: x + attention(norm_1(x)) + mlp(norm_2(x)). What is added to x is
-    multiplied by ``residual_scale``.
+    multiplied by ``residual_scale``. x is float32 or better; attention and MLP take and give the model's dtype.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -595,19 +596,18 @@ class Block(nnx.Module):
         self.mlp = {"gated": GatedMLP, "plain": MLP, "experts": Experts}[layer.mlp](spec)
         shape = (spec.config.num_layers, spec.config.hidden_size)
         self.before, self.after = layer.norms != "after", layer.norms != "before"
-        self.parallel, self.residual_scale = layer.parallel, layer.residual_scale
+        self.parallel, self.residual_scale, self.dtype = layer.parallel, layer.residual_scale, spec.dtype
         if self.before:
             self.norm_1, self.norm_2 = make_norm(spec, shape), make_norm(spec, shape)
         if self.after:
             self.post_norm_1, self.post_norm_2 = make_norm(spec, shape), make_norm(spec, shape)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, cached: tuple[Array, Array] | None):
-        y, cached = self.attention(self.norm_1(x).astype(x.dtype) if self.before else x, context, cached)
-        y = self.post_norm_1(y).astype(x.dtype) if self.after else y
-        after_attention = x + self.scaled(y)
+        y, cached = self.attention((self.norm_1(x) if self.before else x).astype(self.dtype), context, cached)
+        after_attention = x + self.scaled(at_least_float32(self.post_norm_1(y) if self.after else y))
         inner = x if self.parallel else after_attention
-        z = self.mlp(self.norm_2(inner).astype(x.dtype) if self.before else inner)
-        return after_attention + self.scaled(self.post_norm_2(z).astype(x.dtype) if self.after else z), cached
+        z = self.mlp((self.norm_2(inner) if self.before else inner).astype(self.dtype))
+        return after_attention + self.scaled(at_least_float32(self.post_norm_2(z) if self.after else z)), cached
 
     def scaled(self, added: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """``residual_scale`` times what a part adds to the residual stream."""

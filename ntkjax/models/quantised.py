@@ -25,7 +25,7 @@ FORMATS: dict[str, Any] = {"int8": jnp.int8, "nf4": jnp.uint4}
 normal distribution that QLoRA gives (arXiv 2305.14314, section 3 and appendix E), s = max |w| over the tile.
 """
 COMPUTED_IN = "bfloat16"
-"""Dtype of the residual stream, the embedding and the head of a model in such a format."""
+"""Dtype of the embedding, of the head and of what products take and give in a model in such a format."""
 TILE = 64
 
 

@@ -220,3 +220,18 @@ def test_half_precision_keeps_norms_adapters_and_outputs_in_float32(dtype):
     gradient = jax.jit(jax.grad(square))(half.lora)
     b = gradient["layers"]["attention"]["q"]["lora_b"]
     assert b.dtype == jnp.float32 and np.isfinite(b).all() and np.abs(b).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_a_layer_adds_to_a_large_residual_stream_is_not_rounded_away_in_sixteen_bits(dtype):
+    """What the layers add is about a thousandth of the embedding, of which bfloat16 holds steps of 2^-8."""
+    half = init_lm(SMALL, seed=0, dtype=dtype)
+    large = {"embed": {"weight": 4096 * half.params["embed"]["weight"]}}
+    found = {}
+    for name, kept in (("float32", jnp.float32), (dtype, dtype)):
+        weights = jax.tree.map(lambda leaf, kept=kept: leaf.astype(kept), half.params | large)
+        silent = jax.tree.map(jnp.zeros_like, {at: weights["layers"][at] for at in ("attention", "mlp")})
+        run = lambda w, name=name: forward(dataclasses.replace(half.spec, dtype=name), w, jnp.asarray(TOKENS))[0]
+        found[name] = run(weights) - run(weights | {"layers": weights["layers"] | silent})
+    error = np.linalg.norm(found[dtype] - found["float32"]) / np.linalg.norm(found["float32"])
+    assert error < 0.03

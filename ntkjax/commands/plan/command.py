@@ -236,6 +236,8 @@ def run(config: PlanConfig, *, progress: bool = True) -> Plan:
             break
         counted = _compiled(content, config, mesh)
         working = counted.bytes_a_token * config.token_budget * itemsize / 4
+        # The residual stream and its tangent are float32 whatever the dtype.
+        working += 2 * (4 - itemsize) * shape.hidden_size * config.token_budget
         if mesh[1] > 1:
             layer = sum(inputs * outputs for inputs, outputs, _ in shape.linears.values()) * max(1, shape.num_experts)
             working += itemsize * layer / mesh[2]
