@@ -34,7 +34,7 @@ LINKED = [
 RECIPES = ("kernel", "selector", "family", "data format", "command", "metric")
 OF_OTHER_PROGRAMS = {
     *("no-deps", "nodes", "ntasks-per-node", "gpus-per-task", "worker", "command"),  # pip, srun, gcloud
-    *("pool", "rows", "rounds", "model", "adapt", "help"),  # bench_score.py, bench_gpu.py; every command
+    *("pool", "rows", "rounds", "model", "adapt", "profile", "help"),  # bench_score.py, bench_gpu.py; every command
 }
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
