@@ -6,8 +6,9 @@ Commands: make real-model
           export XLA_PYTHON_CLIENT_MEM_FRACTION=.3
           for domain in finance legal medical; do python experiments/11_real_model.py --data ../shared/data \\
               --dtype bfloat16 --minutes 8 --domains $domain & done; wait
-          python experiments/11_real_model.py --data ../shared/data --minutes 600 --last size-100 \\
-              --pool-size 1000 --test-size 200 --budgets 200                        # two CPU cores
+          python experiments/11_real_model.py --data ../shared/data --first seeds --last seeds --methods 1 \\
+              --domains finance --pool-size 300 --dev-size 16 --test-size 250 --budgets 100 --learning-rates 1e-3 \\
+              --epochs 1 --max-length 128 --minutes 90                              # two CPU cores
 Hardware: one GPU for the whole grid; two CPU cores for one domain of 100 examples.
 Runtime:  as long as --minutes says: what is done is kept, and the same command goes on where it was stopped.
 Expect:   experiments/README.md, "Is it the data or the steps?".
