@@ -96,7 +96,7 @@ def test_an_example_turns_by_its_own_length_whatever_stands_beside_it(kind: str,
     assert np.abs(others["nll"] - expected[-1]["nll"]).max() > 2e-3  # the length makes a difference
 
 
-@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("kind", ["longrope", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_each_new_token_follows_from_the_sequence_before_it_turned_by_its_length(kind: str) -> None:
     """Prompts on both sides of the switch and at it, in one batch with a cache, and sampled ones drawn as alone."""
     model, prompts = model_of(ROPES[kind]), [sequence(n) for n in (3, SWITCH - 1, SWITCH, SWITCH + 1, 12)]
