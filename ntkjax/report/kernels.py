@@ -10,21 +10,21 @@ import numpy as np
 from ntkjax.report.plots import _DASHES, COLOURS, GREY, INK, _figure, _png, _shorten
 
 
-def rungs(rows: Sequence[Mapping[str, Any]], *, label: str, best: float | None = 1.0) -> bytes:
-    """One line per rung: value, interval over examples (band) and standard deviation over draws (whiskers).
+def approximations(rows: Sequence[Mapping[str, Any]], *, label: str, best: float | None = 1.0) -> bytes:
+    """One line per approximation: value, interval over examples (band) and standard deviation over draws (whiskers).
 
     Args:
-      rows: dicts with ``rung``, ``group`` (colour; one legend entry each), ``value``, ``low``, ``high`` and ``sd``, the
-        last three None or NaN where not known.
+      rows: dicts with ``approximation``, ``group`` (colour; one legend entry each), ``value``, ``low``, ``high`` and
+        ``sd``, the last three None or NaN where not known.
       label: the axis, with its unit.
       best: a dashed line at the best possible value.
     """
-    names = list(dict.fromkeys(row["rung"] for row in rows))
+    names = list(dict.fromkeys(row["approximation"] for row in rows))
     groups = list(dict.fromkeys(row["group"] for row in rows))
     figure, axes = _figure(1.0 + 0.3 * len(names))
     for row in rows:
         colour = COLOURS[groups.index(row["group"]) % len(COLOURS)]
-        level = names.index(row["rung"]) + 0.24 * (groups.index(row["group"]) - (len(groups) - 1) / 2)
+        level = names.index(row["approximation"]) + 0.24 * (groups.index(row["group"]) - (len(groups) - 1) / 2)
         if _known(row.get("low")) and _known(row.get("high")):
             axes.plot([row["low"], row["high"]], [level] * 2, color=colour, linewidth=4, alpha=0.28,
                       solid_capstyle="round")  # fmt: skip

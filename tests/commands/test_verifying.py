@@ -24,7 +24,7 @@ QUICK = [
     *("--damping", "0.1", "1e6"),
     *("--lora-rank", "2", "--cross-examples", "3", "--sketch-size", "64", "--max-signs", "1.2e5", "--max-length", "40"),
 ]
-RUNGS = (*("trace", "centred_trace", "spectral:2", "centred_spectral:2", "hutchinson:2", "sum_logits", "loss"),)
+NAMES = (*("trace", "centred_trace", "spectral:2", "centred_spectral:2", "hutchinson:2", "sum_logits", "loss"),)
 
 
 def verify(files, out, *flags) -> int:
@@ -47,7 +47,7 @@ def results(run: Path) -> dict:
 
 
 def rows(run: Path) -> dict:
-    return {(r["column"], r["rung"], r["against"]): r for r in results(run)["ladder"]}
+    return {(r["column"], r["approximation"], r["against"]): r for r in results(run)["ladder"]}
 
 
 def test_kernels_are_those_of_the_jacobians(fresh, files):
@@ -75,24 +75,24 @@ def reading():
     return ntkjax.pipeline.options.DataOptions(max_length=40)
 
 
-def test_every_rung_is_compared_with_the_top_and_with_the_step_before(fresh):
+def test_every_approximation_is_compared_with_the_top_and_with_the_step_before(fresh):
     found = rows(fresh)
     for column in ("all", "lora"):
-        for rung in RUNGS:
-            against = {a for c, r, a in found if (c, r) == (column, rung)}
-            expected = set() if rung == "trace" else {"top", "step"}
-            expected |= {"centred"} if rung != "centred_trace" else set()
+        for name in NAMES:
+            against = {a for c, r, a in found if (c, r) == (column, name)}
+            expected = set() if name == "trace" else {"top", "step"}
+            expected |= {"centred"} if name != "centred_trace" else set()
             if column == "lora":
-                expected |= {"full", "step"} if rung == "trace" else {"full"}
-            assert against == expected, (column, rung)
-            assert (column, f"{rung} sketched", "step") in found and (column, f"{rung} sketched", "reseed") in found
+                expected |= {"full", "step"} if name == "trace" else {"full"}
+            assert against == expected, (column, name)
+            assert {(column, f"{name} sketched", against) for against in ("step", "reseed")} <= set(found)
     assert step_of("centred_spectral:2") == "centred_trace" and step_of("sum_logits") == "trace"
     assert found["lora", "trace", "step"]["reference"] == "all: trace"
     row = found["lora", "sum_logits", "top"]
     assert row["examples"] == 10 and row["scored"] == 7 and row["n"] == 1 and row["draws"] == 2
     assert found["lora", "trace", "full"]["examples"] == 6
     assert all(name in row and f"{name}_low" in row for name in METRICS)
-    methods = {r["rung"]: r["method"] for r in found.values() if r["column"] == "lora" and "sketched" in r["rung"]}
+    methods = {name: r["method"] for (column, name, _), r in found.items() if column == "lora" and "sketched" in name}
     assert methods["sum_logits sketched"] == "signs" and methods["trace sketched"] == "law"
     assert rows(fresh)["lora", "spectral:2", "top"]["passes"] == 2
 
@@ -109,7 +109,7 @@ def test_the_centred_trace_is_what_the_identity_says(fresh):
 def test_what_is_written(fresh):
     table = list(csv.DictReader((fresh / "ladder.csv").open()))
     assert len(table) == len(results(fresh)["ladder"])
-    assert {row["rung"] for row in table} >= set(RUNGS)
+    assert {row["approximation"] for row in table} >= set(NAMES)
     text = (fresh / "ladder.md").read_text()
     assert "| sum_logits" in text and "noise ceiling" in text and "Cross terms" in text
     assert r"\toprule" in (fresh / "ladder.tex").read_text()

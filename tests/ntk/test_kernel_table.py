@@ -119,8 +119,8 @@ def test_a_new_entry_is_a_row_of_every_ladder(coordinates, toy_chat_tokenizer, t
     assert main(["verify", *flags]) == 0
     ladder = json.loads((tmp_path / "run" / "results.json").read_text())["ladder"]
     for m in (2, 3):
-        found = {row["against"]: row for row in ladder if row["rung"] == f"coordinates:{m}"}
+        found = {row["against"]: row for row in ladder if row["approximation"] == f"coordinates:{m}"}
         assert set(found) == {"top", "step", "centred"} and found["step"]["reference"] == "centred_trace"
         assert found["top"]["passes"] == m
-    assert any(row["rung"] == "coordinates:2 sketched" for row in ladder)
+    assert any(row["approximation"] == "coordinates:2 sketched" for row in ladder)
     assert "coordinates:3" in (tmp_path / "run" / "ladder.md").read_text()

@@ -51,7 +51,7 @@ class Verification:
           KeyError: there is no such row.
         """
         for row in self.results["ladder"]:
-            if (row["column"], row["rung"], row["against"]) == (column, approximation, against):
+            if (row["column"], row["approximation"], row["against"]) == (column, approximation, against):
                 return row
         raise KeyError((column, approximation, against))
 
@@ -89,10 +89,10 @@ def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
 
 def describe(config: Any, result: Any) -> str:
     """The ladder against the top of each column, the cross terms, and the report's path."""
-    shown = ("rung", "passes", "CKA", "Spearman, scores", "expected flips")
+    shown = ("approximation", "passes", "CKA", "Spearman, scores", "expected flips")
     parts = []
     for column in result.results["columns"]:
-        rows = [row for row in table(result.results, "top", column) if "sketched" not in row["rung"]]
+        rows = [row for row in table(result.results, "top", column) if "sketched" not in row["approximation"]]
         title = "All parameters" if column == "all" else "LoRA"
         parts.append(f"{title}, against the exact trace\n\n{to_markdown(rows, shown)}")
     parts.append(to_markdown(cross_table(result.results)))

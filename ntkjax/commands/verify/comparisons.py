@@ -21,7 +21,7 @@ from ntkjax.rng import numpy_rng
 
 AGAINST = {
     "top": "the exact trace of the same parameters, the top of the column",
-    "step": "the rung it departs from: the error that this one step adds",
+    "step": "the approximation it departs from: the error that this one step adds",
     "centred": "the centred trace of the same parameters: the outputs that can change the loss",
     "full": "the trace of all parameters",
     "reseed": "another sketch of the same kernel: the noise ceiling",
@@ -106,7 +106,7 @@ def comparisons(config: VerifyConfig, subset: ParameterSet, subsets: list[Parame
         approximation: str, against: str, reference: str, approx: np.ndarray, exact: np.ndarray, how: str
     ) -> Comparison:
         base = approximation.removesuffix(" sketched")
-        labels = {"column": subset.name, "rung": approximation, "against": against, "reference": reference,
+        labels = {"column": subset.name, "approximation": approximation, "against": against, "reference": reference,
                   "passes": passes(base, subset.width), "method": how}  # fmt: skip
         return Comparison(labels, approx, exact, subset.domain, top)
 
@@ -137,7 +137,7 @@ def _against_full(
         draws = draws[: len(full.seeds)]
     # All parameters are costly, so theirs is a part of the sample: the LoRA kernel is cut to the same examples.
     part = draws[:, full.rows[:, None], full.rows[None]]
-    labels = {"column": subset.name, "rung": approximation, "against": "full", "reference": f"all: {TRACE}",
+    labels = {"column": subset.name, "approximation": approximation, "against": "full", "reference": f"all: {TRACE}",
               "passes": passes(approximation, subset.width), "method": "exact"}  # fmt: skip
     yield Comparison(labels, part, exact, full.domain, top_of(config, full))
     if approximation == TRACE:  # the first step: from all parameters to LoRA
@@ -222,7 +222,7 @@ def noise_rows(config: VerifyConfig, subset: ParameterSet) -> Iterator[dict[str,
             ceiling, kernel = (_ranking(first, other, top) for other in (second, exact))
             yield {
                 "column": subset.name,
-                "rung": approximation,
+                "approximation": approximation,
                 "sketch_size": size,
                 "score_spearman": float(kernel[0]),
                 "top_n_overlap": float(kernel[1]),

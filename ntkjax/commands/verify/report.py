@@ -74,15 +74,15 @@ def spread(row: Mapping[str, Any], name: str, *, interval: bool = True, digits: 
 
 
 def table(results: Mapping[str, Any], against: str, column: str) -> list[dict[str, Any]]:
-    """One row for each rung of ``column`` against ``against``, formatted."""
+    """One row for each approximation of ``column`` against ``against``, formatted."""
     rows = []
     for row in results["ladder"]:
         if (row["column"], row["against"]) != (column, against):
             continue
-        name = row["rung"] + (f" ({row['method']})" if row["rung"].endswith("sketched") else "")
+        name = row["approximation"] + (f" ({row['method']})" if row["approximation"].endswith("sketched") else "")
         rows.append(
             {
-                "rung": name,
+                "approximation": name,
                 **({"against": row["reference"]} if against == "step" else {}),
                 "passes": row["passes"],
                 "cos_F": spread(row, "cos_f", interval=False),
@@ -196,17 +196,17 @@ def draw(results: Mapping[str, Any], kernels: Mapping[str, np.ndarray]) -> dict[
     made = {
         "scores-against-trace.png": (
             _rungs(results, "top", "score_spearman", "Spearman of the scores with the exact trace's (1)"),
-            "Rank correlation of every rung's scores with the exact trace's",
+            "Rank correlation of every approximation's scores with the exact trace's",
             "What each approximation does to the ranking of the examples. Band: 95% interval over examples.",
         ),
         "scores-against-centred.png": (
             _rungs(results, "centred", "score_spearman", "Spearman of the scores with the centred trace's (1)"),
-            "Rank correlation of every rung's scores with the centred trace's",
+            "Rank correlation of every approximation's scores with the centred trace's",
             "The same against the centred trace, the outputs that can change the loss.",
         ),
         "cka-against-trace.png": (
             _rungs(results, "top", "cka", "CKA with the exact trace (1)"),
-            "CKA of every rung with the exact trace",
+            "CKA of every approximation with the exact trace",
             "Agreement of the matrices after centring.",
         ),
         "outputs.png": (
@@ -260,7 +260,7 @@ def _of_matrices(results: Mapping[str, Any], kernels: Mapping[str, np.ndarray]) 
 def _rungs(results: Mapping[str, Any], against: str, metric: str, label: str) -> bytes:
     rows = [
         {
-            "rung": row["rung"],
+            "approximation": row["approximation"],
             "group": "all parameters" if row["column"] == "all" else "LoRA",
             "value": row[metric],
             "low": row[f"{metric}_low"],
@@ -268,9 +268,9 @@ def _rungs(results: Mapping[str, Any], against: str, metric: str, label: str) ->
             "sd": row[f"{metric}_sd"],
         }
         for row in results["ladder"]
-        if row["against"] == against and not row["rung"].endswith("sketched")
+        if row["against"] == against and not row["approximation"].endswith("sketched")
     ]
-    return pictures.rungs(rows, label=label)
+    return pictures.approximations(rows, label=label)
 
 
 def _by_outputs(results: Mapping[str, Any]) -> bytes:
@@ -293,7 +293,9 @@ def _noise(results: Mapping[str, Any]) -> bytes:
     curves: dict[str, list] = {}
     for row in results["noise"]:
         if row["column"] == column:
-            curves.setdefault(row["rung"], []).append((row["sketch_size"], row["ceiling_score_spearman"], None))
+            curves.setdefault(row["approximation"], []).append(
+                (row["sketch_size"], row["ceiling_score_spearman"], None)
+            )
     return pictures.against_size(
         curves, xlabel="sketch size K (numbers)", ylabel="Spearman of two sketches' scores (1)"
     )
