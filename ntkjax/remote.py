@@ -3,8 +3,9 @@
 An object is written whole and read whole: it cannot be appended to, renamed or mapped. So a command works in a
 directory of this machine, with all the promises of `ntkjax.files` and `ntkjax.store`, and a `Mirror` brings the files
 of the URL here first, sends what has changed every minute, and the rest at the end, also where the command fails. Files
-are sent in the order in which they were written, from a moment at which none was being written, so that marks of what
-is done never arrive before what they mark: a command that is killed goes on from the URL, on this machine or another.
+are sent in the order in which they were written, marks of rows last, from a moment at which none was being written, so
+that marks of what is done never arrive before what they mark: a command that is killed goes on from the URL, on this
+machine or another.
 
 Through fsspec, whose `s3fs` and `gcsfs` know the credentials of the environment. tensorstore has drivers for both
 stores, but the marks of rows would not be ordered behind them, and all other files would need a second way.
@@ -30,7 +31,7 @@ from ntkjax.files import read_json, write_json, written_file
 SECONDS = 60.0
 """Between two times that a mirror sends what has changed: what the loss of a machine costs."""
 TRIES = 50
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://.")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _IDENTITY = ("size", "ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "created")
 _NOT_SENT = re.compile(r"(^|/)\.|\.tmp$|\.orbax-checkpoint-tmp|\.__lock$")
@@ -38,6 +39,8 @@ _NOT_SENT = re.compile(r"(^|/)\.|\.tmp$|\.orbax-checkpoint-tmp|\.__lock$")
 _WHOLE = re.compile(r"(?:.*/)?checkpoints/\d+(?=/)")
 """Folders that appear whole on a disk, by renaming: of a training. Behind the last of its objects one more is sent."""
 SENT = ".sent"
+_ROW_MARKS = re.compile(r"(^|/)done(\.\d+)?\.bits$")
+"""Files of `ntkjax.store` that say which rows are there."""
 
 
 def is_url(text: str) -> bool:
@@ -118,6 +121,24 @@ class Mirror:
                 self._store.get_file(f"{self._path}/{name}", str(self.local / name))
         write_json(self._state_file, {"remote": listed, "local": self._files(), "sending": []})
 
+    def probe(self) -> None:
+        """Write an object there and remove it: what cannot be written is told before the work, not after it.
+
+        Raises:
+          UserError: the store cannot be written.
+        """
+        name = f"{self._path}/.ntkjax"
+        try:
+            self._store.pipe_file(name, b"")
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.url}: cannot be written ({type(error).__name__}: {reason}); expected a folder in which objects "
+                "may be made; check the address and your rights there, or choose another --out"
+            ) from error
+        with contextlib.suppress(Exception):  # an empty object that is never listed
+            self._store.rm_file(name)
+
     def push(self) -> bool:
         """Send what has changed, oldest first, then remove what is gone. False where files were being written at this
         moment, and nothing was sent.
@@ -127,7 +148,9 @@ class Mirror:
         """
         with self._lock:
             state, files = self._state(), self._files()
-            changed = sorted((n for n in files if files[n] != state["local"].get(n)), key=lambda n: (files[n][1], n))
+            # Marks of rows last of all: values that were added to a file after them give it a later time than theirs.
+            order = lambda name: (_ROW_MARKS.search(name) is not None, files[name][1], name)
+            changed = sorted((name for name in files if files[name] != state["local"].get(name)), key=order)
             gone = sorted(state["local"].keys() - files.keys())
             sending = self.local.parent / "sending"
             shutil.rmtree(sending, ignore_errors=True)
@@ -205,6 +228,7 @@ def mirrored(url: str, folder: Path, *, seconds: float = SECONDS) -> Iterator[Mi
     """
     mirror, ended = Mirror(url, folder), threading.Event()
     mirror.pull()
+    mirror.probe()
 
     def send() -> None:
         while not ended.wait(seconds):
@@ -236,7 +260,9 @@ def _store(url: str) -> tuple[Any, str]:
     """The file system of fsspec for ``url``, and the path in it."""
     import fsspec
 
-    scheme = url.split("://")[0]
+    scheme, _, rest = url.partition("://")
+    if not rest.strip("/"):
+        raise UserError(f"{url}: names no folder or object; expected one such as s3://bucket/path")
     options = {"auto_mkdir": True} if scheme in ("file", "local") else {}  # object stores have no folders to make
     try:
         return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)

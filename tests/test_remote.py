@@ -74,10 +74,8 @@ def names(url: str) -> list[str]:
 
 
 def test_what_a_url_is():
-    urls = ["s3://b/k", "gs://b", "memory://x", "file:///x"]
-    assert all(map(is_url, urls)) and not any(
-        map(is_url, ["owner/name", "a:b", "/x", "C:\\x", "s3:/b", "://x", "s3://"])
-    )
+    urls = ["s3://b/k", "gs://b", "memory://x", "file:///x", "S3://b", "s3://"]
+    assert all(map(is_url, urls)) and not any(map(is_url, ["owner/name", "a:b", "/x", "C:\\x", "s3:/b", "://x"]))
 
 
 # -- run directories --
@@ -181,6 +179,7 @@ def test_a_checkpoint_that_was_not_sent_whole_is_not_brought(base, tmp_path, mon
     assert not [name for name in names(url) if f"{CHECKPOINTS}/1/" in name]
 
 
+@pytest.mark.slow  # seconds or a minute, as the threads come to run
 @pytest.mark.parametrize("base", ["memory"], indirect=True)
 def test_marks_never_arrive_before_what_they_mark(base, tmp_path, monkeypatch):
     """A store of rows that grows while it is sent: at any moment the rows marked in the object store are there."""
@@ -242,6 +241,26 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch):
         UserError, match=r"a package for gs:// is missing \(Install gcsfs\); pip install 'ntkjax\[gcs\]'"
     ):
         Mirror("gs://x/y", tmp_path)
+
+
+@pytest.mark.parametrize("url", ["S3://bucket/run", "s3://", "memory:///"])
+def test_what_begins_like_a_url_is_never_a_folder_here(url, tmp_path):
+    assert is_url(url)
+    with (
+        pytest.raises(UserError, match=r"not a URL that fsspec knows|names no folder or object"),
+        mirrored(url, tmp_path),
+    ):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"cannot be written .*choose another --out"),
+        mirrored(f"file://{tmp_path}/file/run", tmp_path / "cache"),
+    ):
+        raise AssertionError("the work has begun")
 
 
 @needs_s3

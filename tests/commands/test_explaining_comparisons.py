@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_one_selection_by_several_names(study, tmp_path, capsys):
     assert first is not None and explain(study, "--arm", "alignment", "--of-seed", "0") == 0
     assert page_of(capsys, "alignment; ball, all examples, N = 6; seed 0") == first
     assert "arm: alignment" in (first / "config.yaml").read_text()
+    assert explain(Path(os.path.relpath(study))) == 0  # another spelling of the path
     out = str(tmp_path / "one")
     assert explain(study, "--arm", "alignment", "--out", out) == 0
     assert explain(study, "--arm", "dsir", "--out", out) == 2

@@ -37,6 +37,8 @@ from ntkjax.selection.methods.parts import PartsSelector
 ANSWERS = "answers.jsonl"
 WHICH = ("arm", "of_domain", "of_size", "of_budget", "of_seed")
 """The options that name a selection of a run that has several."""
+NAMES = ("run", *WHICH)
+"""Those that name a selection: a path may be spelt in several ways, and a run may have been moved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +136,13 @@ def explain(config: ExplainConfig, *, progress: bool = True) -> Explained:
     assert config.run is not None
     given = None if config.out is None else Path(config.out)
     # Before anything is loaded. Different words may name one selection; which one it is its scores.parquet says.
-    RunDir.check(given or Path(config.run) / "explain", "explain", config, ignore=WHICH)
+    RunDir.check(given or Path(config.run) / "explain", "explain", config, ignore=NAMES)
     run = reopen(config.run, progress=progress, which=config.which)
     out = given or run.path / "explain"
     inputs: Inputs = {"run": _stamp(run)}
-    RunDir.check(out, "explain", config, inputs=inputs, ignore=WHICH)
+    RunDir.check(out, "explain", config, inputs=inputs, ignore=NAMES)
     pool = run.pool()
-    directory = RunDir.create(out, "explain", config, inputs=inputs, ignore=WHICH, rewrite=True)
+    directory = RunDir.create(out, "explain", config, inputs=inputs, ignore=NAMES, rewrite=True)
     directory.tell(FILES[0], progress)
     most = (config.chosen, config.nearly, config.rejected)
     shown = choose_shown(run.selection, most, seed=config.seed)
