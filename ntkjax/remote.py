@@ -131,9 +131,8 @@ class Mirror:
         try:
             self._store.pipe_file(name, b"")
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.url}: cannot be written ({type(error).__name__}: {reason}); expected a folder in which objects "
+                f"{self.url}: cannot be written ({_reason(error)}); expected a folder in which objects "
                 "may be made; check the address and your rights there, or choose another --out"
             ) from error
         with contextlib.suppress(Exception):  # an empty object that is never listed
@@ -290,6 +289,11 @@ def _digest(*parts: str) -> str:
     return blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
+def _reason(error: Exception) -> str:
+    """Class and first line."""
+    return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+
+
 @contextlib.contextmanager
 def _asked(url: str) -> Iterator[None]:
     """Errors of a store, which are of a dozen unrelated types, as one of ours."""
@@ -300,8 +304,7 @@ def _asked(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{url}: not found; expected data or a run there; check the spelling") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{url}: the store cannot be used ({type(error).__name__}: {reason}); check the address, the credentials "
+            f"{url}: the store cannot be used ({_reason(error)}); check the address, the credentials "
             "and the connection. What was finished is kept on this machine: run the same command again to go on"
         ) from error
