@@ -43,6 +43,7 @@ class Experiment:
 
 def studies(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """name -> files and model."""
+    script.both_or_neither(experiment.data, experiment.model)
     if experiment.data is None:
         paths = write_planted_task(
             experiment.out / "task", 7, pool_size=400, domain_size=128, dev_size=90, test_size=300

@@ -75,6 +75,7 @@ class Crew:
                 raise DataError(one["error"])
             if "failed" in one:
                 raise OSError(f"process {index}: {one['failed']}")
+        file(self.index).unlink()
         return [one["made"] for one in all_said]
 
 

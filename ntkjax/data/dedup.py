@@ -511,8 +511,7 @@ class _Matcher:
             yield from pairs
             if row < first:
                 others.add(row, keys)
-            # Only the first of several copies is met by later rows: a cluster of k gives k - 1 pairs, not k (k - 1) /
-            # 2.
+            # Only the first of several copies is met by later rows: k copies give k - 1 pairs, not k (k - 1) / 2.
             elif not pairs:
                 kept.add(row, keys)
         self.crowded = others.crowded + kept.crowded

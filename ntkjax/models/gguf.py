@@ -24,9 +24,10 @@ from ntkjax.models.files import write_checkpoint, write_json
 from ntkjax.models.functions import param_shapes
 from ntkjax.models.gguf_file import GgufFile, read_gguf
 from ntkjax.models.gguf_tokenizer import TokenizerFiles, tokenizer_files
-from ntkjax.models.layers import ModelSpec, rope_frequencies
+from ntkjax.models.layers import ModelSpec
 from ntkjax.models.lm import paths
 from ntkjax.models.names import Source, sources
+from ntkjax.models.rotary import rope_frequencies
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -90,6 +90,7 @@ def test_the_ladder_of_the_model_named_real(script, real, tmp_path):
         ("02_cross_output_terms", ["--model", "real"], "--model needs --data"),
         ("03_approximation_ladder", ["--model", "real"], "--model needs --data"),
         ("03_approximation_ladder", ["--data", ".", "--model", "nowhere"], "nowhere"),
+        ("04_kernel_regression", ["--data", "."], "--data needs --model"),
         ("05_main_table", ["--model", "real"], "--model needs --data"),
         ("08_throughput", ["--model", "real"], "--model needs --data"),
     ],

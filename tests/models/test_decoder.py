@@ -16,11 +16,9 @@ from ntkjax.models.layers import (
     RMSNorm,
     attention_mask,
     make_context,
-    rope_angles,
-    rope_frequencies,
-    rotate,
     scan_layers,
 )
+from ntkjax.models.rotary import rope_angles, rope_frequencies, rotate
 
 SMALL = ModelConfig(
     family="llama", vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4,
