@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ntkjax"
 # selection), except in the first two.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "rng", "files"),
-    ("store", "remote", "parallel", "job", "fingerprint", "tangents", "devices", "preemption"),
+    ("store", "remote", "ahead", "parallel", "job", "fingerprint", "tangents", "devices", "preemption"),
     ("data",),
     ("models",),
     ("ntk",),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FREE_GROUPS = {0, 1}
 # ntk sees functions, never a model class or a tokenizer; report reads files only.
 ONLY = {
-    "ntk": {"errors", "types", "rng", "files", "store", "parallel", "tangents"},
+    "ntk": {"errors", "types", "rng", "files", "store", "ahead", "parallel", "tangents"},
     "report": {"errors", "types", "files"},
 }
 FORBIDDEN = ("torch", "tensorflow")

@@ -16,6 +16,7 @@ each example and its product with all of them is cheaper: its cost does not grow
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ntkjax.ahead import Program
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.ntk.features import feature_products, gradient_features, mean_features
 from ntkjax.ntk.gram import contract
@@ -258,6 +260,30 @@ def scores_along(
         return ((real_rows(batch), score_batch(kernel, params, stacked, batch)) for batch in batches)
 
     return run.collect(of(run.over(batches, "scores")), what="score", again=alone(batches, of, run.rows))
+
+
+def score_programs(
+    kernel: Kernel | Callable, params: Params, sets: Sequence[Iterable], pool_batches: Iterable
+) -> Iterator[Program]:
+    """The programs of `kernel_scores` with a `ForwardScorer` for a few example ``sets``: the mean gradient of each, and
+    the scores; of the first batch where they differ in shape. ``params`` and the kernel count by shape alone."""
+    kernel = as_kernel(kernel)
+
+    def zero(batch: Any) -> Direction:
+        return jax.eval_shape(zero_direction, kernel, params, batch)
+
+    def score() -> jax.stages.Lowered:
+        batch = next(iter(pool_batches))
+        stacked = lambda leaf: jax.ShapeDtypeStruct((len(sets), *leaf.shape), leaf.dtype)
+        return score_batch.lower(kernel, params, jax.tree.map(stacked, zero(batch)), batch)
+
+    def gradient(examples: Iterable) -> jax.stages.Lowered:
+        batch = next(iter(examples))
+        return add_direction.lower(kernel, params, batch, zero(batch))
+
+    for examples in sets:
+        yield Program("mean gradient", functools.partial(gradient, examples))
+    yield Program("scores", score)
 
 
 def scores_by_position(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ntkjax.ahead import Program
 from ntkjax.errors import ConfigError
 from ntkjax.job import barrier, is_primary
 from ntkjax.models import LanguageModel
@@ -22,7 +24,7 @@ from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
 from ntkjax.selection import METHODS, Selection, SelectionProblem, Selector, described
 from ntkjax.selection.base import check_size
 from ntkjax.selection.diversity import diversify
-from ntkjax.training import TrainConfig
+from ntkjax.training import TrainConfig, step_program
 from ntkjax.types import Params
 
 
@@ -118,6 +120,23 @@ def choose(
     return result
 
 
+def choice_programs(
+    model: LanguageModel,
+    params: Params,
+    domain: Loaded,
+    pool: Loaded,
+    options: SelectorOptions,
+    settings: ChoiceSettings,
+    *,
+    warmup: TrainConfig | None,
+) -> Iterator[Program]:
+    """The programs of `choose` with these arguments, as far as its method tells them (`ntkjax.ahead`)."""
+    if warmup is not None:
+        yield step_program(model.nll_fn, params, domain.tokens, warmup)
+    shown = {"n": settings.n, "data": settings.data, "seed": settings.seed, "progress": False}
+    yield from make_selector(options).programs(problem_of(model, params, domain, pool, work_dir=None, **shown))
+
+
 def check_warmup(options: SelectorOptions, *, given: bool) -> None:
     """Raise ConfigError where the method looks at the warm-up's epochs, or its start, and there is no warm-up."""
     epochs, start = needs_checkpoints(options), make_selector(options).uses_start
@@ -169,7 +188,9 @@ def problem_of(
         token_budget=data.token_budget,
         seed=seed,
         work_dir=work_dir,
-        manifest={
+        manifest={}
+        if work_dir is None
+        else {
             **fingerprints(model, params),
             "domain": domain.tokens.fingerprint,
             "pool": pool.tokens.fingerprint,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ntkjax.ahead import Program
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.rows import Bar, Told
 from ntkjax.parallel import spans_processes
@@ -249,6 +250,11 @@ class Selector(abc.ABC):
     def check_installed(self) -> None:
         """Asked before the warm-up, which takes time. ConfigError: a package that it needs is not installed."""
         return None
+
+    def programs(self, problem: SelectionProblem) -> Iterator[Program]:
+        """Programs of its long passes, in their order, to be compiled before they begin (`ntkjax.ahead`): none, unless
+        it says otherwise. Of ``problem`` only shapes and dtypes count; it is asked in another thread."""
+        yield from ()
 
     @property
     def no_parts(self) -> str | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Float
 
+from ntkjax.ahead import Program
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.rows import Pass
 from ntkjax.selection.base import SelectionProblem, Selector
 from ntkjax.selection.cost import Sizes
 from ntkjax.selection.shared import open_shared
-from ntkjax.selection.vote import Votes, embed, vote
+from ntkjax.selection.vote import Votes, embed, embed_program, vote
 from ntkjax.store import RowStore
 
 
@@ -27,6 +28,16 @@ class EmbeddingMethod(Selector):
     def embeds_pool(self) -> bool:
         """Always."""
         return True
+
+    def programs(self, problem: SelectionProblem) -> Iterator[Program]:
+        """The embedding."""
+        yield from embedding_programs(problem)
+
+
+def embedding_programs(problem: SelectionProblem) -> Iterator[Program]:
+    """Those of the embeddings of stage 1."""
+    for data in (problem.domain, problem.pool):
+        yield embed_program(problem.embed_fn, problem.params, data.batches(token_budget=problem.token_budget))
 
 
 def stage1_votes(problem: SelectionProblem, k: int) -> Votes:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ntkjax import ntk
+from ntkjax.ahead import Program
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.fingerprint import tree_digest
 from ntkjax.ntk.kernel import Kernel
@@ -31,7 +32,7 @@ from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.ntk.sketches import SKETCHES
 from ntkjax.selection.base import Batches, Dataset, SelectionProblem, Selector, WarmupCheckpoint
-from ntkjax.selection.embeddings import stage1_votes
+from ntkjax.selection.embeddings import embedding_programs, stage1_votes
 from ntkjax.selection.options import GradientOptions, Stage1Options
 from ntkjax.selection.shared import open_shared, parts_to_do
 from ntkjax.selection.vote import Votes
@@ -86,6 +87,10 @@ def find_candidates(problem: SelectionProblem, *, stage1: str, prefilter_factor:
 
 class Stage1Selector(Stage1Options, Selector):
     """A method that scores what stage 1 keeps, and reads nothing else of the pool's other rows but their embeddings."""
+
+    def programs(self, problem: SelectionProblem) -> Iterator[Program]:
+        """The embedding, where there is a stage 1."""
+        yield from embedding_programs(problem) if self.stage1 == "on" else ()
 
 
 class GradientSelector(GradientOptions, Stage1Selector):

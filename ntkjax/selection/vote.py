@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ntkjax.ahead import Program
 from ntkjax.errors import UserError
 from ntkjax.ntk.rows import Pass, alone
 from ntkjax.types import Params, as_pytree_fn, at_least_float32
@@ -80,6 +81,11 @@ def embed(
     embedded, again, store = of(run.over(batches, "embeddings")), alone(batches, of, run.rows), run.store
     kept = run.collect(embedded, what="embedding", read=store is None, again=again)
     return store.read if store is not None else lambda index: kept[index]
+
+
+def embed_program(embed_fn: Callable, params: Params, batches: Iterable) -> Program:
+    """The program of `embed`, of the first batch where they differ in shape."""
+    return Program("embeddings", lambda: embed_batch.lower(as_pytree_fn(embed_fn), params, next(iter(batches))))
 
 
 @jax.jit

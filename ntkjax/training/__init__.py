@@ -1,7 +1,7 @@
 """Fine-tuning: AdamW on the mean NLL per response token, resumable bit for bit."""
 
 from ntkjax.training.config import NO_EFFECT, TrainConfig
-from ntkjax.training.loop import fit, saved_params, saved_state
+from ntkjax.training.loop import STEP, fit, saved_params, saved_state, step_program
 from ntkjax.training.manifest import TrainingData
 from ntkjax.training.mixture import EpochPlan, mixture_indices
 from ntkjax.training.optimiser import adam_moments, learning_rates
@@ -9,6 +9,7 @@ from ntkjax.training.result import FitResult
 
 __all__ = [
     "NO_EFFECT",
+    "STEP",
     "EpochPlan",
     "FitResult",
     "TrainConfig",
@@ -19,4 +20,5 @@ __all__ = [
     "mixture_indices",
     "saved_params",
     "saved_state",
+    "step_program",
 ]

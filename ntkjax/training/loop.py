@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ntkjax.ahead import Program
 from ntkjax.errors import CheckpointError, ConfigError, DataError, UserError
 from ntkjax.training.checkpoint import Checkpoints
 from ntkjax.training.config import TrainConfig
@@ -17,12 +18,14 @@ from ntkjax.training.manifest import TrainingData, check_manifest, make_manifest
 from ntkjax.training.mixture import EpochPlan
 from ntkjax.training.optimiser import AdamW, adam_moments
 from ntkjax.training.result import FitResult
-from ntkjax.training.run import CHECKPOINTS, METRICS, Run
-from ntkjax.training.step import cast_like, init_state, leaf_dtypes, on_mesh
+from ntkjax.training.run import CHECKPOINTS, METRICS, Run, padding_of, reweighting_of
+from ntkjax.training.step import cast_like, init_state, leaf_dtypes, on_mesh, train_step, used_micro_batches
 from ntkjax.training.trackers import TRACKERS, check_tracker
 from ntkjax.types import Params, as_pytree_fn
 
 MANIFEST = "train.json"
+STEP = "training step"
+"""What `step_program` calls its program."""
 
 
 def fit(
@@ -80,6 +83,24 @@ def fit(
         return run.result()
     finally:
         run.close()
+
+
+def step_program(nll_fn: Callable, params: Params, train: TrainingData, config: TrainConfig) -> Program:
+    """The program of the steps that `fit` takes with these arguments, of its first batch where batches differ in shape;
+    for ``train`` without a mesh. Of packed data the program depends on nothing but whether the longest example needs a
+    longer row, so that the steps on other data are the same."""
+
+    def lower() -> jax.stages.Lowered:
+        optimiser, lengths = AdamW.of(config), np.asarray(train.lengths)
+        first = next(iter(EpochPlan(lengths, config.batch_size, 0, np.zeros(0, np.int64)).batches(0, 1)))
+        batch, accumulation = padding_of(train, lengths, config).collate(train, first)
+        state = jax.eval_shape(lambda theta: init_state(theta, optimiser), params)
+        options = {"optimiser": optimiser, "accumulation": accumulation, "dtypes": leaf_dtypes(params)}
+        options |= {"shardings": None, "reweighting": reweighting_of(config)}
+        rate, used = config.learning_rate, used_micro_batches(batch, accumulation)
+        return train_step.lower(as_pytree_fn(nll_fn), state, batch, rate, used=used, **options)
+
+    return Program(STEP, lower)
 
 
 def saved_params(out_dir: str | Path, step: int, params: Params, config: TrainConfig, *, dev: bool = False) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,19 @@ from ntkjax.types import Batch, Params
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 
+def reweighting_of(config: TrainConfig) -> LossReweighting | None:
+    """How the examples of a step are weighed where it is not by their tokens."""
+    if config.loss_reweighting == "none":
+        return None
+    return LossReweighting(config.loss_reweighting, config.reweighting_temperature)
+
+
+def padding_of(train: TrainingData, lengths: np.ndarray, config: TrainConfig, row_multiple: int = 1) -> Any:
+    """How examples of these lengths become batches: in rows of several where the training data are packed."""
+    of: Callable[..., Any] = RowPadding.of if getattr(train, "packing", False) else Padding.of
+    return of(lengths, config, row_multiple)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunningStep:
     """A step that the device works on: its number from 1, learning rate, examples, and ``metrics`` to come."""
@@ -80,17 +94,13 @@ class Run:
         row_multiple = data_parallel(mesh)
         self.dtypes = leaf_dtypes(params)
         self.optimiser = AdamW.of(config)
-        self.reweighting = (
-            None
-            if config.loss_reweighting == "none"
-            else LossReweighting(config.loss_reweighting, config.reweighting_temperature)
-        )
+        self.reweighting = reweighting_of(config)
         self.state, self.shardings = on_mesh(init_state(params, self.optimiser), mesh)
         # A copy: every step donates the buffers of the state.
         self.best = None if dev is None else jax.tree.map(jnp.copy, self.state.params)
-        of: Callable[..., Any] = RowPadding.of if getattr(train, "packing", False) else Padding.of
-        self.padding = of(plan.lengths, config, row_multiple)
-        self.dev_padding = None if dev is None else of(np.asarray(dev.lengths), config, row_multiple)
+        of = functools.partial(padding_of, train, config=config, row_multiple=row_multiple)
+        self.padding = of(plan.lengths)
+        self.dev_padding = None if dev is None else of(np.asarray(dev.lengths))
         self.steps_per_epoch = plan.steps_per_epoch
         self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
         self.rates = learning_rates(config, self.steps)

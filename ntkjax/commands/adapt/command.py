@@ -41,7 +41,7 @@ from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.study.arms import BASE, DOMAIN, EQUAL, RANDOM, Arm, Kind
 from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import FAILURE, Runner
-from ntkjax.pipeline.study.runs import Run, alone, collect, do_all, forget_failures
+from ntkjax.pipeline.study.runs import Run, alone, collect, do_all, forget_failures, prepared
 from ntkjax.pipeline.study.spec import DomainSpec, sources, study_of
 from ntkjax.pipeline.study.tables import choices_line
 from ntkjax.report.tables import to_markdown
@@ -127,11 +127,12 @@ def adapt(config: AdaptConfig, *, progress: bool = True) -> Adaptation:
     with alone(run.path):
         forget_failures(run.path)
         base = [task for task in tasks if task.arm.kind == BASE]
-        for part in (base, tasks):  # test data that cannot be evaluated are told before anything is trained
-            do_all(runner, run, part, bar=False)
-            runs = [made for made in collect(runner) if made.task in part]
-            if part and all(made.status == "failed" for made in runs):
-                raise UserError(f"{runs[0].message} (recorded in {runs[0].path / FAILURE})")
+        with prepared(runner, tasks):
+            for part in (base, tasks):  # test data that cannot be evaluated are told before anything is trained
+                do_all(runner, run, part, bar=False)
+                runs = [made for made in collect(runner) if made.task in part]
+                if part and all(made.status == "failed" for made in runs):
+                    raise UserError(f"{runs[0].message} (recorded in {runs[0].path / FAILURE})")
         done = [made for made in runs if made.status == "done"]
         outcomes: dict[str, dict[int, list[Outcome]]] = {}
         for arm in grid.arms:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
+from ntkjax.ahead import compiled_ahead, worthwhile
 from ntkjax.commands.base import Command
 from ntkjax.commands.select.forecast import SAMPLE_ROWS, Forecast, Timing, count_examples, disk_bytes, tree_bytes
 from ntkjax.errors import ConfigError
@@ -18,13 +19,13 @@ from ntkjax.pipeline.load import load_data, load_model, shared_cache, trained_pa
 from ntkjax.pipeline.options import DataOptions, DedupOptions, ModelOptions, SelectorOptions, check_used
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
-from ntkjax.pipeline.select import ChoiceSettings, check_warmup, choose, make_selector
+from ntkjax.pipeline.select import ChoiceSettings, check_warmup, choice_programs, choose, make_selector
 from ntkjax.pipeline.selection_io import FILES, SelectedFormat
 from ntkjax.report.sections import flat_diagnostics
 from ntkjax.report.tables import to_markdown
 from ntkjax.selection import Selection
 from ntkjax.selection.base import check_size
-from ntkjax.training import TrainConfig
+from ntkjax.training import STEP, TrainConfig
 from ntkjax.training.trackers import TrackerName, check_tracker
 
 
@@ -97,7 +98,10 @@ def select(config: SelectConfig, *, progress: bool = True) -> Selection:
     )  # fmt: skip
     theta = trained_parameters(model, config.model)
     warmup = config.warmup if config.warms_up else None
-    result = choose(model, theta, domain, pool, config.select, settings, warmup=warmup)
+    asked = model, theta, domain, pool, config.select, settings
+    with compiled_ahead(lambda: choice_programs(*asked, warmup=warmup), worthwhile(model.mesh)) as ahead:
+        ahead.wait(STEP)
+        result = choose(*asked, warmup=warmup)
     asides = {name: {"records": records.report} for name, records in held_out.items()}
     reports = {"domain": domain.report(), "pool": pool.report(), **asides}
     run.write_json("data.json", reports | weights_read(model))

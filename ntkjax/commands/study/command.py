@@ -24,7 +24,7 @@ from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.pipeline.study.grid import Grid, read_inputs, set_up
 from ntkjax.pipeline.study.runner import Runner
-from ntkjax.pipeline.study.runs import Run, alone, collect, condition_name, do_all, forget_failures
+from ntkjax.pipeline.study.runs import Run, alone, collect, condition_name, do_all, forget_failures, prepared
 from ntkjax.pipeline.study.spec import EMBEDDED, StudySpec
 from ntkjax.pipeline.study.tables import Row
 from ntkjax.report.tables import to_markdown
@@ -148,7 +148,9 @@ def run_study(
         if retry_failed:
             forget_failures(out)
         if not report_only:
-            do_all(runner, run, runner.grid.tasks(), bar=progress and is_primary())
+            tasks = runner.grid.tasks()
+            with prepared(runner, tasks):
+                do_all(runner, run, tasks, bar=progress and is_primary())
         return _report(runner, run, settings)
 
 

@@ -18,28 +18,30 @@ import errno
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ntkjax.ahead import Ahead, Program
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome
 from ntkjax.evaluation.metrics import means
 from ntkjax.files import read_json, read_json_lines, write_json
 from ntkjax.job import barrier, is_primary, process
 from ntkjax.models import LanguageModel
-from ntkjax.pipeline.cost import selection_cost, training_cost
+from ntkjax.pipeline.cost import selection_cost, training_cost, uses_model
 from ntkjax.pipeline.evaluate import evaluate_on
 from ntkjax.pipeline.finetune import save_result, summary, train_on
 from ntkjax.pipeline.load import Loaded
-from ntkjax.pipeline.select import ChoiceSettings, choose
+from ntkjax.pipeline.options import SelectorOptions
+from ntkjax.pipeline.select import ChoiceSettings, choice_programs, choose
 from ntkjax.pipeline.study.arms import BASE
 from ntkjax.pipeline.study.grid import Grid, Task
 from ntkjax.pipeline.warmup import WarmUp, needs_checkpoints, warm_up
 from ntkjax.selection import Selection
-from ntkjax.training import FitResult, TrainConfig
+from ntkjax.training import STEP, FitResult, TrainConfig, step_program
 from ntkjax.types import Params
 
 RESULT, FAILURE, TRAINED = "result.json", "failure.json", "trained.json"
@@ -107,11 +109,13 @@ class Runner:
       grid: what is shared.
       progress: whether every step of a run has a progress bar.
       warmed: the last warm-up made or read, by its folder (many tasks in a row share it).
+      ahead: programs that are being compiled.
     """
 
     grid: Grid
     progress: bool = False
     warmed: tuple[Path, WarmUp] | None = None
+    ahead: Ahead = dataclasses.field(default_factory=Ahead)
 
     def run(self, task: Task) -> Path:
         """Bring the task to its end; gives the folder with its result.json.
@@ -126,6 +130,23 @@ class Runner:
             for trial in self.trials(task).values():
                 removed(trial / "training" / "checkpoints")
         return folder
+
+    def programs(self, tasks: Sequence[Task]) -> Iterator[Program]:
+        """The programs that these tasks will need first: a step on the domain, which on packed rows is that of every
+        arm, and those of each selection, of the first task that asks for it."""
+        grid, chosen, trained = self.grid, set[SelectorOptions](), False
+        for task in tasks:
+            arm, domain = task.arm, grid.training_set(task)
+            if arm.kind == BASE or grid.model_of(arm) is not grid.model:
+                continue
+            if not (trained or grid.spec.select_only) and arm.uses_domain:
+                trained, config = True, grid.train_config(task, arm.rates[0])
+                yield step_program(grid.model.nll_fn, grid.start(arm, task.seed), domain.tokens, config)
+            if arm.select is None or arm.select in chosen or not uses_model(arm.select):
+                continue
+            chosen.add(arm.select)
+            asked = grid.start_of_selection(task.seed), domain, grid.data(task).pool, arm.select
+            yield from choice_programs(grid.model, *asked, self._settings(task), warmup=None)
 
     def trials(self, task: Task) -> dict[float, Path]:
         """Learning rate -> the folder of the run, with the first seed, that it is tried with."""
@@ -227,6 +248,7 @@ class Runner:
         if auxiliary is not None and not task.arm.uses_domain:
             domain, auxiliary = auxiliary, None
         config = grid.train_config(task, rate)
+        self.ahead.wait(STEP)
         result = train_on(
             grid.model_of(task.arm), grid.start(task.arm, task.seed), domain, auxiliary, config,
             seed=task.seed, dev=data.dev, out=folder / "training", progress=self.progress,
@@ -274,10 +296,7 @@ class Runner:
             warmed, seconds = None, {}
             if task.arm.warmup is not None:
                 warmed, seconds["warmup"] = self.warm_up(task)
-            settings = ChoiceSettings(
-                task.condition.budget, task.seed, grid.spec.data, folder, shared=grid.out / "shared",
-                progress=self.progress, tracker=grid.spec.train.tracker,
-            )  # fmt: skip
+            settings = dataclasses.replace(self._settings(task), out=folder)
             start, domain, pool = grid.start_of_selection(task.seed), grid.training_set(task), grid.data(task).pool
             began = time.monotonic()
             chosen = choose(grid.model, start, domain, pool, options, settings, warmup=warmed)
@@ -286,6 +305,11 @@ class Runner:
             return chosen
 
         return recorded(folder, work, done="study.json"), folder
+
+    def _settings(self, task: Task) -> ChoiceSettings:
+        spec, out = self.grid.spec, self.grid.out
+        options = {"progress": self.progress, "tracker": spec.train.tracker}
+        return ChoiceSettings(task.condition.budget, task.seed, spec.data, out, shared=out / "shared", **options)
 
     def warm_up(self, task: Task) -> tuple[WarmUp, float]:
         """The warm-up of a task's condition and seed, and the seconds that it took."""

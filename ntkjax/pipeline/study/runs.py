@@ -13,6 +13,7 @@ import jax
 import psutil
 from tqdm import tqdm
 
+from ntkjax.ahead import compiled_ahead, worthwhile
 from ntkjax.errors import UserError
 from ntkjax.evaluation import Outcome, read_outcomes
 from ntkjax.files import read_json
@@ -87,8 +88,7 @@ def do_all(runner: Runner, run: RunDir, tasks: Sequence[Task], *, bar: bool, com
             shown.set_postfix_str(
                 f"{task.arm.label}, {condition_name(task.condition)}, seed {task.seed}; {failed} failed"
             )
-            known = runner.known_rate(task)
-            new = known is None or not (runner.run_folder(task, known) / RESULT).exists()
+            new = not is_done(runner, task)
             entry = dataclasses.asdict(task.condition) | {"arm": task.arm.label, "seed": task.seed}
             try:
                 folder = runner.run(task)
@@ -98,6 +98,20 @@ def do_all(runner: Runner, run: RunDir, tasks: Sequence[Task], *, bar: bool, com
             else:
                 if new:
                     run.log(**entry, status="done", run=folder.name)
+
+
+@contextlib.contextmanager
+def prepared(runner: Runner, tasks: Sequence[Task]) -> Iterator[None]:
+    """Compile what the tasks that are left will need while the first of them are done (`ntkjax.ahead`)."""
+    left = [task for task in tasks if not is_done(runner, task)]
+    with compiled_ahead(lambda: runner.programs(left), worthwhile(runner.grid.model.mesh)) as runner.ahead:
+        yield
+
+
+def is_done(runner: Runner, task: Task) -> bool:
+    """Whether its result is there."""
+    known = runner.known_rate(task)
+    return known is not None and (runner.run_folder(task, known) / RESULT).exists()
 
 
 def condition_name(condition: Condition | Mapping[str, Any]) -> str:

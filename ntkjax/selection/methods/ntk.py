@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntkjax.ahead import Program
 from ntkjax.errors import ConfigError
 from ntkjax.ntk.features import squared_norms
 from ntkjax.ntk.kernel import Kernel
@@ -32,6 +34,7 @@ from ntkjax.ntk.scores import (
     SketchScorer,
     kernel_scores,
     score_directions,
+    score_programs,
 )
 from ntkjax.ntk.sketch import Sketch
 from ntkjax.ntk.sketches import SKETCHES
@@ -146,6 +149,18 @@ class NtkSelector(NtkOptions, Stage1Selector):
         similarity = "cosine" if self.direction == "cosine" else "product"
         options |= named_parts("gradients", self.aggregation, similarity)
         return dataclasses.replace(chosen, diagnostics=options | report | candidates.report())
+
+    def programs(self, problem: SelectionProblem) -> Iterator[Program]:
+        """Those of stage 1; and, where one pass in forward mode is all that is asked after it, those of the mean
+        gradients and of that pass, for as many candidates as there will be."""
+        yield from super().programs(problem)
+        if self.forward_kernel is None:
+            return
+        of = lambda rows, budget: problem.pool.batches(token_budget=budget, indices=rows)
+        candidates = np.arange(self.scored_rows(problem.n, len(problem.pool)))
+        sets = [*self.groups(problem)[0], of(self.sample(problem), problem.gradient_budget)]
+        kernel, pool = self.kernel_of(problem), of(candidates, problem.token_budget)
+        yield from score_programs(kernel, problem.params, sets, pool)
 
     def score(self, problem: SelectionProblem, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """(s_j along the domain's direction, s_j with the pool's own mean gradient: float64 [N], NaN outside
