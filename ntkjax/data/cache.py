@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ntkjax.errors import DataError, UserError
+from ntkjax.data.crew import Build, Crew, build_with_workers, workers_for
+from ntkjax.errors import DataError
 from ntkjax.job import barrier, everyone, process
 
 # Below this size a file is recognised by its content, above it by path, size, inode and times.
@@ -33,50 +32,6 @@ class Shared:
 
 CacheDir = str | Path | Shared | None
 """A cache directory of this process, or one that a job shares; None: `default_cache_dir`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Crew:
-    """The processes that make one entry of the cache, each its own part: this one is ``index`` of ``count``."""
-
-    folder: Path
-    index: int = 0
-    count: int = 1
-
-    def part(self, size: int, index: int | None = None) -> range:
-        """Which of ``size`` rows process ``index`` (by default this one) prepares. Ranges follow one another."""
-        index = self.index if index is None else index
-        return range(size * index // self.count, size * (index + 1) // self.count)
-
-    def each(self, step: str, do: Callable[[], Any]) -> list[Any]:
-        """What ``do`` returns (a JSON value) on every process, in their order; what it wrote into ``folder`` can be
-        read by all of them then. All take the same steps in the same order.
-
-        Raises:
-          DataError: as the first process whose ``do`` raises an error of the user's does, on all of them.
-          OSError: a process could not write.
-        """
-        if self.count == 1:
-            return [do()]
-        said: dict[str, Any] = {}
-        try:
-            said["made"] = do()
-        except UserError as error:
-            said["error"] = str(error)
-        except OSError as error:
-            said["failed"] = str(error)
-        file = lambda index: self.folder / f"{step}-{index}.json"
-        file(self.index).write_text(json.dumps(said), encoding="utf-8")
-        barrier(f"{self.folder.parent.name}: {step}")
-        all_said = [json.loads(file(index).read_text(encoding="utf-8")) for index in range(self.count)]
-        barrier(f"{self.folder.parent.name}: {step}, heard")  # before an error has the folder removed
-        for index, one in enumerate(all_said):
-            if "error" in one:
-                raise DataError(one["error"])
-            if "failed" in one:
-                raise OSError(f"process {index}: {one['failed']}")
-        file(self.index).unlink()
-        return [one["made"] for one in all_said]
 
 
 def default_cache_dir() -> Path:
@@ -99,8 +54,9 @@ def file_signature(path: Path) -> list[Any]:
         return [hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
 
 
-def build_once(kind: str, key: str, cache_dir: CacheDir, build: Callable[[Crew], None]) -> Path:
-    """The directory ``kind/key`` of the cache, made by ``build(crew)`` if it is not there.
+def build_once(kind: str, key: str, cache_dir: CacheDir, build: Build, *, rows: int = 0) -> Path:
+    """The directory ``kind/key`` of the cache, made by ``build(crew)`` if it is not there; outside a job by as many
+    processes of this machine as so many ``rows`` are worth (`ntkjax.data.crew.workers_for`).
 
     ``build`` fills the temporary directory ``crew.folder``, which is then renamed, so a killed process leaves no
     half-made entry and two processes that build the same entry do not disturb one another. Of a `Shared` cache all
@@ -126,7 +82,7 @@ def build_once(kind: str, key: str, cache_dir: CacheDir, build: Callable[[Crew],
             "directory that can, with room for about twice the data"
         ) from error
     try:
-        build(Crew(work))
+        build_with_workers(build, work, workers_for(rows))
         # Losing this race means that another process has published the same content.
         with contextlib.suppress(OSError):
             work.rename(final)
@@ -140,7 +96,7 @@ def build_once(kind: str, key: str, cache_dir: CacheDir, build: Callable[[Crew],
     return final
 
 
-def _build_together(root: Path, key: str, build: Callable[[Crew], None]) -> Path:
+def _build_together(root: Path, key: str, build: Build) -> Path:
     """`build_once` by all processes of a job, which ask for the same entries in the same order."""
     index, count = process()
     final, work = root / key, root / f".{key}.work"
@@ -165,7 +121,7 @@ def _build_together(root: Path, key: str, build: Callable[[Crew], None]) -> Path
                 f"{root}: process {blind[0]} of {count} does not see this directory; expected one that all processes "
                 "of the job see; choose an --out on a file system that they share"
             )
-        build(Crew(work, index, count))
+        build(Crew(work, index, count, barrier))
         barrier(f"made {root.name}")
         if index == 0:
             work.rename(final)

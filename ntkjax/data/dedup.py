@@ -44,7 +44,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from tqdm import tqdm
 
-from ntkjax.data.cache import CacheDir, Crew, build_once
+from ntkjax.data.cache import CacheDir, build_once
+from ntkjax.data.crew import Crew
 from ntkjax.data.differences import Words, changed_words, combine, difference, runs, uncovered, words_of
 from ntkjax.data.records import Records
 from ntkjax.errors import ConfigError
@@ -169,7 +170,8 @@ def find_duplicates(
     prints = [[name, len(records), records.fingerprint] for name, records in sets.items()]
     key = digest(VERSION, prints, sorted(held_out), dataclasses.astuple(settings))
     search = functools.partial(_search, sets, frozenset(held_out), settings, progress)
-    content = json.loads((build_once("duplicates", key, cache_dir, search) / "pairs.json").read_text(encoding="utf-8"))
+    made = build_once("duplicates", key, cache_dir, search, rows=sum(map(len, sets.values())))
+    content = json.loads((made / "pairs.json").read_text(encoding="utf-8"))
     pairs = tuple(Pair(*values) for values in content["pairs"])
     sizes = {name: len(records) for name, records in sets.items()}
     return Duplicates(sizes, pairs, content["apart"], content["crowded"])
@@ -309,7 +311,8 @@ def _sketch_part(
         keys[1:] = minima.bands(shingles(words, settings.shingle), bands, width)
 
     both = ((p, r) for records in _rows_of(sets.values(), rows) for p, r in zip(records.prompts, records.responses))
-    bar = tqdm(both, total=len(rows), desc="read for duplicates", disable=not progress, unit="example")
+    shown = progress and crew.index == 0  # its own part, as long as the others'
+    bar = tqdm(both, total=len(rows), desc="read for duplicates", disable=not shown, unit="example")
     for row, texts in enumerate(bar):
         prompt, response = (words_of(text) for text in texts)
         hashes = word_hashes(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from itertools import islice
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkjax.data.batches import TokenisedDataset
-from ntkjax.data.cache import CacheDir, Crew, build_once
+from ntkjax.data.cache import CacheDir, build_once
+from ntkjax.data.crew import Crew
 from ntkjax.data.prompts import (
     LossTurns,
     Rendered,
@@ -116,7 +118,8 @@ def tokenise(
     options = _Options(max_length, loss_turns, on_bad_record == "skip")
     recipe = digest(VERSION, tokenizer_digest(tokenizer), *dataclasses.astuple(options))
     key = digest(LAYOUT, records.fingerprint, recipe)
-    made = build_once("tokens", key, cache_dir, lambda crew: _write(records, tokenizer, options, crew))
+    write = functools.partial(_write, records, tokenizer, options)
+    made = build_once("tokens", key, cache_dir, write, rows=len(records))
     parts = sorted(made.glob("part-*"))
     columns = [[np.load(part / f"{name}.npy") for name in _COLUMNS] for part in parts]
     kept, lengths, response_starts, response_lengths = map(np.concatenate, zip(*columns))

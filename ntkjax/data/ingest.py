@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkjax.data.cache import Crew
+from ntkjax.data.crew import Crew
 from ntkjax.data.problems import RecordProblem
 from ntkjax.data.schema import Row, parse_record
 from ntkjax.data.sources import divide, fills_nulls, iter_source, source_name

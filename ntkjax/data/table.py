@@ -59,11 +59,15 @@ class TableWriter:
 
 
 class Table:
-    """A memory-mapped Arrow file with access by row and by column."""
+    """A memory-mapped Arrow file with access by row and by column. Pickled it is its path."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self._blocks = self._table.to_batches()
+
+    def __reduce__(self) -> tuple[type[Table], tuple[Path]]:
+        return Table, (self._path,)
 
     def __len__(self) -> int:
         return self._table.num_rows
