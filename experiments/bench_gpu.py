@@ -262,7 +262,8 @@ def top_kernels(run: Callable[[], Any], most: int = 10) -> list[dict]:
 
 
 def kernel_seconds(events: list[dict]) -> Iterator[tuple[str, float]]:
-    """(name, seconds without what it calls) of every kernel in the events of a trace."""
+    """(name, seconds) of every kernel in the events of a trace; of operations of a CPU without what they call. A stream
+    runs one kernel after the other, where the next may begin before the last one's end is written down."""
     named = lambda what: {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e.get("name") == what}
     processes, threads = named("process_name"), named("thread_name")
     devices = {pid for (pid, _), name in processes.items() if "/device:" in name}
@@ -271,6 +272,9 @@ def kernel_seconds(events: list[dict]) -> Iterator[tuple[str, float]]:
     lines = streams or {at for at, name in threads.items() if at[0] in devices and name == "XLA Ops"}
     counts = lambda e: (e["pid"], e["tid"]) in lines if devices else "hlo_op" in e.get("args", {})
     runs = [event for event in events if event.get("ph") == "X" and counts(event)]
+    if streams:
+        yield from ((event["name"], 1e-6 * event["dur"]) for event in runs)
+        return
     open_until: dict[tuple, list] = {}
     spent = [event["dur"] for event in runs]
     for number in sorted(range(len(runs)), key=lambda i: (runs[i]["ts"], -runs[i]["dur"])):
