@@ -14,23 +14,24 @@ from ntkjax.pipeline.options import SelectorOptions, check_used
 from ntkjax.selection import METHODS
 from ntkjax.selection.methods import all_option_classes, option_classes
 
+NTK = {
+    "kernel": "sum_logits",
+    "direction": "raw",
+    "scores": "forward",
+    "sketch": "sparse",
+    "sketch_size": 8192,
+    "precondition": "none",
+    "damping": 0.1,
+    "cg_iterations": 100,
+    "cg_tolerance": 0.001,
+    "stage1": "on",
+    "prefilter_factor": 4,
+    "pool_sample": 512,
+    "aggregation": "mean",
+    "domain_clusters": 8,
+}
 DEFAULTS = {
-    "ntk": {
-        "kernel": "sum_logits",
-        "direction": "raw",
-        "scores": "forward",
-        "sketch": "sparse",
-        "sketch_size": 8192,
-        "precondition": "none",
-        "damping": 0.1,
-        "cg_iterations": 100,
-        "cg_tolerance": 0.001,
-        "stage1": "on",
-        "prefilter_factor": 4,
-        "pool_sample": 512,
-        "aggregation": "mean",
-        "domain_clusters": 8,
-    },
+    "ntk": NTK,
     "gradient-cosine": {"sketch": "sparse", "sketch_size": 8192, "stage1": "on", "prefilter_factor": 4},
     "influence": {
         "curvature": "kfac",
@@ -61,6 +62,7 @@ DEFAULTS = {
     "random": {},
     "random-from-stage-1": {"prefilter_factor": 4},
     "length": {"order": "longest"},
+    "length-matched": NTK,
     "dsir": {"buckets": 10000, "gumbel": True},
     "rds": {},
     "betr": {"classifier_sample": 20000, "classifier_share": 0.1},
@@ -242,7 +244,7 @@ def test_an_option_that_the_method_does_not_have_is_told():
         ConfigError, match=r"--walk-core is 0\.5, and --method less has no such option.*--method g2is\."
     ):
         check_used(SelectorOptions(method="less", walk_core=0.5))
-    with pytest.raises(ConfigError, match=r"expected it with --method ntk, influence\."):
+    with pytest.raises(ConfigError, match=r"expected it with --method ntk, influence, length-matched\."):
         check_used(SelectorOptions(method="random", direction="contrast"))
     check_used(SelectorOptions(method="less", adam="off", diversity="d-optimal", sketch_size=64))
     check_used(SelectorOptions(method="random", sketch_size=64))  # of the pass for diversity

@@ -27,6 +27,7 @@ TABLE = {
     "random": "random.RandomSelector",
     "random-from-stage-1": "random_from_stage_1.RandomFromStage1Selector",
     "length": "length.LengthSelector",
+    "length-matched": "length_matched.LengthMatchedSelector",
     "dsir": "dsir.DsirSelector",
     "rds": "rds.RdsSelector",
     "betr": "betr.BetrSelector",
