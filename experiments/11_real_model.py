@@ -38,14 +38,17 @@ from ntkjax.files import read_json
 
 METHODS: tuple[Any, ...] = (
     "ntk",
+    "length-matched",
     *studies.WHOLE_POOL[:2],
+    "for-value",
     "embedding",
     "dsir",
     "less",
     "loss-drop",
 )
-"""Beside base, domain-only, domain-only-equal-steps and random, which every study has: the paper's selection, the
-label-aware kernel over the whole pool by mean and by nearest example, and baselines."""
+"""Beside base, domain-only, domain-only-equal-steps and random, which every study has: the paper's selection, random
+examples as long as those it chooses, the label-aware kernel over the whole pool by mean and by nearest example, and
+baselines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Stage:
 
 STAGES = (
     Stage("steps", methods=0, seeds=1, every_budget=False),  # the first question: the arms of any study
-    Stage("selection", methods=3, seeds=1, every_budget=False),
-    Stage("seeds", methods=3, every_budget=False),
+    Stage("selection", methods=4, seeds=1, every_budget=False),
+    Stage("seeds", methods=4, every_budget=False),
     Stage("size-100"),
     Stage("sizes", sizes=(100, 50, 400)),
     Stage("all", every_domain=True, sizes=(100, 50, 400)),
