@@ -7,6 +7,7 @@ import pytest
 
 from ntkjax.errors import ConfigError
 from ntkjax.ntk import IdentitySketch, KroneckerSketch, RademacherSketch, Sketch, SparseSketch
+from ntkjax.ntk.sparse import GROUP
 
 apply = jax.jit(lambda sketch, tree: sketch(tree))
 
@@ -189,3 +190,23 @@ def test_sizes_that_do_not_divide_are_refused():
         SparseSketch(10, tables=4)
     with pytest.raises(ConfigError, match="multiple of left"):
         KroneckerSketch(10, left=4)
+
+
+@pytest.mark.parametrize("chunks", [3, GROUP, 2 * GROUP + 5])
+def test_an_accelerator_fills_the_tables_in_groups_with_the_same_numbers(chunks):
+    sketch, rng = SparseSketch(24, 2, tables=3), np.random.default_rng(chunks)
+    with jax.enable_x64(True):
+        rows = jnp.asarray(rng.normal(size=(2, 8 * chunks)))
+        words = jnp.asarray(rng.integers(0, 1 << 32, size=(chunks, 3, 2), dtype=np.uint32))
+        shifts = jnp.asarray(rng.integers(0, 8, size=(chunks, 3), dtype=np.int32))
+        one_by_one, in_groups = (f(rows, words, shifts) for f in (sketch._one_by_one, sketch._in_groups))
+        np.testing.assert_allclose(in_groups, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_which_way_the_tables_are_filled_depends_on_the_device(platform):
+    tree = {"a": jnp.ones((2, 8 * 200))}
+    program = jax.export.export(jax.jit(SparseSketch(24, 2, tables=3)), platforms=[platform])(tree).mlir_module()
+    # One by one a chunk is added to a piece of a table; in groups numbers are gathered from all of its chunks.
+    assert ("stablehlo.dynamic_update_slice" in program) == (platform == "cpu")
+    assert ("stablehlo.gather" in program) == (platform != "cpu")
