@@ -259,7 +259,19 @@ def two(files, tmp_path_factory) -> dict[str, Any]:
     model, out = files.model, root / "out"
     refuse = lambda *argv: {"do": "command", "argv": [*argv, "--out", str(root / "refused")]}
     evaluate = ["evaluate", *files.flags("model", "test"), *COMMON]
+    tune = ["finetune", *files.flags("model"), "--domain", "domain.jsonl", *TUNE, "--mesh", "auto"]
+    for number, name in enumerate(("one", "other")):
+        (root / name).mkdir()
+        lines = Path(files.domain).read_text().splitlines(keepends=True)
+        (root / name / "domain.jsonl").write_text("".join(lines[: len(lines) - number]))
+    unlike = lambda **own: {
+        "do": "unlike", "argv": [*tune, "--out", str(root / "refused")], "flags": [[], []],
+        "folders": [str(root / "one")] * 2, "versions": ["9.1", "9.1"], **own,
+    }  # fmt: skip
     steps = {
+        "flags": unlike(flags=[[], ["--seed", "1"]]),
+        "versions": unlike(versions=["9.1", "9.2"]),
+        "data": unlike(folders=[str(root / "one"), str(root / "other")]),
         "load": {"do": "load", "model": model, "mesh": "fsdp=4", "keep": str(root / "fsdp.npz")},
         "load both": {"do": "load", "model": model, "mesh": OTHER, "keep": str(root / "both.npz")},
         "save": {"do": "save", "folder": str(root / "state"), "mesh": "fsdp=4"},
@@ -346,6 +358,14 @@ def test_a_run_of_two_processes_goes_on_with_one(two, files):
         np.testing.assert_array_equal(after[tensor], value, err_msg=tensor)
 
 
+@pytest.mark.slow
+def test_a_selection_of_two_processes_is_explained_by_one_with_other_devices(two, tmp_path):
+    run = two["out"] / "select, lora, padded"  # on fsdp=4; here are eight devices, of which one is taken
+    few = ["--k", "0", "--chosen", "2", "--nearly", "2", "--rejected", "2"]
+    assert main(["explain", str(run), "--out", str(tmp_path / "page"), *few]) == 0  # parts add up to the scores
+    assert (tmp_path / "page" / "explain.html").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -355,6 +375,9 @@ def test_a_run_of_two_processes_goes_on_with_one(two, files):
             "does not divide",
             "a mesh of data=3 x model=1 needs 3 devices and there are 4: the nearest that fits",
         ),
+        ("flags", "process 1 of 2 has other flags or versions than process 0:\n  flags.seed: 0 on process 0, 1 on"),
+        ("versions", 'than process 0:\n  version.jax: "9.1" on process 0, "9.2" on process 1\n'),
+        ("data", "process 1 of 2 has other inputs than process 0:\n  domain.domain.jsonl: "),
         ("tasks", "--tasks: lm-eval runs its tasks in one process, and this job has 2"),
     ],
 )
