@@ -23,8 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ntkjax.commands import COMMANDS, load_command
     from ntkjax.errors import ConfigError, UserError
     from ntkjax.job import barrier, is_primary, process, start
+    from ntkjax.pipeline.alike import check_alike
+    from ntkjax.pipeline.config_io import config_to_dict
     from ntkjax.pipeline.help import asks_for_help, help_config
     from ntkjax.pipeline.programs import keep_programs
+    from ntkjax.pipeline.versions import library_versions
     from ntkjax.preemption import EXIT_CODE, Preempted, heeded
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, command = next((n, c) for n, c in commands.items() if type(config) is c.config)
         keep_programs()
         _, count = start()
+        if count > 1:
+            facts = {"version": library_versions(), "command": name, "flags": config_to_dict(config)}
+            check_alike("flags or versions", facts, "Start the same command with the same packages on all of them.")
         model = getattr(config, "model", None)  # a study names it in its file
         meshed = command.spans and (model is None or model.mesh is not None)
         if count > 1 and not (command.divides or meshed):

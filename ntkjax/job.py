@@ -134,6 +134,20 @@ def everyone(number: int) -> list[int]:
     return np.asarray(gathered, np.uint8).reshape(-1, 8).copy().view(np.int64)[:, 0].tolist()
 
 
+def texts(text: str) -> list[str]:
+    """The ``text`` of every process, in their order."""
+    if process()[1] == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    content = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+    sizes = everyone(len(content))
+    padded = np.zeros(max(*sizes, 1), np.uint8)
+    padded[: len(content)] = content
+    gathered = np.asarray(multihost_utils.process_allgather(padded), np.uint8).reshape(len(sizes), -1)
+    return [row[:size].tobytes().decode("utf-8", "surrogatepass") for row, size in zip(gathered, sizes)]
+
+
 def broadcast(tree: Any) -> Any:
     """The arrays of process 0 on every process, bit for bit, placed as each process has its own ``tree``. What lies on
     a mesh over several processes is the same on all of them, and stays as it is."""

@@ -202,7 +202,9 @@ class RowStore:
             raise ValueError(
                 f"process {self.part[0]} of {self.part[1]} may not write rows of another: see RowStore.mine"
             )
-        self._pending.append((index[real].astype(np.int64), values[real].astype(self._dtype)))
+        # Never a write of no rows: where a chunk is one row, tensorstore 0.1.86 then puts foreign memory into row 0.
+        if real.any():
+            self._pending.append((index[real].astype(np.int64), values[real].astype(self._dtype)))
         self._pending_bytes += int(real.sum()) * width * self._dtype.itemsize
         if self._pending_bytes >= _BUFFER_BYTES or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
             self.flush()

@@ -217,6 +217,19 @@ def test_two_processes_write_files_of_their_own_and_see_the_whole(tmp_path, monk
         assert alone.mine() is None and alone.done().all() and alone.read().tobytes() == values.tobytes()
 
 
+def test_a_batch_without_a_row_of_its_own_leaves_the_rows_alone(tmp_path, monkeypatch):
+    """Chunks of one row, as in a small or a wide store of several processes."""
+    monkeypatch.setattr("ntkjax.store._CHUNK_BYTES", 1)
+    options = {"rows": 3, "width": 100, "dtype": "float64", "manifest": {}}
+    values = np.arange(300.0).reshape(3, 100) + 1
+    with RowStore.open(tmp_path / "s", **options) as store:
+        store.write(np.arange(3), values)
+        for _ in range(8):
+            store.write([-1, -1], np.zeros((2, 100)))
+            store.flush()
+        np.testing.assert_array_equal(store.read(), values)
+
+
 def test_an_empty_store(tmp_path):
     with open_store(tmp_path / "s", rows=0) as store:
         assert store.read().shape == (0, 3) and store.done().shape == (0,)

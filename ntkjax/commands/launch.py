@@ -27,7 +27,7 @@ from ntkjax.devices import simulated_devices
 from ntkjax.errors import ConfigError
 from ntkjax.preemption import EXIT_CODE
 
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 15.0
 """How long the other processes have, after one has ended with an error, to end with a message of their own; and again
 after they were asked to end (SIGTERM), before they are killed."""
 KEPT_LINES = 40

@@ -25,6 +25,7 @@ from ntkjax.ntk.kernels import KernelFunctions, head_is_trained
 from ntkjax.ntk.metrics import bootstrap_interval, resample, square
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.ntk.rows import one_a_row, title
+from ntkjax.parallel import to_host
 from ntkjax.rng import numpy_rng
 from ntkjax.types import ArrayLike, Params, as_pytree_fn, at_least_float32
 
@@ -122,8 +123,8 @@ def cross_output_cosines(
             "(final_logit_softcapping); use a model without it"
         )
     head: Any = functions.head
-    weight = np.asarray(head(params) if callable(head) else head)
-    weight = np.asarray(at_least_float32(weight))
+    weight: Any = head(params) if callable(head) else head
+    weight = to_host(at_least_float32(weight))
     vocab, width = weight.shape
     one = gradient_bytes(params)
     # Two examples' gradients are held at a time, for the products between neighbours.
@@ -196,7 +197,7 @@ def cross_terms(
 
 def _products(a: list[Params], b: list[Params]) -> np.ndarray:
     """<a_k, b_l> for the gradients of one example each, in blocks of outputs [1, c, ...]: float64 [c, c]."""
-    block = lambda x, y: np.asarray(contract(x, y, outputs="pairs"), np.float64)[0, :, 0]
+    block = lambda x, y: to_host(contract(x, y, outputs="pairs")).astype(np.float64)[0, :, 0]
     return np.block([[block(x, y) for y in b] for x in a])
 
 

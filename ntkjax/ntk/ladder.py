@@ -30,6 +30,7 @@ from ntkjax.ntk.kernel import MAX_PASSES, Kernel, as_kernel, count_outputs, grad
 from ntkjax.ntk.kernels import KernelFunctions
 from ntkjax.ntk.outputs import FoldedOutput, TrainedHeadOutput
 from ntkjax.ntk.rows import NonFiniteError, one_a_row, title
+from ntkjax.parallel import to_host
 from ntkjax.types import Params, as_pytree_fn
 
 BLOCK = 8  # outputs at a time, also where fewer are left: one program for all kernels, and more gain little speed
@@ -76,7 +77,7 @@ def common_form(
     <h, h'>.
     """
     output, hidden = kernel.output_fn, functions.hidden_fn
-    rows = lambda array: np.asarray(array).reshape(len(array), -1).T
+    rows = lambda array: to_host(array).reshape(len(array), -1).T
     if isinstance(output, FoldedOutput):
         return Kernel(as_pytree_fn(hidden), name="hidden"), rows(output.weight)
     if isinstance(output, TrainedHeadOutput):
@@ -109,7 +110,8 @@ def output_grams(
       params: theta.
       batches: batches with ``index`` [B] that hold each of the ``rows`` examples once; -1 is a filler. They may differ
         in length, so that short examples are not padded to the longest.
-      store: a `RowStore` of M rows of width ``rows`` ** 2, or None. Outputs that it holds are not computed again.
+      store: a `RowStore` of M rows of width ``rows`` ** 2, or None. Outputs that it holds are not computed again. On a
+        mesh over several processes one that they fill together.
       memory_budget: bytes of gradients in memory. Where one output of all examples needs more, blocks of examples are
         paired and their gradients computed again for each pair.
       progress: show a progress bar over outputs; a string is its description.
@@ -154,7 +156,7 @@ def output_grams(
         bar.update(len(chosen))
     bar.close()
     if store is not None:
-        store.flush()
+        store.gather()
         grams = np.asarray(store.read(), np.float64).reshape(count, rows, rows)
     return grams
 
@@ -178,7 +180,7 @@ def _block(kernel: Kernel, params: Params, pieces: list, selectors: np.ndarray, 
         left = kept[i] if keep else pull(i)
         for j in range(i, len(pieces)):
             right = left if i == j else kept[j] if keep else pull(j)
-            values = np.asarray(contract(left, right, outputs="each"), np.float64)
+            values = to_host(contract(left, right, outputs="each")).astype(np.float64)
             _scatter(total, np.asarray(first.index), np.asarray(pieces[j].index), values)
     return total
 
@@ -201,7 +203,7 @@ def hidden_gram(hidden_fn: Callable, params: Params, batches: Iterable, *, rows:
     """<h(x_i), h(x_j)> of the pooled hidden states, float64."""
     states: np.ndarray | None = None
     for batch in batches:
-        values = np.asarray(_hidden(hidden_fn, params, batch), np.float64)
+        values = to_host(_hidden(hidden_fn, params, batch)).astype(np.float64)
         index = np.asarray(batch.index)
         states = np.zeros((rows, values.shape[1])) if states is None else states
         states[index[index >= 0]] = values[index >= 0]

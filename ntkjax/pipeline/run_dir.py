@@ -23,6 +23,7 @@ import yaml
 from ntkjax.errors import ConfigError, UserError
 from ntkjax.files import append_json_line, plain, read_json_lines, write_bytes, write_text
 from ntkjax.job import is_primary
+from ntkjax.pipeline.alike import SAME_FILES, check_alike
 from ntkjax.pipeline.config_io import config_from_dict, config_to_dict, read_yaml
 from ntkjax.pipeline.inputs import INPUTS, Inputs, check_inputs
 from ntkjax.pipeline.versions import package_version, versions
@@ -71,11 +72,13 @@ class RunDir:
 
         Raises:
           ConfigError: the directory holds another run (each differing key is named), or one of other inputs (each
-            differing file, weights, ... is named), or any run where ``resume`` is False.
+            differing file, weights, ... is named), or any run where ``resume`` is False; a process of a job has other
+            inputs than the first.
           UserError: ``path`` is a file or cannot be written; config.yaml there is damaged.
         """
         path = Path(path)
         wanted = {"command": command, "config": config_to_dict(config)}
+        check_alike("inputs", inputs or {}, SAME_FILES)
         cls.check(path, command, config, inputs=inputs, resume=resume, ignore=ignore)
         run = cls(path, (path / "config.yaml").exists())
         if not is_primary():

@@ -21,7 +21,7 @@ def versions() -> dict:
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in _LIBRARIES},
+        **library_versions(),
         "platform": platform.platform(),
         "processor": platform.machine(),
         "backend": jax.default_backend(),
@@ -31,6 +31,11 @@ def versions() -> dict:
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "git_commit": _git_commit(),
     }
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of the libraries that decide a result; None for one that is not installed."""
+    return {name: _version(name) for name in _LIBRARIES}
 
 
 def package_version() -> str | None:

@@ -27,6 +27,19 @@ def command(argv: list[str]) -> dict:
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
+def unlike(argv: list[str], flags: list[list[str]], folders: list[str], versions: list[str]) -> dict:
+    """The command line, with flags, a working directory and a version of jax that each process has for itself."""
+    from ntkjax.pipeline import versions as module
+
+    index, real = process()[0], module._version
+    module._version = lambda name: versions[index] if name == "jax" else real(name)
+    try:
+        with contextlib.chdir(folders[index]):
+            return command([*argv, *flags[index]])
+    finally:
+        module._version = real
+
+
 def load(model: str, mesh: str | None, keep: str) -> dict:
     """A checkpoint on a mesh, all its weights written to the file ``keep``: bytes that were read of it, counted where
     they are read, and reported."""

@@ -97,6 +97,26 @@ def runs(out: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def verified(out: Path) -> dict[str, np.ndarray]:
+    """Of verify: every kernel matrix, the preconditioned scores, and every number of the tables, by column of a table;
+    but for counts by bin, ends of intervals over so few examples, and how far a solver is from the solution, a
+    difference that is rounding."""
+    with np.load(out / "kernels.npz") as kept:
+        found = {name: kept[name] for name in kept.files if name != "ids"}
+    for file in out.glob("rows/*/*/preconditioned.json"):
+        for damping, draw in json.loads(file.read_text())["draw"].items():
+            found |= {f"{damping}/{name}": np.array(scores) for name, scores in draw["scores"].items()}
+    results = json.loads((out / "results.json").read_text())
+    for table in ("ladder", "cross_terms", "curves", "noise"):
+        columns: dict[str, list[float]] = {}
+        for row in results[table]:
+            for key, value in row.items():
+                if isinstance(value, float | int) and not key.endswith(("_low", "_high")):
+                    columns.setdefault(f"{table}/{key}", []).append(value)
+        found |= {name: np.array(values, np.float64) for name, values in columns.items()}
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A command with its flags, and the numbers of its run directory."""
@@ -140,6 +160,10 @@ ADAPT = [
     "--train.epochs",
     "1",
 ]
+VERIFY = ["--lora-rank", "2", "--max-length", "40", "--n", "10", "--n-domain", "3", "--n-full", "6", "--m", "2"]
+VERIFY += ["--seeds", "1", "--bootstrap", "10", "--cross-examples", "3", "--sketch-size", "64", "--max-signs", "1e9"]
+VERIFY += ["--warmup.batch-size", "4", "--warmup.steps", "2", "--warmup.learning-rate", "1e-3"]
+VERIFY += ["--precondition", "kfac", "cg"]
 EVALUATE = [*COMMON, "--generation", "--max-new-tokens", "8"]
 
 
@@ -157,6 +181,12 @@ def cases() -> list[Case]:
             "evaluate", *files.flags("model", "test"), *EVALUATE, "--packing", packing,
         ]  # fmt: skip
         found.append(Case(f"evaluate, {'packed' if packing == 'on' else 'padded'}", evaluate, outcomes))
+    for parameters in ("lora", "all"):
+        how = ["--parameters", parameters]
+        verify = lambda files, how=how: [
+            "verify", *files.flags("model", "domain"), "--data", files.pool, *VERIFY, *how,
+        ]  # fmt: skip
+        found.append(Case(f"verify, {parameters}, padded", verify, verified))
     adapt = lambda files: ["adapt", *files.flags("model", "domain", "pool", "test", "dev"), *ADAPT]
     return [*found, Case("adapt, lora, padded", adapt, runs), StudyCase("study, lora, padded", study, runs)]
 
@@ -229,12 +259,25 @@ def two(files, tmp_path_factory) -> dict[str, Any]:
     model, out = files.model, root / "out"
     refuse = lambda *argv: {"do": "command", "argv": [*argv, "--out", str(root / "refused")]}
     evaluate = ["evaluate", *files.flags("model", "test"), *COMMON]
+    tune = ["finetune", *files.flags("model"), "--domain", "domain.jsonl", *TUNE, "--mesh", "auto"]
+    for number, name in enumerate(("one", "other")):
+        (root / name).mkdir()
+        lines = Path(files.domain).read_text().splitlines(keepends=True)
+        (root / name / "domain.jsonl").write_text("".join(lines[: len(lines) - number]))
+    unlike = lambda **own: {
+        "do": "unlike", "argv": [*tune, "--out", str(root / "refused")], "flags": [[], []],
+        "folders": [str(root / "one")] * 2, "versions": ["9.1", "9.1"], **own,
+    }  # fmt: skip
     steps = {
+        "flags": unlike(flags=[[], ["--seed", "1"]]),
+        "versions": unlike(versions=["9.1", "9.2"]),
+        "data": unlike(folders=[str(root / "one"), str(root / "other")]),
         "load": {"do": "load", "model": model, "mesh": "fsdp=4", "keep": str(root / "fsdp.npz")},
         "load both": {"do": "load", "model": model, "mesh": OTHER, "keep": str(root / "both.npz")},
         "save": {"do": "save", "folder": str(root / "state"), "mesh": "fsdp=4"},
         "restore": {"do": "restore", "folder": str(root / "state"), "mesh": OTHER},
         "no mesh": refuse(*evaluate),
+        "verify, no mesh": refuse("verify", *files.flags("model"), "--data", files.pool),
         "does not divide": refuse(*evaluate, "--mesh", "data=3"),
         "tasks": refuse(*evaluate, "--mesh", "auto", "--tasks", "task.yaml"),
         **{name: {"do": "command", "argv": CASES[name].argv(files, out / name, QUICK[name])} for name in QUICK},
@@ -315,14 +358,26 @@ def test_a_run_of_two_processes_goes_on_with_one(two, files):
         np.testing.assert_array_equal(after[tensor], value, err_msg=tensor)
 
 
+@pytest.mark.slow
+def test_a_selection_of_two_processes_is_explained_by_one_with_other_devices(two, tmp_path):
+    run = two["out"] / "select, lora, padded"  # on fsdp=4; here are eight devices, of which one is taken
+    few = ["--k", "0", "--chosen", "2", "--nearly", "2", "--rejected", "2"]
+    assert main(["explain", str(run), "--out", str(tmp_path / "page"), *few]) == 0  # parts add up to the scores
+    assert (tmp_path / "page" / "explain.html").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("no mesh", "evaluate runs in one process, and this job has 2; start one, or give --mesh"),
+        ("verify, no mesh", "verify runs in one process, and this job has 2; start one, or give --mesh"),
         (
             "does not divide",
             "a mesh of data=3 x model=1 needs 3 devices and there are 4: the nearest that fits",
         ),
+        ("flags", "process 1 of 2 has other flags or versions than process 0:\n  flags.seed: 0 on process 0, 1 on"),
+        ("versions", 'than process 0:\n  version.jax: "9.1" on process 0, "9.2" on process 1\n'),
+        ("data", "process 1 of 2 has other inputs than process 0:\n  domain.domain.jsonl: "),
         ("tasks", "--tasks: lm-eval runs its tasks in one process, and this job has 2"),
     ],
 )
@@ -330,6 +385,29 @@ def test_what_is_not_done_is_refused_by_name(name, message, two):
     for said in two[name]:
         assert said["code"] == 2 and message in said["err"]
     assert not (two["root"] / "refused").exists()
+
+
+# -- verify, whose many programs take minutes to compile --
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "devices"), [("data=2", 1), ("data=2,model=2", 2)])
+def test_verify_computes_its_kernels_once_whatever_the_processes(mesh, devices, files, alone, tmp_path):
+    """Two processes, the same again, and one process alone: all read what the first job has computed."""
+    name, out = "verify, lora, padded", tmp_path / "run"
+    case = CASES[name]
+    steps = [{"do": "command", "argv": case.argv(files, out, mesh)}] * 2
+    for said in zip(*job(tmp_path / "job", 2, devices, steps)):
+        assert [own["code"] for own in said] == [0, 0], said
+        assert said[0]["out"] and not said[1]["out"]
+    assert worst(case, out, alone(name)) < TOLERANCE
+    found, logged = case.numbers(out), (out / "metrics.jsonl").read_text()
+    named = [tuple(json.loads(line).get(key) for key in ("column", "point", "kernel")) for line in logged.splitlines()]
+    assert len(named) == len(set(named)) > 10
+    assert main(case.argv(files, out)) == 0
+    assert (out / "metrics.jsonl").read_text() == logged
+    for key, value in case.numbers(out).items():
+        np.testing.assert_array_equal(value, found[key], err_msg=key)
 
 
 # -- the whole matrix --

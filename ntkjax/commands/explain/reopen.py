@@ -14,6 +14,7 @@ from ntkjax.data import Records, read_records
 from ntkjax.errors import ConfigError
 from ntkjax.files import read_json
 from ntkjax.models import LanguageModel, load_adapter
+from ntkjax.parallel import mesh_of
 from ntkjax.pipeline.config_io import config_from_dict
 from ntkjax.pipeline.deduplicate import read_held_out
 from ntkjax.pipeline.inputs import INPUTS, Inputs, input_changes, inputs_of
@@ -130,6 +131,18 @@ def reopen(path: str | Path, *, progress: bool, which: Which | None = None) -> R
     return _of_select(path, content, progress)
 
 
+def _here(config: Any) -> Any:
+    """``config`` without its mesh where this process has other devices than the run had: scores are the same on one."""
+    model = getattr(config, "model", None)  # a study names it in its file
+    if model is None:
+        return config
+    try:
+        mesh_of(model.mesh)
+    except ConfigError:
+        return dataclasses.replace(config, model=dataclasses.replace(model, mesh=None))
+    return config
+
+
 def _of_select(path: Path, content: dict, progress: bool) -> Run:
     if not (path / "selection.json").exists():
         raise ConfigError(
@@ -137,7 +150,7 @@ def _of_select(path: Path, content: dict, progress: bool) -> Run:
             "goes on with it"
         )
     content = content | {"out": str(path), "dry_run": False}
-    config: Any = config_from_dict(load_command(SELECT).config, content, where=str(path / "config.yaml"))
+    config: Any = _here(config_from_dict(load_command(SELECT).config, content, where=str(path / "config.yaml")))
     model = load_model(config.model, seed=config.seed)
     domain = load_data(config.domain, model, config.data)
     check_inputs(path, inputs_of(model, config.model, domain=domain), ("model", "adapter", "domain"))
@@ -164,7 +177,7 @@ def _of_grid(path: Path, command: str, content: dict, which: Which, progress: bo
     """One selection of a run of ``command``."""
     own = {"out": str(path)} | ({"study": [str(path / "study.yaml")]} if command == "study" else {})
     made = load_command(command)
-    config: Any = config_from_dict(made.config, content | own, where=str(path / "config.yaml"))
+    config: Any = _here(config_from_dict(made.config, content | own, where=str(path / "config.yaml")))
     assert made.grid is not None
     grid: Grid = made.grid(config)
     task = pick(grid, which, path)

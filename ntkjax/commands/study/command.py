@@ -19,6 +19,7 @@ from ntkjax.commands.study.spec import read_study
 from ntkjax.commands.study.tables import choices_lines, failure_table, main_table
 from ntkjax.errors import ConfigError
 from ntkjax.job import is_primary, process
+from ntkjax.pipeline.alike import check_alike
 from ntkjax.pipeline.deduplicate import summary
 from ntkjax.pipeline.reading import reading_of_run
 from ntkjax.pipeline.run_dir import RunDir
@@ -132,6 +133,7 @@ def run_study(
     own = ("study", "out", "list", "retry_failed", "report_only")
     check_tracker(spec.train.tracker, *([spec.warmup.tracker] if spec.warmup else []))
     RunDir.check(out, "study", config, ignore=own)
+    check_alike(where, content, "Give a study file that all processes see by the same path, with the same content.")
     if process()[1] > 1 and (spec.model is None or spec.model.mesh is None):
         raise ConfigError(
             f"{where}: study runs in one process, and this job has {process()[1]}; start one, or give model: "

@@ -23,6 +23,7 @@ from ntkjax.commands.verify.kernels import KernelSuite
 from ntkjax.commands.verify.report import PRECONDITIONED, cross_table, preconditioner_table, table, write_report
 from ntkjax.commands.verify.sample import check_sizes, draw_sample
 from ntkjax.files import write_npz
+from ntkjax.job import is_primary
 from ntkjax.pipeline.inputs import inputs_of
 from ntkjax.pipeline.load import load_model
 from ntkjax.pipeline.reading import reading
@@ -59,13 +60,14 @@ class Verification:
 def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
     """Compute and compare the kernels as ``config`` says; writes tables, plots, kernels and report.html into OUT.
 
-    Kernel matrices that OUT already holds, and single outputs of unfinished ones, are not computed again.
+    Kernel matrices that OUT already holds, and single outputs of unfinished ones, are not computed again. On a mesh
+    over the devices of several processes all of them compute every kernel together, and the first writes.
 
     Raises:
       UserError: unusable model, data or options; gradients that are not finite; a full disk.
     """
 
-    began = time.monotonic()
+    began, progress = time.monotonic(), progress and is_primary()
     check_tracker(config.warmup.tracker)
     RunDir.check(config.out, "verify", config)
     model = load_model(config.model, seed=config.seed)
@@ -79,11 +81,11 @@ def verify(config: VerifyConfig, *, progress: bool = True) -> Verification:
     results["data"] = {name: loaded.report() for name, loaded in sample.sources.items()}
     results["wall_seconds"] = time.monotonic() - began
     kernels = {f"{c.name}/{name}": k for c in subsets for name, k in c.kernels.items()}
-    write_npz(
-        run.path / "kernels.npz", {"ids": np.array([str(i) for i in sample.tokens.ids]), **kernels}, compressed=True
-    )
-    run.write_json("results.json", results)
-    write_report(run, results, kernels)
+    if is_primary():
+        ids = np.array([str(i) for i in sample.tokens.ids])
+        write_npz(run.path / "kernels.npz", {"ids": ids, **kernels}, compressed=True)
+        run.write_json("results.json", results)
+        write_report(run, results, kernels)
     return Verification(results, kernels)
 
 
@@ -102,4 +104,4 @@ def describe(config: Any, result: Any) -> str:
     return "\n".join(parts) + f"\nreport: {Path(config.out) / 'report.html'}"
 
 
-COMMAND = Command(VerifyConfig, verify, describe)
+COMMAND = Command(VerifyConfig, verify, describe, spans=True)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from ntkjax.commands.verify.sample import Sample
 from ntkjax.data import TokenisedDataset
 from ntkjax.files import read_json
 from ntkjax.fingerprint import weights_fingerprint
+from ntkjax.job import barrier
 from ntkjax.models import LanguageModel
 from ntkjax.ntk.cross_terms import CrossTerms, cross_output_cosines
 from ntkjax.ntk.features import gradient_features
@@ -24,6 +26,7 @@ from ntkjax.ntk.kernels import KERNELS, KernelFunctions, build, parse
 from ntkjax.ntk.ladder import OutputGrams, common_form, gaussian_sketch, hidden_gram, output_grams, square_root
 from ntkjax.ntk.rows import Pass
 from ntkjax.ntk.sketch import RademacherSketch
+from ntkjax.parallel import spans_processes
 from ntkjax.pipeline.load import fresh_parameters
 from ntkjax.pipeline.run_dir import RunDir
 from ntkjax.rng import numpy_rng
@@ -236,6 +239,19 @@ class KernelSuite:
     ) -> dict[str, Any]:
         return {"weights": checkpoint.weights, "examples": tokens.fingerprint, "column": subset.name, **more}
 
+    def _store(self, path: Path, **options: Any) -> RowStore:
+        return RowStore.open(path, together=spans_processes(self.model.mesh), **options)
+
+    def _kept(self, file: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+        """What `_keep` wrote into ``file`` under this manifest; None where it did not."""
+        content = read_json(file) if file.exists() else None
+        barrier(f"kept {file.name}")  # all have looked before the first writes
+        return None if content is None or content["manifest"] != manifest else content
+
+    def _keep(self, file: Path, manifest: dict[str, Any], content: dict[str, Any]) -> None:
+        self.run.write_json(str(file.relative_to(self.run.path)), {**content, "manifest": manifest})
+        barrier(f"keep {file.name}")  # seeds may share a file, and all processes are to find it or none
+
     def _sweep(
         self, subset: ParameterSet, checkpoint: Checkpoint, tokens: TokenisedDataset, name: str, seed: int | None = None
     ) -> OutputGrams:
@@ -248,7 +264,7 @@ class KernelSuite:
         folder = self.run.path / "rows" / subset.name / checkpoint.key
         label = name.replace(":", "-") + ("" if seed is None else f"-probes-{seed}")
         manifest = self._manifest(subset, checkpoint, tokens, kernel=name, seed=seed)
-        with RowStore.open(folder / label, rows=count, width=n * n, dtype="float64", manifest=manifest) as store:
+        with self._store(folder / label, rows=count, width=n * n, dtype="float64", manifest=manifest) as store:
             missing = int((~store.done()).sum())
             grams = output_grams(
                 base,
@@ -301,7 +317,7 @@ class KernelSuite:
         folder = self.run.path / "rows" / subset.name / checkpoint.key
         label = f"{name.replace(':', '-')}-sketch-{seed}-{draw}"
         manifest = self._manifest(subset, checkpoint, tokens, kernel=name, size=size, seed=seed, signs=signs)
-        with RowStore.open(folder / label, rows=len(tokens), width=size, dtype="float32", manifest=manifest) as store:
+        with self._store(folder / label, rows=len(tokens), width=size, dtype="float32", manifest=manifest) as store:
             missing = int((~store.done()).sum())
             phi = gradient_features(
                 kernel,
@@ -335,10 +351,8 @@ class KernelSuite:
         manifest = self._manifest(subset, checkpoint, chosen, outputs=config.cross_outputs, seed=seed,
                                   memory=config.memory_budget, fields=len(dataclasses.fields(CrossTerms)))  # fmt: skip
         file = self.run.path / "rows" / subset.name / checkpoint.key / f"cross-{seed}.json"
-        if file.exists():
-            content = read_json(file)
-            if content.pop("manifest") == manifest:
-                return CrossTerms(**{k: _array(v) for k, v in content.items()})
+        if (content := self._kept(file, manifest)) is not None:
+            return CrossTerms(**{k: _array(v) for k, v in content.items() if k != "manifest"})
         terms = cross_output_cosines(
             checkpoint.functions,
             checkpoint.params,
@@ -348,7 +362,7 @@ class KernelSuite:
             memory_budget=config.memory_budget,
             progress=self.progress and f"{subset.name}, {checkpoint.key}: cross-output cosines",
         )
-        self.run.write_json(str(file.relative_to(self.run.path)), dataclasses.asdict(terms) | {"manifest": manifest})
+        self._keep(file, manifest, dataclasses.asdict(terms))
         return terms
 
     # -- preconditioned directions --
@@ -368,10 +382,8 @@ class KernelSuite:
         manifest = self._manifest(subset, checkpoint, tokens, domain=domain, damping=list(config.damping),
                                   precondition=list(config.precondition))  # fmt: skip
         file = self.run.path / "rows" / subset.name / checkpoint.key / "preconditioned.json"
-        if file.exists():
-            content = read_json(file)
-            if content["manifest"] == manifest:
-                return content["draw"]
+        if (content := self._kept(file, manifest)) is not None:
+            return content["draw"]
         began, rows = time.monotonic(), np.arange(len(tokens))
         draw = preconditioned_scores(
             config,
@@ -384,7 +396,7 @@ class KernelSuite:
             parameters=parameters,
             progress=self.progress,
         )
-        self.run.write_json(str(file.relative_to(self.run.path)), {"manifest": manifest, "draw": draw})
+        self._keep(file, manifest, {"draw": draw})
         self.run.log(column=subset.name, point=checkpoint.key, kernel="loss, preconditioned", examples=len(tokens),
                      seconds=time.monotonic() - began)  # fmt: skip
         return draw

@@ -19,6 +19,7 @@ from ntkjax.fingerprint import digest
 from ntkjax.job import barrier, is_primary
 from ntkjax.models import LanguageModel
 from ntkjax.models.lm import paths, unflatten
+from ntkjax.pipeline.alike import SAME_FILES, check_alike
 from ntkjax.pipeline.config_io import config_to_dict
 from ntkjax.pipeline.deduplicate import deduplicate
 from ntkjax.pipeline.evaluate import shot_records
@@ -289,6 +290,12 @@ def read_inputs(spec: StudySpec, out: Path, splits: tuple[str, ...] = ("train", 
         name: {split: read(f"{name} {split}", given) for split in splits if (given := getattr(entry, split))}
         for name, entry in domains.items()
     }
+    digests = {
+        "model": {part: value for part, value in model_digests(model).items() if part != "weights"},
+        "pool": pool.records.fingerprint,
+        **{name: {split: data.records.fingerprint for split, data in of.items()} for name, of in read_splits.items()},
+    }
+    check_alike("inputs", digests, SAME_FILES)
     return Inputs(options, model, domains, pool, read_splits, reports)
 
 
