@@ -16,6 +16,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,7 @@ def work() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for asked in (signal.SIGINT, signal.SIGTERM):  # they reach the process that leads too, which ends its workers
         signal.signal(asked, signal.SIG_IGN)
-    build, folder, index, count = pickle.load(given)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def meet(_: str) -> None:
         said.write(b"\n")
@@ -162,5 +164,13 @@ def work() -> int:
 
     # The process that leads has heard of the user's errors and of a disk that is full, and tells them.
     with contextlib.suppress(EOFError, UserError, OSError):
+        build, folder, index, count = pickle.load(given)
         build(Crew(folder, index, count, meet))
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, killed perhaps: its part would be nobody's."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

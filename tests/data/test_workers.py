@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import psutil
 import pytest
 
 from ntkjax.data import crew, read_records, tokenise
@@ -62,7 +65,7 @@ def test_workers_are_as_many_as_rows_and_cores_are_worth(monkeypatch):
 
 
 BUILDS = """
-import os, signal
+import os, signal, time
 from ntkjax.errors import DataError
 
 def write_own(own):
@@ -78,6 +81,10 @@ def die(own):
     if own.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     own.each("write", lambda: None)
+
+def linger(own):
+    (own.folder / f"pid-{own.index}").write_text(str(os.getpid()))
+    time.sleep(600)
 
 def break_in_one(own):
     if own.index == 1:
@@ -111,3 +118,23 @@ def test_what_is_wrong_in_a_workers_part_is_told(builds, tmp_path):
 def test_a_worker_that_ends_is_told(name, how, builds, tmp_path):
     with pytest.raises(UserError, match=how):
         build_with_workers(getattr(builds, name), tmp_path, 3)
+
+
+def test_workers_end_with_a_process_that_is_killed(builds, tmp_path):
+    leads = "import pathlib, sys, crew_builds; from ntkjax.data.crew import build_with_workers"
+    leads += "; build_with_workers(crew_builds.linger, pathlib.Path(sys.argv[1]), 2)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    first = subprocess.Popen([sys.executable, "-c", leads, str(tmp_path)], env=env)
+    until(lambda: (tmp_path / "pid-1").exists() and (tmp_path / "pid-1").read_text())
+    worker = int((tmp_path / "pid-1").read_text())
+    first.kill()
+    first.wait()
+    until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE)
+
+
+def until(reached, seconds=60.0):
+    """Wait for that; fail where it does not come."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
