@@ -8,6 +8,7 @@ other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Nothing 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import signal
@@ -154,12 +155,14 @@ def run_together(
         first = _wait(started, grace)
     finally:
         for process in started:
-            if process.poll() is None:
-                process.kill()
+            # With what it has started: that would hold its stderr open, at whose end the readers below wait.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
+    last = time.monotonic() + 5
     for reader in readers:
-        reader.join(timeout=5)
+        reader.join(timeout=max(0.0, last - time.monotonic()))
     codes = tuple(process.wait() for process in started)
     return Ended(codes, first, tuple(kept[first]) if first is not None else ())
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from ntkjax.cli import main
@@ -134,3 +135,19 @@ def test_a_launched_selection_is_that_of_one_process(files, tmp_path):
     )
     chosen = lambda name: json.loads((tmp_path / name / "selection.json").read_text())["selected"]
     assert chosen("one") == chosen("two")
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path):
+    """It holds the process's stderr open, which would be waited for."""
+    child = tmp_path / "child"
+    program = (
+        "import subprocess, sys; left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        f"open({str(child)!r}, 'w').write(str(left.pid)); print('cause', file=sys.stderr); sys.exit(3)"
+    )
+    ended = together(program, 1)
+    assert (ended.codes, ended.first, ended.said) == ((3,), 0, ("cause",))
+    left = int(child.read_text())
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.05)
