@@ -7,9 +7,13 @@ only a checkpoint keeps: there it is noted, and the loop saves after the step at
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ntkjax.job import everyone
 
@@ -37,11 +41,27 @@ class _Handler:
 
 
 _HANDLER = _Handler()
+AGAIN_SECONDS = 0.05
+_ASKED_BY = {Preempted: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+
+
+def _sent_again(dropped: Any, otherwise: Callable[[Any], object]) -> None:
+    """What `sys.unraisablehook` does: Python drops what is raised in a callback of the garbage collector or in a
+    ``__del__``, where a signal may happen to be handled (jax has such a callback). It is sent once more then."""
+    number = _ASKED_BY.get(dropped.exc_type)
+    if number is None:
+        otherwise(dropped)
+        return
+    # Not at once: it would be handled in here, and dropped as well.
+    timer = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-    """Inside, SIGTERM raises `Preempted`, or is noted where it is `deferred`; a second one raises in any case.
+    """Inside, SIGTERM raises `Preempted`, or is noted where it is `deferred`; a second one raises in any case. Neither
+    it nor Ctrl-C is lost where Python drops exceptions.
 
     Only the main thread can ask for it, where nobody else handles SIGTERM.
     """
@@ -49,10 +69,13 @@ def heeded() -> Iterator[None]:
     if not free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
+    before = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_sent_again, otherwise=before)
     signal.signal(signal.SIGTERM, _HANDLER)
     try:
         yield
     finally:
+        sys.unraisablehook = before
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _HANDLER.noted = False
 

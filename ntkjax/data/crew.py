@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,8 @@ from ntkjax.errors import DataError, UserError
 ROWS_A_WORKER = 8000
 """Rows for each process at least: a worker takes three seconds to start, in which one process tokenises 6,500 rows."""
 MOST_WORKERS = 16
+CANNOT_WRITE = 74
+"""Exit code of a worker that could not write, not even what went wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,8 @@ def build_with_workers(build: Build, folder: Path, count: int) -> None:
     """``build`` in a crew of this process and ``count`` - 1 workers on this machine.
 
     Raises:
-      UserError: a worker was ended from outside, by want of memory, say. Besides, what ``build`` raises.
+      UserError: a worker was ended from outside, by want of memory, say. OSError: it could not write. Besides, what
+        ``build`` raises.
     """
     if count == 1:
         build(Crew(folder))
@@ -101,7 +103,9 @@ def build_with_workers(build: Build, folder: Path, count: int) -> None:
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
     env["TRANSFORMERS_VERBOSITY"] = "error"  # what it has to say it has said here
-    command = [sys.executable, "-c", "import sys; from ntkjax.data.crew import work; sys.exit(work())"]
+    # Signals first: they reach the process that leads too, which ends its workers.
+    program = "import signal, sys; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]; "
+    command = [sys.executable, "-c", program + "from ntkjax.data.crew import work; sys.exit(work())"]
     with contextlib.ExitStack() as stack:
         workers = []
         for _ in range(1, count):
@@ -138,8 +142,10 @@ def _hear(worker: subprocess.Popen) -> None:
         raise _ended(worker)
 
 
-def _ended(worker: subprocess.Popen) -> UserError:
+def _ended(worker: subprocess.Popen) -> UserError | OSError:
     code = worker.wait()
+    if code == CANNOT_WRITE:
+        return OSError("a process could not write its part")
     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
     return UserError(
         f"a process that prepared a part of the data ended {how}; expected it to go on; free some memory, or look at "
@@ -152,8 +158,6 @@ def work() -> int:
     # What a library prints must not be taken for a line of the crew's.
     given, said = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for asked in (signal.SIGINT, signal.SIGTERM):  # they reach the process that leads too, which ends its workers
-        signal.signal(asked, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def meet(_: str) -> None:
@@ -162,10 +166,14 @@ def work() -> int:
         if not given.readline():
             raise EOFError
 
-    # The process that leads has heard of the user's errors and of a disk that is full, and tells them.
-    with contextlib.suppress(EOFError, UserError, OSError):
+    try:
         build, folder, index, count = pickle.load(given)
         build(Crew(folder, index, count, meet))
+    except (EOFError, pickle.UnpicklingError, UserError):
+        return 0  # the process that leads is gone, or has heard of the user's error and tells it
+    except OSError as error:
+        print(f"ntkjax: {error}", file=sys.stderr)
+        return CANNOT_WRITE
     return 0
 
 

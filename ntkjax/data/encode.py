@@ -216,8 +216,9 @@ def _write_part(records: Records, tokenizer: Any, options: _Options, crew: Crew)
                 table[done] = row, len(cut.tokens), cut.response_start, mask.sum()
                 done += 1
                 _count(counts, fields, tokenizer, example, rendered, cut, end)
-                np.asarray(cut.tokens, np.int32).tofile(tokens_file)
-                mask.tofile(mask_file)
+                # Not `tofile`, which takes an error in flushing, or Ctrl-C there, for an argument that is no file.
+                tokens_file.write(np.asarray(cut.tokens, np.int32).tobytes())
+                mask_file.write(mask.tobytes())
             read += len(block)
     for name, column in zip(_COLUMNS, table[:done].T):
         np.save(folder / f"{name}.npy", np.ascontiguousarray(column))

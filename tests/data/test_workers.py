@@ -82,6 +82,11 @@ def die(own):
         os.kill(os.getpid(), signal.SIGKILL)
     own.each("write", lambda: None)
 
+def full_disk(own):
+    if own.index == 1:
+        raise OSError(28, "No space left on device")  # outside a step, as in writing what went wrong
+    own.each("write", lambda: None)
+
 def linger(own):
     (own.folder / f"pid-{own.index}").write_text(str(os.getpid()))
     time.sleep(600)
@@ -118,6 +123,11 @@ def test_what_is_wrong_in_a_workers_part_is_told(builds, tmp_path):
 def test_a_worker_that_ends_is_told(name, how, builds, tmp_path):
     with pytest.raises(UserError, match=how):
         build_with_workers(getattr(builds, name), tmp_path, 3)
+
+
+def test_a_worker_that_cannot_write_at_all_is_a_disk_that_is_full(builds, tmp_path):
+    with pytest.raises(OSError, match="could not write"):
+        build_with_workers(builds.full_disk, tmp_path, 3)
 
 
 def test_workers_end_with_a_process_that_is_killed(builds, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -91,3 +93,25 @@ def test_the_command_line_says_so_and_exits_with_143():
     done = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True)
     assert done.returncode == EXIT_CODE, done.stderr
     assert "ended by SIGTERM; run the same command again to go on" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_python_drops_is_sent_again(number, raised):
+    """Handled while the garbage collector calls back, its exception goes nowhere."""
+    handled = []
+
+    def within(phase: str, info: dict) -> None:
+        if not handled:
+            handled.append(phase)
+            signal.raise_signal(number)
+
+    gc.callbacks.append(within)
+    try:
+        with pytest.raises(raised) as caught, heeded():
+            gc.collect()
+            assert handled
+            for _ in range(600):
+                time.sleep(0.05)
+        assert caught.type is raised
+    finally:
+        gc.callbacks.remove(within)
