@@ -212,6 +212,11 @@ CASES = {case.name: case for case in cases()}
 EXACT = ("votes", "rank", "selected", "texts")
 
 
+ROUNDING = {"kfac": 3}
+"""By how much more than others these numbers may differ: eigenbases of factors that are nearly degenerate turn with the
+last bit. Measured for verify on data=2: kfac 1.2e-5, cg 3.0e-6, every kernel and every other number below 1e-6."""
+
+
 def worst(case: Case, spread: Path, one: Path) -> float:
     """The largest difference of two runs, relative to the largest number of its kind; what is counted must be equal."""
     found, expected = case.numbers(spread), case.numbers(one)
@@ -224,7 +229,8 @@ def worst(case: Case, spread: Path, one: Path) -> float:
             continue
         np.testing.assert_array_equal(np.isnan(found[name]), np.isnan(value), err_msg=name)
         scale = float(np.nanmax(np.abs(value))) or 1.0
-        largest = max(largest, float(np.nanmax(np.abs(found[name] - value))) / scale)
+        apart = float(np.nanmax(np.abs(found[name] - value))) / scale
+        largest = max(largest, apart / ROUNDING.get(name.split("/")[-1], 1))
     return largest
 
 
@@ -400,8 +406,7 @@ def test_verify_computes_its_kernels_once_whatever_the_processes(mesh, devices, 
     for said in zip(*job(tmp_path / "job", 2, devices, steps)):
         assert [own["code"] for own in said] == [0, 0], said
         assert said[0]["out"] and not said[1]["out"]
-    # Correlations over six examples move more than the kernels do: 1.2e-5 was the most of three runs.
-    assert worst(case, out, alone(name)) < 3 * TOLERANCE
+    assert worst(case, out, alone(name)) < TOLERANCE
     found, logged = case.numbers(out), (out / "metrics.jsonl").read_text()
     named = [tuple(json.loads(line).get(key) for key in ("column", "point", "kernel")) for line in logged.splitlines()]
     exact = [name for name in named if "sketched" not in name[2]]  # of a sketch there are several draws
